@@ -1,0 +1,1 @@
+"""ElasticTok: images and long videos as few tokens as their content needs."""
