@@ -1,0 +1,389 @@
+"""Every option of the model, its default and its check; presets; `dict(...)` strings.
+
+`ElasticTokConfig` keeps the field names of the released system, because they are what users type in
+`--update_elastic_config` and what `config.json` files hold. Derived numbers are properties.
+"""
+
+import ast
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+# Only transformers' configuration class is used; its notice that PyTorch is missing says nothing here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+logging.getLogger("transformers").addFilter(
+    lambda record: "PyTorch was not found" not in record.getMessage()
+)
+from transformers import PreTrainedConfig  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+# Names of jax.checkpoint policies that `remat_*` accepts; '' switches rematerialization off.
+REMAT_POLICIES = (
+    "",
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
+_OLD_NAMES = {"mask_mode": "mask_type"}
+_IGNORED = {
+    "return_feats",
+    "mesh_dim",
+}  # fields of released config files that never changed a number
+
+
+class ElasticTokConfig(PreTrainedConfig):
+    """The shape of an ElasticTok model and how it is computed.
+
+    Raises:
+      ValueError: an option is unknown (with the nearest known name), has the wrong type, or
+        contradicts another one.
+    """
+
+    model_type = "elastic_tok"
+
+    # The transformer.
+    hidden_size: int = 1024
+    intermediate_size: int = 2048
+    num_encoder_layers: int = 10
+    num_decoder_layers: int = 10
+    num_attention_heads: int = 8
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    theta: float = 5e7  # RoPE base
+    max_sequence_length: int = 16384  # tokens of one training sequence
+    # Blocks and tokens.
+    frames_per_block: int = 4
+    patch_size: tuple[int, int, int] = (1, 8, 8)  # frames, rows, columns
+    min_toks: int = 256
+    max_toks: int = 4096  # tokens per block; fixes the resolution
+    mask_type: str = "elastic"  # or 'fixed_F': keep the share F of every block
+    # The bottleneck.
+    bottleneck_type: Literal["fsq", "vae"] = "fsq"
+    fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+    vae_bottleneck_dim: int = 8
+    lpips_loss_ratio: float = 0.1
+    # How it is computed; none of these changes a number beyond rounding.
+    attention_implementation: str = ""  # '' picks the best for the device
+    use_flash_attention: bool = True
+    scan_attention: bool = True
+    scan_query_chunk_size: int = 1024
+    scan_key_chunk_size: int = 512
+    scan_mlp: bool = False
+    scan_mlp_chunk_size: int = 8192
+    remat_attention: str = ""
+    remat_mlp: str = ""
+    remat_block: str = ""
+    scan_layers: bool = True
+    param_scan_axis: int = 0
+
+    def __post_init__(self, **kwargs):
+        """Checks every field; unknown names raise."""
+        kwargs = {key: value for key, value in kwargs.items() if key not in _IGNORED}
+        unknown = [key for key in kwargs if key not in _KNOWN_TO_TRANSFORMERS]
+        if unknown:
+            raise ValueError("; ".join(_unknown_option(key) for key in unknown))
+        for name in option_names():
+            setattr(self, name, _typed(name, getattr(self, name)))
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        positive = (
+            "hidden_size intermediate_size num_encoder_layers num_decoder_layers num_attention_heads rms_norm_eps theta "
+            "max_sequence_length frames_per_block min_toks max_toks vae_bottleneck_dim scan_query_chunk_size "
+            "scan_key_chunk_size scan_mlp_chunk_size"
+        )
+        for name in positive.split():
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0.")
+        _require(
+            len(self.patch_size) == 3 and min(self.patch_size) > 0,
+            f"patch_size={self.patch_size} must be three sizes above 0.",
+        )
+        _require(
+            self.hidden_size % (2 * self.num_attention_heads) == 0,
+            f"hidden_size={self.hidden_size} must be a multiple of twice num_attention_heads={self.num_attention_heads}: "
+            "RoPE turns pairs of channels.",
+        )
+        _require(
+            self.min_toks <= self.max_toks,
+            f"min_toks={self.min_toks} must not exceed max_toks={self.max_toks}.",
+        )
+        _require(
+            self.max_sequence_length % self.max_toks == 0,
+            f"max_sequence_length={self.max_sequence_length} must be a whole number of blocks of max_toks={self.max_toks}; "
+            f"use {max(1, self.max_sequence_length // self.max_toks) * self.max_toks}.",
+        )
+        _require(
+            self.param_scan_axis == 0,
+            f"param_scan_axis={self.param_scan_axis}: layers are stacked on axis 0 only.",
+        )
+        for name in ("remat_attention", "remat_mlp", "remat_block"):
+            _require(
+                getattr(self, name) in REMAT_POLICIES,
+                f"{name}={getattr(self, name)!r} must be one of {REMAT_POLICIES}.",
+            )
+        levels = self.fsq_quant_levels
+        _require(
+            len(levels) > 0 and min(levels) >= 2,
+            f"fsq_quant_levels={levels} must all be 2 or more.",
+        )
+        _require(
+            self.codebook_size < 2**31,
+            f"fsq_quant_levels={levels} name {self.codebook_size} codes; at most 2**31 - 1 have an index.",
+        )
+        _ = self.keep_fraction
+        _ = self.resolution
+
+    @property
+    def resolution(self) -> int:
+        """Rows (and columns) of a frame in pixels: the one that gives `max_toks` tokens per block."""
+        pt, ph, pw = self.patch_size
+        _require(
+            self.frames_per_block % pt == 0,
+            f"frames_per_block={self.frames_per_block} must be a multiple of patch_size[0]={pt}.",
+        )
+        per_frame, rest = divmod(self.max_toks, self.frames_per_block // pt)
+        side = math.isqrt(per_frame * ph * pw)
+        _require(
+            rest == 0 and side * side == per_frame * ph * pw and side % ph == 0 and side % pw == 0,
+            f"max_toks={self.max_toks} is no square frame of whole patches with frames_per_block={self.frames_per_block} and "
+            f"patch_size={self.patch_size}; a frame of side S has (frames / {pt}) * (S / {ph}) * (S / {pw}) tokens.",
+        )
+        return side
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Tokens of one block, one per patch (`max_toks`)."""
+        return self.max_toks
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch."""
+        return math.prod(self.patch_size) * 3
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of FSQ codes."""
+        return math.prod(self.fsq_quant_levels)
+
+    @property
+    def code_dim(self) -> int:
+        """Channels of a code: FSQ levels, or VAE latent channels."""
+        return (
+            len(self.fsq_quant_levels) if self.bottleneck_type == "fsq" else self.vae_bottleneck_dim
+        )
+
+    @property
+    def keep_fraction(self) -> float | None:
+        """The share of a block that `mask_type='fixed_F'` keeps; None for 'elastic'."""
+        if self.mask_type == "elastic":
+            return None
+        kind, _, number = self.mask_type.partition("_")
+        try:
+            fraction = float(number)
+        except ValueError:
+            fraction = math.nan
+        _require(
+            kind == "fixed" and 0 < fraction <= 1,
+            f"mask_type={self.mask_type!r} must be 'elastic', or 'fixed_F' with a share 0 < F <= 1, e.g. 'fixed_0.5'.",
+        )
+        return fraction
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Our own fields alone, as plain JSON values."""
+        return {
+            name: list(v) if isinstance(v := getattr(self, name), tuple) else v
+            for name in option_names()
+        }
+
+    @classmethod
+    def from_json_dict(cls, values: Mapping[str, Any]) -> "ElasticTokConfig":
+        """The inverse of `to_json_dict`; also reads what the released system wrote."""
+        return cls(
+            **{key: value for key, value in values.items() if key not in _OLD_TRANSFORMERS_FIELDS}
+        )
+
+    def config_hash(self) -> str:
+        """16 hex digits that name the numbers this model computes: its shape, not how it is computed."""
+        shape = {
+            name: value for name, value in self.to_json_dict().items() if name in _SHAPE_OPTIONS
+        }
+        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+    def replace(self, **changes: Any) -> "ElasticTokConfig":
+        """A changed copy, checked anew. Old spellings are understood, with a warning."""
+        values = {name: getattr(self, name) for name in option_names()}
+        for key, value in changes.items():
+            name = _OLD_NAMES.get(key, key)
+            if name != key:
+                log.warning("Option %r is an old spelling of %r.", key, name)
+            if name not in values:
+                raise ValueError(_unknown_option(key))
+            values[name] = value
+        return ElasticTokConfig(**values)
+
+    def __hash__(self):
+        return hash(json.dumps(self.to_json_dict(), sort_keys=True))
+
+    def __eq__(self, other):
+        return isinstance(other, ElasticTokConfig) and self.to_json_dict() == other.to_json_dict()
+
+
+def option_names() -> list[str]:
+    """The names of all options, in the order of their definition."""
+    return [name for name in ElasticTokConfig.__annotations__ if name != "model_type"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _unknown_option(key: str) -> str:
+    close = difflib.get_close_matches(key, option_names(), n=1)
+    return f"ElasticTokConfig has no option {key!r}." + (
+        f" Did you mean {close[0]!r}?" if close else ""
+    )
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the type that option `name` declares: JSON's lists become tuples, whole numbers may stand for floats."""
+    hint = ElasticTokConfig.__annotations__[name]
+    if typing.get_origin(hint) is tuple:
+        value = tuple(value) if isinstance(value, list) else value
+        fits = isinstance(value, tuple) and all(type(item) is int for item in value)
+    elif typing.get_origin(hint) is Literal:
+        fits = value in typing.get_args(hint)
+    else:
+        value = float(value) if hint is float and type(value) is int else value
+        fits = type(value) is hint
+    expected = (
+        hint.__name__
+        if isinstance(hint, type) and typing.get_origin(hint) is None
+        else str(hint).replace("typing.", "")
+    )
+    _require(fits, f"{name}={value!r} must be of type {expected}.")
+    return value
+
+
+_KNOWN_TO_TRANSFORMERS = {
+    "name_or_path",
+    "torch_dtype",
+    "model_type",
+    "_name_or_path",
+    "_commit_hash",
+    "attn_implementation",
+}
+# What transformers 4 wrote into every config.json; none of it concerns this model.
+_OLD_TRANSFORMERS_FIELDS = frozenset(
+    """_attn_implementation_autoset _name_or_path add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 mesh_dim return_feats""".split()
+)
+_SHAPE_OPTIONS = frozenset(
+    """hidden_size intermediate_size num_encoder_layers num_decoder_layers num_attention_heads rms_norm_eps theta frames_per_block
+    patch_size max_toks bottleneck_type fsq_quant_levels vae_bottleneck_dim""".split()
+)
+
+_SMALL = dict(
+    hidden_size=256, intermediate_size=512, num_encoder_layers=4, num_decoder_layers=4, num_attention_heads=4,
+    theta=1e5, max_toks=1024, min_toks=64, max_sequence_length=4096, frames_per_block=4, patch_size=(1, 8, 8),
+)  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    # The released models: 210 M parameters, 256 x 256 pixels. Defaults are those of ElasticTok-FSQ.
+    "200m": {},
+    # A model for trying things out, also of the released code.
+    "debug": dict(
+        hidden_size=256, intermediate_size=256, num_encoder_layers=2, num_decoder_layers=2, num_attention_heads=2, rms_norm_eps=1e-6,
+    ),
+    # The models shipped in example/: 128 x 128 pixels.
+    "small-fsq": {**_SMALL, "bottleneck_type": "fsq"},
+    "small-vae": {**_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 2048},
+}  # fmt: skip
+
+
+def load_config(source: str) -> ElasticTokConfig:
+    """The config that `source` names: a preset, or a config.json file or the folder that holds one.
+
+    Raises:
+      ValueError: there is no such preset or file, or the file is no config.
+    """
+    if source in PRESETS:
+        return ElasticTokConfig(**PRESETS[source])
+    name = source.removeprefix("json::")
+    if source.startswith("pickle::"):
+        raise ValueError(
+            f"{source!r}: pickle files are not read, they can run code; save the config as JSON and give 'json::FILE'."
+        )
+    path = pathlib.Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        close = difflib.get_close_matches(source, PRESETS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{source!r} is neither a preset ({', '.join(PRESETS)}) nor a config.json file or a folder with one.{hint}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; a config.json holds an object.")
+    return ElasticTokConfig.from_json_dict(values)
+
+
+def update_config(config: ElasticTokConfig, text: str) -> ElasticTokConfig:
+    """`config` changed by a string such as "dict(min_toks=256, patch_size=(1, 8, 8))"; '' changes nothing."""
+    return config.replace(**parse_dict(text)) if text.strip() else config
+
+
+def parse_dict(text: str) -> dict[str, Any]:
+    """The options in a `dict(a=1, b='x')` or `{'a': 1}` string. Values are literals; nothing is run.
+
+    Raises:
+      ValueError: the text is anything else.
+    """
+    try:
+        return _literal_dict(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(
+            f'{text!r} is not a dict of literals, such as "dict(min_toks=256, patch_size=(1, 8, 8))": {error}.'
+        ) from error
+
+
+def _literal_dict(node: ast.expr) -> dict[str, Any]:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "dict"
+        and not node.args
+    ):
+        names = [keyword.arg for keyword in node.keywords]
+        if None in names or len(set(names)) != len(names):
+            raise ValueError("every value needs a name of its own")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+    value = ast.literal_eval(node)
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError("it must map names to values")
+    return value
