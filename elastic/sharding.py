@@ -1,0 +1,93 @@
+"""Which logical axis lies on which mesh axes: one table; and the layout of the parameters in it."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("dp", "fsdp"),
+    "sequence": ("sp",),
+    "embed": ("fsdp", "sp"),  # of parameters
+    "heads": ("tp",),
+    "mlp": ("tp",),
+}
+
+# The last two axes of every parameter, by the name of its module (or its own, for the two embeddings).
+_PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    "in_proj": (None, "embed"),
+    "is_kept_embed": (None, None),
+    "is_masked_embed": (None, None),
+    "wq": ("embed", "heads"),
+    "wk": ("embed", "heads"),
+    "wv": ("embed", "heads"),
+    "wo": ("heads", "embed"),
+    "w1": ("embed", "mlp"),
+    "w3": ("embed", "mlp"),
+    "w2": ("mlp", "embed"),
+    "attention_norm": (None,),
+    "ffn_norm": (None,),
+    "ln_f": (None,),
+    "pre_quant": ("embed", None),
+    "post_quant": (None, "embed"),
+    "out_proj": ("embed", None),
+}
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of a logical axis; () for None.
+
+    Raises:
+      ValueError: the axis is not in the table.
+    """
+    if axis is None:
+        return ()
+    if axis not in _RULES:
+        raise ValueError(f"No sharding rule for {axis!r}; known axes are {sorted(_RULES)}.")
+    return _RULES[axis]
+
+
+def spec(*axes: str | None) -> P:
+    """The partition spec of an array with these logical axes."""
+    return P(*(mesh_axes(axis) or None for axis in axes))
+
+
+def fitting_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> P:
+    """`spec`, with every axis left whole whose size the mesh axes do not divide."""
+    parts = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = mesh_axes(axis)
+        fits = names and size % math.prod(mesh.shape[name] for name in names) == 0
+        parts.append(names if fits else None)
+    return P(*parts)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """`x`, laid out on the mesh as its logical axes say. Without a mesh, or on one device, x itself."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting_spec(mesh, x.shape, *axes)))
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """A tree like `params` (arrays or shapes; an optimizer's moments too) of shardings, from the name of each parameter."""
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        known = [name for name in names if name in _PARAMETERS]
+        if not known:
+            if leaf.ndim == 0:  # a counter of the optimizer
+                return NamedSharding(mesh, P())
+            raise ValueError(f"No sharding rule for the parameter {'/'.join(names)}; known names are {sorted(_PARAMETERS)}.")
+        axes = _PARAMETERS[known[-1]]
+        stacked = (None,) * (leaf.ndim - len(axes))  # scanned layers lie on the leading axis
+        return NamedSharding(mesh, fitting_spec(mesh, leaf.shape, *stacked, *axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
