@@ -1,0 +1,260 @@
+"""The shell wrappers: the command lines they make, and the environment they prepare. No network."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from elastic.config import load_config, update_config
+from scripts import prepare_env
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SETTINGS = (
+    "checkpoint_path",
+    "input_path",
+    "output_folder",
+    "bottleneck",
+    "n_codes",
+    "tokens_path",
+)
+
+# Stands for Python: says yes to the probes, and writes down what it is asked to run.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    *version_info*) exit 0 ;;
+    *prepare_env.py*) echo "$0" ;;
+    *) printf '%s\\n' "$@" >"$0.called" ;;
+esac
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a wrapper with a stub for Python; gives the arguments that Python would have got."""
+
+    def run_wrapper(wrapper, *flags, expect=0, **variables):
+        stub = tmp_path / "python-stub"
+        stub.write_text(STUB)
+        stub.chmod(0o755)
+        clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        done = subprocess.run(
+            ["bash", ROOT / "scripts" / wrapper, *flags],
+            env=clean | {"ELASTIC_PYTHON": str(stub)} | variables,
+            cwd=tmp_path,  # a wrapper works from any folder
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == expect, done.stderr
+        called = stub.with_name("python-stub.called")
+        return called.read_text().splitlines() if called.exists() else done.stderr
+
+    return run_wrapper
+
+
+def flags_of(arguments):
+    """{'--name': value} of a command line; what is given twice counts as given last."""
+    return dict(argument.split("=", 1) for argument in arguments if argument.startswith("--"))
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vae"])
+def test_without_a_checkpoint_the_small_model_runs(run, kind):
+    arguments = run(f"run_inference_{kind}.sh")
+    assert arguments[:2] == ["-u", "scripts/inference.py"]
+    flags = flags_of(arguments)
+    assert flags["--load_checkpoint"] == f"example/{kind}"
+    assert flags["--input_path"] == "example/video.mp4"
+    assert flags["--output_folder"] == f"example/outputs_{kind}"
+    assert "--update_elastic_config" not in flags
+
+
+def test_with_a_checkpoint_the_documented_command_runs(run):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
+    assert command is not None
+    documented = flags_of(shlex.split(command[0].replace("\\\n", " ")))
+    documented["--load_checkpoint"] = "params::models/params"
+    assert flags_of(run("run_inference_fsq.sh", checkpoint_path="models/params")) == documented
+
+
+@pytest.mark.parametrize(
+    ("written", "passed"),
+    [
+        ("some folder/params", "params::some folder/params"),
+        ("params::params", "params::params"),
+        ("trainstate_params::out/streaming_train_state",) * 2,
+        ("hf::owner/model",) * 2,
+    ],
+)
+@pytest.mark.parametrize("kind", ["fsq", "vae"])
+def test_a_checkpoint_is_named_with_or_without_its_kind(run, kind, written, passed):
+    flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=written))
+    assert flags["--load_checkpoint"] == passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "fewest", "patch_size", "theta", "code_dim"),
+    [("fsq", 4096, 256, (1, 8, 8), 5e7, 6), ("vae", 2048, 128, (2, 8, 8), 5e6, 8)],
+)
+def test_with_a_checkpoint_the_settings_are_the_released_ones(
+    run, kind, tokens, fewest, patch_size, theta, code_dim
+):
+    flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path="params"))
+    config = update_config(
+        load_config(flags["--load_elastic_config"]), flags["--update_elastic_config"]
+    )
+    assert (config.bottleneck_type, config.code_dim) == (kind, code_dim)
+    assert (config.max_toks, config.min_toks) == (tokens, fewest)
+    assert (config.patch_size, config.frames_per_block, config.resolution) == (patch_size, 4, 256)
+    assert config.theta == theta
+    assert config.max_sequence_length == 4 * tokens
+
+
+def test_further_flags_come_last_and_whole(run):
+    arguments = run("run_inference_fsq.sh", "--threshold=0.006", "--input_path=a clip.mp4")
+    assert arguments[-2:] == ["--threshold=0.006", "--input_path=a clip.mp4"]
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vae"])
+def test_the_fixed_length_has_a_folder_of_its_own(run, kind):
+    fixed = flags_of(run("run_inference_fixed.sh", bottleneck=kind, n_codes="96"))
+    elastic = flags_of(run(f"run_inference_{kind}.sh"))
+    assert (fixed["--search_alg"], fixed["--n_codes"]) == ("fixed", "96")
+    assert fixed["--load_checkpoint"] == elastic["--load_checkpoint"]
+    assert fixed["--output_folder"] != elastic["--output_folder"]
+
+
+def test_an_unknown_bottleneck_is_refused(run):
+    message = run("run_inference_fixed.sh", bottleneck="gan", expect=1)
+    assert "bottleneck='gan' must be fsq or vae" in message
+
+
+def test_decoding_needs_only_the_tokens_and_the_model(run):
+    arguments = run("run_decode.sh", tokens_path="t.npz", output_path="v.mp4")
+    assert arguments[1:] == [
+        "scripts/decode.py",
+        "--input_path=t.npz",
+        "--output_path=v.mp4",
+        "--load_checkpoint=example/fsq",
+    ]
+
+
+def test_training_without_data_is_refused_at_once(run):
+    assert "dataset_path" in run("run_train.sh", expect=1)
+
+
+def test_the_smoke_run_trains_on_the_example(run):
+    arguments = run("run_train.sh", SMOKE="1")
+    assert arguments[1] == "scripts/train.py"
+    assert flags_of(arguments)["--train_dataset.vision_dataset.path"] == "example"
+
+
+# --- The environment -------------------------------------------------------------------------
+
+
+def write_wheel(folder):
+    """A distribution with nothing in it, which no Python has and which installs without network."""
+    folder.mkdir()
+    info = "elastic_probe-1.0.dist-info"
+    with zipfile.ZipFile(folder / "elastic_probe-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: elastic-probe\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A project like this one, that needs one small distribution and has a useless .venv."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "prepare_env.py", root / "scripts")
+    shutil.copy(ROOT / "scripts" / "setup_env.sh", root / "scripts")
+    write_wheel(root / "wheels")
+    (root / "pyproject.toml").write_text('[project]\ndependencies = ["elastic-probe>=1"]\n')
+    (root / "requirements.txt").write_text(f"--no-index\n-f {root}/wheels\nelastic-probe==1.0\n")
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").touch()
+    return root
+
+
+def start(project):
+    return subprocess.Popen(
+        ["bash", "-c", 'set -eu; source scripts/setup_env.sh run; echo "$PYTHON"'],
+        cwd=project,
+        env=os.environ | {"ELASTIC_PYTHON": sys.executable, "PIP_USER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out.strip(), err
+
+
+@pytest.fixture(scope="module")
+def first_two(project):
+    """What two runs gave that were started at the same moment."""
+    return [finish(process) for process in [start(project), start(project)]]
+
+
+def test_two_runs_at_once_make_one_environment(project, first_two):
+    assert [out for out, _ in first_two] == [str(project / ".venv/bin/python")] * 2
+    assert sum("making .venv" in err for _, err in first_two) == 1
+
+
+def test_a_useless_environment_of_somebody_else_is_kept_aside(project, first_two):
+    assert (project / ".venv.old1" / "bin" / "python").exists()
+
+
+def test_a_ready_environment_is_taken_without_a_word(project, first_two):
+    assert finish(start(project)) == (str(project / ".venv/bin/python"), "")
+
+
+def test_an_unfinished_environment_is_made_anew(project, first_two):
+    (project / ".venv" / ".elastic-unfinished").touch()
+    half = project / ".venv" / "half-installed"
+    half.touch()
+    assert "making .venv" in finish(start(project))[1]
+    assert not half.exists()
+    assert finish(start(project))[1] == ""
+
+
+def test_a_python_that_has_everything_is_used_as_it_is(project, monkeypatch, capsys):
+    (project / "enough").mkdir()
+    (project / "enough" / "pyproject.toml").write_text('[project]\ndependencies = ["pytest>=7"]\n')
+    monkeypatch.setattr(prepare_env, "ROOT", project / "enough")
+    assert prepare_env.main(["run"]) == 0
+    assert capsys.readouterr().out.strip() == sys.executable
+
+
+def test_no_usable_python_is_a_clear_error(tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "run_inference_fsq.sh"],
+        env=os.environ | {"ELASTIC_PYTHON": str(tmp_path / "python9")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "python9 (not found)" in done.stderr
+    assert "ELASTIC_PYTHON=" in done.stderr
+
+
+def test_the_pins_lie_in_the_stated_ranges(monkeypatch):
+    pins = {}
+    for file in prepare_env.REQUIREMENTS.values():
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        pins |= dict(line.split("==") for line in lines if "==" in line)
+    monkeypatch.setattr(prepare_env.importlib.metadata, "version", pins.__getitem__)
+    assert prepare_env.lacking("test") == []
