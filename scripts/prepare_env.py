@@ -153,7 +153,9 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
         if unable:
             say(f"{here}, and cannot make an environment: it has no module {unable[0]!r}.")
             return _CANNOT_MAKE
-        say(f"{here}; making .venv from {REQUIREMENTS[purpose]} (about 1 GB, once, some minutes).")
+        say(
+            f"{here}; making .venv from {REQUIREMENTS[purpose]} (about 1.3 GB, once, a few minutes)."
+        )
         if state == "broken":
             _clear_venv()
         VENV.mkdir()
@@ -164,7 +166,7 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
         if not _run([base, "-m", "venv", VENV], lock):
             say(f"{base} -m venv failed; its message is above.")
             return _CANNOT_MAKE
-    install = ["-m", "pip", "install", "--quiet", "--progress-bar=off"]
+    install = ["-m", "pip", "install", "-qq", "--progress-bar=off"]
     if not _run([VENV_PYTHON, *install, "-r", ROOT / REQUIREMENTS[purpose]], lock):
         say(
             f"pip could not install {REQUIREMENTS[purpose]} into .venv; its message is above."
