@@ -60,7 +60,7 @@ class ElasticTokConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    theta: float = 5e7  # RoPE base
+    theta: float = 5e7  # base of the rotary angles
     max_sequence_length: int = 16384  # tokens of one training sequence
     # Blocks and tokens.
     frames_per_block: int = 4
@@ -307,8 +307,8 @@ _SHAPE_OPTIONS = frozenset(
 )
 
 _SMALL = dict(
-    hidden_size=256, intermediate_size=512, num_encoder_layers=4, num_decoder_layers=4, num_attention_heads=4,
-    theta=1e5, max_toks=1024, min_toks=64, max_sequence_length=4096, frames_per_block=4, patch_size=(1, 8, 8),
+    hidden_size=256, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=2,
+    theta=1e4, frames_per_block=4, lpips_loss_ratio=0.0,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     # The released models: 210 M parameters, 256 x 256 pixels. Defaults are those of ElasticTok-FSQ.
@@ -318,8 +318,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         hidden_size=256, intermediate_size=256, num_encoder_layers=2, num_decoder_layers=2, num_attention_heads=2, rms_norm_eps=1e-6,
     ),
     # The models shipped in example/: 128 x 128 pixels.
-    "small-fsq": {**_SMALL, "bottleneck_type": "fsq"},
-    "small-vae": {**_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 2048},
+    "small-fsq": {
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 32, "max_sequence_length": 4096,
+    },
+    "small-vae": {
+        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 16, "max_sequence_length": 2048,
+    },
 }  # fmt: skip
 
 

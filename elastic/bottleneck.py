@@ -1,0 +1,117 @@
+"""FSQ and VAE behind one interface: latents -> codes, what is transmitted, and statistics."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from elastic.config import ElasticTokConfig
+
+_EPS = 1e-3  # keeps the outermost FSQ level reachable
+_KL_WEIGHT = 1e-8
+
+
+class Bottlenecked(NamedTuple):
+    """What comes out of a bottleneck; codes are not yet zeroed where they are dropped."""
+
+    codes: Float[Array, "*b d"]
+    aux_loss: Float[Array, ""]  # to be added to the training loss; 0 for FSQ
+
+
+class FSQ:
+    """Finite scalar quantization (Mentzer et al. 2023): each channel is rounded to one of a few levels.
+
+    A code is a vector of levels scaled to [-1, 1]; its index is the number that the levels spell in a mixed base.
+    """
+
+    def __init__(self, levels: tuple[int, ...]):
+        self.levels = levels
+        self.num_latents = self.code_dim = len(levels)
+        self.codebook_size = math.prod(levels)
+        self.basis = tuple(math.prod(levels[:i]) for i in range(len(levels)))
+
+    def _row(self, values: tuple[float, ...], like: Array) -> Array:
+        return jnp.asarray(values, jnp.float32).reshape((1,) * (like.ndim - 1) + (-1,))
+
+    def _half_width(self, like: Array) -> Array:
+        return self._row(tuple(level // 2 for level in self.levels), like)
+
+    def bound(self, latents: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Squashes each channel into the range of its levels, level boundaries at half-integers (the paper's appendix A.1)."""
+        levels = self._row(self.levels, latents)
+        half = (levels - 1) * (1 - _EPS) / 2
+        offset = jnp.where(levels % 2 == 1, 0.0, 0.5)
+        return jnp.tanh(latents + jnp.tan(offset / half)) * half - offset
+
+    def quantize(self, latents: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Codes in [-1, 1], with the gradient of `bound` (straight through the rounding)."""
+        bounded = self.bound(latents.astype(jnp.float32))
+        rounded = bounded + lax.stop_gradient(jnp.round(bounded) - bounded)
+        return rounded / self._half_width(rounded)
+
+    def codes_to_indices(self, codes: Float[Array, "*b d"]) -> Int[Array, "*b"]:
+        """The integer that names each code. Rounded level by level: truncating floats loses codes for some level counts."""
+        digits = jnp.round(codes * self._half_width(codes)).astype(jnp.int32) + jnp.asarray(
+            [level // 2 for level in self.levels], jnp.int32
+        ).reshape((1,) * (codes.ndim - 1) + (-1,))
+        basis = jnp.asarray(self.basis, jnp.int32).reshape((1,) * (codes.ndim - 1) + (-1,))
+        return jnp.sum(digits * basis, axis=-1)
+
+    def indices_to_codes(self, indices: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """The inverse of `codes_to_indices`."""
+        shape = (1,) * indices.ndim + (-1,)
+        basis, levels = (jnp.asarray(x, jnp.int32).reshape(shape) for x in (self.basis, self.levels))
+        digits = (indices[..., None].astype(jnp.int32) // basis) % levels
+        half_width = jnp.asarray([level // 2 for level in self.levels], jnp.float32).reshape(shape)
+        return (digits.astype(jnp.float32) - half_width) / half_width
+
+    def __call__(
+        self, latents: Float[Array, "b l d"], kept: Bool[Array, "b l"], *, key: Shaped[Array, "*k"] | None = None, tokens_per_block: int = 0
+    ) -> Bottlenecked:
+        """The codes of the latents; FSQ needs no noise and has no loss of its own."""
+        del kept, key, tokens_per_block
+        return Bottlenecked(self.quantize(latents), jnp.zeros((), jnp.float32))
+
+    def statistics(self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]) -> dict[str, Float[Array, ""]]:
+        """Perplexity and share of the codebook in use among kept tokens, by counting (never one-hot)."""
+        counts = jnp.zeros(self.codebook_size, jnp.float32).at[self.codes_to_indices(codes)].add(kept.astype(jnp.float32))
+        share = counts / jnp.maximum(jnp.sum(counts), 1.0)
+        entropy = -jnp.sum(share * jnp.log(share + 1e-10))
+        return {"perplexity": jnp.exp(entropy), "codebook_usage": jnp.mean((counts > 0).astype(jnp.float32))}
+
+
+class VAE:
+    """A diagonal Gaussian; its mean is transmitted, a sample is decoded in training."""
+
+    def __init__(self, code_dim: int):
+        self.code_dim = code_dim
+        self.num_latents = 2 * code_dim
+
+    def __call__(
+        self, latents: Float[Array, "b l d"], kept: Bool[Array, "b l"], *, key: Shaped[Array, "*k"] | None = None, tokens_per_block: int
+    ) -> Bottlenecked:
+        """With a key a sample, else the mean.
+
+        The KL divergence to N(0, 1) is summed over channels and over a block's kept tokens, then averaged over blocks
+        (the released code does so with blocks of 2048 tokens whatever the model's are).
+        """
+        mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
+        logvar = jnp.clip(logvar, -30.0, 20.0)
+        kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=-1)
+        per_block = jnp.sum(jnp.where(kept, kl, 0.0).reshape(kl.shape[0], -1, tokens_per_block), axis=-1)
+        if key is not None:
+            mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        return Bottlenecked(mean, _KL_WEIGHT * jnp.mean(per_block))
+
+    def statistics(self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]) -> dict[str, Float[Array, ""]]:
+        """The mean square of the kept codes."""
+        square = jnp.where(kept[..., None], jnp.square(codes), 0.0)
+        return {"code_power": jnp.sum(square) / jnp.maximum(jnp.sum(kept) * codes.shape[-1], 1)}
+
+
+def make_bottleneck(config: ElasticTokConfig) -> FSQ | VAE:
+    """The bottleneck that the config names."""
+    return FSQ(config.fsq_quant_levels) if config.bottleneck_type == "fsq" else VAE(config.vae_bottleneck_dim)

@@ -1,0 +1,201 @@
+"""Block-causal attention in XLA: tiles with an online softmax (Milakov and Gimelshein 2018; FlashAttention-2), and its own gradient.
+
+Works row by row, a row being one head of one batch element, because XLA:CPU runs plain 2-D products fast and batched
+ones slowly. Tiles that the mask rules out are never visited, and tiles that it does not touch are not masked.
+Shapes below: N rows of queries, M rows of keys, Q and K positions, D channels; t marks a tile.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from elastic.ops.dense import dot
+
+_NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
+
+
+class Options(NamedTuple):
+    """What is known when the program is compiled."""
+
+    block_size: int
+    q_tile: int
+    kv_tile: int
+    rows_per_batch: int  # heads: row n belongs to batch element n // rows_per_batch
+
+
+class Scope(NamedTuple):
+    """What a query may see, known when the program runs."""
+
+    q_start: Int[Array, ""]
+    kv_length: Int[Array, ""]
+    first_row: Int[Array, ""]  # row n of the queries attends to row first_row + n of the keys
+    q_segments: Int[Array, "b Q"] | None
+    kv_segments: Int[Array, "b K"] | None
+    valid: Bool[Array, "b K"] | None
+
+    @property
+    def always_masked(self) -> bool:
+        """Whether every tile needs a mask."""
+        return self.q_segments is not None or self.valid is not None
+
+
+def attend_rows(
+    q_NQD: Float[Array, "N Q D"], k_MKD: Float[Array, "M K D"], v_MKD: Float[Array, "M K D"], scope: Scope, options: Options
+) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
+    """Output and natural logsumexp of each query, in float32. Differentiable in q, k, v (with `first_row` 0, N == M).
+
+    A query that sees no key gives 0 and -inf. Keys are read tile by tile where they lie and never copied as a whole, so that
+    a cache can be passed as it is. The logsumexp carries no gradient.
+    """
+    length = q_NQD.shape[1]
+    options = options._replace(q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1]))
+    padding = -length % options.q_tile
+    if padding:
+        q_NQD = jnp.pad(q_NQD, ((0, 0), (0, padding), (0, 0)))
+        if scope.q_segments is not None:
+            scope = scope._replace(q_segments=jnp.pad(scope.q_segments, ((0, 0), (0, padding)), constant_values=-1))
+    out, lse = _attend(q_NQD, k_MKD, v_MKD, scope, options)
+    return out[:, :length], lse[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options) -> tuple[Array, Array]:
+    num_rows, length, dim = q_NQD.shape
+    q_tile = options.q_tile
+    q_NQD = (q_NQD * dim**-0.5).astype(q_NQD.dtype)
+
+    def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
+        row = scope.first_row + n
+
+        def visit(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+            top_t, total_t, out_tD = carry
+            start = _tile_start(j, k_MKD, options)
+            k_sD, v_sD = _tile(k_MKD, row, start, options.kv_tile), _tile(v_MKD, row, start, options.kv_tile)
+            logits_ts = dot(q_tD, k_sD, (1, 1))
+            if masked:
+                seen_ts = _seen(n, i, j, start, scope, options)
+                logits_ts = jnp.where(seen_ts, logits_ts, _NEVER)
+            new_top_t = jnp.maximum(top_t, jnp.max(logits_ts, axis=-1))
+            weights_ts = jnp.exp(logits_ts - new_top_t[:, None])
+            if masked:
+                weights_ts = jnp.where(seen_ts, weights_ts, 0.0)
+            rescale_t = jnp.exp(top_t - new_top_t)
+            total_t = total_t * rescale_t + jnp.sum(weights_ts, axis=-1)
+            out_tD = out_tD * rescale_t[:, None] + dot(weights_ts.astype(v_sD.dtype), v_sD)
+            return new_top_t, total_t, out_tD
+
+        carry = (jnp.full(q_tile, _NEVER), jnp.zeros(q_tile), jnp.zeros((q_tile, dim)))
+        num_plain, num_tiles = _tiles_seen(i, k_MKD.shape[1], scope, options)
+        carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
+        top_t, total_t, out_tD = lax.fori_loop(num_plain, num_tiles, functools.partial(visit, masked=True), carry)
+        safe_t = jnp.where(total_t > 0, total_t, 1.0)
+        return out_tD / safe_t[:, None], jnp.where(total_t > 0, top_t + jnp.log(safe_t), -jnp.inf)
+
+    num_q_tiles = length // q_tile
+    tiles = q_NQD.reshape(num_rows * num_q_tiles, q_tile, dim)
+    index = jnp.arange(num_rows * num_q_tiles)
+    out, lse = lax.map(lambda item: one_tile(item[0] // num_q_tiles, item[0] % num_q_tiles, item[1]), (index, tiles))
+    return out.reshape(num_rows, length, dim), lse.reshape(num_rows, length)
+
+
+def _attend_fwd(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options):
+    out, lse = _attend(q_NQD, k_MKD, v_MKD, scope, options)
+    return (out, lse), (q_NQD, k_MKD, v_MKD, scope, out, lse)
+
+
+def _attend_bwd(options: Options, saved, gradients):
+    """One visit per tile: logits are made again, transposed, so that four of the five products have fast layouts."""
+    q_NQD, k_NKD, v_NKD, scope, out_NQD, lse_NQ = saved
+    dout_NQD = gradients[0]
+    dtype, dim = q_NQD.dtype, q_NQD.shape[-1]
+    scale = dim**-0.5
+    delta_NQ = jnp.sum(out_NQD * dout_NQD, axis=-1)
+    num_q_tiles, kv_length = q_NQD.shape[1] // options.q_tile, k_NKD.shape[1]
+
+    def one_row(item):
+        n, q_QD, k_KD, v_KD, dout_QD, lse_Q, delta_Q = item
+        q_QD = (q_QD * scale).astype(dtype)
+        dout_QD = dout_QD.astype(dtype)
+
+        def q_step(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            at = i * options.q_tile
+            q_tD, dout_tD = (lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (q_QD, dout_QD))
+            lse_t, delta_t = (lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (lse_Q, delta_Q))
+
+            def visit(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+                dq_tD, dk_KD, dv_KD = carry
+                start = _tile_start(j, k_NKD, options)
+                k_sD, v_sD = (lax.dynamic_slice_in_dim(x, start, options.kv_tile) for x in (k_KD, v_KD))
+                logits_st = dot(k_sD, q_tD, (1, 1))
+                weights_st = jnp.exp(logits_st - lse_t[None, :])
+                if masked:
+                    weights_st = jnp.where(_seen(n, i, j, start, scope, options).T, weights_st, 0.0)
+                dweights_st = dot(v_sD, dout_tD, (1, 1))
+                dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
+                dq_tD = dq_tD + dot(dlogits_st, k_sD, (0, 0))
+                dk_KD = _add_tile(dk_KD, start, dot(dlogits_st, q_tD))
+                dv_KD = _add_tile(dv_KD, start, dot(weights_st.astype(dtype), dout_tD))
+                return dq_tD, dk_KD, dv_KD
+
+            dq_QD, dk_KD, dv_KD = grads
+            num_plain, num_tiles = _tiles_seen(i, kv_length, scope, options)
+            carry = (jnp.zeros((options.q_tile, dim)), dk_KD, dv_KD)
+            carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
+            dq_tD, dk_KD, dv_KD = lax.fori_loop(num_plain, num_tiles, functools.partial(visit, masked=True), carry)
+            return lax.dynamic_update_slice_in_dim(dq_QD, dq_tD * scale, at, 0), dk_KD, dv_KD
+
+        zeros = (jnp.zeros(q_QD.shape), jnp.zeros(k_KD.shape), jnp.zeros(v_KD.shape))
+        return lax.fori_loop(0, num_q_tiles, q_step, zeros)
+
+    rows = (jnp.arange(len(q_NQD)), q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ)
+    dq, dk, dv = lax.map(one_row, rows)
+    return dq.astype(dtype), dk.astype(k_NKD.dtype), dv.astype(v_NKD.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _tiles_seen(i: Array, num_keys: int, scope: Scope, options: Options) -> tuple[Array, Array]:
+    """For tile i of the queries: how many tiles of keys all its queries see whole, and how many any of them sees at all."""
+    first = scope.q_start + i * options.q_tile
+    last = first + options.q_tile - 1
+    limit = jnp.minimum(scope.kv_length, num_keys)
+    seen_by_first = jnp.minimum((first // options.block_size + 1) * options.block_size, limit)
+    seen_by_last = jnp.minimum((last // options.block_size + 1) * options.block_size, limit)
+    num_tiles = (seen_by_last + options.kv_tile - 1) // options.kv_tile
+    return (jnp.zeros_like(num_tiles) if scope.always_masked else seen_by_first // options.kv_tile), num_tiles
+
+
+def _tile_start(j: Array, keys: Array, options: Options) -> Array:
+    """Where tile j of the keys begins. The last one moves back to end with the keys, and `_seen` hides what it reads twice."""
+    return jnp.minimum(j * options.kv_tile, keys.shape[1] - options.kv_tile)
+
+
+def _seen(n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Options) -> Bool[Array, "t s"]:
+    """The mask of one tile of logits."""
+    q_position = i * options.q_tile + jnp.arange(options.q_tile)
+    kv_position = start + jnp.arange(options.kv_tile)
+    bound = ((scope.q_start + q_position) // options.block_size + 1) * options.block_size
+    bound = jnp.minimum(bound, scope.kv_length)
+    seen = (kv_position[None, :] < bound[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
+    batch = n // options.rows_per_batch
+    if scope.q_segments is not None and scope.kv_segments is not None:
+        q_segment = lax.dynamic_slice(scope.q_segments, (batch, i * options.q_tile), (1, options.q_tile))[0]
+        kv_segment = lax.dynamic_slice(scope.kv_segments, (batch, start), (1, options.kv_tile))[0]
+        seen &= q_segment[:, None] == kv_segment[None, :]
+    if scope.valid is not None:
+        seen &= lax.dynamic_slice(scope.valid, (batch, start), (1, options.kv_tile))
+    return seen
+
+
+def _tile(keys: Array, row: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice(keys, (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1]))[0]
+
+
+def _add_tile(x: Array, start: Array, tile: Array) -> Array:
+    old = lax.dynamic_slice_in_dim(x, start, tile.shape[0])
+    return lax.dynamic_update_slice_in_dim(x, old + tile, start, 0)

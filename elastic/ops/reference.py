@@ -1,0 +1,43 @@
+"""Block-causal attention in plain jax.numpy: the truth that every fast implementation is held to.
+
+Makes an array of queries x keys; for tests, and for those who ask for it by name (`scan_attention=False`).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from elastic import masks
+
+
+def attend(
+    q: Float[Array, "b q h d"],
+    k: Float[Array, "b k h d"],
+    v: Float[Array, "b k h d"],
+    *,
+    block_size: int,
+    q_start: Int[Array, ""],
+    kv_length: Int[Array, ""],
+    q_segments: Int[Array, "b q"] | None = None,
+    kv_segments: Int[Array, "b k"] | None = None,
+    valid: Bool[Array, "b k"] | None = None,
+) -> tuple[Float[Array, "b q h d"], Float[Array, "b h q"]]:
+    """Output in float32, and the natural logsumexp of each query's logits.
+
+    A query that sees no key gives 0 and -inf (the released code averages over keys it must not see).
+    """
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    j = jnp.arange(k.shape[1])
+    seen = masks.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size) & (j < kv_length)[None, :]
+    seen = seen[None, None]
+    if q_segments is not None and kv_segments is not None:
+        seen &= (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
+    if valid is not None:
+        seen &= valid[:, None, None, :]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)  # finite where nothing is seen
+    weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    log_total = jnp.log(jnp.where(total > 0, total, 1.0))
+    return out, jnp.where(total > 0, top + log_total, -jnp.inf)[..., 0]
