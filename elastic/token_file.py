@@ -1,0 +1,145 @@
+"""Named arrays <-> the bytes of a token file; what the arrays mean is `elastic.tokens`' matter.
+
+The file is an uncompressed .npz that NumPy alone can read. The archive's comment ends in the
+SHA-256 of every byte before it: no damage goes unnoticed. Equal arrays give equal bytes.
+
+A reader trusts nothing: the digest is checked first, then that no member is packed or occurs twice,
+and that each array's stated shape accounts for exactly the bytes that are there, as plain numbers.
+"""
+
+import hashlib
+import io
+import math
+import os
+import pathlib
+import secrets
+import stat
+import struct
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+FORMAT = "elastictok-tokens"
+_SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
+_DIGEST_CHARS = 64
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+
+
+class TokenFileError(ValueError):
+    """A file that is not a sound token file; says which file, what is wrong and what to do."""
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """An uncompressed npz whose last bytes are the digest of all bytes before them."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+            # A fixed time: the same tokens give the same file.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), member.getvalue())
+        archive.comment = _SEAL + b"0" * _DIGEST_CHARS
+    body = buffer.getvalue()[:-_DIGEST_CHARS]
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def unpack(data: bytes, *, name: str) -> dict[str, np.ndarray]:
+    """The arrays, read-only; `name` is how errors call the file.
+
+    Raises:
+      TokenFileError: the bytes are damaged, foreign, or hold anything but plain arrays of numbers.
+    """
+    _check_seal(data[-len(_SEAL) - _DIGEST_CHARS :], name)
+    body, digest = memoryview(data)[:-_DIGEST_CHARS], data[-_DIGEST_CHARS:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise TokenFileError(
+            f"{name} is damaged: its checksum does not match. Copy it again, "
+            "or tokenize the clip again."
+        )
+    # From here on the bytes are as they were written, but whoever wrote them is not known.
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            arrays: dict[str, np.ndarray] = {}
+            for member in members:
+                key = member.filename.removesuffix(".npy")
+                if key in arrays:
+                    raise ValueError(f"{key} occurs twice.")
+                # Stored as it is, a member cannot be larger than the file.
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
+                    raise ValueError(f"{key} is compressed.")
+                arrays[key] = _array(archive.read(member))
+            return arrays
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        EOFError,
+        NotImplementedError,  # an unknown zip version
+        RuntimeError,  # an encrypted member
+        OSError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise TokenFileError(
+            f"{name} is not a sound token file: {error} Tokenize the clip again."
+        ) from error
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """The bytes of a file that ends like a token file.
+
+    Raises:
+      TokenFileError: it does not.
+      OSError: the file cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise TokenFileError(f"{path} is not a regular file. Give a token file.")
+    with open(path, "rb") as file:
+        # The end is looked at first, so that a huge foreign file is refused at once.
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - len(_SEAL) - _DIGEST_CHARS))
+        _check_seal(file.read(), str(path))
+        file.seek(0)
+        return file.read()
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file so that `path` holds all of `data`, or what it held before.
+
+    Raises:
+      OSError: the folder is missing, full or not writable; nothing is left behind.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # gone already when it was renamed
+
+
+def _check_seal(end: bytes, name: str) -> None:
+    if not end[:-_DIGEST_CHARS].endswith(_SEAL):
+        raise TokenFileError(
+            f"{name} is not a token file, or its end is missing. Copy it again, "
+            "or tokenize the clip again."
+        )
+
+
+def _array(data: bytes) -> np.ndarray:
+    """One .npy member; its header must account for every byte, and for plain numbers only."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"array format {version} must be (1, 0).")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biuf" or fortran_order:
+        raise ValueError(f"type {dtype} does not occur in a token file.")
+    size = len(data) - file.tell()
+    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"shape {shape} of {dtype} does not fit {size} bytes.")
+    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
