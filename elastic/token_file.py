@@ -12,6 +12,7 @@ import io
 import math
 import os
 import pathlib
+import re
 import secrets
 import stat
 import struct
@@ -24,6 +25,14 @@ FORMAT = "elastictok-tokens"
 _SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
 _DIGEST_CHARS = 64
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+
+# What NumPy writes before the numbers of an array in C order, with one or two axes.
+_ARRAY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<size>..)"
+    rb"\{'descr': '(?P<dtype>\|b1|\|u1|<[iuf][248])', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>[0-9]{1,12},(?: [0-9]{1,12})?)\), \} *\n",
+    re.DOTALL,
+)
 
 
 class TokenFileError(ValueError):
@@ -82,7 +91,7 @@ def unpack(data: bytes, *, name: str) -> dict[str, np.ndarray]:
         struct.error,
     ) as error:
         raise TokenFileError(
-            f"{name} is not a sound token file: {error} Tokenize the clip again."
+            f"{name} is not a sound token file: {str(error).rstrip('.')}. Tokenize the clip again."
         ) from error
 
 
@@ -131,15 +140,16 @@ def _check_seal(end: bytes, name: str) -> None:
 
 
 def _array(data: bytes) -> np.ndarray:
-    """One .npy member; its header must account for every byte, and for plain numbers only."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):
-        raise ValueError(f"array format {version} must be (1, 0).")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.kind not in "biuf" or fortran_order:
-        raise ValueError(f"type {dtype} does not occur in a token file.")
-    size = len(data) - file.tell()
-    if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != size:
+    """One .npy member; its header must account for every byte, and for plain numbers only.
+
+    NumPy's own reader evaluates the header as Python literals and allocates what it asks for.
+    """
+    header = _ARRAY_HEADER.match(data)
+    if header is None or int.from_bytes(header["size"], "little") != header.end() - 10:
+        raise ValueError("an array is not one of plain numbers.")
+    dtype = np.dtype(header["dtype"].decode())
+    shape = tuple(int(length) for length in header["shape"].split(b",") if length)
+    size = len(data) - header.end()
+    if math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"shape {shape} of {dtype} does not fit {size} bytes.")
-    return np.frombuffer(data, dtype, offset=file.tell()).reshape(shape)
+    return np.frombuffer(data, dtype, offset=header.end()).reshape(shape)

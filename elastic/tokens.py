@@ -322,7 +322,7 @@ class TokenizedClip:
             raise
         except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
             raise TokenFileError(
-                f"{name} is inconsistent: {error} Tokenize the clip again."
+                f"{name} is inconsistent: {str(error).rstrip('.')}. Tokenize the clip again."
             ) from error
 
     def save(self, path: str | os.PathLike) -> None:
