@@ -18,19 +18,23 @@ TABLE = """
     patches
     masks
     ops.dense
-    ops.reference ops.blockwise
-    ops.attention ops.feedforward
+    ops.reference ops.blockwise ops.feedforward
+    ops.attention
     ops
     layers
     bottleneck
     model
-    streaming safetensor_file
+    tensor_file
+    streaming safetensor_file layer_layout
+    checkpoint_source
     checkpoint
+    media_write
     media
     data
     lpips losses metrics
     search
     codec
+    token_file
     tokens
     tokenizer
     report
