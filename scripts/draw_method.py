@@ -7,6 +7,7 @@ import itertools
 import math
 import pathlib
 import sys
+from typing import Any
 
 import matplotlib
 
@@ -130,9 +131,12 @@ def tokens(ax: Axes, x: float, block: int):
         text(ax, end, bottom + 4.3, "tail dropped", size=11, color=SOFT, ha="right")
 
 
-def text(ax: Axes, x: float, y: float, words: str, *, size: float = 13, color: str = INK, **more):
+def text(
+    ax: Axes, x: float, y: float, words: str, *, size: float = 13, color: str = INK, **more: Any
+):
     """Words around (x, y)."""
-    ax.text(x, y, words, fontsize=size, color=color, **({"ha": "center", "va": "center"} | more))
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "color": color}
+    ax.text(x, y, words, **(style | more))
 
 
 def timeline(ax: Axes):

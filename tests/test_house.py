@@ -28,6 +28,7 @@ TABLE = """
     streaming safetensor_file layer_layout
     checkpoint_source
     checkpoint
+    media_read
     media_write
     media
     data
