@@ -10,10 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # --- Fill in here, or set in the environment -----------------------------------------------------
-# The folder that holds the files; folders inside it count too.
+# The folder that holds the images and videos; folders inside it count too.
 dataset_path="${dataset_path:-}"
-# The endings of the files to take, separated by commas.
-dataset_ext="${dataset_ext:-.mp4}"
 # Where checkpoints and logs go. Starting again with the same folder goes on where it stopped.
 output_dir="${output_dir:-outputs/train}"
 # The model: 200m is the released size; small-fsq and small-vae are the ones in example/.
@@ -21,18 +19,19 @@ preset="${preset:-200m}"
 # What differs from the preset. 200m is ElasticTok-FSQ; for ElasticTok-VAE:
 # "dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000)"
 update_elastic_config="${update_elastic_config:-}"
-# Whole sequences in a step over all devices, and the tokens of one: a multiple of max_toks.
+# Sequences in a step, over all devices, and the tokens of one: whole blocks, so a multiple of
+# max_toks; 0 is the model's max_sequence_length. The model also says how large the frames are.
 batch_size="${batch_size:-8}"
-seq_length="${seq_length:-16384}"
-# Pixels (must fit max_toks and patch_size) and frames per second.
-resolution="${resolution:-256}"
+seq_length="${seq_length:-0}"
+# Frames per second that are taken from a video.
 fps="${fps:-24}"
 # Devices along dp, fsdp, tp, sp; one -1 takes the rest. Long sequences want sp.
 mesh_dim="${mesh_dim:-1,-1,1,1}"
-# How long, and how fast: the rate rises for lr_warmup_steps, then falls from lr to end_lr along a
-# cosine. The released models kept 1e-4.
+# How long, and how fast: the rate rises to lr in lr_warmup_steps, then falls to end_lr along a
+# cosine; the released models kept theirs at 1e-4.
 total_steps="${total_steps:-200000}"
 lr="${lr:-1e-4}"
+end_lr="${end_lr:-$lr}"
 lr_warmup_steps="${lr_warmup_steps:-2000}"
 # fp32 or bf16: what the model computes in. Parameters and moments are fp32 in any case.
 dtype="${dtype:-bf16}"
@@ -43,7 +42,7 @@ SMOKE="${SMOKE:-}"
 log_freq=50 save_model_freq=1000
 if [[ -n "$SMOKE" ]]; then
     dataset_path=example output_dir=outputs/smoke preset=small-fsq dtype=fp32
-    batch_size=1 seq_length=1024 resolution=128 total_steps=4 lr_warmup_steps=1
+    batch_size=1 seq_length=1024 total_steps=4 lr_warmup_steps=1
     log_freq=1 save_model_freq=4
 fi
 if [[ -z "$dataset_path" ]]; then
@@ -63,18 +62,13 @@ exec "$PYTHON" -u scripts/train.py \
     --load_elastic_config="$preset" \
     --update_elastic_config="$update_elastic_config" \
     --autoresume=True \
-    --optimizer.type=adamw \
-    --optimizer.accumulate_gradient_steps=1 \
     --optimizer.adamw_optimizer.lr="$lr" \
-    --optimizer.adamw_optimizer.end_lr="$lr" \
+    --optimizer.adamw_optimizer.end_lr="$end_lr" \
     --optimizer.adamw_optimizer.lr_warmup_steps="$lr_warmup_steps" \
     --optimizer.adamw_optimizer.lr_decay_steps="$total_steps" \
-    --optimizer.adamw_optimizer.weight_decay=1e-4 \
     --train_dataset.vision_dataset.path="$dataset_path" \
-    --train_dataset.vision_dataset.ext="$dataset_ext" \
     --train_dataset.vision_dataset.batch_size="$batch_size" \
     --train_dataset.vision_dataset.seq_length="$seq_length" \
-    --train_dataset.vision_dataset.resolution="$resolution" \
     --train_dataset.vision_dataset.fps="$fps" \
     --logger.output_dir="$output_dir" \
     "$@"
