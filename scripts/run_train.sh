@@ -17,7 +17,8 @@ output_dir="${output_dir:-outputs/train}"
 # The model: 200m is the released size; small-fsq and small-vae are the ones in example/.
 preset="${preset:-200m}"
 # What differs from the preset. 200m is ElasticTok-FSQ; for ElasticTok-VAE:
-# "dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000)"
+# "dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192)"
+# Where memory is short: "dict(remat_block='nothing_saveable',scan_mlp=True)" recomputes instead of keeping.
 update_elastic_config="${update_elastic_config:-}"
 # Sequences in a step, over all devices, and the tokens of one: whole blocks, so a multiple of
 # max_toks; 0 is the model's max_sequence_length. The model also says how large the frames are.
@@ -39,9 +40,10 @@ dtype="${dtype:-bf16}"
 SMOKE="${SMOKE:-}"
 # -------------------------------------------------------------------------------------------------
 
-log_freq=50 save_model_freq=1000
+log_freq=50 save_model_freq=1000 autoresume=True
 if [[ -n "$SMOKE" ]]; then
-    dataset_path=example output_dir=outputs/smoke preset=small-fsq dtype=fp32
+    dataset_path=example output_dir=outputs/smoke autoresume=False
+    preset=small-fsq update_elastic_config='' mesh_dim='!1,1,-1,1' dtype=fp32
     batch_size=1 seq_length=1024 total_steps=4 lr_warmup_steps=1
     log_freq=1 save_model_freq=4
 fi
@@ -61,7 +63,7 @@ exec "$PYTHON" -u scripts/train.py \
     --save_model_freq="$save_model_freq" \
     --load_elastic_config="$preset" \
     --update_elastic_config="$update_elastic_config" \
-    --autoresume=True \
+    --autoresume="$autoresume" \
     --optimizer.adamw_optimizer.lr="$lr" \
     --optimizer.adamw_optimizer.end_lr="$end_lr" \
     --optimizer.adamw_optimizer.lr_warmup_steps="$lr_warmup_steps" \
