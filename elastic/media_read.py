@@ -222,7 +222,7 @@ def _webp_source(path: pathlib.Path, image: Image.Image) -> Source:
             name, size = struct.unpack("<4sI", header)
             content = file.read(min(size, 16))
             if name == b"ANMF" and len(content) == 16:
-                durations.append(int.from_bytes(content[12:15], "little") / 1000)
+                durations.append(max(1, int.from_bytes(content[12:15], "little")) / 1000)
             file.seek(size + size % 2 - len(content), os.SEEK_CUR)
     num_frames = getattr(image, "n_frames", 1)
     if len(durations) != num_frames:
@@ -260,7 +260,7 @@ def _timed_source(path, width, height, times, duration, nominal_rate, frames) ->
 
 def _open_container(path: pathlib.Path):
     # 'file:' keeps a name such as 'concat:x' or 'a:b.mp4' a name.
-    return av.open(f"file:{path}", options=_FFMPEG_OPTIONS)
+    return av.open(f"file:{path}", options=_FFMPEG_OPTIONS, metadata_errors="replace")
 
 
 def _video_source(path: pathlib.Path, head: bytes) -> Source:
@@ -313,9 +313,11 @@ def _video_source(path: pathlib.Path, head: bytes) -> Source:
     duration = float(times[-1]) + (float(last_duration * time_base) or typical)
 
     def frames(positions: np.ndarray) -> Frames:
-        return _decode(path, positions, position_of, len(stamps))
+        return _decode(path, positions, position_of, len(stamps), turns)
 
-    swapped = Image.Transpose.TRANSPOSE in _display(first)
+    # Asked once: a PyAV frame whose side data were touched lives until the next garbage collection.
+    turns = _turns(first)
+    swapped = Image.Transpose.TRANSPOSE in turns
     size = (first.height, first.width) if swapped else (first.width, first.height)
     rate = None if nominal_rate is None else float(nominal_rate)
     return _timed_source(path, *size, times, duration, rate, frames)
@@ -332,7 +334,11 @@ def _video_stream(path: pathlib.Path, container) -> av.VideoStream:
 
 
 def _decode(
-    path: pathlib.Path, positions: np.ndarray, position_of: dict[int | None, int], num_frames: int
+    path: pathlib.Path,
+    positions: np.ndarray,
+    position_of: dict[int | None, int],
+    num_frames: int,
+    turns: list[Image.Transpose],
 ) -> Frames:
     """Yields the frames at `positions` (ascending); decodes in order, no further than needed."""
     decoded, wanted = 0, iter(positions.tolist())
@@ -345,7 +351,7 @@ def _decode(
                 here = position_of.get(frame.pts, -1) if position_of else decoded
                 decoded += 1
                 if here == target:
-                    yield _frame_to_rgb(path, frame)
+                    yield _frame_to_rgb(path, frame, turns)
                     target = next(wanted, None)
                 elif target is not None and here > target:
                     raise MediaError(
@@ -363,30 +369,32 @@ def _decode(
     )
 
 
-def _frame_to_rgb(path: pathlib.Path, frame: av.VideoFrame) -> Image.Image:
+def _frame_to_rgb(
+    path: pathlib.Path, frame: av.VideoFrame, turns: list[Image.Transpose]
+) -> Image.Image:
     """The frame as displayed, converted by its own colour matrix and range."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         image = _to_rgb(path, Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
         image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    for step in _display(frame):
-        image = image.transpose(step)
+    for turn in turns:
+        image = image.transpose(turn)
     return image
 
 
-def _display(frame: av.VideoFrame) -> list[Image.Transpose]:
+def _turns(frame: av.VideoFrame) -> list[Image.Transpose]:
     """What the container's display matrix asks for: quarter turns and mirrorings, in order."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return []
     # Shown x = a x + c y, shown y = b x + d y, y downwards; stored fixed-point: a b u c d v x y w.
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
-    steps = []
+    turns = []
     if abs(b) > abs(a):
-        steps.append(Image.Transpose.TRANSPOSE)
+        turns.append(Image.Transpose.TRANSPOSE)
         a, d = c, b  # what now multiplies the shown x and y
     if a < 0:
-        steps.append(Image.Transpose.FLIP_LEFT_RIGHT)
+        turns.append(Image.Transpose.FLIP_LEFT_RIGHT)
     if d < 0:
-        steps.append(Image.Transpose.FLIP_TOP_BOTTOM)
-    return steps
+        turns.append(Image.Transpose.FLIP_TOP_BOTTOM)
+    return turns
