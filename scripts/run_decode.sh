@@ -4,7 +4,8 @@
 #   bash scripts/run_decode.sh
 #   tokens_path=out/tokens.npz output_path=out/again.mp4 bash scripts/run_decode.sh
 #
-# Further flags go to scripts/decode.py (--help lists them). Paths are relative to the project's
+# Further flags go to scripts/decode.py (--help lists them); a released model needs those of its
+# settings, --load_elastic_config and --update_elastic_config. Paths are relative to the project's
 # folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -26,7 +26,8 @@ TABLE = """
     model
     tensor_file
     streaming safetensor_file layer_layout
-    checkpoint_source checkpoint_fit
+    checkpoint_source
+    checkpoint_fit
     checkpoint
     media_read
     media_write
