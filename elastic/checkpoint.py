@@ -16,28 +16,25 @@ into either. Names and shapes are held against the model's before memory is take
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import flax.serialization
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
+from elastic.checkpoint_fit import STATE_PARAMS, check_fit, check_not_cut, content, param_groups
 from elastic.checkpoint_source import (
     PARAMS,
     TRAIN_STATE,
-    from_hub,
     index_tensors,
-    is_repo,
     resolve,
-    split_prefix,
 )
 from elastic.config import ElasticTokConfig
 from elastic.config import load_config as read_config
-from elastic.layer_layout import STACKED, STACKS, convert_layout, stacked_homes
-from elastic.model import param_shapes
+from elastic.layer_layout import convert_layout, stacked_homes
 from elastic.safetensor_file import write_safetensors
 from elastic.streaming import write_stream
 from elastic.tensor_file import (
@@ -58,12 +55,13 @@ __all__ = [
     "load_config",
     "load_params",
     "load_train_state",
+    "restore_into",
     "save_params",
     "save_pretrained",
     "save_train_state",
 ]
 
-_STATE_PARAMS = ("params", "params")  # where a train state keeps the parameters
+_State = TypeVar("_State")
 _PROGRESS_BYTES = 50e6  # smaller files load before a bar could be read
 _FLOAT_NAMES = {
     "fp16": np.float16,
@@ -105,19 +103,19 @@ def load_params(
     """
     path, wanted = resolve(spec, revision=revision, local_files_only=local_files_only)
     tensors = index_tensors(path)
-    holds = _content(tensors)
+    holds = content(tensors)
     if wanted is not None and wanted != holds:
         way = "params" if holds == PARAMS else "trainstate_params"
         raise CheckpointError(f"{path} holds {holds}, not {wanted}; load it as {way}::{path}.")
-    groups = _param_groups(tensors)
-    prefix = _STATE_PARAMS if holds == TRAIN_STATE else next(iter(groups))
+    groups = param_groups(tensors)
+    prefix = STATE_PARAMS if holds == TRAIN_STATE else next(iter(groups))
     found = groups.pop(prefix, {})
-    _check_fit(found, prefix, config, path)
+    check_fit(found, prefix, config, path)
     if holds == TRAIN_STATE:
-        _check_not_cut(groups, tensors, found, path)
+        check_not_cut(groups, tensors, found, path)
     elif groups:
         raise CheckpointError(
-            f"{path} holds more than one parameter tree: {show(next(iter(groups)))!r} too."
+            f"{path} holds more than one parameter tree: '{show(next(iter(groups)))}' too."
         )
     flat = _read(
         path, found, scan_layers=config.scan_layers, dtype=_float_dtype(dtype), progress=progress
@@ -145,18 +143,18 @@ def load_train_state(
     """
     file, _ = resolve(path, names=("streaming_train_state",), local=True)
     tensors = index_tensors(file)
-    if _content(tensors) != TRAIN_STATE:
+    if content(tensors) != TRAIN_STATE:
         raise CheckpointError(
             f"{file} holds {PARAMS}, not {TRAIN_STATE}; only load_params can use it."
         )
-    groups = _param_groups(tensors)
-    params = groups.get(_STATE_PARAMS, {})
-    _check_fit(params, _STATE_PARAMS, config, file)
-    _check_not_cut(
-        {key: group for key, group in groups.items() if key != _STATE_PARAMS}, tensors, params, file
+    groups = param_groups(tensors)
+    params = groups.get(STATE_PARAMS, {})
+    check_fit(params, STATE_PARAMS, config, file)
+    check_not_cut(
+        {key: group for key, group in groups.items() if key != STATE_PARAMS}, tensors, params, file
     )
     for prefix, group in groups.items():
-        _check_fit(group, prefix, config, file)
+        check_fit(group, prefix, config, file)
     if not any(tensor.path == ("step",) for tensor in tensors):
         raise CheckpointError(f"{file} holds no 'step', so training cannot go on from it.")
     everything = {tensor.path: tensor for tensor in tensors}
@@ -170,6 +168,42 @@ def load_train_state(
     return convert_layout(unflatten(flat), scan_layers=config.scan_layers)
 
 
+def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
+    """`target`, a flax `TrainState` or any tree of states, with the values of a loaded training state.
+
+    Optimizer states without arrays, which files leave out, stay as they are in `target`.
+
+    Raises:
+      CheckpointError: `state` lacks an array of `target`, has another one, or one of another shape.
+    """
+    ours, found = flax.serialization.to_state_dict(target), flatten(state)
+    expected = flatten(ours)
+    problems = [
+        *(f"{show(path)} is missing" for path in expected if path not in found),
+        *(f"{show(path)} is not in this optimizer's" for path in found if path not in expected),
+        *(
+            f"{show(path)}: expected shape {np.shape(leaf)}, found {np.shape(found[path])}"
+            for path, leaf in expected.items()
+            if path in found and np.shape(found[path]) != np.shape(leaf)
+        ),
+    ]
+    if problems:
+        rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"The training state does not fit this model and optimizer: {'; '.join(problems[:3])}{rest}."
+        )
+
+    def fill(branch: Mapping[str, Any], prefix: KeyPath) -> dict[str, Any]:
+        return {
+            key: fill(value, (*prefix, key))
+            if isinstance(value, Mapping)
+            else found.get((*prefix, key), value)
+            for key, value in branch.items()
+        }
+
+    return cast(_State, flax.serialization.from_state_dict(target, fill(ours, ())))
+
+
 def load_config(
     spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
 ) -> ElasticTokConfig | None:
@@ -179,145 +213,9 @@ def load_config(
       ValueError: there is a config.json that is no configuration of ours.
       CheckpointError: there are no such weights.
     """
-    kind, rest = split_prefix(os.fspath(spec))
-    if kind == "hf" or (kind is None and is_repo(rest)):
-        path = from_hub(
-            rest, ("config.json",), revision=revision, local_files_only=local_files_only
-        )
-    else:
-        path = resolve(spec)[0].with_name("config.json")
-    return read_config(str(path)) if path is not None and path.is_file() else None
-
-
-def _content(tensors: Iterable[Tensor]) -> str:
-    starts = {tensor.path[0] for tensor in tensors}
-    return TRAIN_STATE if starts & {"step", "opt_state"} else PARAMS
-
-
-def _param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tensor]]:
-    """The parameter-shaped trees of a file: {prefix up to the last 'params': {path below: tensor}}.
-
-    A train state has three: the parameters and the two moments. Tensors of a train state outside of
-    any (step, counts) are in none; a bare tree has the prefix ().
-    """
-    state = _content(tensors) == TRAIN_STATE
-    groups: dict[KeyPath, dict[KeyPath, Tensor]] = {}
-    for tensor in tensors:
-        depth = max((at + 1 for at, key in enumerate(tensor.path) if key == "params"), default=0)
-        if depth or not state:
-            groups.setdefault(tensor.path[:depth], {})[tensor.path[depth:]] = tensor
-    return groups
-
-
-def _check_fit(
-    found: Mapping[KeyPath, Tensor], prefix: KeyPath, config: ElasticTokConfig, file: Path
-) -> None:
-    """Raises unless names and shapes are the model's, in whichever layout the file has."""
-    stacked = any(STACKED in path for path in found)
-    tree = param_shapes(config.replace(scan_layers=stacked))
-    expected = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-    shapes = {path: tensor.shape for path, tensor in found.items()}
-
-    def name(path: KeyPath) -> str:
-        return show((*prefix, *path))
-
-    wrong = [
-        f"{name(path)}: expected shape {expected[path]}, found {shape}"
-        for path, shape in shapes.items()
-        if path in expected and shape != expected[path]
-    ]
-    missing = [
-        f"{name(path)}, shape {expected[path]}, is missing"
-        for path in expected
-        if path not in shapes
-    ]
-    extra = [
-        f"{name(path)}, shape {shapes[path]}, is not in the model"
-        for path in shapes
-        if path not in expected
-    ]
-    if wrong or missing or extra:
-        shown = [*wrong[:2], *missing[:2], *extra[:2]]
-        rest = len(wrong) + len(missing) + len(extra) - len(shown)
-        shown += [f"and {rest} more"] if rest else []
-        hint = _difference(shapes, expected)
-        if not hint and missing and not wrong and not extra:
-            hint = " Was the file cut short?"
-        raise CheckpointError(f"{file} does not fit the model: {'; '.join(shown)}.{hint}")
-    for path, tensor in found.items():
-        if not is_float(tensor.dtype):
-            raise CheckpointError(
-                f"{file}: {name(path)} is of {tensor.dtype}; parameters are floats."
-            )
-
-
-def _difference(found: Mapping[KeyPath, tuple], expected: Mapping[KeyPath, tuple]) -> str:
-    """How the file's model differs, in the configuration's words; '' where nothing is certain."""
-    ours, theirs = _traits(expected), _traits(found)
-    parts = [
-        f"{key}={theirs[key]}, not {ours[key]}"
-        for key in ours
-        if key in theirs and theirs[key] != ours[key]
-    ]
-    return f" The file's model has {'; '.join(parts)}." if parts else ""
-
-
-def _traits(shapes: Mapping[KeyPath, tuple]) -> dict[str, Any]:
-    traits: dict[str, Any] = {}
-    encoder = shapes.get(("encoder", "pre_quant", "kernel"))
-    decoder = shapes.get(("decoder", "post_quant", "kernel"))
-    if encoder and decoder and len(encoder) == len(decoder) == 2:
-        kind = "vae" if encoder[1] == 2 * decoder[0] else "fsq"
-        traits |= {
-            "hidden_size": decoder[1],
-            "bottleneck_type": f"{kind!r} with {decoder[0]} channels",
-        }
-    for part, stack in STACKS.items():
-        layers = {
-            path[2]: shape
-            for path, shape in shapes.items()
-            if len(path) > 2 and path[:2] == (part, stack)
-        }
-        if layers:
-            stacked = layers.get(STACKED)
-            traits[f"num_{part}_layers"] = stacked[0] if stacked else len(layers)
-    return traits
-
-
-def _check_not_cut(
-    groups: Mapping[KeyPath, Mapping[KeyPath, Tensor]],
-    tensors: list[Tensor],
-    params: Mapping[KeyPath, Tensor],
-    file: Path,
-) -> None:
-    """Finds what a train state lacks when its end is lost exactly between two records.
-
-    The format stores no count of records, so the optimizer's structure has to tell: moments come
-    for all parameters, the second after the first, and the schedule's count after both.
-    """
-    cut = f"{file} was cut short:"
-    paths = {tensor.path for tensor in tensors}
-    for prefix, group in groups.items():
-        lost = [path for path in params if path not in group]
-        if lost:
-            raise CheckpointError(
-                f"{cut} {show((*prefix, *lost[0]))!r} is missing, and {len(lost) - 1} more."
-            )
-        if prefix[-2:-1] == ("mu",):
-            second = (*prefix[:-2], "nu", "params")
-            if second not in groups:
-                raise CheckpointError(f"{cut} {show(second)!r} is missing.")
-            schedule = (*prefix[:-3], "2", "count")
-            if prefix[-3:-2] == ("0",) and schedule not in paths:
-                warnings.warn(
-                    f"{file} lacks {show(schedule)!r}: unless it was trained at a constant rate, "
-                    "its end is lost.",
-                    stacklevel=3,
-                )
-    if not any(path[0] == "opt_state" for path in paths):
-        warnings.warn(
-            f"{file} holds no optimizer state; if it should, its end is lost.", stacklevel=3
-        )
+    weights, _ = resolve(spec, revision=revision, local_files_only=local_files_only)
+    path = weights.with_name("config.json")
+    return read_config(str(path)) if path.is_file() else None
 
 
 def _read(
@@ -347,7 +245,7 @@ def _read(
             out = flat[stack] if layer is None else flat[stack][layer, ...]  # a view, 0-d too
             if (out.shape, out.dtype) != (tensor.shape, wanted):
                 raise CheckpointError(
-                    f"{path}: {show(tensor.path)!r}, {tensor.shape} of {tensor.dtype}, "
+                    f"{path}: '{show(tensor.path)}', {tensor.shape} of {tensor.dtype}, "
                     "is unlike the other layers."
                 )
             if not read_into(file, tensor, out, progress=bar.update):

@@ -1,10 +1,12 @@
 """From what the user calls a checkpoint to the tensors in a file on this machine."""
 
+import contextlib
 import difflib
 import os
 import re
 import warnings
 from pathlib import Path
+from typing import cast
 
 from elastic.safetensor_file import index_safetensors, looks_like_safetensors
 from elastic.streaming import index_blob, index_stream
@@ -22,7 +24,7 @@ FILES = ("model.safetensors", "params", "streaming_params", "streaming_train_sta
 HUB_FILES = ("params", "model.safetensors")
 
 
-def split_prefix(spec: str) -> tuple[str | None, str]:
+def _split_prefix(spec: str) -> tuple[str | None, str]:
     """'params::/file' -> ('params', '/file'). Of several prefixes the last counts (a warning)."""
     *prefixes, rest = spec.split("::")
     for prefix in prefixes:
@@ -40,12 +42,12 @@ def split_prefix(spec: str) -> tuple[str | None, str]:
     if len(prefixes) > 1:
         warnings.warn(
             f"Checkpoint {spec!r} has more than one prefix; it is read as {prefixes[-1]}::{rest}.",
-            stacklevel=3,
+            stacklevel=4,  # the caller of load_params
         )
     return (prefixes[-1] if prefixes else None), rest
 
 
-def is_repo(text: str) -> bool:
+def _is_repo(text: str) -> bool:
     """Whether `text` can be 'org/name' rather than a path: neither it nor its folder lies here."""
     shaped = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII)
     return shaped is not None and not Path(text).exists() and not Path(text).parent.is_dir()
@@ -63,14 +65,9 @@ def resolve(
 
     `local` keeps a spec without a prefix from being taken for a repository.
     """
-    kind, rest = split_prefix(os.fspath(spec))
-    if kind == "hf" or (kind is None and not local and is_repo(rest)):
-        path = from_hub(rest, HUB_FILES, revision=revision, local_files_only=local_files_only)
-        if path is None:
-            raise CheckpointError(
-                f"Repository {rest!r} holds neither of {' and '.join(HUB_FILES)}."
-            )
-        return path, None
+    kind, rest = _split_prefix(os.fspath(spec))
+    if kind == "hf" or (kind is None and not local and _is_repo(rest)):
+        return _from_hub(rest, revision=revision, local_files_only=local_files_only), None
     path = Path(rest).expanduser()
     if path.is_dir():
         inside = [name for name in names if (path / name).is_file()]
@@ -97,44 +94,52 @@ def _nearby(path: Path) -> str:
     return f" Its folder holds {', '.join(inside)}." if inside else ""
 
 
-def from_hub(
-    repo: str, names: tuple[str, ...], *, revision: str | None, local_files_only: bool
-) -> Path | None:
-    """The first of `names` that a repository has, from the cache or downloaded to it, or None."""
-    import httpx
+def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Path:
+    """The weights of a repository, from the cache if they are there, else downloaded into it.
+
+    Cached weights are used without asking the hub: released weights do not change, and the hub's client
+    waits half a minute before it gives up on a network. A config.json comes along with a download.
+    """
     from huggingface_hub import errors, hf_hub_download
 
-    out_of_reach = False
-    for name in names:
-        try:
-            # Once the hub was out of reach, the cache is all there is: do not wait for it again.
-            offline = local_files_only or out_of_reach
-            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=offline))
-        except errors.LocalEntryNotFoundError:
-            out_of_reach = True
-        except (
-            errors.RepositoryNotFoundError,
-            errors.RevisionNotFoundError,
-            errors.HFValidationError,
-        ) as error:
-            reason = str(error).strip().splitlines()[0]
-            at = f" at {revision!r}" if revision else ""
-            raise CheckpointError(
-                f"{repo!r}{at} is neither a file here nor a Hugging Face repository open to you "
-                f"({reason})."
-            ) from error
-        except errors.EntryNotFoundError:
-            continue
-        except (OSError, httpx.HTTPError) as error:
-            raise CheckpointError(f"Downloading {name} of {repo!r} failed: {error}.") from error
-    if out_of_reach and "config.json" not in names:
-        why = "only local files were asked for" if local_files_only else "the hub is out of reach"
+    def fetch(name: str, *, local: bool) -> Path:
+        return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local))
+
+    # The base of all errors of the HTTP library that this version of the client uses.
+    client_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
+    try:
+        for name in HUB_FILES:
+            with contextlib.suppress(errors.LocalEntryNotFoundError):
+                return fetch(name, local=True)
+        for name in HUB_FILES if not local_files_only else ():
+            try:
+                weights = fetch(name, local=False)
+            except errors.LocalEntryNotFoundError:
+                break  # the hub is out of reach
+            except errors.EntryNotFoundError:
+                continue
+            with contextlib.suppress(errors.EntryNotFoundError):
+                fetch("config.json", local=False)
+            return weights
+        else:
+            if not local_files_only:
+                raise CheckpointError(f"Repository {repo!r} has none of {', '.join(HUB_FILES)}.")
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither a file here nor 'org/name'.") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        at = f" at {revision!r}" if revision else ""
         raise CheckpointError(
-            f"{repo!r} is not in the Hugging Face cache, and {why}; "
-            f"where there is a network, run `hf download {repo} {names[0]} --local-dir DIR`, "
-            f"copy DIR here and pass params::DIR/{names[0]}."
-        )
-    return None
+            f"{repo!r}{at} is neither a file here nor a Hugging Face repository open to you."
+        ) from error
+    except (OSError, client_error) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"Downloading the weights of {repo!r} failed: {reason}") from error
+    why = "only local files were asked for" if local_files_only else "the hub is out of reach"
+    raise CheckpointError(
+        f"{repo!r} is not in the Hugging Face cache, and {why}; where there is a network, run "
+        f"`hf download {repo} {HUB_FILES[0]} --local-dir DIR`, copy DIR here and pass "
+        f"params::DIR/{HUB_FILES[0]}."
+    )
 
 
 def index_tensors(path: Path) -> list[Tensor]:

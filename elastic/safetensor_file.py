@@ -71,7 +71,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
         ((offset, count),) = tensor.pieces
         if offset + count > size:
             raise CheckpointError(
-                f"{path}: the file is cut short: tensor {show(tensor.path)!r} ends at byte "
+                f"{path}: the file is cut short: tensor '{show(tensor.path)}' ends at byte "
                 f"{offset + count:,}, the file at {size:,}."
             )
         end = max(end, offset + count)
@@ -85,7 +85,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
 
 
 def _tensor(key_path: tuple[str, ...], entry: Any, start: int, path: Path) -> Tensor:
-    name = f"tensor {show(key_path)!r}"
+    name = f"tensor '{show(key_path)}'"
     fields = entry if isinstance(entry, dict) else {}
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
@@ -120,7 +120,7 @@ def write_safetensors(
     for path, leaf in flatten(tree).items():
         if any("." in key or "/" in key for key in path):
             raise CheckpointError(
-                f"{show(path)!r}: a key may hold neither '.' nor '/' in a safetensors file."
+                f"'{show(path)}': a key may hold neither '.' nor '/' in a safetensors file."
             )
         arrays[".".join(path)] = as_array(leaf, path)
     dtypes = {name: stored_dtype(array, float_dtype) for name, array in arrays.items()}

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import msgpack
 import numpy as np
@@ -116,7 +116,7 @@ class _Headers:
 
     def array(self, path: KeyPath, size: int) -> Tensor:
         """The array in an extension of `size` bytes, whose code comes next."""
-        name = f"tensor {show(path)!r}"
+        name = f"tensor '{show(path)}'"
         code = self.take(1, name)[0]
         if code not in (_ARRAY_CODE, _SCALAR_CODE):
             raise self.error(f"{name} is of extension type {code}, not an array; it is not read")
@@ -140,12 +140,12 @@ class _Headers:
             math.prod(max(1, size) for size in tensor.shape) > 2**48
         ):  # an empty array may declare any size
             raise self.error(
-                f"tensor {show(tensor.path)!r} has an impossible shape, {tensor.shape}"
+                f"tensor '{show(tensor.path)}' has an impossible shape, {tensor.shape}"
             )
         found = sum(size for _, size in tensor.pieces)
         if found != tensor.num_bytes:
             raise self.error(
-                f"tensor {show(tensor.path)!r} holds {found:,} bytes, but its shape "
+                f"tensor '{show(tensor.path)}' holds {found:,} bytes, but its shape "
                 f"{tensor.shape} of {tensor.dtype} needs {tensor.num_bytes:,}"
             )
 
@@ -154,7 +154,7 @@ class _Headers:
 
         The map is {_CHUNKED: True, 'shape': {'0': n, ...}, 'chunks': {'0': array, ...}}.
         """
-        name = f"tensor {show(path)!r}"
+        name = f"tensor '{show(path)}'"
         self.expect("true", name)
         if items != 3 or self.key(name) != "shape":
             raise self.error(f"{name}: expected the shape of a chunked array")
@@ -182,7 +182,7 @@ class _Headers:
 
     def tree(self, path: KeyPath) -> Iterator[Tensor]:
         """Every array at or under the value that comes next."""
-        name = f"tensor {show(path)!r}" if path else "the first value"
+        name = f"tensor '{show(path)}'" if path else "the first value"
         what, size = self.next(name)
         if what == "ext":
             yield self.array(path, size)
@@ -190,7 +190,7 @@ class _Headers:
         if what != "map" or len(path) > _MAX_DEPTH:
             raise self.error(f"{name}: expected an array, found msgpack {what}")
         for item in range(size):
-            key = self.key(f"a key under {show(path)!r}")
+            key = self.key(f"a key under '{show(path)}'")
             if item == 0 and key == _CHUNKED:
                 yield self.chunked(path, size)
                 return
@@ -215,11 +215,11 @@ def index_stream(path: Path) -> list[Tensor]:
                     f"the key path of {number} has {depth:,} parts; 1 to {_MAX_DEPTH} fit"
                 )
             key_path = tuple(headers.key(f"the key path of {number}") for _ in range(depth))
-            end = headers.expect("bin", f"tensor {show(key_path)!r}") + headers.at
+            end = headers.expect("bin", f"tensor '{show(key_path)}'") + headers.at
             found = list(headers.tree(key_path))
             if headers.at != end or len(found) != 1 or found[0].path != key_path:
                 raise headers.error(
-                    f"tensor {show(key_path)!r}: its record holds something else than one array"
+                    f"tensor '{show(key_path)}': its record holds something else than one array"
                 )
             tensors += found
     check_paths((tensor.path for tensor in tensors), path)
@@ -235,6 +235,10 @@ def index_blob(path: Path) -> list[Tensor]:
             raise headers.error("the msgpack value ends before the file does")
     check_paths((tensor.path for tensor in tensors), path)
     return tensors
+
+
+def _pack(value: Any) -> bytes:
+    return cast(bytes, msgpack.packb(value))
 
 
 def _header(what: str, size: int) -> bytes:
@@ -254,7 +258,7 @@ def _array_parts(
     flat: np.ndarray, shape: tuple[int, ...], dtype: np.dtype
 ) -> tuple[bytes, np.ndarray]:
     size = flat.size * dtype.itemsize
-    inside = b"\x93" + msgpack.packb(shape) + msgpack.packb(dtype.name) + _header("bin", size)
+    inside = b"\x93" + _pack(shape) + _pack(dtype.name) + _header("bin", size)
     return _header("ext", len(inside) + size) + bytes([_ARRAY_CODE]) + inside, flat
 
 
@@ -267,11 +271,11 @@ def _value_parts(array: np.ndarray, dtype: np.dtype) -> list[bytes | np.ndarray]
     chunks = [flat[start : start + step] for start in range(0, flat.size, step)]
     shape = {str(axis): size for axis, size in enumerate(array.shape)}
     parts: list[bytes | np.ndarray] = [
-        b"\x83" + msgpack.packb(_CHUNKED) + b"\xc3" + msgpack.packb("shape") + msgpack.packb(shape),
-        msgpack.packb("chunks") + msgpack.Packer().pack_map_header(len(chunks)),
+        b"\x83" + _pack(_CHUNKED) + b"\xc3" + _pack("shape") + _pack(shape),
+        _pack("chunks") + msgpack.Packer().pack_map_header(len(chunks)),
     ]
     for number, chunk in enumerate(chunks):
-        parts += [msgpack.packb(str(number)), *_array_parts(chunk, chunk.shape, dtype)]
+        parts += [_pack(str(number)), *_array_parts(chunk, chunk.shape, dtype)]
     return parts
 
 
@@ -297,10 +301,10 @@ def write_stream(
             )
             if size > _BIN_BYTES:
                 raise CheckpointError(
-                    f"{show(key_path)!r} takes {size:,} bytes, above the {_BIN_BYTES:,} that a "
+                    f"'{show(key_path)}' takes {size:,} bytes, above the {_BIN_BYTES:,} that a "
                     "streaming file holds in one tensor; number the layers or save as safetensors."
                 )
-            file.write(b"\x92" + msgpack.packb(key_path) + _header("bin", size))
+            file.write(b"\x92" + _pack(key_path) + _header("bin", size))
             for part in parts:
                 if isinstance(part, bytes):
                     file.write(part)

@@ -41,6 +41,7 @@ class Tensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """What shape and dtype say the data takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -59,7 +60,7 @@ def dtype_of_name(name: str, where: str) -> np.dtype:
 def show(path: KeyPath) -> str:
     """A key path for messages; what a file names is never printed raw or at any length."""
     name = "/".join(path)
-    name = name if name.isprintable() else ascii(name)
+    name = name if name.isprintable() else ascii(name)[1:-1]
     return name if len(name) <= 200 else f"{name[:197]}..."
 
 
@@ -71,7 +72,7 @@ def flatten(tree: Mapping[str, Any], prefix: KeyPath = ()) -> dict[KeyPath, Any]
     flat: dict[KeyPath, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str) or not key:
-            raise CheckpointError(f"Key {key!r} under {show(prefix)!r} is not a name; use strings.")
+            raise CheckpointError(f"Key {key!r} under '{show(prefix)}' is not a name; use strings.")
         if isinstance(value, Mapping):
             flat |= flatten(value, (*prefix, key))
         elif value is not None:
@@ -99,10 +100,10 @@ def check_paths(paths: Iterable[KeyPath], file: Path) -> None:
             raise CheckpointError(f"{file}: a tensor has an empty name ({list(path)}).")
         above = [path[:depth] for depth in range(1, len(path))]
         if path in seen:
-            raise CheckpointError(f"{file}: tensor {show(path)!r} is in the file twice.")
+            raise CheckpointError(f"{file}: tensor '{show(path)}' is in the file twice.")
         if path in branches or not seen.isdisjoint(above):
             raise CheckpointError(
-                f"{file}: {show(path)!r} is both a tensor and a branch of tensors."
+                f"{file}: '{show(path)}' is both a tensor and a branch of tensors."
             )
         seen.add(path)
         branches.update(above)
@@ -148,7 +149,7 @@ def read_into(
             wanted = raw.nbytes
             if file.readinto(raw.view(np.uint8)) != wanted:  # type: ignore[attr-defined]
                 raise CheckpointError(
-                    f"The file ended inside tensor {show(tensor.path)!r}; was it being written?"
+                    f"The file ended inside tensor '{show(tensor.path)}'; was it being written?"
                 )
             if scratch is not None:
                 _without_overflow_warning(raw, piece)
@@ -179,7 +180,7 @@ def as_array(leaf: Any, path: KeyPath) -> np.ndarray:
     array = np.asarray(leaf)
     if _DTYPES.get(array.dtype.name) != array.dtype:
         raise CheckpointError(
-            f"{show(path)!r} is {type(leaf).__name__} of dtype {array.dtype}, which no checkpoint "
+            f"'{show(path)}' is {type(leaf).__name__} of dtype {array.dtype}, which no checkpoint "
             f"holds; known are {', '.join(_DTYPES)}."
         )
     return array

@@ -1,0 +1,591 @@
+"""Checkpoint files: the released format to the byte, both layouts, and refusal by name."""
+
+import functools
+import json
+import math
+import os
+import pickle
+import tracemalloc
+import warnings
+from pathlib import Path
+
+import flax.serialization
+import huggingface_hub
+import jax
+import ml_dtypes
+import msgpack
+import numpy as np
+import optax
+import pytest
+import safetensors.flax
+from flax.training.train_state import TrainState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic import streaming, tensor_file
+from elastic.checkpoint import (
+    CheckpointError,
+    convert_layout,
+    load_config,
+    load_params,
+    load_train_state,
+    restore_into,
+    save_params,
+    save_pretrained,
+    save_train_state,
+)
+from elastic.config import ElasticTokConfig
+from elastic.model import param_shapes
+from elastic.tensor_file import flatten, unflatten
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+PARAM_FILES = [f"params_{a}_{b}" for a in ("scan", "unscan") for b in ("fp32", "bf16")]
+STATE_FILES = ["trainstate_scan_fp32", "trainstate_scan_bf16", "trainstate_unscan_bf16"]
+
+
+def golden_config(case: str, *, scan_layers: bool = True) -> ElasticTokConfig:
+    fsq = case == "fsq"
+    return ElasticTokConfig(
+        hidden_size=64, intermediate_size=96, num_attention_heads=2, num_encoder_layers=2,
+        num_decoder_layers=2, max_toks=32, min_toks=4, max_sequence_length=128,
+        frames_per_block=2 if fsq else 4, patch_size=(1, 8, 8) if fsq else (2, 8, 8),
+        bottleneck_type=case, scan_layers=scan_layers,
+    )  # fmt: skip
+
+
+FSQ, FSQ_NUMBERED = golden_config("fsq"), golden_config("fsq", scan_layers=False)
+
+
+def assert_same(found, expected):
+    """Equal names in equal order, equal dtypes, equal bits."""
+    found, expected = flatten(found), flatten(expected)
+    assert list(found) == list(expected)
+    for path, leaf in expected.items():
+        assert found[path].dtype == leaf.dtype and found[path].shape == leaf.shape, path
+        assert found[path].tobytes() == leaf.tobytes(), path
+
+
+def reference_stream(tree) -> bytes:
+    """What the released system writes: msgpack pairs of key path and flax bytes."""
+    records = flatten(tree).items()
+    return b"".join(msgpack.packb((path, flax.serialization.to_bytes(x))) for path, x in records)
+
+
+@functools.cache
+def file_tree() -> dict:
+    return load_params(f"params::{Path(__file__).parent}/golden/fsq/ckpt/params_scan_fp32", FSQ)
+
+
+# The released files
+
+
+@pytest.mark.parametrize("case", ["fsq", "vae"])
+@pytest.mark.parametrize("name", PARAM_FILES + STATE_FILES)
+def test_released_files_are_read_and_written_again_byte_for_byte(golden, tmp_path, case, name):
+    config = golden_config(case, scan_layers="unscan" not in name)
+    file = golden / case / "ckpt" / name
+    if name in STATE_FILES:
+        file = file / "streaming_train_state"
+        save_train_state(tmp_path / "again", load_train_state(file, config))
+    else:
+        save_params(tmp_path / "again", load_params(f"params::{file}", config))
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("case", ["fsq", "vae"])
+@pytest.mark.parametrize("layout", ["scan", "unscan"])
+def test_parameter_names_and_shapes_of_the_200m_models_are_the_released_ones(golden, case, layout):
+    vae = dict(patch_size=(2, 8, 8), max_toks=2048, min_toks=128) if case == "vae" else {}
+    config = ElasticTokConfig(bottleneck_type=case, scan_layers=layout == "scan", **vae)
+    released = json.loads((golden / f"release_200m/param_list_{case}_{layout}.json").read_text())
+    found = {"/".join(path): leaf for path, leaf in flatten(param_shapes(config)).items()}
+    assert {name: [list(leaf.shape), leaf.dtype.name] for name, leaf in found.items()} == {
+        entry["path"]: [entry["shape"], entry["dtype"]] for entry in released
+    }
+    total = json.loads((golden / "release_200m/totals.json").read_text())[f"{case}_{layout}"]
+    assert sum(math.prod(leaf.shape) for leaf in found.values()) == total["n_params"]
+
+
+@pytest.mark.parametrize("case", ["fsq", "vae"])
+@pytest.mark.parametrize("layout", ["scan", "unscan"])
+@pytest.mark.parametrize("kind", ["param", "trainstate"])
+def test_files_hold_the_listed_tensors(golden, case, layout, kind):
+    listed = json.loads((golden / case / f"{kind}_list_{layout}.json").read_text())
+    file = golden / case / "ckpt" / f"{kind}s_{layout}_bf16".replace("states", "state")
+    file = file / "streaming_train_state" if kind == "trainstate" else file
+    found = {"/".join(tensor.path): tensor.shape for tensor in streaming.index_stream(file)}
+    assert found == {entry["path"]: tuple(entry["shape"]) for entry in listed}
+
+
+@pytest.mark.parametrize("case", ["fsq", "vae"])
+@pytest.mark.parametrize("float_type", ["fp32", "bf16"])
+def test_either_layout_of_a_file_loads_into_either_layout(golden, case, float_type):
+    folder = golden / case / "ckpt"
+    for scan_layers in (True, False):
+        config = golden_config(case, scan_layers=scan_layers)
+        trees = [load_params(f"params::{folder}/params_{a}_{float_type}", config) for a in ("scan", "unscan")]  # fmt: skip
+        assert_same(*trees)
+        assert_same(trees[0], load_params(f"{folder}/params_scan_{float_type}", config))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_either_layout_of_a_train_state_loads_into_either_layout_moments_too(golden, scan_layers):
+    config = golden_config("fsq", scan_layers=scan_layers)
+    for stored in (True, False):
+        folder = golden / "fsq/ckpt" / f"trainstate_{'scan' if stored else 'unscan'}_bf16"
+        state = load_train_state(folder, config)
+        as_stored = load_train_state(folder, golden_config("fsq", scan_layers=stored))
+        assert_same(state, convert_layout(as_stored, scan_layers=scan_layers))
+        assert state["step"] == 2 and set(state["opt_state"]["1"]["0"]) == {"count", "mu", "nu"}
+        for prefix in ("trainstate", "trainstate_params"):
+            found = load_params(f"{prefix}::{folder}/streaming_train_state", config)
+            assert_same(found, state["params"]["params"])
+
+
+def test_a_train_state_resumes_in_flax_and_optax_and_is_written_the_same(golden, tmp_path):
+    file = golden / "fsq/ckpt/trainstate_scan_fp32/streaming_train_state"
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), param_shapes(FSQ))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-4))
+    )
+    state = TrainState.create(apply_fn=None, params={"params": zeros}, tx=optimizer)
+    loaded = load_train_state(file, FSQ)
+    state = restore_into(state, loaded)
+    assert int(state.step) == 2
+    save_train_state(tmp_path / "again", jax.tree.map(np.asarray, state))
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    other = {"step": loaded["step"], "params": loaded["params"], "opt_state": {"0": {"mu": 1}}}
+    with pytest.raises(CheckpointError, match="opt_state/1/0/count is missing"):
+        restore_into(state, other)
+    other = loaded | {"momentum": np.zeros(3)}
+    with pytest.raises(CheckpointError, match="momentum is not in this optimizer's"):
+        restore_into(state, other)
+    loaded["opt_state"]["1"]["2"]["count"] = np.zeros(3)
+    with pytest.raises(CheckpointError, match=r"opt_state/1/2/count: expected shape \(\), found"):
+        restore_into(state, loaded)
+
+
+# The format
+
+
+def random_array(dtype: str, shape: list[int], seed: int) -> np.ndarray:
+    values = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 100, shape)
+    return np.asarray(values).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+
+
+arrays = st.builds(
+    random_array,
+    st.sampled_from("float32 float16 bfloat16 int32 uint8 int64 bool float64".split()),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.integers(0, 99),
+)
+names = st.sampled_from(["a", "b", "w.1", "with/slash", "é", "x" * 40])
+trees = st.dictionaries(names, arrays | st.dictionaries(names, arrays, min_size=1), min_size=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(tree=trees, chunk_bytes=st.sampled_from([2**30, 16, 50]))
+def test_any_tree_is_written_as_flax_writes_it_and_comes_back(tmp_path_factory, tree, chunk_bytes):
+    file, blob = (tmp_path_factory.getbasetemp() / name for name in ("stream", "blob"))
+    file.unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:  # large arrays are cut: at 16 bytes, not at 2**30
+        patch.setattr(streaming, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(flax.serialization, "MAX_CHUNK_SIZE", chunk_bytes)
+        patch.setattr(
+            os, "fsync", lambda descriptor: None
+        )  # fifty waits for the disk prove nothing
+        streaming.write_stream(file, tree)
+        assert file.read_bytes() == reference_stream(tree)
+        blob.write_bytes(flax.serialization.to_bytes(tree))
+    for path, index in ((file, streaming.index_stream), (blob, streaming.index_blob)):
+        found = {}
+        with open(path, "rb") as data:
+            for tensor in index(path):
+                found[tensor.path] = np.empty(tensor.shape, tensor.dtype)
+                tensor_file.read_into(data, tensor, found[tensor.path])
+        assert_same(unflatten(found), tree)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "float32", np.float64, ml_dtypes.bfloat16])
+def test_floats_are_converted_as_numpy_converts_them(golden, dtype):
+    found = flatten(load_params(f"params::{golden}/fsq/ckpt/params_unscan_fp32", FSQ, dtype=dtype))
+    for path, leaf in flatten(file_tree()).items():
+        np.testing.assert_array_equal(found[path], leaf.astype(found[path].dtype))
+        assert found[path].dtype.name in str(dtype).replace("bf16", "bfloat16").replace("fp16", "float16")  # fmt: skip
+
+
+def test_saving_with_another_float_type_leaves_integers_alone(golden, tmp_path):
+    state = load_train_state(golden / "fsq/ckpt/trainstate_scan_fp32", FSQ)
+    save_train_state(tmp_path / "file", state, float_dtype="bf16")
+    expected = (golden / "fsq/ckpt/trainstate_scan_bf16/streaming_train_state").read_bytes()
+    assert (tmp_path / "file").read_bytes() == expected
+
+
+def test_loading_takes_little_more_memory_than_the_parameters(tmp_path):
+    config = golden_config("fsq").replace(hidden_size=512, intermediate_size=1024)
+    shapes = flatten(param_shapes(config))
+    tree = unflatten({path: np.ones(leaf.shape, BFLOAT16) for path, leaf in shapes.items()})
+    numbered, stacked = tmp_path / "numbered", tmp_path / "stacked"
+    save_params(stacked, tree)
+    save_params(numbered, convert_layout(tree, scan_layers=False))
+    for file in (numbered, stacked):
+        for dtype, width in ((None, 2), ("fp32", 4)):
+            load_params(f"params::{file}", config)  # warm: tracing the model is not loading
+            tracemalloc.start()
+            load_params(f"params::{file}", config, dtype=dtype)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 1.3 * width * sum(math.prod(leaf.shape) for leaf in shapes.values())
+
+
+def test_converting_the_layout_there_and_back_is_the_identity(golden):
+    for name in PARAM_FILES[::2]:
+        config = golden_config("fsq", scan_layers="unscan" not in name)
+        tree = load_params(f"params::{golden}/fsq/ckpt/{name}", config)
+        assert_same(convert_layout(tree, scan_layers=config.scan_layers), tree)
+        other = convert_layout(tree, scan_layers=not config.scan_layers)
+        assert len(flatten(other)) != len(flatten(tree))
+        assert_same(convert_layout(other, scan_layers=config.scan_layers), tree)
+
+
+def test_twelve_layers_keep_their_order(tmp_path):
+    tree = {"encoder": {"encoder_blocks": {"scan_decoder": {"w": np.arange(24.0).reshape(12, 2)}}}}
+    numbered = convert_layout(tree, scan_layers=False)
+    layers = numbered["encoder"]["encoder_blocks"]
+    assert list(layers) == [str(layer) for layer in range(12)] and layers["11"]["w"][1] == 23
+    # JAX sorts keys as text: '10' comes before '2'.
+    resorted = {"encoder": {"encoder_blocks": {key: layers[key] for key in sorted(layers)}}}
+    assert_same(convert_layout(resorted, scan_layers=True), tree)
+    del layers["5"]
+    with pytest.raises(CheckpointError, match=r"layer 5 of .*scan_decoder/w' is missing"):
+        convert_layout(numbered, scan_layers=True)
+
+
+# What a checkpoint may be called
+
+
+def test_every_spelling_of_a_source_gives_the_same_parameters(golden, tmp_path, monkeypatch):
+    file = golden / "fsq/ckpt/params_scan_fp32"
+    blob = tmp_path / "blob"
+    blob.write_bytes(flax.serialization.to_bytes(file_tree()))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/params").write_bytes(file.read_bytes())
+    save_params(tmp_path / "variables", {"params": file_tree()})
+    for spec in (file, f"params::{file}", f"flax_params::{blob}", blob, tmp_path / "folder"):
+        assert_same(load_params(spec, FSQ), file_tree())
+    assert_same(load_params(tmp_path / "variables", FSQ), file_tree())
+    with pytest.warns(UserWarning, match="more than one prefix; it is read as params::"):
+        assert_same(load_params(f"params::params::{file}", FSQ), file_tree())
+    state = golden / "fsq/ckpt/trainstate_scan_fp32/streaming_train_state"
+    with pytest.warns(UserWarning, match="it is read as trainstate_params::"):
+        load_params(f"params::trainstate_params::{state}", FSQ)
+    assert load_config(file) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("parms::FILE", r"unknown prefix 'parms'.*Did you mean 'params'\?"),
+        ("pickle::FILE", "unknown prefix 'pickle'; known are params, "),
+        ("params::", "names no file"),
+        ("params::FOLDER", "is a folder, not a checkpoint file; it holds params"),
+        ("EMPTY_FOLDER", "is a folder, not a checkpoint file; it holds none of"),
+        ("params::FOLDER/prams", r"There is no checkpoint .*Did you mean '.*/params'\?"),
+        ("params::EMPTY_FOLDER/nested/params", "Its folder does not exist either; .*empty_folder"),
+        ("params::STATE", "holds a train state, not a parameter tree; load it as trainstate_par"),
+        ("trainstate::FILE", "holds a parameter tree, not a train state; load it as params::"),
+        ("TEXT", "is a text file, not a checkpoint"),
+        ("params::TEXT", "is a text file, not a checkpoint"),
+        ("LFS", "git-lfs pointer"),
+        ("HTML", "web page"),
+        ("PICKLE", r"a Python pickle .* never opened"),
+        ("EMPTY", "is empty"),
+        ("hf::no such/repo/name", "neither a file here nor 'org/name'"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_with_a_way_out(golden, tmp_path, spec, message):
+    places = {name: tmp_path / name.lower() for name in ("TEXT", "LFS", "HTML", "PICKLE", "EMPTY")}
+    for name, content in {
+        "TEXT": b"hello, I am no checkpoint\n",
+        "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+        "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
+        "PICKLE": pickle.dumps({"a": 1}),
+        "EMPTY": b"",
+    }.items():
+        places[name].write_bytes(content)
+    for name in ("FOLDER", "EMPTY_FOLDER"):
+        (tmp_path / name.lower()).mkdir()
+        spec = spec.replace(name, str(tmp_path / name.lower())) if name in spec.split("::")[-1].split("/") else spec  # fmt: skip
+    (tmp_path / "folder/params").write_bytes(b"")
+    places["FILE"] = golden / "fsq/ckpt/params_scan_fp32"
+    places["STATE"] = golden / "fsq/ckpt/trainstate_scan_bf16/streaming_train_state"
+    prefix, separator, rest = spec.rpartition("::")
+    spec = f"{prefix}{separator}{places.get(rest, rest)}"
+    with pytest.raises(CheckpointError, match=message):
+        load_params(spec, FSQ)
+
+
+# Files that do not fit or are damaged
+
+
+def test_a_file_of_another_model_is_refused_by_tensor_and_shape(golden):
+    vae = golden / "vae/ckpt/params_scan_fp32"
+    with pytest.raises(CheckpointError) as error:
+        load_params(f"params::{vae}", FSQ)
+    assert "decoder/out_proj/kernel: expected shape (64, 192), found (64, 384)" in str(error.value)
+    assert "bottleneck_type='vae' with 8 channels, not 'fsq' with 6 channels" in str(error.value)
+    file = golden / "fsq/ckpt/params_unscan_fp32"
+    for layers, word in ((3, "missing"), (1, "not in the model")):
+        message = f"encoder/encoder_blocks/./.* {word}.* has num_encoder_layers=2, not {layers}"
+        with pytest.raises(CheckpointError, match=message):
+            load_params(f"params::{file}", FSQ.replace(num_encoder_layers=layers))
+
+
+def test_missing_foreign_and_integer_tensors_are_named(tmp_path):
+    file = tmp_path / "params"
+    flat = flatten(file_tree())
+    path = ("encoder", "ln_f", "kernel")
+    save_params(file, unflatten({name: leaf for name, leaf in flat.items() if name != path}))
+    with pytest.raises(CheckpointError, match=r"encoder/ln_f/kernel, shape \(64,\), is missing\. Was the file cut"):  # fmt: skip
+        load_params(file, FSQ)
+    save_params(file, file_tree() | {"head": {"w": np.zeros(3)}})
+    with pytest.raises(CheckpointError, match=r"head/w, shape \(3,\), is not in the model"):
+        load_params(file, FSQ)
+    save_params(file, unflatten(flat | {path: np.zeros(64, np.int8)}))
+    with pytest.raises(CheckpointError, match="encoder/ln_f/kernel is of int8; parameters are"):
+        load_params(file, FSQ)
+
+
+def test_a_file_cut_short_anywhere_is_refused(golden, tmp_path):
+    whole = (golden / "fsq/ckpt/params_unscan_bf16").read_bytes()
+    tensors = streaming.index_stream(golden / "fsq/ckpt/params_unscan_bf16")
+    ends = [offset + size for tensor in tensors for offset, size in tensor.pieces]
+    assert ends[-1] == len(whole)
+    cut = tmp_path / "cut"
+    for end in {*ends[:-1], *(end - 1 for end in ends), *(end + 9 for end in ends[:-1]), 1, 2, 9}:
+        cut.write_bytes(whole[:end])
+        with pytest.raises(CheckpointError, match=r"cut short|is missing"):
+            load_params(cut, FSQ)
+
+
+def test_a_train_state_cut_short_anywhere_never_loads_silently(golden, tmp_path):
+    file = golden / "fsq/ckpt/trainstate_scan_bf16/streaming_train_state"
+    tensors = streaming.index_stream(file)
+    ends = [tensor.pieces[0][0] + tensor.num_bytes for tensor in tensors]
+    cut = tmp_path / "cut"
+    for end in {*ends[:-1:4], *ends[-3:-1], *(end - 3 for end in ends[::9])} | set(ends[26:28]):
+        cut.write_bytes(file.read_bytes()[:end])
+        for load in (load_train_state, load_params):
+            # Two cuts cannot be told from a state without moments or schedule: these warn.
+            with pytest.raises((CheckpointError, UserWarning), match=r"cut short|is missing|end is lost"):  # fmt: skip
+                load(cut, FSQ)
+
+
+def damaged_record(path=("w",), *, code=1, shape=(2,), dtype="float32", data=b"12345678", tail=b""):
+    inner = msgpack.packb((shape, dtype, data)) + tail
+    return msgpack.packb((path, msgpack.packb(msgpack.ExtType(code, inner))))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (damaged_record(code=5), "'w' is of extension type 5, not an array; it is not read"),
+        (damaged_record(code=2), "extension type 2"),
+        (damaged_record(dtype="object"), "'w' has dtype 'object'; known are float16"),
+        (damaged_record(dtype="O"), "has dtype 'O'"),
+        (damaged_record(dtype=3), "the dtype of tensor 'w': expected msgpack str, found int"),
+        (damaged_record(shape=(3,)), r"holds 8 bytes, but its shape \(3,\) of float32 needs 12"),
+        (damaged_record(shape=(-2,)), "the shape of tensor 'w': expected msgpack int"),
+        (damaged_record(shape=(2**62, 4)), "impossible shape"),
+        (damaged_record(shape=(0, 2**62), data=b""), "impossible shape"),
+        (damaged_record(shape=(1,) * 33 + (2,)), "34 dimensions"),
+        (damaged_record(tail=b"x"), "do not add up"),
+        (damaged_record(("w",) * 40), "40 parts"),
+        (damaged_record(("",)), "empty name"),
+        (damaged_record() + damaged_record(), "'w' is in the file twice"),
+        (damaged_record() + damaged_record(("w", "x")), "both a tensor and a branch"),
+        (damaged_record(("w", "x")) + damaged_record(), "both a tensor and a branch"),
+        (damaged_record(("\x1b[2J" + "w" * 300,), code=5), r"'\\x1b\[2Jw+\.\.\.' is of"),
+        (damaged_record()[:-4] + b"\xc0", "cut short: tensor 'w' needs 8 more bytes, 5 are left"),
+        (b"\x92\x91\xa1w\xc6\xff\xff\xff\xff\xc9\xff\xff\xff\xf0\x01", "cut short"),
+        (b"\x92\xdd\xff\xff\xff\xff", "4,294,967,295 parts"),
+        (b"\x92\x91\xdb\xff\xff\xff\xff", "4,294,967,295 bytes long"),
+        (b"\x92\x91\xa1w\xc4\x01\x05", "expected an array, found msgpack int"),
+        (b"\x92\x91\xa1w\xc4\x03\x81\xa1x", "cut short"),
+        (b"\x81\xa1w" * 40, "expected an array, found msgpack map"),
+        (b"\x81\xa1w\xc1", "found msgpack byte 0xc1"),
+    ],
+)
+def test_a_damaged_or_hostile_file_is_refused_before_memory_is_taken(tmp_path, content, message):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match=message):
+        load_params(file, FSQ)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24  # some of these declare 4 GiB and more
+
+
+@settings(max_examples=200, deadline=None)
+@given(at=st.integers(0, 900), byte=st.integers(0, 255))
+def test_a_changed_byte_gives_an_error_or_other_numbers_never_a_crash(tmp_path_factory, at, byte):
+    tree = {"a": {"b": np.ones((3, 5), np.float32)}, "c": np.ones((100, 2), BFLOAT16)}
+    file = tmp_path_factory.getbasetemp() / "fuzz"
+    content = bytearray(reference_stream(tree))
+    content[at % len(content)] = byte
+    file.write_bytes(content)
+    try:
+        tensors = streaming.index_stream(file)
+    except CheckpointError:
+        return
+    assert sum(tensor.num_bytes for tensor in tensors) <= len(content)
+
+
+def test_values_that_are_not_finite_are_named_in_a_warning(tmp_path):
+    flat = {path: np.array(leaf) for path, leaf in flatten(file_tree()).items()}
+    flat["decoder", "out_proj", "kernel"][3, 4] = np.nan
+    save_params(tmp_path / "params", unflatten(flat))
+    for dtype in (None, "bf16"):
+        with pytest.warns(UserWarning, match=r"1 tensors hold NaN .* the first is decoder/out_proj/kernel"):  # fmt: skip
+            load_params(tmp_path / "params", FSQ, dtype=dtype)
+    flat["decoder", "out_proj", "kernel"][3, 4] = 1e30
+    save_params(tmp_path / "params", unflatten(flat))
+    with pytest.warns(UserWarning, match="infinite values as float16"):
+        load_params(tmp_path / "params", FSQ, dtype="fp16")
+    with pytest.raises(CheckpointError, match="dtype 'int8' is not a float type"):
+        load_params(tmp_path / "params", FSQ, dtype="int8")
+
+
+# Saving
+
+
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    save_pretrained(tmp_path, FSQ, file_tree())
+    save_params(tmp_path / "params", file_tree())
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    bad = file_tree() | {"z": np.array([object()])}
+    with pytest.raises(CheckpointError, match="'z' is ndarray of dtype object"):
+        save_params(tmp_path / "params", bad)
+    with pytest.raises(CheckpointError, match="'z' is ndarray of dtype object"):
+        save_pretrained(tmp_path, FSQ_NUMBERED, bad)
+    with pytest.raises(CheckpointError, match="no tensors"):
+        save_params(tmp_path / "params", {"a": {}})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_params(tmp_path / "params", {"a": np.ones(3)})
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(tmp_path, FSQ_NUMBERED, {"a": np.ones(3)})
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_a_train_state_without_its_parts_is_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match="needs 'step' and 'params'"):
+        save_train_state(tmp_path / "file", {"step": 1, "params": file_tree()})
+    assert not list(tmp_path.iterdir())
+
+
+# safetensors and the hub
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_a_pretrained_folder_comes_back_and_the_format_s_own_library_agrees(tmp_path, scan_layers):
+    config = golden_config("fsq", scan_layers=scan_layers)
+    tree = convert_layout(file_tree(), scan_layers=scan_layers)
+    save_pretrained(tmp_path, config, tree, float_dtype="bf16")
+    assert load_config(tmp_path) == config
+    found = load_params(tmp_path, FSQ)
+    expected = {path: leaf.astype(BFLOAT16) for path, leaf in flatten(file_tree()).items()}
+    assert {path: leaf.tobytes() for path, leaf in flatten(found).items()} == {
+        path: leaf.tobytes() for path, leaf in expected.items()
+    }
+    names = {".".join(path): np.asarray(leaf) for path, leaf in flatten(tree).items()}
+    theirs = safetensors.flax.load_file(tmp_path / "model.safetensors")
+    for name, leaf in names.items():
+        np.testing.assert_array_equal(theirs[name], leaf.astype(BFLOAT16))
+    safetensors.flax.save_file(theirs, tmp_path / "theirs.safetensors")
+    again = load_params(tmp_path / "theirs.safetensors", FSQ)
+    assert flatten(again).keys() == expected.keys()
+    for path, leaf in flatten(again).items():
+        assert leaf.tobytes() == expected[path].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-1], "cut short: tensor '.*' ends at byte"),
+        (lambda data: data + b"x", "1 bytes follow the last tensor"),
+        (lambda data: data[:100], "header is cut short"),
+        (lambda data: data.replace(b'"F32"', b'"F99"', 1), "has dtype 'F99'"),
+        (lambda data: data.replace(b"[64]", b"[65]", 1), r"holds 256 bytes.*\(65,\).* needs 260"),
+        (lambda data: data.replace(b"[64]", b'["4"', 1), "header is damaged"),
+        (lambda data: data.replace(b"[64]", b"[-4]", 1), "lacks a proper shape"),
+    ],
+)
+def test_a_damaged_safetensors_file_is_refused(tmp_path, change, message):
+    save_pretrained(tmp_path, FSQ, file_tree())
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=message):
+        load_params(file, FSQ)
+
+
+def fake_cache(monkeypatch, tmp_path, files: dict[str, bytes]) -> None:
+    """A Hugging Face cache in `tmp_path` that holds LargeWorldModel/ElasticTok-FSQ."""
+    repo, commit = tmp_path / "models--LargeWorldModel--ElasticTok-FSQ", "0" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    for name, content in files.items():
+        (repo / "snapshots" / commit / name).write_bytes(content)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+
+def test_a_cached_repository_loads_without_the_network(golden, tmp_path, monkeypatch):
+    content = (golden / "fsq/ckpt/params_scan_bf16").read_bytes()
+    fake_cache(monkeypatch, tmp_path, {"params": content})
+    for spec in ("hf::LargeWorldModel/ElasticTok-FSQ", "LargeWorldModel/ElasticTok-FSQ"):
+        expected = load_params(golden / "fsq/ckpt/params_scan_bf16", FSQ)
+        assert_same(load_params(spec, FSQ), expected)
+        assert load_config(spec, local_files_only=True) is None
+
+
+def test_a_cached_repository_with_safetensors_brings_its_config(tmp_path, monkeypatch):
+    save_pretrained(tmp_path / "saved", FSQ, file_tree())
+    files = {entry.name: entry.read_bytes() for entry in (tmp_path / "saved").iterdir()}
+    fake_cache(monkeypatch, tmp_path / "cache", files)
+    assert load_config("LargeWorldModel/ElasticTok-FSQ") == FSQ
+    found = flatten(load_params("LargeWorldModel/ElasticTok-FSQ", FSQ))
+    assert found.keys() == flatten(file_tree()).keys()
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])
+def test_an_uncached_repository_without_a_network_says_the_way_out(
+    tmp_path, monkeypatch, local_files_only
+):
+    fake_cache(monkeypatch, tmp_path, {})
+    asked = []
+
+    def unreachable(repo, name, *, revision, local_files_only):
+        asked.append((name, local_files_only))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(CheckpointError) as error:
+        load_params("LargeWorldModel/ElasticTok-VAE", FSQ, local_files_only=local_files_only)
+    assert "'LargeWorldModel/ElasticTok-VAE' is not in the Hugging Face cache, and" in str(error.value)  # fmt: skip
+    assert "`hf download LargeWorldModel/ElasticTok-VAE params --local-dir DIR`" in str(error.value)
+    assert "params::DIR/params" in str(error.value)
+    assert asked.count(("params", False)) == (not local_files_only)  # one wait is enough
+
+
+def test_loading_says_nothing_when_all_is_well(golden, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_params(f"params::{golden}/fsq/ckpt/params_scan_fp32", FSQ)
+        load_train_state(golden / "fsq/ckpt/trainstate_scan_bf16", FSQ)
+    assert capfd.readouterr() == ("", "")
