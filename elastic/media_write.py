@@ -40,6 +40,7 @@ class VideoWriter:
       path: .mp4, .m4v, .mov or .mkv; its folder is made when missing.
       rate: frames per second.
       crf: x264's constant rate factor, 0 (lossless) to 51; 18 is visually transparent.
+        None leaves the quality to `output_options`.
       output_options: further options of ffmpeg for the output, such as ("-threads", "1").
 
     The first frame sets the size. H.264 with halved colour wants even sizes, so an odd size gets
@@ -55,7 +56,7 @@ class VideoWriter:
         path: str | os.PathLike[str],
         rate: float | int | Fraction,
         *,
-        crf: int = 18,
+        crf: int | None = 18,
         output_options: tuple[str, ...] = (),
     ):
         self.path = pathlib.Path(path)
@@ -70,7 +71,8 @@ class VideoWriter:
             )
         # 29.97 and its kin are ratios over 1001; anything else is near enough to one.
         self._rate = Fraction(rate).limit_denominator(1001) or Fraction(rate)
-        self._options = ("-crf", str(crf), *output_options)
+        quality = () if crf is None else ("-crf", str(crf))
+        self._options = (*quality, *output_options)
         self._encoder: _Encoder | None = None  # started by the first frame
 
     def __enter__(self) -> Self:

@@ -1,11 +1,14 @@
 """Media: the released frame choice and pixels, any file as it is displayed, one error for bad ones."""
 
+import gc
 import json
 import logging
 import os
+import pathlib
 import subprocess
 import tracemalloc
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -357,6 +360,17 @@ def test_only_the_block_at_hand_is_in_memory(tmp_path):
     assert peak < 20 * 128 * 128 * 3  # 200 frames were read
 
 
+def test_a_decoded_frame_is_released_without_garbage_collection(golden):
+    source = media_read.open_source(golden / CLIP)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in source.frames(np.arange(97)):
+            assert sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) < 8
+    finally:
+        gc.enable()
+
+
 def test_decoding_stops_at_the_last_frame_needed(tmp_path):
     write_video(tmp_path / "a.mp4", [texture(64, 64, seed) for seed in range(100)], 24)
     damaged = bytearray((tmp_path / "a.mp4").read_bytes())  # the index stands in front
@@ -518,6 +532,30 @@ def test_a_picture_survives_writing_and_reading(tmp_path):
     picture = texture(32, 32)
     write_image(tmp_path / "new folder" / "a.png", picture)
     np.testing.assert_array_equal(read_one(tmp_path / "new folder" / "a.png"), picture)
+
+
+# The clip of the README
+
+
+def test_the_example_clip_has_the_shots_that_its_list_says():
+    folder = pathlib.Path(__file__).parents[1] / "example"
+    facts = json.loads((folder / "video.json").read_text())
+    frames = open_clip(folder / "video.mp4", resolution=facts["size"], rate=facts["rate"]).read()
+    change = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
+    assert len(frames) == facts["frames"] == facts["shots"][-1]["last_frame"] + 1
+    expected_first = 0
+    for shot in facts["shots"]:
+        first, last = shot["first_frame"], shot["last_frame"]
+        assert (first, first % 4, (last + 1) % 4) == (expected_first, 0, 0), shot
+        inside = change[first:last]
+        if shot["motion"] == "still":
+            assert last - first + 1 >= facts["rate"]
+            assert (inside == 0).all(), shot
+        else:
+            assert (inside > 1).all(), shot
+        expected_first = last + 1
+    fast = [s for s in facts["shots"] if s["motion"] == "fast"]
+    assert all(change[s["first_frame"] : s["last_frame"]].min() > 15 for s in fast)
 
 
 # Folders
