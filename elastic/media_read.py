@@ -59,6 +59,7 @@ _PILLOW_ERRORS = (
     OverflowError,
 )
 _PILLOW_ERRORS += (
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -73,6 +74,12 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the displ
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTERS = {  # degrees against the clock
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+_SWAPPING = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270}
 
 
 class MediaError(ValueError):
@@ -116,6 +123,11 @@ class Source:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
+    """Finds what `path` holds and how to read it; no more is decoded than a video's first frame.
+
+    Raises:
+      MediaError: as in `elastic.media.probe`.
+    """
     path = pathlib.Path(path)
     try:
         with open(path, "rb") as file:
@@ -235,7 +247,7 @@ def _webp_source(path: pathlib.Path, image: Image.Image) -> Source:
             with Image.open(path, formats=("WEBP",)) as image:
                 for position in positions:
                     image.seek(int(position))
-                    yield _to_rgb(path, image)
+                    yield _to_rgb(path, image).copy()  # decodes here, and survives the next seek
         except _PILLOW_ERRORS as error:
             raise _damaged(path, error) from error
 
@@ -317,7 +329,7 @@ def _video_source(path: pathlib.Path, head: bytes) -> Source:
 
     # Asked once: a PyAV frame whose side data were touched lives until the next garbage collection.
     turns = _turns(first)
-    swapped = Image.Transpose.TRANSPOSE in turns
+    swapped = bool(_SWAPPING & set(turns))
     size = (first.height, first.width) if swapped else (first.width, first.height)
     rate = None if nominal_rate is None else float(nominal_rate)
     return _timed_source(path, *size, times, duration, rate, frames)
@@ -384,7 +396,11 @@ def _frame_to_rgb(
 
 def _turns(frame: av.VideoFrame) -> list[Image.Transpose]:
     """What the container's display matrix asks for: quarter turns and mirrorings, in order."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists no side data when it does not know the name of one of them
+        turn = _QUARTERS.get(frame.rotation % 360)
+        return [] if turn is None else [turn]
     if matrix is None:
         return []
     # Shown x = a x + c y, shown y = b x + d y, y downwards; stored fixed-point: a b u c d v x y w.

@@ -287,6 +287,30 @@ def test_rotated_video_is_shown_as_ffmpeg_shows_it(golden, tmp_path, turn):
     assert psnr(frame, fit_frame(shown, 120)) > 40
 
 
+def test_rotation_is_found_beside_side_data_of_an_unknown_kind(golden, tmp_path):
+    class Frame:
+        def __init__(self, frame):
+            self.rotation = frame.rotation
+
+        @property
+        def side_data(self):
+            raise ValueError("31 is not a valid Type")
+
+    pixels = Image.fromarray(texture(6, 4))
+    for degrees in (90, -90, 180):
+        turn = ("-display_rotation", degrees)
+        ffmpeg(*turn, "-i", golden / CLIP, "-t", "0.2", "-c", "copy", tmp_path / "a.mp4")
+        with av.open(str(tmp_path / "a.mp4")) as container:
+            frame = next(container.decode(video=0))
+        shown = []
+        for turns in (media_read._turns(frame), media_read._turns(Frame(frame))):
+            image = pixels
+            for turn in turns:
+                image = image.transpose(turn)
+            shown.append(np.asarray(image))
+        np.testing.assert_array_equal(*shown)
+
+
 def test_animations_are_video_whatever_their_container(tmp_path):
     frames = [Image.fromarray(frame) for frame in gray_frames(6)]
     for name in ("a.gif", "a.webp", "a.png"):
