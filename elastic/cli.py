@@ -1,0 +1,221 @@
+"""Flags for the scripts: parsing, `--help`, and how an error ends: in one line and exit code 1.
+
+Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once. The tables of
+flags are in `elastic.cli_flags`.
+"""
+
+import contextlib
+import difflib
+import logging
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from elastic.cli_flags import Flag, Script
+
+log = logging.getLogger(__name__)
+
+_WIDTH = 100
+_HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
+_KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
+_TERMINATED = 128 + signal.SIGTERM
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+class Values:
+    """The values of all flags of a script; `values["output_folder"]`."""
+
+    def __init__(self, values: dict[str, Any], given: frozenset[str]):
+        self._values, self._given = values, given
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def given(self, name: str) -> bool:
+        """Whether the flag stood on the command line."""
+        return name in self._given
+
+    def under(self, prefix: str) -> dict[str, Any]:
+        """The flags `prefix.*` by the last part of their name."""
+        prefix += "."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._values.items()
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+
+
+def parse(script: Script, arguments: Sequence[str]) -> Values:
+    """The values that a command line gives to the flags of a script.
+
+    Args:
+      arguments: without the name of the program. A flag given twice counts as given last.
+
+    Raises:
+      ValueError: a flag is unknown, its value is of no use, or a required one is missing.
+    """
+    holder = flags.FlagValues()
+    for flag in script.flags:
+        _define(flag, holder)
+    try:
+        rest = holder([script.name, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in script.flags]
+        raise ValueError(
+            f"There is no flag --{error.flagname}.{_nearest(error.flagname, known)} "
+            "--help lists them all."
+        ) from error
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"{rest[0]!r} belongs to no flag; write --name=value.")
+    given = frozenset(flag.name for flag in script.flags if holder[flag.name].present)
+    values = {flag.name: holder[flag.name].value for flag in script.flags}
+    missing = [flag for flag in script.flags if flag.required and not values[flag.name]]
+    if missing:
+        raise ValueError(f"Give --{missing[0].name}: {missing[0].help}")
+    for flag in script.flags:
+        _refuse_unbuilt(flag, values[flag.name], given=flag.name in given)
+    return Values(values, given)
+
+
+def help_text(script: Script) -> str:
+    """What `--help` prints: the flags by group, with their defaults."""
+    lines = [f"usage: python3 {script.name} {script.usage}", "", _wrap(script.description, 0), ""]
+    for title, group in script.groups.items():
+        lines.append(f"{title}:")
+        for flag in group:
+            kind = "|".join(flag.choices) if flag.choices else _KINDS[flag.type]
+            default = "" if flag.default in (None, "") else f" [{flag.default}]"
+            note = " (required)" if flag.required else default
+            lines.append(f"  --{flag.name}={kind}")
+            lines.append(_wrap(f"{flag.help}{note}", 6))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def run(
+    script: Script, body: Callable[[Values], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """Runs a script: parses, calls `body`, and gives the exit code.
+
+    Errors that our rooms raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
+    one line on standard error; `--debug` shows where they came from. Other exceptions are bugs and
+    keep their traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if any(argument in _HELP for argument in arguments):
+        print(help_text(script))
+        return 0
+    debug = False
+    with _logging(), _termination():
+        try:
+            values = parse(script, arguments)
+            debug = values["debug"]
+            return body(values) or 0
+        except KeyboardInterrupt:
+            print(f"{script.name}: interrupted.", file=sys.stderr)
+            return _INTERRUPTED
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            message = _one_line(error)
+            if message is None:
+                raise
+            if debug:
+                traceback.print_exc()
+            print(f"{script.name}: error: {message}", file=sys.stderr)
+            return 1
+
+
+def _one_line(error: Exception) -> str | None:
+    """The message of an error that is the user's to mend; None for a bug."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "Out of memory; use fewer --max_blocks_per_chunk, a smaller batch, or --dtype=bf16."
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _define(flag: Flag, holder: flags.FlagValues) -> None:
+    options: dict[str, Any] = dict(flag_values=holder)
+    if flag.choices:
+        flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), flag.help, **options)
+    else:
+        define = {
+            str: flags.DEFINE_string,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+            bool: flags.DEFINE_boolean,
+        }[flag.type]
+        define(flag.name, flag.default, flag.help, **options)
+
+
+def _refuse_unbuilt(flag: Flag, value: Any, *, given: bool) -> None:
+    """Flags of the released scripts that this version does not serve are refused, not ignored."""
+    if flag.unbuilt and value != flag.default:
+        raise ValueError(f"--{flag.name}={value}: {flag.unbuilt}")
+    if flag.idle and given:
+        log.warning("--%s has no effect: %s", flag.name, flag.idle)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close:  # `--lr` for `--optimizer.adamw_optimizer.lr`
+        close = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return f" Did you mean --{close[0]}?" if close else ""
+
+
+def _wrap(text: str, indent: int) -> str:
+    space = " " * indent
+    return textwrap.fill(text, _WIDTH, initial_indent=space, subsequent_indent=space)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Our log on standard error, above a progress bar if there is one; warnings go there too."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    ours = logging.getLogger("elastic")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = ours.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        del category
+        log.warning("%s", message)
+
+    try:
+        with warnings.catch_warnings(), logging_redirect_tqdm([ours]):
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before)
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

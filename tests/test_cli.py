@@ -1,0 +1,180 @@
+"""The command line: names and values of flags, --help, and how errors end."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from elastic import cli
+from elastic.cli_flags import DECODE, INFERENCE, TRAIN, Flag, Script
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCRIPTS = pytest.mark.parametrize("script", [INFERENCE, DECODE, TRAIN], ids=lambda s: s.name)
+SMALL = Script(
+    name="scripts/small.py",
+    usage="",
+    description="For tests.",
+    groups={
+        "All": (
+            Flag("path", "", "a file", required=True),
+            Flag("model.hidden_size", 8, "a width"),
+            Flag("old", 0, "gone", unbuilt="that is not part of this version."),
+            Flag("chunk", 0, "of old", idle="there are no chunks."),
+            Flag("debug", False, "show the traceback"),
+        )
+    },
+)
+# Those of the released scripts, as the README documents them.
+OLD_INFERENCE = """input_path output_folder max_blocks_per_chunk threshold mesh_dim dtype load_elastic_config
+    update_elastic_config load_checkpoint search_alg max_prop_codes default_prop_codes resolution fps seed n_codes"""
+OLD_TRAINING = """mesh_dim dtype total_steps log_freq eval_freq eval_thresholds save_model_freq save_milestone_freq
+    load_elastic_config update_elastic_config load_checkpoint load_dataset_state autoresume optimizer.type
+    optimizer.accumulate_gradient_steps optimizer.adamw_optimizer.{init_lr,lr,end_lr,lr_warmup_steps,lr_decay_steps,b1,b2,
+    clip_gradient,weight_decay,bf16_momentum} train_dataset.type train_dataset.vision_dataset.{path,ext,batch_size,
+    seq_length,resolution,fps,workers,chunk_size,max_prefetch,seed} checkpointer.{save_optimizer_state,float_dtype}
+    logger.{online,project_id,experiment_id,output_dir,wandb_dir,append_uuid} jax_distributed.{initialize_jax_distributed,
+    coordinator_address,num_processes,process_id,local_device_ids}"""
+
+
+def expand(names):
+    """`a b.{c,d}` -> {'a', 'b.c', 'b.d'}."""
+    found = set()
+    for name in re.sub(r",\s+", ",", names).split():
+        stem, _, inner = name.partition("{")
+        found |= {stem + part for part in inner.rstrip("}").split(",")}
+    return found
+
+
+@pytest.mark.parametrize(("script", "names"), [(INFERENCE, OLD_INFERENCE), (TRAIN, OLD_TRAINING)])
+def test_every_released_flag_is_known(script, names):
+    assert expand(names) <= {flag.name for flag in script.flags}
+
+
+@SCRIPTS
+def test_help_names_every_flag_once_and_fits_the_screen(script):
+    text = cli.help_text(script)
+    for flag in script.flags:
+        assert len(re.findall(rf"^  --{re.escape(flag.name)}=", text, re.MULTILINE)) == 1
+    assert all(len(line) <= 140 for line in text.splitlines())
+
+
+def test_help_needs_neither_jax_nor_a_model():
+    code = "import sys, scripts.inference as s; s.cli.run(s.INFERENCE, s.tokenize, ['--help']); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *_, modules = done.stdout.splitlines()
+    assert not {"jax", "flax", "numpy", "transformers", "matplotlib"} & set(modules.split())
+    assert "--threshold=NUMBER" in done.stdout
+
+
+def test_the_last_value_of_a_flag_counts():
+    values = cli.parse(SMALL, ["--path=a", "--model.hidden_size=16", "--path", "b"])
+    assert values["path"] == "b"
+    assert values.under("model") == {"hidden_size": 16}
+    assert values.given("path") and not values.given("debug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--path=a", "--model.hiden_size=4"], "Did you mean --model.hidden_size?"),
+        (["--path=a", "--hidden_size=4"], "Did you mean --model.hidden_size?"),
+        (["--path=a", "--model.hidden_size=wide"], "model.hidden_size=wide"),
+        (["--path=a", "stray"], "'stray' belongs to no flag"),
+        (["--path=a", "--old=3"], "--old=3: that is not part of this version."),
+        ([], "Give --path: a file"),
+    ],
+)
+def test_a_flag_that_is_of_no_use_is_refused_with_the_way_out(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        cli.parse(SMALL, arguments)
+
+
+def test_a_flag_without_effect_says_so(capsys):
+    assert cli.run(SMALL, lambda values: None, ["--path=a", "--chunk=8"]) == 0
+    assert "--chunk has no effect: there are no chunks." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("size=3\n  must be even."), "size=3 must be even."),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied."),
+        (MemoryError(), "Out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), "Out of memory"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_exit_code_1(error, shown, capsys):
+    def body(values):
+        raise error
+
+    assert cli.run(SMALL, body, ["--path=a"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"scripts/small.py: error: {shown}")
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_debug_shows_where_an_error_came_from(capsys):
+    def body(values):
+        raise ValueError("no")
+
+    assert cli.run(SMALL, body, ["--path=a", "--debug"]) == 1
+    assert "in body" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def body(values):
+        raise KeyError("typo")
+
+    with pytest.raises(KeyError):
+        cli.run(SMALL, body, ["--path=a"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_unwinds_the_stack(number, code):
+    left = []
+
+    def body(values):
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            left.append(True)
+
+    try:
+        assert cli.run(SMALL, body, ["--path=a"]) == code
+    except SystemExit as ended:
+        assert ended.code == code
+    assert left == [True]
+
+
+def test_defaults_of_training_are_those_of_the_rooms():
+    from elastic.data import DataConfig
+    from elastic.optim import OptimizerConfig
+    from elastic.train import TrainConfig
+
+    defaults = {flag.name: flag.default for flag in TRAIN.flags}
+    renamed = {
+        "output_dir": "logger.output_dir",
+        "float_dtype": "checkpointer.float_dtype",
+        "accumulate_gradient_steps": "optimizer.accumulate_gradient_steps",
+    }
+    places = {
+        TrainConfig: "",
+        OptimizerConfig: "optimizer.adamw_optimizer.",
+        DataConfig: "train_dataset.vision_dataset.",
+    }
+    for record, prefix in places.items():
+        for field in dataclasses.fields(record):
+            if field.name in ("data", "optimizer"):
+                continue
+            name = renamed.get(field.name, prefix + field.name)
+            assert name in defaults, name
+            if field.default is not dataclasses.MISSING:
+                assert defaults[name] == field.default, name
