@@ -63,24 +63,40 @@ class FSQ:
     def indices_to_codes(self, indices: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """The inverse of `codes_to_indices`."""
         shape = (1,) * indices.ndim + (-1,)
-        basis, levels = (jnp.asarray(x, jnp.int32).reshape(shape) for x in (self.basis, self.levels))
+        basis, levels = (
+            jnp.asarray(x, jnp.int32).reshape(shape) for x in (self.basis, self.levels)
+        )
         digits = (indices[..., None].astype(jnp.int32) // basis) % levels
         half_width = jnp.asarray([level // 2 for level in self.levels], jnp.float32).reshape(shape)
         return (digits.astype(jnp.float32) - half_width) / half_width
 
     def __call__(
-        self, latents: Float[Array, "b l d"], kept: Bool[Array, "b l"], *, key: Shaped[Array, "*k"] | None = None, tokens_per_block: int = 0
+        self,
+        latents: Float[Array, "b l d"],
+        kept: Bool[Array, "b l"],
+        *,
+        key: Shaped[Array, "*k"] | None = None,
+        tokens_per_block: int = 0,
     ) -> Bottlenecked:
         """The codes of the latents; FSQ needs no noise and has no loss of its own."""
         del kept, key, tokens_per_block
         return Bottlenecked(self.quantize(latents), jnp.zeros((), jnp.float32))
 
-    def statistics(self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]) -> dict[str, Float[Array, ""]]:
+    def statistics(
+        self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
+    ) -> dict[str, Float[Array, ""]]:
         """Perplexity and share of the codebook in use among kept tokens, by counting (never one-hot)."""
-        counts = jnp.zeros(self.codebook_size, jnp.float32).at[self.codes_to_indices(codes)].add(kept.astype(jnp.float32))
+        counts = (
+            jnp.zeros(self.codebook_size, jnp.float32)
+            .at[self.codes_to_indices(codes)]
+            .add(kept.astype(jnp.float32))
+        )
         share = counts / jnp.maximum(jnp.sum(counts), 1.0)
         entropy = -jnp.sum(share * jnp.log(share + 1e-10))
-        return {"perplexity": jnp.exp(entropy), "codebook_usage": jnp.mean((counts > 0).astype(jnp.float32))}
+        return {
+            "perplexity": jnp.exp(entropy),
+            "codebook_usage": jnp.mean((counts > 0).astype(jnp.float32)),
+        }
 
 
 class VAE:
@@ -91,7 +107,12 @@ class VAE:
         self.num_latents = 2 * code_dim
 
     def __call__(
-        self, latents: Float[Array, "b l d"], kept: Bool[Array, "b l"], *, key: Shaped[Array, "*k"] | None = None, tokens_per_block: int
+        self,
+        latents: Float[Array, "b l d"],
+        kept: Bool[Array, "b l"],
+        *,
+        key: Shaped[Array, "*k"] | None = None,
+        tokens_per_block: int,
     ) -> Bottlenecked:
         """With a key a sample, else the mean.
 
@@ -101,12 +122,16 @@ class VAE:
         mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)
         kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=-1)
-        per_block = jnp.sum(jnp.where(kept, kl, 0.0).reshape(kl.shape[0], -1, tokens_per_block), axis=-1)
+        per_block = jnp.sum(
+            jnp.where(kept, kl, 0.0).reshape(kl.shape[0], -1, tokens_per_block), axis=-1
+        )
         if key is not None:
             mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         return Bottlenecked(mean, _KL_WEIGHT * jnp.mean(per_block))
 
-    def statistics(self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]) -> dict[str, Float[Array, ""]]:
+    def statistics(
+        self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
+    ) -> dict[str, Float[Array, ""]]:
         """The mean square of the kept codes."""
         square = jnp.where(kept[..., None], jnp.square(codes), 0.0)
         return {"code_power": jnp.sum(square) / jnp.maximum(jnp.sum(kept) * codes.shape[-1], 1)}
@@ -114,4 +139,8 @@ class VAE:
 
 def make_bottleneck(config: ElasticTokConfig) -> FSQ | VAE:
     """The bottleneck that the config names."""
-    return FSQ(config.fsq_quant_levels) if config.bottleneck_type == "fsq" else VAE(config.vae_bottleneck_dim)
+    return (
+        FSQ(config.fsq_quant_levels)
+        if config.bottleneck_type == "fsq"
+        else VAE(config.vae_bottleneck_dim)
+    )

@@ -319,12 +319,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 32, "max_sequence_length": 4096,
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 64, "max_sequence_length": 4096,
     },
     "small-vae": {
-        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 16, "max_sequence_length": 2048,
+        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 2048,
     },
 }  # fmt: skip
+
+
+_DTYPES = {
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+}
+
+
+def parse_dtype(name: str) -> str:
+    """NumPy's name of the type that `--dtype` means.
+
+    Raises:
+      ValueError: it is none of those supported.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} must be one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
 
 
 def load_config(source: str) -> ElasticTokConfig:

@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
@@ -54,25 +56,45 @@ class RMSNorm(Compute):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """The normalized activations, in the model's type once, as the released models compute it."""
+        """The normalized activations, in float32."""
         weight = self.param("kernel", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        x = x * jax.lax.rsqrt(
+            jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.rms_norm_eps
+        )
         return x * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def rope_angles(position_ids: Int[Array, "*b l"], head_dim: int, theta: float) -> tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]:
+def rope_angles(
+    position_ids: Int[Array, "*b l"], head_dim: int, theta: float
+) -> tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]:
     """Cosine and sine of `position * theta^(-2 i / d)` in float32, one for each pair of channels (Su et al. 2021, eq. 15)."""
-    frequency = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = (position_ids[..., None].astype(jnp.float32) * frequency.reshape((1,) * position_ids.ndim + (-1,)))[..., None, :]
+    # By NumPy: at position 10^6 an accelerator's rounding of the power would turn by a visible angle.
+    frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    frequency = jnp.asarray(frequency, jnp.float32)
+    angle = (
+        position_ids[..., None].astype(jnp.float32)
+        * frequency.reshape((1,) * position_ids.ndim + (-1,))
+    )[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Float[Array, "*b l h d"], angles: tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]) -> Float[Array, "*b l h d"]:
-    """Turns the interleaved pairs (x[2i], x[2i+1]) in float32."""
+def rotate(
+    x: Float[Array, "*b l h d"], angles: tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]
+) -> Float[Array, "*b l h d"]:
+    """Turns each pair of channels by its angle, in float32; pair i lies in channels i and d / 2 + i (see `pairs_apart`)."""
     cos, sin = angles
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def pairs_apart(kernel: Float[Array, "i o"], head_dim: int) -> Float[Array, "i o"]:
+    """A query or key projection whose interleaved pairs (2i, 2i+1) come out in the channels i and d / 2 + i of their head.
+
+    The checkpoints interleave. Logits do not depend on the order of the channels, if it is the same for queries and keys, and halves
+    are rotated without picking every second number: moving the columns of a matrix is cheaper than moving every activation.
+    """
+    return rearrange(kernel, "i (h p two) -> i (h two p)", p=head_dim // 2, two=2)
 
 
 class Attention(Compute):
@@ -86,25 +108,49 @@ class Attention(Compute):
         segment_ids: Int[Array, "b l"] | None,
         valid: Bool[Array, "b l"] | None,
         past: ops.Past | None,
-        layer: Int[Array, ""] | None,
+        layer: Int[Array, ""],
     ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
         """The output, and with a past also the new keys and values."""
         config, (batch, length, _) = self.config, x.shape
 
-        def project(name: str) -> Array:
-            y = Linear(features=config.hidden_size, name=name, **self.shared())(x)
+        def project(name: str, *, rotated: bool) -> Array:
+            kernel = Linear(features=config.hidden_size, name=name, **self.shared()).kernel(
+                x.shape[-1]
+            )
+            y = ops.dense(
+                x, pairs_apart(kernel, config.head_dim) if rotated else kernel, self.dtype
+            )
             return y.reshape(batch, length, config.num_attention_heads, config.head_dim)
 
-        q, k, v = (project(name) for name in ("wq", "wk", "wv"))
+        q, k, v = (
+            project("wq", rotated=True),
+            project("wk", rotated=True),
+            project("wv", rotated=False),
+        )
         q, k, v = (y.astype(self.dtype) for y in (rotate(q, angles), rotate(k, angles), v))
-        implementation = config.attention_implementation or (None if config.scan_attention else "reference")
-        how = dict(
-            mesh=self.mesh, implementation=implementation, q_tile=config.scan_query_chunk_size, kv_tile=config.scan_key_chunk_size
-        )  # fmt: skip
+        implementation = config.attention_implementation or (
+            None if config.scan_attention else "reference"
+        )
+        how: dict[str, Any] = dict(
+            mesh=self.mesh,
+            implementation=implementation,
+            q_tile=config.scan_query_chunk_size,
+            kv_tile=config.scan_key_chunk_size,
+        )
         new = None
         if past is None:
-            q, k, v = (constrain(y, self.mesh, "batch", "sequence", "heads", None) for y in (q, k, v))
-            out = ops.attention(q, k, v, block_size=config.tokens_per_block, segment_ids=segment_ids, valid=valid, **how)
+            q, k, v = (
+                constrain(y, self.mesh, "batch", "sequence", "heads", None) for y in (q, k, v)
+            )
+            out = ops.attention(
+                q,
+                k,
+                v,
+                block_size=config.tokens_per_block,
+                segment_ids=segment_ids,
+                valid=valid,
+                **how,
+            )
         else:
             out = ops.attention_with_past(q, k, v, past=past, layer=layer, **how)
             new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -144,9 +190,15 @@ class Layer(Compute):
     ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
         """The new residual stream, and with a past the layer's new keys and values."""
         shared, config = self.shared(), self.config
-        attention = _remat(Attention, config.remat_attention)(name="attention", **shared)
-        feed_forward = _remat(FeedForward, config.remat_mlp)(name="feed_forward", **shared)
-        out, new = attention(RMSNorm(name="attention_norm", **shared)(x), angles, segment_ids, valid, past, layer)
+        attention = _remat(Attention, config.remat_attention, in_scan=config.scan_layers)(
+            name="attention", **shared
+        )
+        feed_forward = _remat(FeedForward, config.remat_mlp, in_scan=config.scan_layers)(
+            name="feed_forward", **shared
+        )
+        out, new = attention(
+            RMSNorm(name="attention_norm", **shared)(x), angles, segment_ids, valid, past, layer
+        )
         x = x + out
         x = x + feed_forward(RMSNorm(name="ffn_norm", **shared)(x))
         return constrain(x, self.mesh, "batch", "sequence", None), new
@@ -168,15 +220,19 @@ class LayerStack(Compute):
     ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
         """The residual stream after the last layer, and with a past the new keys and values of all, [layers, b, heads, l, head_dim]."""
         angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
-        layer_class = _remat(Layer, self.config.remat_block)
+        layer_class = _remat(Layer, self.config.remat_block, in_scan=self.config.scan_layers)
         everywhere = (angles, segment_ids, valid, past)
+        in_axes: Any = (
+            0,
+            *(nn.broadcast for _ in everywhere),
+        )  # flax accepts a tuple, its type says int
         index = jnp.arange(self.num_layers)
         if self.config.scan_layers:
             scanned = nn.scan(
                 layer_class,
                 variable_axes={"params": self.config.param_scan_axis, "intermediates": 0},
                 split_rngs={"params": True},
-                in_axes=(0,) + (nn.broadcast,) * len(everywhere),
+                in_axes=in_axes,
                 length=self.num_layers,
             )
             return scanned(name="scan_decoder", **self.shared())(x, index, *everywhere)
@@ -187,9 +243,10 @@ class LayerStack(Compute):
         return x, None if past is None else jax.tree.map(lambda *layers: jnp.stack(layers), *new)
 
 
-def _remat(module: Any, policy: str) -> Any:
+def _remat(module: Any, policy: str, *, in_scan: bool) -> Any:
     """`module`, recomputed in the backward pass except for what the policy of jax.checkpoint saves; '' is the module itself."""
     if not policy:
         return module
-    return nn.remat(module, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)
-
+    # Outside of a scan XLA would merge the recomputation with the forward pass, and save no memory.
+    saved = getattr(jax.checkpoint_policies, policy)
+    return nn.remat(module, policy=saved, prevent_cse=not in_scan)

@@ -1,5 +1,7 @@
 """The training loss: squared error plus what the bottleneck adds."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -13,10 +15,9 @@ def training_loss(
 
     `key` draws the VAE's sample; without one the mean is decoded.
     """
-    reconstruction, encoded = model.apply({"params": params}, batch, key=key)
+    output: Any = model.apply({"params": params}, batch, key=key)
+    reconstruction, encoded = output
     recon_loss = jnp.mean(jnp.square(reconstruction - batch.patches))
     loss = recon_loss + encoded.aux_loss
     terms = {"loss": loss, "recon_loss": recon_loss, "aux_loss": encoded.aux_loss}
     return loss, terms | model.bottleneck.statistics(encoded.codes, batch.kept)
-
-

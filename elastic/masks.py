@@ -12,7 +12,9 @@ def kept_mask(num_kept: Int[Array, "*b"], tokens_per_block: int) -> Bool[Array, 
     return position < num_kept[..., None]
 
 
-def drop_tail(codes: Float[Array, "*b tokens d"], kept: Bool[Array, "*b tokens"]) -> Float[Array, "*b tokens d"]:
+def drop_tail(
+    codes: Float[Array, "*b tokens d"], kept: Bool[Array, "*b tokens"]
+) -> Float[Array, "*b tokens d"]:
     """Zeroes the codes that are not kept."""
     return jnp.where(kept[..., None], codes, jnp.zeros((), codes.dtype))
 
@@ -42,11 +44,15 @@ def sample_num_kept(
     low, high = min(min_kept + 1, max_kept), max_kept
     if log_uniform:
         share = jax.random.uniform(draw_key, shape)
-        count = jnp.exp(jnp.log(low) + share * (jnp.log(high + 1.0) - jnp.log(low))).astype(jnp.int32)
+        count = jnp.exp(jnp.log(low) + share * (jnp.log(high + 1.0) - jnp.log(low))).astype(
+            jnp.int32
+        )
         count = jnp.clip(count, low, high)
     else:
         count = jax.random.randint(draw_key, shape, low, high + 1)
-    return jnp.where(jax.random.uniform(full_key, shape) < full_fraction, high, count).astype(jnp.int32)
+    return jnp.where(jax.random.uniform(full_key, shape) < full_fraction, high, count).astype(
+        jnp.int32
+    )
 
 
 def visible(

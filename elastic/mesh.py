@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +31,9 @@ def parse_mesh_dim(mesh_dim: str, num_devices: int) -> tuple[dict[str, int], boo
     form = f"mesh_dim={mesh_dim!r} must be four sizes such as '1,1,-1,1' ({', '.join(AXES)}) or names such as 'dp:1,tp:-1'"
     try:
         if all(":" in part for part in parts):
-            named = [(name.strip(), int(size)) for name, size in (part.split(":", 1) for part in parts)]
+            named = [
+                (name.strip(), int(size)) for name, size in (part.split(":", 1) for part in parts)
+            ]
         else:
             named = list(zip(AXES, map(int, parts), strict=True))
     except ValueError as error:
@@ -53,7 +56,7 @@ def parse_mesh_dim(mesh_dim: str, num_devices: int) -> tuple[dict[str, int], boo
     return sizes, keep_order
 
 
-def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all devices when None).
 
     The one place that builds a mesh: axis types are Auto here, while jax's own `make_mesh` now defaults to explicit ones.
@@ -61,7 +64,11 @@ def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[jax.Device] | None 
     devices = list(jax.devices() if devices is None else devices)
     sizes, keep_order = parse_mesh_dim(mesh_dim, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
-    grid = np.asarray(devices).reshape(shape) if keep_order else mesh_utils.create_device_mesh(shape, devices)
+    grid = (
+        np.asarray(devices).reshape(shape)
+        if keep_order
+        else mesh_utils.create_device_mesh(shape, devices)
+    )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -74,6 +81,8 @@ def use_all_cpu_cores() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with contextlib.suppress(RuntimeError):  # the backends run already: keep what they have
         jax.config.update("jax_num_cpu_devices", min(8, 1 << (cores.bit_length() - 1)))

@@ -22,7 +22,9 @@ class Batch(NamedTuple):
 
     patches: Float[Array, "b l p"]  # pixels in [-1, 1]
     kept: Bool[Array, "b l"]  # True: this token is transmitted
-    segment_ids: Int[Array, "b l"] | None = None  # equal ids may attend to each other; None: all equal
+    segment_ids: Int[Array, "b l"] | None = (
+        None  # equal ids may attend to each other; None: all equal
+    )
     position_ids: Int[Array, "b l"] | None = None  # RoPE positions; None: 0, 1, 2, ...
     valid: Bool[Array, "b l"] | None = None  # False: hidden from every query
 
@@ -41,7 +43,9 @@ class Encoder(Compute):
     num_latents: int = 1
 
     @nn.compact
-    def __call__(self, batch: Batch, past: ops.Past | None = None) -> tuple[Float[Array, "b l z"], KeysValues | None]:
+    def __call__(
+        self, batch: Batch, past: ops.Past | None = None
+    ) -> tuple[Float[Array, "b l z"], KeysValues | None]:
         """The latents before the bottleneck, and with a past the new keys and values."""
         shared, config = self.shared(), self.config
         init = nn.initializers.normal(config.initializer_range)
@@ -87,10 +91,14 @@ class ElasticTok(Compute):
         """The bottleneck, which has no parameters."""
         return make_bottleneck(self.config)
 
-    def encode(self, batch: Batch, past: ops.Past | None = None, *, key: Shaped[Array, "*k"] | None = None) -> Encoded:
+    def encode(
+        self, batch: Batch, past: ops.Past | None = None, *, key: Shaped[Array, "*k"] | None = None
+    ) -> Encoded:
         """Codes of a batch; a key makes the VAE sample, as in training."""
         latents, new = self.encoder(batch, past)
-        codes, aux_loss = self.bottleneck(latents, batch.kept, key=key, tokens_per_block=self.config.tokens_per_block)
+        codes, aux_loss = self.bottleneck(
+            latents, batch.kept, key=key, tokens_per_block=self.config.tokens_per_block
+        )
         return Encoded(masks.drop_tail(codes, batch.kept), aux_loss, new)
 
     def decode(
@@ -99,7 +107,9 @@ class ElasticTok(Compute):
         """Pixels of codes that are zero where tokens are dropped."""
         return self.decoder(codes, batch, past)
 
-    def __call__(self, batch: Batch, *, key: Shaped[Array, "*k"] | None = None) -> tuple[Float[Array, "b l p"], Encoded]:
+    def __call__(
+        self, batch: Batch, *, key: Shaped[Array, "*k"] | None = None
+    ) -> tuple[Float[Array, "b l p"], Encoded]:
         """The reconstruction of a batch and its codes."""
         encoded = self.encode(batch, key=key)
         return self.decode(encoded.codes, batch)[0], encoded
@@ -119,7 +129,8 @@ def dummy_batch(config: ElasticTokConfig) -> Batch:
 
 def init_params(config: ElasticTokConfig, key: Shaped[Array, "*k"]) -> dict[str, Any]:
     """Freshly drawn parameters, the tree of the released files."""
-    return ElasticTok(config).init(key, dummy_batch(config))["params"]
+    variables: Any = ElasticTok(config).init(key, dummy_batch(config))
+    return variables["params"]
 
 
 def param_shapes(config: ElasticTokConfig) -> dict[str, Any]:

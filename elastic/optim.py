@@ -27,15 +27,23 @@ class OptimizerConfig:
 
     def __post_init__(self):
         if not 0 <= self.lr_warmup_steps < self.lr_decay_steps:
-            raise ValueError(f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more and below lr_decay_steps={self.lr_decay_steps}.")
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more and below lr_decay_steps={self.lr_decay_steps}."
+            )
         if self.accumulate_gradient_steps < 1:
-            raise ValueError(f"accumulate_gradient_steps={self.accumulate_gradient_steps} must be 1 or more.")
+            raise ValueError(
+                f"accumulate_gradient_steps={self.accumulate_gradient_steps} must be 1 or more."
+            )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """Step number -> learning rate: a linear warm-up from `init_lr` to `lr`, then a cosine to `end_lr` at `lr_decay_steps`."""
     return optax.warmup_cosine_decay_schedule(
-        config.init_lr, config.lr, config.lr_warmup_steps, config.lr_decay_steps, end_value=config.end_lr
+        config.init_lr,
+        config.lr,
+        config.lr_warmup_steps,
+        config.lr_decay_steps,
+        end_value=config.end_lr,
     )
 
 

@@ -9,7 +9,8 @@ _VIDEO, _PATCHES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
 
 
 def patchify(
-    video: Shaped[np.ndarray | jax.Array, "*b frames rows columns channels"], patch_size: tuple[int, int, int]
+    video: Shaped[np.ndarray | jax.Array, "*b frames rows columns channels"],
+    patch_size: tuple[int, int, int],
 ) -> Shaped[np.ndarray | jax.Array, "*b tokens patch"]:
     """Cuts each clip into patches, one token each; any leading dimensions."""
     pt, ph, pw = patch_size
@@ -17,14 +18,21 @@ def patchify(
 
 
 def unpatchify(
-    patches: Shaped[np.ndarray | jax.Array, "*b tokens patch"], patch_size: tuple[int, int, int], rows: int, columns: int
+    patches: Shaped[np.ndarray | jax.Array, "*b tokens patch"],
+    patch_size: tuple[int, int, int],
+    rows: int,
+    columns: int,
 ) -> Shaped[np.ndarray | jax.Array, "*b frames rows columns channels"]:
     """The inverse of `patchify` for frames of `rows` x `columns` pixels."""
     pt, ph, pw = patch_size
-    return rearrange(patches, f"{_PATCHES} -> {_VIDEO}", pt=pt, ph=ph, pw=pw, h=rows // ph, w=columns // pw)
+    return rearrange(
+        patches, f"{_PATCHES} -> {_VIDEO}", pt=pt, ph=ph, pw=pw, h=rows // ph, w=columns // pw
+    )
 
 
-def pad_block(frames: UInt8[np.ndarray, "n rows columns c"], frames_per_block: int) -> UInt8[np.ndarray, "f rows columns c"]:
+def pad_block(
+    frames: UInt8[np.ndarray, "n rows columns c"], frames_per_block: int
+) -> UInt8[np.ndarray, "f rows columns c"]:
     """Repeats the last frame until the block is full: still content costs the fewest tokens.
 
     Raises:

@@ -68,7 +68,9 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
     """`x`, laid out on the mesh as its logical axes say. Without a mesh, or on one device, x itself."""
     if mesh is None or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting_spec(mesh, x.shape, *axes)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, fitting_spec(mesh, x.shape, *axes))
+    )
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
@@ -80,7 +82,9 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         if not known:
             if leaf.ndim == 0:  # a counter of the optimizer
                 return NamedSharding(mesh, P())
-            raise ValueError(f"No sharding rule for the parameter {'/'.join(names)}; known names are {sorted(_PARAMETERS)}.")
+            raise ValueError(
+                f"No sharding rule for the parameter {'/'.join(names)}; known names are {sorted(_PARAMETERS)}."
+            )
         axes = _PARAMETERS[known[-1]]
         stacked = (None,) * (leaf.ndim - len(axes))  # scanned layers lie on the leading axis
         return NamedSharding(mesh, fitting_spec(mesh, leaf.shape, *stacked, *axes))

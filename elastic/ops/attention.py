@@ -2,8 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from elastic.ops import blockwise, reference
-from elastic.sharding import fitting_spec, spec
+from elastic.sharding import fitting_spec
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,9 @@ def choose_implementation(name: str | None = None) -> str:
     if not name:
         return _best_for(jax.default_backend())
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r} must be one of {', '.join(IMPLEMENTATIONS)}.")
+        raise ValueError(
+            f"attention implementation {name!r} must be one of {', '.join(IMPLEMENTATIONS)}."
+        )
     return name
 
 
@@ -87,16 +88,21 @@ def attention(
     """
     name = choose_implementation(implementation)
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} must agree in batch, heads and head_dim, k and v in length too.")
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} must agree in batch, heads and head_dim, k and v in length too."
+        )
     q_start = jnp.asarray(q_start, jnp.int32)
     kv_length = jnp.asarray(k.shape[1] if kv_length is None else kv_length, jnp.int32)
-    q_segments = None if segment_ids is None else lax.dynamic_slice_in_dim(segment_ids, q_start, q.shape[1], 1)
-    local = functools.partial(_local, name=name, block_size=block_size, q_tile=q_tile, kv_tile=kv_tile)
-    arguments = (q, k, v, q_start, kv_length, q_segments, segment_ids, valid)
+    q_segments = (
+        None
+        if segment_ids is None
+        else lax.dynamic_slice_in_dim(segment_ids, q_start, q.shape[1], 1)
+    )
+    call = _Call(q, k, v, q_start, kv_length, q_segments, segment_ids, valid)
+    how = _How(name, block_size, q_tile, kv_tile)
     if mesh is None or mesh.size == 1:
-        return local(*arguments).astype(q.dtype)
-    out = _on_mesh(local, mesh, arguments)
-    return out.astype(q.dtype)
+        return _on_device(call, how)[0].astype(q.dtype)
+    return _on_mesh(call, how, mesh).astype(q.dtype)
 
 
 def attention_with_past(
@@ -116,80 +122,136 @@ def attention_with_past(
     There may be several candidates of each block: n = batch * candidates, the candidates of one element side by side. They share
     its past, which is read in place. Both parts are attended to apart and merged by their logsumexp.
     """
-    name = choose_implementation(implementation)
-    local = functools.partial(_local_with_past, name=name, q_tile=q_tile, kv_tile=kv_tile)
+    how = _How(choose_implementation(implementation), q.shape[1], q_tile, kv_tile)
+    local = functools.partial(_on_device_with_past, how=how)
     arguments = (q, k, v, past.keys, past.values, past.length, jnp.asarray(layer))
     if mesh is None or mesh.size == 1:
         return local(*arguments).astype(q.dtype)
     heads = fitting_spec(mesh, q.shape, None, None, "heads", None)
     past_heads = P(None, None, heads[2])
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(heads, heads, heads, past_heads, past_heads, P(), P()), out_specs=heads, check_vma=False
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, past_heads, past_heads, P(), P()),
+        out_specs=heads,
+        check_vma=False,
     )
     return sharded(*arguments).astype(q.dtype)
 
 
-def _on_mesh(local: Callable[..., Array], mesh: Mesh, arguments: tuple) -> Array:
-    """Runs `local` on each device's batch elements, heads and queries. Keys are gathered over sp, so that any mesh works."""
-    q, k, _, _, _, q_segments, kv_segments, valid = arguments
-    queries = fitting_spec(mesh, q.shape, "batch", "sequence", "heads", None)
-    keys = P(queries[0], None, queries[2], None)
-    num_parts = mesh.shape["sp"] if queries[1] else 1
+class _Call(NamedTuple):
+    """The arrays of one call: what a mesh splits."""
 
-    def run(q, k, v, q_start, kv_length, q_segments, kv_segments, valid):
-        if num_parts > 1:
-            q_start = q_start + lax.axis_index(spec("sequence")[0]) * q.shape[1]
-        return local(q, k, v, q_start, kv_length, q_segments, kv_segments, valid)
-
-    flat = lambda x, part: None if x is None else part  # noqa: E731
-    in_specs = (
-        queries, keys, keys, P(), P(),
-        flat(q_segments, P(queries[0], queries[1])), flat(kv_segments, P(queries[0], None)), flat(valid, P(queries[0], None)),
-    )  # fmt: skip
-    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=queries, check_vma=False)(*arguments)
+    q: Array  # [b, q, h, d]
+    k: Array  # [b, k, h, d]
+    v: Array  # [b, k, h, d]
+    q_start: Array
+    kv_length: Array
+    q_segments: Array | None = None  # [b, q]
+    kv_segments: Array | None = None  # [b, k]
+    valid: Array | None = None  # [b, k]
 
 
-def _local(q, k, v, q_start, kv_length, q_segments, kv_segments, valid, *, name, block_size, q_tile, kv_tile) -> Array:
-    if name == "reference":
-        return reference.attend(
-            q, k, v, block_size=block_size, q_start=q_start, kv_length=kv_length,
-            q_segments=q_segments, kv_segments=kv_segments, valid=valid,
-        )[0]  # fmt: skip
-    options = blockwise.Options(block_size, q_tile, kv_tile, rows_per_batch=q.shape[2])
-    scope = blockwise.Scope(q_start, kv_length, jnp.int32(0), q_segments, kv_segments, valid)
-    rows = (rearrange(x, "b l h d -> (b h) l d") for x in (q, k, v))
-    out, _ = blockwise.attend_rows(*rows, scope, options)
-    return rearrange(out, "(b h) l d -> b l h d", b=q.shape[0])
+class _How(NamedTuple):
+    """What is known when the program is compiled."""
+
+    name: str
+    block_size: int
+    q_tile: int
+    kv_tile: int
 
 
-def _local_with_past(q, k, v, past_keys, past_values, past_length, layer, *, name, q_tile, kv_tile) -> Array:
-    (num, length, heads, _), batch, capacity = q.shape, past_keys.shape[1], past_keys.shape[3]
-    together = "(b n) l h d -> b (n l) h d"  # candidates side by side: one long query against the shared past
-    all_keys = dict(block_size=1, q_start=jnp.int32(capacity), kv_length=past_length)
-    own = dict(block_size=length, q_start=jnp.int32(0), kv_length=jnp.int32(length))
-    if name == "reference":
-        keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
-        out, lse = reference.attend(rearrange(q, together, b=batch), keys, values, **all_keys)
-        own_out, own_lse = reference.attend(q, k, v, **own)
-        lse = rearrange(lse, "b h (n l) -> (b n) l h", l=length)
-        return _merge(rearrange(out, "b (n l) h d -> (b n) l h d", l=length), lse, own_out, rearrange(own_lse, "b h l -> b l h"))
-    rows = lambda x, pattern: rearrange(x, f"{pattern} -> (b h) l d")  # noqa: E731
-    num_rows = batch * heads
-    scope = blockwise.Scope(all_keys["q_start"], past_length, layer * num_rows, None, None, None)
-    flat = lambda x: x.reshape(-1, *x.shape[-2:])  # noqa: E731
-    out, lse = blockwise.attend_rows(
-        rearrange(q, "(b n) l h d -> (b h) (n l) d", b=batch), flat(past_keys), flat(past_values), scope,
-        blockwise.Options(1, q_tile, kv_tile, heads),
-    )  # fmt: skip
-    own_scope = blockwise.Scope(own["q_start"], own["kv_length"], jnp.int32(0), None, None, None)
-    own_out, own_lse = blockwise.attend_rows(
-        *(rows(x, "b l h d") for x in (q, k, v)), own_scope, blockwise.Options(length, q_tile, kv_tile, heads)
+def _on_mesh(call: _Call, how: _How, mesh: Mesh) -> Array:
+    """Each device serves its batch elements, heads and queries. Keys are gathered over sp, so that any mesh works."""
+    queries = fitting_spec(mesh, call.q.shape, "batch", "sequence", "heads", None)
+    batch, sequence, heads, _ = queries
+    keys, kv_ids = P(batch, None, heads, None), P(batch, None)
+    parts = (queries, keys, keys, P(), P(), P(batch, sequence), kv_ids, kv_ids)
+    specs: Any = [None if x is None else part for x, part in zip(call, parts, strict=True)]
+
+    def run(call: _Call) -> Array:
+        if sequence:
+            first = lax.axis_index(sequence) * call.q.shape[1]
+            call = call._replace(q_start=call.q_start + first)
+        return _on_device(call, how)[0]
+
+    sharded = jax.shard_map(
+        run, mesh=mesh, in_specs=(_Call(*specs),), out_specs=queries, check_vma=False
     )
-    to_rows = dict(b=batch, n=num // batch)
-    out = rearrange(out, "(b h) (n l) d -> (b n) l h d", **to_rows)
-    lse = rearrange(lse, "(b h) (n l) -> (b n) l h", **to_rows)
-    own_out, own_lse = rearrange(own_out, "(b h) l d -> b l h d", h=heads), rearrange(own_lse, "(b h) l -> b l h", h=heads)
-    return _merge(out, lse, own_out, own_lse)
+    return sharded(call)
+
+
+def _on_device(call: _Call, how: _How) -> tuple[Array, Array]:
+    """Output [b, q, h, d] in float32 and logsumexp [b, h, q]."""
+    q, k, v, q_start, kv_length, q_segments, kv_segments, valid = call
+    if how.name == "reference":
+        return reference.attend(
+            q,
+            k,
+            v,
+            block_size=how.block_size,
+            q_start=q_start,
+            kv_length=kv_length,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            valid=valid,
+        )
+    scope = blockwise.Scope(q_start, kv_length, jnp.int32(0), q_segments, kv_segments, valid)
+    return _by_rows(q, _rows(k), _rows(v), scope, how)
+
+
+def _on_device_with_past(
+    q: Array,
+    k: Array,
+    v: Array,
+    past_keys: Array,
+    past_values: Array,
+    past_length: Array,
+    layer: Array,
+    *,
+    how: _How,
+) -> Array:
+    """Output [n, q, h, d] in float32."""
+    (_, length, heads, _), batch, capacity = q.shape, past_keys.shape[1], past_keys.shape[3]
+    own_out, own_lse = _on_device(
+        _Call(q, k, v, jnp.int32(0), jnp.int32(length)), how._replace(block_size=length)
+    )
+    if capacity == 0:  # a window of one block
+        return own_out
+    # Candidates side by side: one long query against the past that they share, all of which it sees.
+    queries = rearrange(q, "(b n) l h d -> b (n l) h d", b=batch)
+    how, q_start = how._replace(block_size=1), jnp.int32(capacity)
+    if how.name == "reference":
+        keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
+        out, lse = _on_device(_Call(queries, keys, values, q_start, past_length), how)
+    else:
+        first_row = (layer * batch * heads).astype(jnp.int32)
+        scope = blockwise.Scope(q_start, past_length, first_row, None, None, None)
+        keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
+        out, lse = _by_rows(queries, keys, values, scope, how)
+    return _merge(
+        rearrange(out, "b (n l) h d -> (b n) l h d", l=length),
+        rearrange(lse, "b h (n l) -> (b n) l h", l=length),
+        own_out,
+        rearrange(own_lse, "b h l -> b l h"),
+    )
+
+
+def _rows(x: Array) -> Array:
+    return rearrange(x, "b l h d -> (b h) l d")
+
+
+def _by_rows(
+    q: Array, keys: Array, values: Array, scope: blockwise.Scope, how: _How
+) -> tuple[Array, Array]:
+    """Blockwise attention of queries [b, q, h, d] to rows of keys and values."""
+    heads = q.shape[2]
+    options = blockwise.Options(how.block_size, how.q_tile, how.kv_tile, rows_per_batch=heads)
+    out, lse = blockwise.attend_rows(_rows(q), keys, values, scope, options)
+    return (
+        rearrange(out, "(b h) l d -> b l h d", h=heads),
+        rearrange(lse, "(b h) l -> b h l", h=heads),
+    )
 
 
 def _merge(a: Array, lse_a: Array, b: Array, lse_b: Array) -> Array:

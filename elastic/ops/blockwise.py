@@ -44,7 +44,11 @@ class Scope(NamedTuple):
 
 
 def attend_rows(
-    q_NQD: Float[Array, "N Q D"], k_MKD: Float[Array, "M K D"], v_MKD: Float[Array, "M K D"], scope: Scope, options: Options
+    q_NQD: Float[Array, "N Q D"],
+    k_MKD: Float[Array, "M K D"],
+    v_MKD: Float[Array, "M K D"],
+    scope: Scope,
+    options: Options,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
     """Output and natural logsumexp of each query, in float32. Differentiable in q, k, v (with `first_row` 0, N == M).
 
@@ -52,18 +56,23 @@ def attend_rows(
     a cache can be passed as it is. The logsumexp carries no gradient.
     """
     length = q_NQD.shape[1]
-    options = options._replace(q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1]))
+    options = options._replace(
+        q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1])
+    )
     padding = -length % options.q_tile
     if padding:
         q_NQD = jnp.pad(q_NQD, ((0, 0), (0, padding), (0, 0)))
         if scope.q_segments is not None:
-            scope = scope._replace(q_segments=jnp.pad(scope.q_segments, ((0, 0), (0, padding)), constant_values=-1))
+            scope = scope._replace(
+                q_segments=jnp.pad(scope.q_segments, ((0, 0), (0, padding)), constant_values=-1)
+            )
     out, lse = _attend(q_NQD, k_MKD, v_MKD, scope, options)
     return out[:, :length], lse[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options) -> tuple[Array, Array]:
+def _forward(
+    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options
+) -> tuple[Array, Array]:
     num_rows, length, dim = q_NQD.shape
     q_tile = options.q_tile
     q_NQD = (q_NQD * dim**-0.5).astype(q_NQD.dtype)
@@ -71,10 +80,15 @@ def _attend(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Opt
     def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
         row = scope.first_row + n
 
-        def visit(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+        def visit(
+            j: Array, carry: tuple[Array, Array, Array], masked: bool
+        ) -> tuple[Array, Array, Array]:
             top_t, total_t, out_tD = carry
             start = _tile_start(j, k_MKD, options)
-            k_sD, v_sD = _tile(k_MKD, row, start, options.kv_tile), _tile(v_MKD, row, start, options.kv_tile)
+            k_sD, v_sD = (
+                _tile(k_MKD, row, start, options.kv_tile),
+                _tile(v_MKD, row, start, options.kv_tile),
+            )
             logits_ts = dot(q_tD, k_sD, (1, 1))
             if masked:
                 seen_ts = _seen(n, i, j, start, scope, options)
@@ -91,15 +105,23 @@ def _attend(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Opt
         carry = (jnp.full(q_tile, _NEVER), jnp.zeros(q_tile), jnp.zeros((q_tile, dim)))
         num_plain, num_tiles = _tiles_seen(i, k_MKD.shape[1], scope, options)
         carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
-        top_t, total_t, out_tD = lax.fori_loop(num_plain, num_tiles, functools.partial(visit, masked=True), carry)
+        top_t, total_t, out_tD = lax.fori_loop(
+            num_plain, num_tiles, functools.partial(visit, masked=True), carry
+        )
         safe_t = jnp.where(total_t > 0, total_t, 1.0)
         return out_tD / safe_t[:, None], jnp.where(total_t > 0, top_t + jnp.log(safe_t), -jnp.inf)
 
     num_q_tiles = length // q_tile
     tiles = q_NQD.reshape(num_rows * num_q_tiles, q_tile, dim)
     index = jnp.arange(num_rows * num_q_tiles)
-    out, lse = lax.map(lambda item: one_tile(item[0] // num_q_tiles, item[0] % num_q_tiles, item[1]), (index, tiles))
+    out, lse = lax.map(
+        lambda item: one_tile(item[0] // num_q_tiles, item[0] % num_q_tiles, item[1]),
+        (index, tiles),
+    )
     return out.reshape(num_rows, length, dim), lse.reshape(num_rows, length)
+
+
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(4,))
 
 
 def _attend_fwd(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options):
@@ -123,20 +145,30 @@ def _attend_bwd(options: Options, saved, gradients):
 
         def q_step(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             at = i * options.q_tile
-            q_tD, dout_tD = (lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (q_QD, dout_QD))
-            lse_t, delta_t = (lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (lse_Q, delta_Q))
+            q_tD, dout_tD = (
+                lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (q_QD, dout_QD)
+            )
+            lse_t, delta_t = (
+                lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (lse_Q, delta_Q)
+            )
 
-            def visit(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+            def visit(
+                j: Array, carry: tuple[Array, Array, Array], masked: bool
+            ) -> tuple[Array, Array, Array]:
                 dq_tD, dk_KD, dv_KD = carry
                 start = _tile_start(j, k_NKD, options)
-                k_sD, v_sD = (lax.dynamic_slice_in_dim(x, start, options.kv_tile) for x in (k_KD, v_KD))
+                k_sD, v_sD = (
+                    lax.dynamic_slice_in_dim(x, start, options.kv_tile) for x in (k_KD, v_KD)
+                )
                 logits_st = dot(k_sD, q_tD, (1, 1))
                 weights_st = jnp.exp(logits_st - lse_t[None, :])
                 if masked:
                     weights_st = jnp.where(_seen(n, i, j, start, scope, options).T, weights_st, 0.0)
                 dweights_st = dot(v_sD, dout_tD, (1, 1))
                 dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
-                dq_tD = dq_tD + dot(dlogits_st, k_sD, (0, 0))
+                dq_tD = dq_tD + dot(
+                    lax.optimization_barrier(dlogits_st.T), k_sD
+                )  # a real transposition: see dense.py
                 dk_KD = _add_tile(dk_KD, start, dot(dlogits_st, q_tD))
                 dv_KD = _add_tile(dv_KD, start, dot(weights_st.astype(dtype), dout_tD))
                 return dq_tD, dk_KD, dv_KD
@@ -145,7 +177,9 @@ def _attend_bwd(options: Options, saved, gradients):
             num_plain, num_tiles = _tiles_seen(i, kv_length, scope, options)
             carry = (jnp.zeros((options.q_tile, dim)), dk_KD, dv_KD)
             carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
-            dq_tD, dk_KD, dv_KD = lax.fori_loop(num_plain, num_tiles, functools.partial(visit, masked=True), carry)
+            dq_tD, dk_KD, dv_KD = lax.fori_loop(
+                num_plain, num_tiles, functools.partial(visit, masked=True), carry
+            )
             return lax.dynamic_update_slice_in_dim(dq_QD, dq_tD * scale, at, 0), dk_KD, dv_KD
 
         zeros = (jnp.zeros(q_QD.shape), jnp.zeros(k_KD.shape), jnp.zeros(v_KD.shape))
@@ -167,7 +201,9 @@ def _tiles_seen(i: Array, num_keys: int, scope: Scope, options: Options) -> tupl
     seen_by_first = jnp.minimum((first // options.block_size + 1) * options.block_size, limit)
     seen_by_last = jnp.minimum((last // options.block_size + 1) * options.block_size, limit)
     num_tiles = (seen_by_last + options.kv_tile - 1) // options.kv_tile
-    return (jnp.zeros_like(num_tiles) if scope.always_masked else seen_by_first // options.kv_tile), num_tiles
+    return (
+        jnp.zeros_like(num_tiles) if scope.always_masked else seen_by_first // options.kv_tile
+    ), num_tiles
 
 
 def _tile_start(j: Array, keys: Array, options: Options) -> Array:
@@ -175,7 +211,9 @@ def _tile_start(j: Array, keys: Array, options: Options) -> Array:
     return jnp.minimum(j * options.kv_tile, keys.shape[1] - options.kv_tile)
 
 
-def _seen(n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Options) -> Bool[Array, "t s"]:
+def _seen(
+    n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Options
+) -> Bool[Array, "t s"]:
     """The mask of one tile of logits."""
     q_position = i * options.q_tile + jnp.arange(options.q_tile)
     kv_position = start + jnp.arange(options.kv_tile)
@@ -184,7 +222,9 @@ def _seen(n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Opt
     seen = (kv_position[None, :] < bound[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
     batch = n // options.rows_per_batch
     if scope.q_segments is not None and scope.kv_segments is not None:
-        q_segment = lax.dynamic_slice(scope.q_segments, (batch, i * options.q_tile), (1, options.q_tile))[0]
+        q_segment = lax.dynamic_slice(
+            scope.q_segments, (batch, i * options.q_tile), (1, options.q_tile)
+        )[0]
         kv_segment = lax.dynamic_slice(scope.kv_segments, (batch, start), (1, options.kv_tile))[0]
         seen &= q_segment[:, None] == kv_segment[None, :]
     if scope.valid is not None:
@@ -193,7 +233,9 @@ def _seen(n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Opt
 
 
 def _tile(keys: Array, row: Array, start: Array, size: int) -> Array:
-    return lax.dynamic_slice(keys, (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1]))[0]
+    return lax.dynamic_slice(keys, (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1]))[
+        0
+    ]
 
 
 def _add_tile(x: Array, start: Array, tile: Array) -> Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from elastic.ops.dense import dense
@@ -14,7 +15,7 @@ def feedforward(
     w2: Float[Array, "m d"],
     w3: Float[Array, "d m"],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     chunk_size: int | None = None,
 ) -> Float[Array, "b l d"]:
     """`w2(silu(w1 x) * w3 x)`.
@@ -32,5 +33,7 @@ def feedforward(
         return gated(x)
     whole = length // chunk_size * chunk_size
     chunks = x[:, :whole].reshape(x.shape[0], -1, chunk_size, x.shape[2]).swapaxes(0, 1)
-    out = lax.map(jax.checkpoint(gated), chunks).swapaxes(0, 1).reshape(x.shape[0], whole, x.shape[2])
+    out = (
+        lax.map(jax.checkpoint(gated), chunks).swapaxes(0, 1).reshape(x.shape[0], whole, x.shape[2])
+    )
     return out if whole == length else jnp.concatenate([out, gated(x[:, whole:])], axis=1)

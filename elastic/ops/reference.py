@@ -25,19 +25,28 @@ def attend(
 
     A query that sees no key gives 0 and -inf (the released code averages over keys it must not see).
     """
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    logits = (
+        jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+    )
     j = jnp.arange(k.shape[1])
-    seen = masks.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size) & (j < kv_length)[None, :]
+    seen = (
+        masks.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size)
+        & (j < kv_length)[None, :]
+    )
     seen = seen[None, None]
     if q_segments is not None and kv_segments is not None:
-        seen &= (q_segments[:, None, :, None] == kv_segments[:, None, None, :])
+        seen &= q_segments[:, None, :, None] == kv_segments[:, None, None, :]
     if valid is not None:
         seen &= valid[:, None, None, :]
     logits = jnp.where(seen, logits, -jnp.inf)
-    top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), -1e30)  # finite where nothing is seen
+    top = jnp.maximum(
+        jnp.max(logits, axis=-1, keepdims=True), -1e30
+    )  # finite where nothing is seen
     weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
     log_total = jnp.log(jnp.where(total > 0, total, 1.0))
     return out, jnp.where(total > 0, top + log_total, -jnp.inf)[..., 0]

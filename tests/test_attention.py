@@ -1,0 +1,296 @@
+"""One test body for every implementation of attention, against the plain one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from elastic import ops
+from elastic.mesh import make_mesh
+from elastic.ops import blockwise, reference
+
+FAST = [name for name in ops.IMPLEMENTATIONS if name != "reference"]
+
+# Lengths and tiles that do and do not divide each other; what a query may see.
+CASES = {
+    "one block": dict(length=32, block_size=32),
+    "tiles divide the blocks": dict(length=128, block_size=32, q_tile=16, kv_tile=8),
+    "blocks divide the tiles": dict(length=96, block_size=8, q_tile=48, kv_tile=32),
+    "nothing divides anything": dict(length=117, block_size=39, q_tile=16, kv_tile=25),
+    "a prime length": dict(length=101, block_size=13, q_tile=64, kv_tile=64),
+    "queries begin later": dict(length=100, block_size=25, q_start=50, q_length=25, kv_tile=16),
+    "queries begin inside a block": dict(
+        length=100, block_size=30, q_start=47, q_length=31, q_tile=8, kv_tile=16
+    ),
+    "some keys are not there": dict(length=96, block_size=32, kv_length=71, q_tile=32, kv_tile=32),
+    "segments": dict(length=96, block_size=32, segments=(40, 56), q_tile=24, kv_tile=40),
+    "hidden keys": dict(length=96, block_size=32, hidden=0.3, q_tile=32, kv_tile=32),
+    "all at once": dict(
+        length=120, block_size=24, q_start=24, q_length=72, kv_length=90, segments=(50, 70),
+        hidden=0.2, q_tile=17, kv_tile=19,
+    ),
+}  # fmt: skip
+
+
+def make_case(
+    dtype, *, length, block_size, q_start=0, q_length=None, kv_length=None, segments=None, hidden=0,
+    q_tile=1024, kv_tile=512,
+):  # fmt: skip
+    """Queries, keys, values, a cotangent; the arrays of what may be seen; the static options."""
+    batch, heads, dim = 2, 2, 16
+    keys = jax.random.split(jax.random.key(length + block_size), 5)
+    lengths = (q_length or length, length, length, q_length or length)
+    q, k, v, g = (
+        jax.random.normal(key, (batch, n, heads, dim)).astype(dtype)
+        for key, n in zip(keys, lengths, strict=False)
+    )
+    scope = {"q_start": jnp.int32(q_start)}
+    if kv_length is not None:
+        scope["kv_length"] = jnp.int32(kv_length)
+    if segments is not None:
+        ids = np.repeat(np.arange(len(segments)), segments)
+        scope["segment_ids"] = jnp.asarray(np.stack([ids, ids[::-1]]))
+    if hidden:
+        scope["valid"] = jax.random.uniform(keys[4], (batch, length)) >= hidden
+    static = dict(block_size=block_size, q_tile=q_tile, kv_tile=kv_tile)
+    return (q, k, v), g.astype(jnp.float32), scope, static
+
+
+def run(implementation, qkv, cotangent, scope, static):
+    """The output, and the gradients of q, k and v; what may be seen is traced."""
+
+    def loss(qkv, scope):
+        out = ops.attention(*qkv, **scope, **static, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) * cotangent), out
+
+    with jax.numpy_dtype_promotion("strict"):
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
+    assert out.dtype == qkv[0].dtype and all(g.dtype == out.dtype for g in grads)
+    return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+
+def largest_difference(a, b):
+    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_reference(implementation, case):
+    arguments = make_case(jnp.float32, **CASES[case])
+    out, *grads = run(implementation, *arguments)
+    expected, *expected_grads = run("reference", *arguments)
+    assert largest_difference(out, expected) <= 2e-6
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert largest_difference(ours, theirs) <= 2e-5
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["nothing divides anything", "all at once"])
+def test_bfloat16_operands_give_nearly_the_same(implementation, case):
+    arguments = make_case(jnp.bfloat16, **CASES[case])
+    ours = run(implementation, *arguments)
+    (qkv, *others) = arguments
+    exact = run("reference", tuple(x.astype(jnp.float32) for x in qkv), *others)
+    for x, expected in zip(ours, exact, strict=True):
+        assert largest_difference(x, expected) <= 2e-2 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", ["nothing divides anything", "all at once"])
+def test_the_reference_is_the_definition(case):
+    """NumPy, one query at a time, from the text of the contract."""
+    (q, k, v), _, scope, static = make_case(jnp.float32, **CASES[case])
+    out = ops.attention(q, k, v, **scope, **static, implementation="reference")
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    batch, length, heads, dim = k.shape
+    start, block = int(scope["q_start"]), static["block_size"]
+    limit = int(scope.get("kv_length", length))
+    segments = np.asarray(scope.get("segment_ids", np.zeros((batch, length))))
+    valid = np.asarray(scope.get("valid", np.ones((batch, length), bool)))
+    for b, i, h in np.ndindex(batch, q.shape[1], heads):
+        seen = [
+            j
+            for j in range(limit)
+            if j // block <= (start + i) // block
+            and segments[b, j] == segments[b, start + i]
+            and valid[b, j]
+        ]
+        weights = np.exp(k[b, seen, h] @ q[b, i, h] / dim**0.5)
+        expected = weights @ v[b, seen, h] / weights.sum() if seen else np.zeros(dim)
+        assert largest_difference(out[b, i, h], expected) < 2e-6
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(implementation):
+    """A deliberate difference (TRAPS 9): the released paths average over hidden keys, each over others."""
+    qkv, cotangent, scope, static = make_case(jnp.float32, **CASES["hidden keys"])
+    scope["valid"] = jnp.ones((2, 96), bool).at[1, :32].set(False)
+    out, *grads = run(implementation, qkv, cotangent, scope, static)
+    assert not out[1, :32].any() and np.abs(out[1, 32:]).min(axis=-1).max() > 0
+    assert all(np.isfinite(g).all() for g in grads)
+    assert not grads[0][1, :32].any()  # its own query, and below the hidden keys and values
+    assert not grads[1][1, :32].any() and not grads[2][1, :32].any()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_keys_that_the_mask_rules_out_are_never_read(implementation):
+    """Not a number times zero would show: whole tiles behind `kv_length`, or in later blocks."""
+    options = dict(length=128, block_size=32, kv_length=64, q_tile=32, kv_tile=32)
+    (q, k, v), _, scope, static = make_case(jnp.float32, **options)
+    full = ops.attention(q, k, v, **scope, **static, implementation="reference")
+    k, v = k.at[:, 64:].set(jnp.nan), v.at[:, 64:].set(jnp.nan)
+    out = ops.attention(q, k, v, **scope, **static, implementation=implementation)
+    assert largest_difference(out, full) <= 2e-6
+    del scope["kv_length"]
+    out = ops.attention(q, k, v, **scope, **static, implementation=implementation)
+    assert np.isfinite(np.asarray(out[:, :64])).all()
+    assert np.isnan(np.asarray(out[:, 64:])).all()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_no_array_of_queries_by_keys_is_made(implementation):
+    length = 4096
+    q = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+
+    def loss(implementation, q, k, v, valid):
+        out = ops.attention(
+            q,
+            k,
+            v,
+            block_size=1024,
+            valid=valid,
+            q_tile=256,
+            kv_tile=128,
+            implementation=implementation,
+        )
+        return jnp.sum(out)
+
+    def largest(name):
+        grads = jax.grad(functools.partial(loss, name), argnums=(0, 1, 2))
+        jaxpr = jax.make_jaxpr(grads)(q, q, q, jax.ShapeDtypeStruct((1, length), bool))
+        return max(sizes(jaxpr.jaxpr))
+
+    assert largest(implementation) <= q.size < length * length <= largest("reference")
+
+
+def sizes(jaxpr):
+    """The number of elements of every array in a program, in inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield from (var.aval.size for var in eqn.outvars)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from sizes(getattr(inner, "jaxpr", inner))
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def past_case(num_past, capacity, candidates, block=24):
+    """A past of two layers with rubbish behind its end, and candidates for the next block."""
+    batch, heads, dim, layer = 2, 2, 16, 1
+    keys = jax.random.split(jax.random.key(capacity), 6)
+    shape = (2, batch, heads, capacity, dim)
+    past = ops.Past(
+        jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape), jnp.int32(num_past)
+    )
+    shape = (batch * candidates, block, heads, dim)
+    q, k, v = (jax.random.normal(key, shape) for key in keys[2:5])
+    own_past = (rearrange(x[layer], "b h c d -> b c h d")[:, :num_past] for x in past[:2])
+    all_keys, all_values = (
+        jnp.concatenate([jnp.repeat(old, candidates, axis=0), new], axis=1)
+        for old, new in zip(own_past, (k, v), strict=True)
+    )
+    one_shot = ops.attention(
+        q, all_keys, all_values, block_size=block, q_start=num_past, implementation="reference"
+    )
+    return (q, k, v), past, jnp.int32(layer), one_shot
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize(("num_past", "capacity"), [(0, 0), (0, 72), (24, 72), (72, 72)], ids=str)
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_candidates_on_a_cached_past_equal_one_shot(implementation, num_past, capacity, candidates):
+    qkv, past, layer, one_shot = past_case(num_past, capacity, candidates)
+    attend = functools.partial(
+        ops.attention_with_past, implementation=implementation, q_tile=32, kv_tile=20
+    )
+    out = jax.jit(lambda qkv, past, layer: attend(*qkv, past=past, layer=layer))(qkv, past, layer)
+    assert largest_difference(out, one_shot) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_heads_of_a_cached_past_lie_on_several_devices(implementation):
+    (q, k, v), past, layer, one_shot = past_case(24, 72, 3)
+    mesh = make_mesh("1,1,2,1", jax.devices()[:2])
+    attend = functools.partial(ops.attention_with_past, mesh=mesh, implementation=implementation)
+    out = jax.jit(lambda past: attend(q, k, v, past=past, layer=layer))(past)
+    assert largest_difference(out, one_shot) <= 2e-6
+
+
+def test_halves_merge_by_their_logsumexp():
+    (q, k, v), _, _, _ = make_case(jnp.float32, **CASES["one block"])
+    scope = dict(block_size=1, q_start=jnp.int32(32))  # later than every key: all are seen
+
+    def plain(keys):
+        return reference.attend(q, k[:, keys], v[:, keys], **scope, kv_length=jnp.int32(32))
+
+    def tiled(keys):
+        rows = (rearrange(x, "b l h d -> (b h) l d") for x in (q, k[:, keys], v[:, keys]))
+        limits = blockwise.Scope(jnp.int32(32), jnp.int32(32), jnp.int32(0), None, None, None)
+        out, lse = blockwise.attend_rows(*rows, limits, blockwise.Options(1, 16, 8, 2))
+        out = rearrange(out, "(b h) l d -> b l h d", h=2)
+        return out, rearrange(lse, "(b h) l -> b h l", h=2)
+
+    whole, whole_lse = plain(slice(None))
+    for attend in (plain, tiled):
+        (a, lse_a), (b, lse_b) = attend(slice(0, 11)), attend(slice(11, 32))
+        lse = jnp.logaddexp(lse_a, lse_b)
+        assert largest_difference(lse, whole_lse) <= 2e-6
+        shares = (rearrange(jnp.exp(x - lse), "b h l -> b l h 1") for x in (lse_a, lse_b))
+        merged = sum(x * share for x, share in zip((a, b), shares, strict=True))
+        assert largest_difference(merged, whole) <= 2e-6
+    assert largest_difference(tiled(slice(None))[1], whole_lse) <= 2e-6
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    with pytest.raises(ValueError, match="'flash' must be one of reference, blockwise"):
+        ops.choose_implementation("flash")
+    (q, k, v), *_ = make_case(jnp.float32, **CASES["one block"])
+    with pytest.raises(ValueError, match="'flash' must be one of"):
+        ops.attention(q, k, v, block_size=32, implementation="flash")
+
+
+def test_without_a_name_the_best_for_the_device_is_taken():
+    assert ops.choose_implementation() == ops.choose_implementation("") == "blockwise"
+
+
+@pytest.mark.parametrize("rows", [1, 37, 512, 2048])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_dense_product_and_its_gradients_are_those_of_a_plain_one(rows, dtype):
+    keys = jax.random.split(jax.random.key(rows), 3)
+    x, kernel = jax.random.normal(keys[0], (rows, 24)), jax.random.normal(keys[1], (24, 40))
+    cotangent = jax.random.normal(keys[2], (rows, 40))
+    ours, vjp = jax.vjp(lambda x, kernel: ops.dense(x, kernel, dtype), x, kernel)
+    rounded = [np.asarray(y.astype(dtype), np.float64) for y in (x, kernel, cotangent)]
+    x64, kernel64, cotangent64 = rounded
+    expected = (x64 @ kernel64, cotangent64 @ kernel64.T, x64.T @ cotangent64)
+    assert ours.dtype == jnp.float32
+    for y, exact in zip((ours, *vjp(cotangent)), expected, strict=True):
+        assert y.dtype == jnp.float32 and largest_difference(y, exact) < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 50, 64])
+def test_a_feedforward_in_chunks_is_one_at_once(chunk_size):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, 50, 8), (8, 12), (12, 8), (8, 12))
+    arrays = tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+    def loss(arrays, chunk_size):
+        return jnp.sum(jnp.sin(ops.feedforward(*arrays, dtype=jnp.float32, chunk_size=chunk_size)))
+
+    both = (jax.grad(loss)(arrays, size) for size in (chunk_size, None))
+    for ours, expected in zip(*both, strict=True):
+        assert largest_difference(ours, expected) < 1e-5 * np.abs(np.asarray(expected)).max()
