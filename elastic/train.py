@@ -119,8 +119,12 @@ def train_step(
         {"params": grads}, state.opt_state, {"params": state.params}
     )
     params = optax.apply_updates(state.params, updates["params"])
-    terms |= {"gradient_norm": optax.global_norm(grads), "param_norm": optax.global_norm(params)}
+    terms |= {"gradient_norm": _norm(grads), "param_norm": _norm(params)}
     return TrainState(state.step + 1, params, opt_state), terms
+
+
+def _norm(tree: Any) -> Float[Array, ""]:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
 
 def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
