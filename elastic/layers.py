@@ -48,7 +48,8 @@ class Linear(Compute):
     def kernel(self, num_inputs: int) -> Float[Array, "i o"]:
         """The matrix itself."""
         init = nn.initializers.normal(self.config.initializer_range)
-        return self.param("kernel", init, (num_inputs, self.features), jnp.float32)
+        # Loaded parameters are NumPy's until a jitted function takes them.
+        return jnp.asarray(self.param("kernel", init, (num_inputs, self.features), jnp.float32))
 
 
 class RMSNorm(Compute):

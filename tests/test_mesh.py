@@ -61,7 +61,7 @@ def test_an_exclamation_mark_keeps_the_devices_in_their_order():
 
 
 def test_an_axis_without_a_rule_is_refused():
-    with pytest.raises(ValueError, match="No sharding rule for 'head'.*'heads'"):
+    with pytest.raises(ValueError, match=r"No sharding rule for 'head'.*'heads'"):
         sharding.spec("batch", "head")
 
 
