@@ -145,17 +145,18 @@ def _one_line(error: Exception) -> str | None:
 
 
 def _define(flag: Flag, holder: flags.FlagValues) -> None:
-    options: dict[str, Any] = dict(flag_values=holder)
+    default: Any = flag.default
     if flag.choices:
-        flags.DEFINE_enum(flag.name, flag.default, list(flag.choices), flag.help, **options)
-    else:
-        define = {
-            str: flags.DEFINE_string,
-            int: flags.DEFINE_integer,
-            float: flags.DEFINE_float,
-            bool: flags.DEFINE_boolean,
-        }[flag.type]
-        define(flag.name, flag.default, flag.help, **options)
+        choices = list(flag.choices)
+        flags.DEFINE_enum(flag.name, default, choices, flag.help, flag_values=holder)
+        return
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_boolean,
+    }[flag.type]
+    define(flag.name, default, flag.help, flag_values=holder)
 
 
 def _refuse_unbuilt(flag: Flag, value: Any, *, given: bool) -> None:

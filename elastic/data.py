@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import pathlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -115,7 +115,7 @@ class ClipSampler:
         rng = np.random.default_rng((self.data.seed, step))
         return np.stack([self._sequence(rng) for _ in range(self.data.batch_size)])
 
-    def batches(self, first_step: int) -> Iterator[UInt8[np.ndarray, "b l p"]]:
+    def batches(self, first_step: int) -> Generator[UInt8[np.ndarray, "b l p"], None, None]:
         """Batches from `first_step` on, prepared ahead by threads, in order. Close it to end them."""
         pool = concurrent.futures.ThreadPoolExecutor(self.data.workers, thread_name_prefix="data")
         try:
@@ -140,7 +140,8 @@ class ClipSampler:
         if rng.random() < 0.5:
             frames = frames[:, :, ::-1]
         blocks = frames.reshape(self.num_blocks, -1, *frames.shape[1:])
-        return patchify(blocks, self.model.patch_size).reshape(-1, self.model.patch_dim)
+        patches = np.asarray(patchify(blocks, self.model.patch_size))
+        return patches.reshape(-1, self.model.patch_dim)
 
     def _pick(self, rng: np.random.Generator, files: list[pathlib.Path]) -> np.ndarray:
         first = int(rng.integers(len(files)))

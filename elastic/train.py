@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def train_step(
     updates, opt_state = optimizer.update(
         {"params": grads}, state.opt_state, {"params": state.params}
     )
-    params = optax.apply_updates(state.params, updates["params"])
+    params = cast(dict[str, Any], optax.apply_updates({"params": state.params}, updates))["params"]
     terms |= {"gradient_norm": _norm(grads), "param_norm": _norm(params)}
     return TrainState(state.step + 1, params, opt_state), terms
 
@@ -238,7 +238,7 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
 
 def _step_program(
     config: TrainConfig, model: ElasticTok, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, Array]]]:
     """The compiled step. All that it draws comes from the seed and the number of the step."""
     key = jax.random.key(config.seed)
 
@@ -272,7 +272,7 @@ class _Recorder:
         now = time.perf_counter()
         record |= {
             "step": step,
-            "learning_rate": float(self._schedule(step - 1)),
+            "learning_rate": float(np.asarray(self._schedule(step - 1))),
             "psnr": metrics.psnr_of_mse(record["recon_loss"]),
             "seconds_per_step": (now - self._time) / (step - self._step),
             "bad_files": self._sampler.num_bad,

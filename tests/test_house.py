@@ -40,8 +40,10 @@ TABLE = """
     tokens
     tokenizer
     report
+    runs
     optim logs
     train
+    cli_flags
     cli
 """
 ROWS = [line.split() for line in TABLE.strip().splitlines()]
