@@ -188,6 +188,15 @@ class Search:
         self._passes = 0
         self._tried: dict[int, float] = {}
 
+    @property
+    def options(self) -> SearchOptions:
+        """What this search may try."""
+        return self._options
+
+    def best(self) -> int | None:
+        """The smallest count measured so far to meet the threshold; None: none yet."""
+        return min((count for count in self._tried if self._meets(count)), default=None)
+
     def propose(self) -> list[int] | None:
         """The counts to try now (at least one, distinct, none tried before), or None when finished.
 
@@ -229,7 +238,7 @@ class Search:
                 f"The search still needs the losses of {self._pending}; "
                 "observe them before asking for the result."
             )
-        num_kept = min((count for count in self._tried if self._meets(count)), default=None)
+        num_kept = self.best()
         met = num_kept is not None
         if num_kept is None:
             num_kept = self._options.fallback
@@ -247,7 +256,7 @@ class Search:
         Where the loss is not monotone it may meet the threshold after all, and is then an answer.
         """
         fallback = self._options.fallback
-        if fallback in self._tried or any(self._meets(count) for count in self._tried):
+        if fallback in self._tried or self.best() is not None:
             return None
         return [fallback]
 

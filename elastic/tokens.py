@@ -17,7 +17,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -105,6 +105,11 @@ class BlockTokens:
             vectors = _read_only(vectors, np.float32)
             _require(bool(np.isfinite(vectors).all()), "vectors must be finite.")
             object.__setattr__(self, "vectors", vectors)
+
+    @property
+    def values(self) -> np.ndarray:
+        """What is transmitted: the indices, or the vectors."""
+        return cast(np.ndarray, self.vectors if self.indices is None else self.indices)
 
     def truncate(self, num_tokens: int) -> "BlockTokens":
         """The first `num_tokens` tokens; what was measured with more of them is forgotten."""

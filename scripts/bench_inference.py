@@ -1,0 +1,230 @@
+"""Measures tokenizing on this machine and prints one JSON object: passes, seconds, memory, share of the matrix rate.
+
+  python3 scripts/bench_inference.py                                  # every case, fp32
+  python3 scripts/bench_inference.py --cases=200m-fsq --dtypes=fp32,bf16
+
+Each case runs in a process of its own, so that its peak memory is its own. Weights are random except for those in example/: time does
+not depend on them, only the number of passes does.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The released command's settings; a block is 4 frames of 256 x 256 pixels.
+CASES = {
+    "200m-fsq": "dict()",
+    "200m-vae": "dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192)",
+    "debug": "dict(max_toks=256,min_toks=16,max_sequence_length=1024)",
+    "example-fsq": "",
+    "example-vae": "",
+}
+BLOCKS = 4
+
+
+def main() -> None:
+    """Runs the cases asked for and prints what they measured."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", default=",".join(CASES), help=f"comma-separated, of: {', '.join(CASES)}"
+    )
+    parser.add_argument("--dtypes", default="fp32", help="comma-separated, of: fp32, bf16")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs of each pass; the median is printed"
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="virtual CPU devices, over which the heads are sharded",
+    )
+    arguments = parser.parse_args()
+    unknown = [case for case in arguments.cases.split(",") if case not in CASES]
+    if unknown:
+        parser.error(f"unknown cases {unknown}; known are {', '.join(CASES)}")
+    results: dict[str, Any] = {"hardware": in_new_process(hardware, arguments.devices)}
+    for dtype in arguments.dtypes.split(","):
+        for case in arguments.cases.split(","):
+            results[f"{case} {dtype}"] = in_new_process(
+                measure, case, dtype, arguments.repeats, arguments.devices
+            )
+    rates = results["hardware"]["matrix_gflops"]
+    for result in results.values():
+        for figures in result.get("passes", {}).values():
+            figures["share_of_fp32_matrix_rate"] = round(figures["gflops"] / rates["fp32"], 3)
+    print(json.dumps(results, indent=2))
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, computed in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def start_jax(num_devices: int) -> Any:
+    """jax with so many CPU devices, or whatever accelerator there is."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    return jax
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median wall-clock time of a run, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def hardware(num_devices: int) -> dict[str, Any]:
+    """What this machine is, and how fast it multiplies matrices of 3072 x 3072 (bf16: operands in bfloat16, sums in float32)."""
+    jax = start_jax(num_devices)
+    import jax.numpy as jnp
+
+    from elastic.ops.dense import dot
+
+    rates = {}
+    for name, dtype in (("fp32", jnp.float32), ("bf16", jnp.bfloat16)):
+        x = jnp.ones((3072, 3072), dtype)
+        product = jax.jit(dot)
+        rates[name] = round(
+            2
+            * 3072**3
+            / median_seconds(lambda p=product, x=x: p(x, x).block_until_ready(), 5)
+            / 1e9,
+            1,
+        )
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": num_devices,
+        "processor": (names or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "matrix_gflops": rates,
+    }
+
+
+def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, Any]:
+    """One case: passes on a growing past, then a whole search."""
+    jax = start_jax(num_devices)
+    import numpy as np
+
+    from elastic.config import load_config, update_config
+    from elastic.model import param_shapes
+    from elastic.patches import patchify
+    from elastic.tokenizer import ElasticTokenizer
+
+    if case.startswith("example-"):
+        folder = ROOT / "example" / case.removeprefix("example-")
+        tokenizer = ElasticTokenizer.from_pretrained(folder, dtype=dtype, window_blocks=BLOCKS)
+    else:
+        config = update_config(load_config("debug" if case == "debug" else "200m"), CASES[case])
+        draw = jax.jit(  # bfloat16, as the released files store them
+            lambda shape: jax.random.normal(jax.random.key(0), shape, "bfloat16") * 0.02,
+            static_argnums=0,
+        )
+        params = jax.tree.map(lambda leaf: draw(leaf.shape), param_shapes(config))
+        tokenizer = ElasticTokenizer(config, params, dtype=dtype, window_blocks=BLOCKS)
+        del params
+    config, codec = tokenizer.config, tokenizer.codec
+    frames = np.random.default_rng(1).integers(
+        0,
+        256,
+        (BLOCKS * config.frames_per_block, config.resolution, config.resolution, 3),
+        np.uint8,
+    )
+    patches = patchify(frames.reshape(BLOCKS, 1, -1, *frames.shape[1:]), config.patch_size)
+    counts = np.full((1, 1), config.max_toks, np.int32)
+
+    past, passes = codec.new_past(), {}
+    for block in range(BLOCKS):
+        if block in (0, BLOCKS - 1):
+            run = functools.partial(
+                codec.try_counts, tokenizer.params, past, patches[block], counts, keep=False
+            )
+            seconds = median_seconds(lambda run=run: run().losses.block_until_ready(), repeats)
+            flops = pass_flops(config, block)
+            passes[f"block {block + 1}"] = {
+                "seconds": round(seconds, 4),
+                "gflops": round(flops / seconds / 1e9, 1),
+            }
+        peak_of_passes = peak_memory_mb()
+        if (
+            block < BLOCKS - 1
+        ):  # the past is zeros of the right length: as slow as real numbers, and no trial is held
+            past = past._replace(
+                encoder=past.encoder._replace(length=past.encoder.length + config.max_toks),
+                decoder=past.decoder._replace(length=past.decoder.length + config.max_toks),
+                num_blocks=past.num_blocks + 1,
+            )
+    result = {
+        "passes": passes,
+        "peak_memory_mb_of_passes": peak_of_passes,
+        "past_mb": round(codec.past_bytes() / 1e6),
+    }
+    del past
+    if not case.startswith("200m"):
+        result["search"] = search(tokenizer, frames, repeats)
+        result["peak_memory_mb"] = peak_memory_mb()
+    return result
+
+
+def search(tokenizer: Any, frames: Any, repeats: int) -> dict[str, Any]:
+    """A whole tokenization of the frames with the binary search, at the median loss of half of the tokens."""
+    config = tokenizer.config
+    losses = [
+        block.loss for block in tokenizer.encode(frames, num_tokens=config.max_toks // 2).blocks
+    ]
+    threshold = statistics.median(losses)
+    results = list(tokenizer.encode_stream(frames, threshold=threshold))
+    seconds = median_seconds(lambda: tokenizer.encode(frames, threshold=threshold), repeats)
+    return {
+        "frames": len(frames),
+        "seconds": round(seconds, 4),
+        "frames_per_second": round(len(frames) / seconds, 1),
+        "passes_per_block": sum(result.passes for result in results) / len(results),
+    }
+
+
+def pass_flops(config: Any, past_blocks: int) -> float:
+    """Multiplications and additions of one pass: the products of weights, and attention to the past and the block itself."""
+    length, width = config.max_toks, config.hidden_size
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    weights = (
+        layers * (4 * width**2 + 3 * width * config.intermediate_size)
+        + 2 * config.patch_dim * width
+    )
+    attention = layers * 4 * length * length * (past_blocks + 1) * width
+    return 2.0 * weights * length + attention
+
+
+def peak_memory_mb() -> int:
+    """Largest resident memory of this process so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+if __name__ == "__main__":
+    main()

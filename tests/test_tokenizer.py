@@ -1,0 +1,136 @@
+"""Clips to tokens and back through the user's door."""
+
+import json
+
+import numpy as np
+import pytest
+
+from elastic import checkpoint, media
+from elastic.config import ElasticTokConfig
+from elastic.patches import patchify, to_unit_range
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import TokenizedClip
+
+
+def load(golden, case, **options):
+    folder = golden / case
+    released = json.loads((folder / "meta.json").read_text())["config"]
+    config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": case})
+    source = f"params::{folder}/ckpt/params_scan_fp32"
+    return ElasticTokenizer.from_pretrained(source, config=config, mesh_dim="1,-1,1,1", **options)
+
+
+@pytest.fixture(scope="module", params=["fsq", "vae"])
+def tokenizer(request, golden):
+    return load(golden, request.param)
+
+
+@pytest.fixture
+def clip(golden):
+    """11 frames, so that the last block of both models is short."""
+    with media.open_clip(golden / "media" / "clip_160x120_30fps_97f.mp4", resolution=32) as reader:
+        return reader.read()[:11]
+
+
+def block_errors(tokens, original, decoded):
+    """Mean squared error of each block over its real frames, pixels in [-1, 1]."""
+    error = (original.astype(np.float64) - decoded) / 127.5
+    frames = tokens.frames_per_block
+    return [np.mean(np.square(error[i : i + frames])) for i in range(0, len(error), frames)]
+
+
+def test_what_is_reported_is_what_the_decoded_token_file_gives(tokenizer, clip, tmp_path):
+    """Design section 4, lines 2 and 6: blocks reported as met are under the threshold, the short tail included."""
+    losses = [b.loss for b in tokenizer.encode(clip, num_tokens=32).blocks]
+    threshold = float(np.median(losses)) * 1.01
+    made = tokenizer.reconstruct(clip, threshold=threshold)
+    made.tokens.save(tmp_path / "tokens.npz")
+    tokens = TokenizedClip.load(tmp_path / "tokens.npz")
+    decoded = tokenizer.decode(tokens)
+    np.testing.assert_array_equal(decoded, made.frames)
+    assert decoded.shape == clip.shape
+    met = [block.met_threshold for block in tokens.blocks]
+    assert any(met) and not all(met)
+    for block, error in zip(tokens.blocks, block_errors(tokens, clip, decoded), strict=True):
+        assert (error <= threshold) or not block.met_threshold
+        assert error <= block.loss + 1e-6
+        assert block.met_threshold or block.num_kept == 32
+
+
+def test_binary_finds_what_trying_every_count_finds(golden, clip):
+    """On a curve that falls; where it does not, both still return a count that was measured to meet the threshold."""
+    tokenizer = load(golden, "fsq")
+    full = tokenizer.encode(clip, num_tokens=32)
+    threshold = float(np.median([b.loss for b in full.blocks])) * 1.02
+    for search in ("binary", "linear"):
+        encoding = tokenizer.encode_stream(clip, threshold=threshold, search=search)
+        for result in encoding:
+            assert result.passes == len(result.tried)  # nothing twice, and no pass for the commit
+            assert result.tried[result.tokens.num_kept] == result.tokens.loss
+            assert result.tokens.met_threshold == any(v <= threshold for v in result.tried.values())
+
+
+def test_trying_several_counts_a_call_changes_no_result(golden, clip):
+    one, three = (load(golden, "fsq", search_width=width) for width in (1, 3))
+    threshold = float(np.median([b.loss for b in one.encode(clip, num_tokens=32).blocks])) * 1.02
+    counts = [t.encode(clip, threshold=threshold, search="linear").counts for t in (one, three)]
+    np.testing.assert_array_equal(*counts)
+
+
+def test_restart_empties_the_context_and_carry_does_not(golden, clip):
+    """Design section 4, line 6: the released code forgets everything after each window."""
+    carry, restart = (
+        load(golden, "fsq", window_blocks=2, context=context) for context in ("carry", "restart")
+    )
+    carried, restarted = (t.encode(clip, num_tokens=12) for t in (carry, restart))
+    alone = restart.encode(clip[4:8], num_tokens=12)  # blocks 2 and 3, a window of their own
+    np.testing.assert_array_equal(restarted.blocks[2].indices, alone.blocks[0].indices)
+    np.testing.assert_array_equal(restarted.blocks[3].indices, alone.blocks[1].indices)
+    assert carried.blocks[2].loss != restarted.blocks[2].loss
+    for tokens in (carried, restarted):  # any tokenizer of the same model decodes either
+        np.testing.assert_allclose(
+            carry.decode(tokens).astype(int), restart.decode(tokens).astype(int), atol=1
+        )
+
+
+def test_a_picture_is_one_block_of_one_frame(tokenizer, golden):
+    made = tokenizer.reconstruct(golden / "media" / "img_101x67.png", num_tokens=12)
+    assert made.frames.shape == (1, 32, 32, 3) and made.tokens.is_image
+    assert made.tokens.source == (101, 67) and len(made.tokens.blocks) == 1
+    picture = np.asarray(made.frames[0])
+    again = tokenizer.encode(picture, num_tokens=32)
+    assert again.is_image and again.num_frames == 1
+
+
+def test_a_shorter_record_decodes_and_is_what_fewer_tokens_give(golden, clip):
+    """Tail dropping: the first n tokens of a block are a coarser version of it, for the decoder alone."""
+    tokenizer = load(golden, "fsq")
+    full = tokenizer.encode(clip, num_tokens=32)
+    short = full.truncate(8)
+    assert short.counts.tolist() == [8] * len(full.blocks)
+    assert tokenizer.decode(short).shape == clip.shape
+    x = to_unit_range(patchify(clip[:2], (1, 8, 8)))
+    assert x.shape == (32, 192)
+
+
+def test_fixed_length_meets_a_threshold_or_says_that_it_does_not(tokenizer, clip):
+    tokens = tokenizer.encode(clip, num_tokens=12, threshold=1e-9)
+    assert tokens.counts.tolist() == [12] * len(tokens.blocks)
+    assert not any(block.met_threshold for block in tokens.blocks)
+
+
+def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):
+    with pytest.raises(ValueError, match="Give threshold="):
+        tokenizer.encode(clip)
+    with pytest.raises(ValueError, match="must be uint8"):
+        tokenizer.encode(clip.astype(np.float32), threshold=0.1)
+    with pytest.raises(ValueError, match="context='forget'"):
+        load(golden, "fsq", context="forget")
+    with pytest.raises(ValueError, match="iterate to the end first"):
+        tokenizer.encode_stream(clip, num_tokens=12).tokens()
+    other = load(golden, "vae" if tokenizer.config.bottleneck_type == "fsq" else "fsq")
+    with pytest.raises(ValueError, match="load the model that made them"):
+        other.decode(tokenizer.encode(clip[:4], num_tokens=12))
+    checkpoint.save_params(tmp_path / "params", tokenizer.params)
+    with pytest.raises(ValueError, match=r"no config.json beside it"):
+        ElasticTokenizer.from_pretrained(f"params::{tmp_path}/params")
