@@ -319,10 +319,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 64, "max_sequence_length": 4096,
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 64, "max_sequence_length": 2048,
     },
     "small-vae": {
-        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 2048,
+        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 1024,
     },
 }  # fmt: skip
 

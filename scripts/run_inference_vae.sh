@@ -33,6 +33,7 @@ else
     [[ "$checkpoint_path" == *::* ]] || checkpoint_path="params::$checkpoint_path"
     model=(
         --threshold=0.003
+        --max_blocks_per_chunk=4
         --load_elastic_config='200m'
         --update_elastic_config="dict(mask_mode='elastic',min_toks=128,max_toks=2048,frames_per_block=4,patch_size=(2,8,8),bottleneck_type='vae',vae_bottleneck_dim=8,theta=5000000,max_sequence_length=8192,use_flash_attention=True,scan_attention=True,scan_query_chunk_size=512,scan_key_chunk_size=512,remat_attention='',scan_mlp=True,scan_mlp_chunk_size=8192,remat_mlp='nothing_saveable',remat_block='',scan_layers=True)"
         --load_checkpoint="$checkpoint_path"
@@ -42,7 +43,6 @@ fi
 exec "$PYTHON" -u scripts/inference.py \
     --input_path="$input_path" \
     --output_folder="$output_folder" \
-    --max_blocks_per_chunk=4 \
     --mesh_dim='!1,1,-1,1' \
     --dtype='fp32' \
     "${model[@]}" \

@@ -1,0 +1,80 @@
+"""The models and the clip in example/: what the README shows works, and tokens follow the content."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from elastic import media
+from elastic.config import PRESETS, ElasticTokConfig, load_config
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import TokenizedClip
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "example"
+# Errors that every model reaches somewhere on the clip and misses elsewhere.
+THRESHOLDS = (0.06, 0.03, 0.015)
+
+
+@pytest.fixture(scope="module", params=["fsq", "vae"])
+def tokenizer(request):
+    return ElasticTokenizer.from_pretrained(EXAMPLE / request.param, mesh_dim="1,-1,1,1")
+
+
+def shot(tokenizer, motion, num_blocks=3):
+    """Frames from the middle of the first shot with this motion, at the model's resolution."""
+    shots = json.loads((EXAMPLE / "video.json").read_text())["shots"]
+    first = next(s["first_frame"] for s in shots if s["motion"] == motion) + 4
+    with media.open_clip(EXAMPLE / "video.mp4", resolution=tokenizer.config.resolution) as reader:
+        frames = reader.read()
+    return frames[first : first + num_blocks * tokenizer.config.frames_per_block]
+
+
+def test_the_shipped_configs_are_the_presets(tokenizer):
+    preset = load_config(f"small-{tokenizer.config.bottleneck_type}")
+    assert tokenizer.config.config_hash() == preset.config_hash()
+    assert tokenizer.window_blocks == 2
+    assert set(PRESETS) >= {"200m", "debug"}
+    assert isinstance(preset, ElasticTokConfig)
+
+
+def test_tokens_follow_the_content_and_the_promise_holds_when_decoded(tokenizer, tmp_path):
+    """Looser thresholds cost strictly fewer tokens; still shots at most half of fast ones; met means under the threshold."""
+    frames_per_block = tokenizer.config.frames_per_block
+    means = {}
+    for motion in ("still", "fast"):
+        original = shot(tokenizer, motion)
+        for threshold in THRESHOLDS:
+            tokenizer.encode(original, threshold=threshold).save(tmp_path / "tokens.npz")
+            tokens = TokenizedClip.load(tmp_path / "tokens.npz")
+            decoded = tokenizer.decode(tokens).astype(np.float64)
+            means[motion, threshold] = tokens.mean_tokens
+            for i, block in enumerate(tokens.blocks):
+                part = slice(i * frames_per_block, (i + 1) * frames_per_block)
+                error = np.mean(np.square((decoded[part] - original[part]) / 127.5))
+                assert error <= threshold or not block.met_threshold
+    total = [means["still", t] + means["fast", t] for t in THRESHOLDS]
+    assert total == sorted(set(total)), means
+    still, fast = (sum(means[motion, t] for t in THRESHOLDS) for motion in ("still", "fast"))
+    assert still <= fast / 2, means
+
+
+def test_the_readme_example_runs_as_it_is_written(monkeypatch, tmp_path):
+    """Its six lines, in a folder of its own, on a short piece of the clip."""
+    text = (ROOT / "README.md").read_text()
+    lines = re.search(r"```python\n(from elastic.tokenizer.*?)```", text, re.DOTALL)
+    assert lines is not None and len(lines[1].splitlines()) == 6
+    (tmp_path / "example").symlink_to(EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+    encode = ElasticTokenizer.encode
+    monkeypatch.setattr(
+        ElasticTokenizer, "encode", lambda *a, **options: encode(*a, max_frames=8, **options)
+    )
+    names: dict = {}
+    exec(compile(lines[1], "README.md", "exec"), names)  # noqa: S102 - our own README
+    resolution = names["tokenizer"].config.resolution
+    assert names["video"].shape == (8, resolution, resolution, 3)
+    assert names["shorter"].counts.max() <= 256
+    assert TokenizedClip.load("video.tokens.npz") == names["tokens"]
