@@ -78,11 +78,14 @@ def describe(tokenizer: ElasticTokenizer) -> str:
     )
 
 
-def find_inputs(path: str | os.PathLike) -> dict[Path, str]:
+def find_inputs(
+    path: str | os.PathLike, *, output_folder: str | os.PathLike | None = None
+) -> dict[Path, str]:
     """The files to tokenize, each with the name of its folder under the output folder.
 
     One file gives the name '': its results go to the output folder itself. Files of a folder keep
-    their place in it, without their ending where no other file then has the same name.
+    their place in it, without their ending where no other file then has the same name. What lies
+    in the output folder, results of earlier runs, is no input.
 
     Raises:
       ValueError: nothing is there, or a folder has no image or video.
@@ -93,6 +96,9 @@ def find_inputs(path: str | os.PathLike) -> dict[Path, str]:
     if not path.is_dir():
         return {path: ""}
     files = media.find_media(path)
+    if output_folder is not None:
+        results = Path(output_folder).resolve()
+        files = [file for file in files if results not in file.resolve().parents]
     if not files:
         raise media.MediaError(f"There is no image or video in {str(path)!r} or its folders.")
     names = [file.relative_to(path) for file in files]

@@ -204,10 +204,10 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
     text = json.dumps(elastic.to_json_dict(), indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
-    state = _first_state(config, elastic, optimizer, mesh, resumes=resumes)
+    state, shardings = _first_state(config, elastic, optimizer, mesh, resumes=resumes)
     first_step = int(state.step)
     log.info("Training in %s from step %d to %d.", folder, first_step, config.total_steps)
-    step_fn = _step_program(config, model, optimizer)
+    step_fn = _step_program(config, model, optimizer, shardings)
     record = _Recorder(config, first_step, sampler)
     saved = first_step
     with (
@@ -237,7 +237,10 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
 
 
 def _step_program(
-    config: TrainConfig, model: ElasticTok, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    model: ElasticTok,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
 ) -> Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, Array]]]:
     """The compiled step. All that it draws comes from the seed and the number of the step."""
     key = jax.random.key(config.seed)
@@ -247,7 +250,8 @@ def _step_program(
         batch = sample_batch(model, config, patches, mask_key)
         return train_step(model, optimizer, state, batch, vae_key)
 
-    return jax.jit(step_fn, donate_argnums=0)
+    # A state comes out as it went in, so that the second step does not compile anew.
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
 
 class _Recorder:
@@ -308,8 +312,8 @@ def _first_state(
     mesh: Mesh,
     *,
     resumes: bool,
-) -> TrainState:
-    """The state in `output_dir`, or new moments around loaded or fresh parameters."""
+) -> tuple[TrainState, TrainState]:
+    """The state in `output_dir`, or new moments around loaded or fresh parameters; its shardings."""
 
     def fresh() -> TrainState:
         return new_state(init_params(elastic, jax.random.key(config.seed)), optimizer)
@@ -318,11 +322,13 @@ def _first_state(
     shardings = param_shardings(mesh, like)
     if resumes:
         path = pathlib.Path(config.output_dir) / STATE_FILE
-        return restore_state(checkpoint.load_train_state(path, elastic), like, shardings)
+        tree = checkpoint.load_train_state(path, elastic)
+        return restore_state(tree, like, shardings), shardings
     if not config.load_checkpoint:
-        return jax.jit(fresh, out_shardings=shardings)()
+        return jax.jit(fresh, out_shardings=shardings)(), shardings
     loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
-    return jax.jit(lambda params: new_state(params, optimizer), out_shardings=shardings)(loaded)
+    start = jax.jit(lambda params: new_state(params, optimizer), out_shardings=shardings)
+    return start(loaded), shardings
 
 
 @contextlib.contextmanager

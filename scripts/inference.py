@@ -22,7 +22,7 @@ def tokenize(flags: cli.Values) -> int:
     from elastic import mesh, runs
 
     mesh.use_all_cpu_cores()
-    inputs = runs.find_inputs(flags["input_path"])
+    inputs = runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
     config = runs.model_config(
         flags["load_checkpoint"],
         preset=flags["load_elastic_config"],

@@ -219,7 +219,9 @@ def test_the_files_of_a_folder_get_folders_and_a_bad_one_is_left_out(
     for name in ("a.png", "b.png", "b.webp", "more/a.png"):
         Image.open(golden / "media" / PHOTO).save(source / name)
     (source / "b.mp4").write_text("not a film")
-    inputs = runs.find_inputs(source)
+    (source / "out").mkdir()
+    (source / "out" / "viz.mp4").write_text("a result")
+    inputs = runs.find_inputs(source, output_folder=source / "out")
     assert list(inputs.values()) == ["a", "b.mp4", "b.png", "b.webp", "more/a"]
     done, bad = runs.tokenize_files(tokenizers["fsq"], inputs, out, num_tokens=8, progress=False)
     assert [str(run.folder.relative_to(out)) for run in done] == ["a", "b.png", "b.webp", "more/a"]
