@@ -5,6 +5,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,9 @@ from elastic.config import ElasticTokConfig
 from elastic.model import Batch
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+# For programs that run once: nearly half of the compiler's time saved, by code that is not optimized.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 CASES = ("fsq", "vae")
 VARIANTS = ("plain", "packed", "keymask")
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import released
 from einops import rearrange
 
 from elastic import ops
@@ -68,13 +69,13 @@ def run(implementation, qkv, cotangent, scope, static):
         return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
     with jax.numpy_dtype_promotion("strict"):
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
+        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
     assert out.dtype == qkv[0].dtype and all(g.dtype == out.dtype for g in grads)
     return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
 # Compiled: faster than one operation after the other.
-attention = jax.jit(
+attention = released.quick_jit(
     ops.attention, static_argnames=("block_size", "implementation", "q_tile", "kv_tile")
 )
 
@@ -222,7 +223,9 @@ def test_candidates_on_a_cached_past_equal_one_shot(implementation, num_past, ca
     attend = functools.partial(
         ops.attention_with_past, implementation=implementation, q_tile=32, kv_tile=20
     )
-    out = jax.jit(lambda qkv, past, layer: attend(*qkv, past=past, layer=layer))(qkv, past, layer)
+    out = released.quick_jit(lambda qkv, past, layer: attend(*qkv, past=past, layer=layer))(
+        qkv, past, layer
+    )
     assert largest_difference(out, one_shot) <= 2e-6
 
 
@@ -231,7 +234,7 @@ def test_heads_of_a_cached_past_lie_on_several_devices(implementation):
     (q, k, v), past, layer, one_shot = past_case(24, 72, 3)
     mesh = make_mesh("1,1,2,1", jax.devices()[:2])
     attend = functools.partial(ops.attention_with_past, mesh=mesh, implementation=implementation)
-    out = jax.jit(lambda past: attend(q, k, v, past=past, layer=layer))(past)
+    out = released.quick_jit(lambda past: attend(q, k, v, past=past, layer=layer))(past)
     assert largest_difference(out, one_shot) <= 2e-6
 
 
@@ -239,12 +242,12 @@ def test_halves_merge_by_their_logsumexp():
     (q, k, v), _, _, _ = make_case(jnp.float32, **CASES["one block"])
     scope = dict(block_size=1, q_start=jnp.int32(32))  # later than every key: all are seen
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(released.quick_jit, static_argnums=(0, 1))
     def plain(start, stop):
         keys = slice(start, stop)
         return reference.attend(q, k[:, keys], v[:, keys], **scope, kv_length=jnp.int32(32))
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
+    @functools.partial(released.quick_jit, static_argnums=(0, 1))
     def tiled(start, stop):
         keys = slice(start, stop)
         rows = (rearrange(x, "b l h d -> (b h) l d") for x in (q, k[:, keys], v[:, keys]))
@@ -282,7 +285,7 @@ def test_a_dense_product_and_its_gradients_are_those_of_a_plain_one(rows, dtype)
     rng = np.random.default_rng(rows)
     x, kernel, cotangent = (normal(rng, *shape) for shape in ((rows, 24), (24, 40), (rows, 40)))
 
-    @jax.jit
+    @released.quick_jit
     def run(x, kernel, cotangent):
         product, vjp = jax.vjp(lambda x, kernel: ops.dense(x, kernel, dtype), x, kernel)
         return product, *vjp(cotangent)
@@ -304,6 +307,9 @@ def test_a_feedforward_in_chunks_is_one_at_once(chunk_size):
     def loss(chunk_size, arrays):
         return jnp.sum(jnp.sin(ops.feedforward(*arrays, dtype=jnp.float32, chunk_size=chunk_size)))
 
-    both = (jax.jit(jax.grad(functools.partial(loss, size)))(arrays) for size in (chunk_size, None))
+    both = (
+        released.quick_jit(jax.grad(functools.partial(loss, size)))(arrays)
+        for size in (chunk_size, None)
+    )
     for ours, expected in zip(*both, strict=True):
         assert largest_difference(ours, expected) < 1e-5 * np.abs(np.asarray(expected)).max()
