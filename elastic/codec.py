@@ -13,6 +13,7 @@ import numpy as np
 from einops import rearrange, repeat
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from elastic import masks, ops
@@ -90,9 +91,14 @@ class Codec:
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
+        self._past_shardings = None if mesh is None else self._shardings(mesh)
+        out = (
+            self._past_shardings,
+            None,
+        )  # as a new past: else the second block would compile again
         self._try = jax.jit(self._try_impl, static_argnames="keep")
-        self._commit = jax.jit(self._commit_impl, donate_argnames="past")
-        self._decode = jax.jit(self._decode_impl, donate_argnames="past")
+        self._commit = jax.jit(self._commit_impl, donate_argnames="past", out_shardings=out)
+        self._decode = jax.jit(self._decode_impl, donate_argnames="past", out_shardings=out)
 
     def past_bytes(self, batch: int = 1) -> int:
         """Bytes of the whole past of encoder and decoder."""
@@ -114,18 +120,11 @@ class Codec:
     def new_past(self, batch: int = 1) -> Past:
         """An empty past: zeros that no query sees."""
         config = self.config
-        return Past(
-            encoder=self._new_layers(config.num_encoder_layers, batch),
-            decoder=self._new_layers(config.num_decoder_layers, batch),
-            num_blocks=jnp.zeros((), jnp.int32),
-        )
+        return self._empty(config.num_encoder_layers, config.num_decoder_layers, batch)
 
     def new_decoder_past(self, batch: int = 1) -> Past:
         """An empty past for decoding alone, which needs no encoder."""
-        past = self._new_layers(self.config.num_decoder_layers, batch)
-        return Past(
-            encoder=self._new_layers(0, batch), decoder=past, num_blocks=jnp.zeros((), jnp.int32)
-        )
+        return self._empty(0, self.config.num_decoder_layers, batch)
 
     def try_counts(
         self,
@@ -172,24 +171,34 @@ class Codec:
         """
         return self._decode(params, past, tokens, num_kept)
 
-    def _new_layers(self, num_layers: int, batch: int) -> ops.Past:
+    def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> Past:
         config = self.config
-        shape = (
-            num_layers,
-            batch,
-            config.num_attention_heads,
-            (self.window_blocks - 1) * config.tokens_per_block,
-            config.head_dim,
-        )
-        sharding = None
-        if self.mesh is not None:
-            sharding = NamedSharding(
-                self.mesh, fitting_spec(self.mesh, shape, None, None, "heads", None, None)
+        capacity = (self.window_blocks - 1) * config.tokens_per_block
+
+        def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Array:
+            return jnp.zeros(shape, dtype, device=sharding)
+
+        def layers(count: int, where: ops.Past | None) -> ops.Past:
+            shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
+            keys, values, length = where or (None, None, None)
+            return ops.Past(
+                zeros(shape, self.dtype, keys),
+                zeros(shape, self.dtype, values),
+                zeros((), jnp.int32, length),
             )
-        return ops.Past(
-            *(jnp.zeros(shape, self.dtype, device=sharding) for _ in range(2)),
-            jnp.zeros((), jnp.int32),
+
+        encoder, decoder, number = self._past_shardings or (None, None, None)
+        return Past(
+            layers(encoder_layers, encoder),
+            layers(decoder_layers, decoder),
+            zeros((), jnp.int32, number),
         )
+
+    def _shardings(self, mesh: Mesh) -> Past:
+        heads = fitting_spec(mesh, (self.config.num_attention_heads,), "heads")
+        cache, whole = NamedSharding(mesh, P(None, None, *heads)), NamedSharding(mesh, P())
+        layers = ops.Past(cache, cache, whole)
+        return Past(layers, layers, whole)
 
     def _positions(self, past: Past, count: int) -> Int[Array, "n l"]:
         length = self.config.tokens_per_block
