@@ -16,10 +16,10 @@ dataset_path="${dataset_path:-}"
 output_dir="${output_dir:-outputs/train}"
 # The model: 200m is the released size; small-fsq and small-vae are the ones in example/.
 preset="${preset:-200m}"
-# What differs from the preset. 200m is ElasticTok-FSQ; for ElasticTok-VAE:
-# "dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192)"
-# Where memory is short: "dict(remat_block='nothing_saveable',scan_mlp=True)" recomputes instead of keeping.
-update_elastic_config="${update_elastic_config:-}"
+# What differs from the preset. The perceptual loss is not built yet, so its share is 0. 200m is ElasticTok-FSQ; for
+# ElasticTok-VAE add: bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192
+# Where memory is short add: remat_block='nothing_saveable',scan_mlp=True (recomputes instead of keeping).
+update_elastic_config="${update_elastic_config:-dict(lpips_loss_ratio=0.0)}"
 # Sequences in a step, over all devices, and the tokens of one: whole blocks, so a multiple of
 # max_toks; 0 is the model's max_sequence_length. The model also says how large the frames are.
 batch_size="${batch_size:-8}"
