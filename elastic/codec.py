@@ -4,7 +4,6 @@ One *pass* is one run of encoder and decoder over one block for one candidate co
 computed (new keys and values, codes, pixels), so that committing a candidate moves them into the past instead of computing them again.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -288,11 +287,3 @@ class Codec:
         return (
             self.bottleneck.indices_to_codes(tokens) if isinstance(self.bottleneck, FSQ) else tokens
         )
-
-
-@functools.lru_cache(maxsize=8)
-def cached_codec(
-    config: ElasticTokConfig, dtype: Any, mesh: Mesh | None, window_blocks: int
-) -> Codec:
-    """A codec, the same one for equal arguments, so that programs are compiled once."""
-    return Codec(config, dtype=dtype, mesh=mesh, window_blocks=window_blocks)

@@ -266,7 +266,9 @@ def _choose_frames(source: Source, rate: float | int | None) -> tuple[float, np.
         else max(info.rate, 1 / float(np.median(np.diff(source.times))))
     )
     if rate > limit:
-        level = logging.WARNING if rate > 1.01 * limit else logging.DEBUG  # 23.976 for 24 is no news
+        level = (
+            logging.WARNING if rate > 1.01 * limit else logging.DEBUG
+        )  # 23.976 for 24 is no news
         message = "%s has %.6g frames/s, fewer than the %.6g asked for; it is read at its own rate."
         log.log(level, message, info.path, limit, rate)
         rate = limit

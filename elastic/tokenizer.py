@@ -6,7 +6,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -131,14 +131,14 @@ class ElasticTokenizer:
         dtype: str = "fp32",
         mesh: Mesh | None = None,
         window_blocks: int | None = None,
-        context: Literal["carry", "restart"] = "carry",
+        context: str = "carry",
         search_width: int = 1,
         model_id: str = "unnamed",
     ):
         if context not in ("carry", "restart"):
             raise ValueError(f"context={context!r} must be 'carry' or 'restart'.")
         self.config, self.model_id, self.search_width = config, model_id, search_width
-        self.context: Literal["carry", "restart"] = context
+        self.context = cast(Literal["carry", "restart"], context)
         self.window_blocks = (
             config.max_sequence_length // config.tokens_per_block
             if window_blocks is None
