@@ -90,11 +90,14 @@ class Codec:
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
-        self._past_shardings = None if mesh is None else self._shardings(mesh)
-        out = (
-            self._past_shardings,
-            None,
-        )  # as a new past: else the second block would compile again
+        self._cache_sharding = self._whole = out = None
+        if mesh is not None:
+            heads = fitting_spec(mesh, (config.num_attention_heads,), "heads")
+            self._cache_sharding = NamedSharding(mesh, P(None, None, *heads))
+            self._whole = NamedSharding(mesh, P())
+            layers: Any = ops.Past(*(self._cache_sharding,) * 2, self._whole)  # type: ignore[arg-type]
+            # A committed past lies where a new one does: else the second block would compile again.
+            out = (Past(layers, layers, self._whole), None)  # type: ignore[arg-type]
         self._try = jax.jit(self._try_impl, static_argnames="keep")
         self._commit = jax.jit(self._commit_impl, donate_argnames="past", out_shardings=out)
         self._decode = jax.jit(self._decode_impl, donate_argnames="past", out_shardings=out)
@@ -174,30 +177,15 @@ class Codec:
         config = self.config
         capacity = (self.window_blocks - 1) * config.tokens_per_block
 
-        def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None) -> Array:
-            return jnp.zeros(shape, dtype, device=sharding)
-
-        def layers(count: int, where: ops.Past | None) -> ops.Past:
+        def layers(count: int) -> ops.Past:
             shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
-            keys, values, length = where or (None, None, None)
-            return ops.Past(
-                zeros(shape, self.dtype, keys),
-                zeros(shape, self.dtype, values),
-                zeros((), jnp.int32, length),
-            )
+            cache = jnp.zeros(shape, self.dtype, device=self._cache_sharding)
+            return ops.Past(cache, jnp.zeros_like(cache), zero())
 
-        encoder, decoder, number = self._past_shardings or (None, None, None)
-        return Past(
-            layers(encoder_layers, encoder),
-            layers(decoder_layers, decoder),
-            zeros((), jnp.int32, number),
-        )
+        def zero() -> Array:
+            return jnp.zeros((), jnp.int32, device=self._whole)
 
-    def _shardings(self, mesh: Mesh) -> Past:
-        heads = fitting_spec(mesh, (self.config.num_attention_heads,), "heads")
-        cache, whole = NamedSharding(mesh, P(None, None, *heads)), NamedSharding(mesh, P())
-        layers = ops.Past(cache, cache, whole)
-        return Past(layers, layers, whole)
+        return Past(layers(encoder_layers), layers(decoder_layers), zero())
 
     def _positions(self, past: Past, count: int) -> Int[Array, "n l"]:
         length = self.config.tokens_per_block

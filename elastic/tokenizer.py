@@ -138,7 +138,7 @@ class ElasticTokenizer:
         if context not in ("carry", "restart"):
             raise ValueError(f"context={context!r} must be 'carry' or 'restart'.")
         self.config, self.model_id, self.search_width = config, model_id, search_width
-        self.context = cast(Literal["carry", "restart"], context)
+        self.context: Literal["carry", "restart"] = cast(Any, context)
         self.window_blocks = (
             config.max_sequence_length // config.tokens_per_block
             if window_blocks is None
@@ -250,13 +250,12 @@ class ElasticTokenizer:
             past, committed, block = _tokenize_block(
                 self.codec, self.params, past, frames, make_search(**search)
             )
-            pixels = unpatchify(
-                np.asarray(committed.pixels[0]), self.config.patch_size, *frames.shape[1:3]
-            )
+            pixels = np.asarray(committed.pixels[0])
+            pixels = unpatchify(pixels, self.config.patch_size, *frames.shape[1:3])
             tokens = np.asarray(committed.tokens[0])[: block.result.num_kept]
             yield BlockResult(
                 frames=frames,
-                reconstruction=pixels[: len(frames)],
+                reconstruction=np.asarray(pixels)[: len(frames)],
                 tokens=BlockTokens(
                     num_kept=block.result.num_kept,
                     loss=block.result.loss,
@@ -303,9 +302,8 @@ class ElasticTokenizer:
             past, pixels = codec.decode(
                 self.params, past, full, np.array([block.num_kept], np.int32)
             )
-            frames = unpatchify(
-                np.asarray(pixels[0]), config.patch_size, tokens.resolution, tokens.resolution
-            )
+            size = (tokens.resolution, tokens.resolution)
+            frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
             yield frames[:left]
             left -= config.frames_per_block
 
@@ -422,4 +420,4 @@ def _shown(config: ElasticTokConfig, num_frames: int) -> Bool[np.ndarray, "l p"]
     """Which numbers of a block's patches belong to its first `num_frames` frames."""
     real = np.arange(config.frames_per_block) < num_frames
     size = (config.frames_per_block, config.resolution, config.resolution, 3)
-    return patchify(np.broadcast_to(real[:, None, None, None], size), config.patch_size)
+    return np.asarray(patchify(np.broadcast_to(real[:, None, None, None], size), config.patch_size))
