@@ -45,7 +45,7 @@ def read_pyav(path: str) -> Iterator[np.ndarray]:
 
 
 def read_decord(path: str) -> Iterator[np.ndarray]:
-    import decord
+    import decord  # pyright: ignore[reportMissingImports]
 
     reader = decord.VideoReader(path)
     for start in range(0, len(reader), FRAMES_PER_BLOCK):
