@@ -90,8 +90,3 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         return NamedSharding(mesh, fitting_spec(mesh, leaf.shape, *stacked, *axes))
 
     return jax.tree_util.tree_map_with_path(sharding, params)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
-    return NamedSharding(mesh, P())

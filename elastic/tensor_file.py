@@ -201,6 +201,17 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     if target.is_dir():
         raise CheckpointError(f"{path} is a folder; name a file in it.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(target) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[BinaryIO]:
+    """Opens a file beside `target`, which takes its place, safe from a power cut, when the body ends well.
+
+    Raises:
+      OSError: the folder is missing, full or not writable; the old file stays, nothing is left behind.
+    """
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(beside, "xb") as file:
@@ -214,4 +225,4 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         finally:
             os.close(folder)
     finally:
-        beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)  # gone already when it was renamed

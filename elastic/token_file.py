@@ -13,13 +13,14 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import stat
 import struct
 import zipfile
 from collections.abc import Mapping
 
 import numpy as np
+
+from elastic.tensor_file import written_beside
 
 FORMAT = "elastictok-tokens"
 _SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
@@ -119,16 +120,8 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     Raises:
       OSError: the folder is missing, full or not writable; nothing is left behind.
     """
-    path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)  # gone already when it was renamed
+    with written_beside(pathlib.Path(path)) as file:
+        file.write(data)
 
 
 def _check_seal(end: bytes, name: str) -> None:
