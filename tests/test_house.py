@@ -18,7 +18,8 @@ TABLE = """
     patches
     masks
     ops.dense
-    ops.reference ops.blockwise ops.feedforward
+    ops.local
+    ops.reference ops.blockwise ops.pallas_tpu ops.pallas_gpu ops.feedforward
     ops.attention
     ops
     layers

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from elastic.ops import blockwise, reference
+from elastic.ops.local import Options, Scope, attend_rows
 from elastic.sharding import fitting_spec
 
 log = logging.getLogger(__name__)
@@ -196,7 +197,8 @@ def _on_device(call: _Call, how: _How) -> tuple[Array, Array]:
             kv_segments=kv_segments,
             valid=valid,
         )
-    scope = blockwise.Scope(q_start, kv_length, jnp.int32(0), q_segments, kv_segments, valid)
+    start = jnp.int32(0)
+    scope = Scope(q_start, start, kv_length, start, q_segments, kv_segments, valid)
     return _by_rows(q, _rows(k), _rows(v), scope, how)
 
 
@@ -226,7 +228,7 @@ def _on_device_with_past(
         out, lse = _on_device(_Call(queries, keys, values, q_start, past_length), how)
     else:
         first_row = (layer * batch * heads).astype(jnp.int32)
-        scope = blockwise.Scope(q_start, past_length, first_row, None, None, None)
+        scope = Scope(q_start, jnp.int32(0), past_length, first_row)
         keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
         out, lse = _by_rows(queries, keys, values, scope, how)
     return _merge(
@@ -241,13 +243,11 @@ def _rows(x: Array) -> Array:
     return rearrange(x, "b l h d -> (b h) l d")
 
 
-def _by_rows(
-    q: Array, keys: Array, values: Array, scope: blockwise.Scope, how: _How
-) -> tuple[Array, Array]:
+def _by_rows(q: Array, keys: Array, values: Array, scope: Scope, how: _How) -> tuple[Array, Array]:
     """Blockwise attention of queries [b, q, h, d] to rows of keys and values."""
     heads = q.shape[2]
-    options = blockwise.Options(how.block_size, how.q_tile, how.kv_tile, rows_per_batch=heads)
-    out, lse = blockwise.attend_rows(_rows(q), keys, values, scope, options)
+    options = Options(how.block_size, how.q_tile, how.kv_tile, rows_per_batch=heads)
+    out, lse = attend_rows(_rows(q), keys, values, scope, options, blockwise.KERNEL)
     return (
         rearrange(out, "(b h) l d -> b l h d", h=heads),
         rearrange(lse, "(b h) l -> b h l", h=heads),

@@ -6,73 +6,45 @@ Shapes below: N rows of queries, M rows of keys, Q and K positions, D channels; 
 """
 
 import functools
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 from elastic.ops.dense import dot
+from elastic.ops.local import Kernel, Options, Scope
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
 
 
-class Options(NamedTuple):
-    """What is known when the program is compiled."""
-
-    block_size: int
-    q_tile: int
-    kv_tile: int
-    rows_per_batch: int  # heads: row n belongs to batch element n // rows_per_batch
-
-
-class Scope(NamedTuple):
-    """What a query may see, known when the program runs."""
-
-    q_start: Int[Array, ""]
-    kv_length: Int[Array, ""]
-    first_row: Int[Array, ""]  # row n of the queries attends to row first_row + n of the keys
-    q_segments: Int[Array, "b Q"] | None
-    kv_segments: Int[Array, "b K"] | None
-    valid: Bool[Array, "b K"] | None
-
-    @property
-    def always_masked(self) -> bool:
-        """Whether every tile needs a mask."""
-        return self.q_segments is not None or self.valid is not None
-
-
-def attend_rows(
-    q_NQD: Float[Array, "N Q D"],
-    k_MKD: Float[Array, "M K D"],
-    v_MKD: Float[Array, "M K D"],
-    scope: Scope,
-    options: Options,
-) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
-    """Output and natural logsumexp of each query, in float32. Differentiable in q, k, v (with `first_row` 0, N == M).
-
-    A query that sees no key gives 0 and -inf. Keys are read tile by tile where they lie and never copied as a whole, so that
-    a cache can be passed as it is. The logsumexp carries no gradient.
-    """
+def _padded(
+    q_NQD: Array, k_MKD: Array, scope: Scope, options: Options
+) -> tuple[Array, Scope, Options]:
+    """Tiles no longer than the arrays, and queries that fill theirs; those added see no segment."""
     length = q_NQD.shape[1]
     options = options._replace(
         q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1])
     )
     padding = -length % options.q_tile
     if padding:
-        q_NQD = jnp.pad(q_NQD, ((0, 0), (0, padding), (0, 0)))
+        q_NQD = _pad_rows(q_NQD, padding)
         if scope.q_segments is not None:
             scope = scope._replace(
                 q_segments=jnp.pad(scope.q_segments, ((0, 0), (0, padding)), constant_values=-1)
             )
-    out, lse = _attend(q_NQD, k_MKD, v_MKD, scope, options)
-    return out[:, :length], lse[:, :length]
+    return q_NQD, scope, options
+
+
+def _pad_rows(x: Array, padding: int, value: float = 0.0) -> Array:
+    widths = ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def _forward(
     q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options
 ) -> tuple[Array, Array]:
+    num_queries = q_NQD.shape[1]
+    q_NQD, scope, options = _padded(q_NQD, k_MKD, scope, options)
     num_rows, length, dim = q_NQD.shape
     q_tile = options.q_tile
     q_NQD = (q_NQD * dim**-0.5).astype(q_NQD.dtype)
@@ -118,24 +90,29 @@ def _forward(
         lambda item: one_tile(item[0] // num_q_tiles, item[0] % num_q_tiles, item[1]),
         (index, tiles),
     )
-    return out.reshape(num_rows, length, dim), lse.reshape(num_rows, length)
+    out, lse = out.reshape(num_rows, length, dim), lse.reshape(num_rows, length)
+    return out[:, :num_queries], lse[:, :num_queries]
 
 
-_attend = jax.custom_vjp(_forward, nondiff_argnums=(4,))
-
-
-def _attend_fwd(q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options):
-    out, lse = _attend(q_NQD, k_MKD, v_MKD, scope, options)
-    return (out, lse), (q_NQD, k_MKD, v_MKD, scope, out, lse)
-
-
-def _attend_bwd(options: Options, saved, gradients):
+def _backward(
+    q_NQD: Array,
+    k_NKD: Array,
+    v_NKD: Array,
+    dout_NQD: Array,
+    lse_NQ: Array,
+    delta_NQ: Array,
+    scope: Scope,
+    options: Options,
+) -> tuple[Array, Array, Array]:
     """One visit per tile: logits are made again, transposed, so that four of the five products have fast layouts."""
-    q_NQD, k_NKD, v_NKD, scope, out_NQD, lse_NQ = saved
-    dout_NQD = gradients[0]
-    dtype, dim = q_NQD.dtype, q_NQD.shape[-1]
-    scale = dim**-0.5
-    delta_NQ = jnp.sum(out_NQD * dout_NQD, axis=-1)
+    num_queries, dtype = q_NQD.shape[1], q_NQD.dtype
+    scale = q_NQD.shape[-1] ** -0.5
+    q_NQD, scope, options = _padded(q_NQD, k_NKD, scope, options)
+    padding, dim = q_NQD.shape[1] - num_queries, q_NQD.shape[-1]
+    # A query that sees nothing weighs nothing: exp(logit - inf) is 0.
+    lse_NQ = jnp.where(jnp.isneginf(lse_NQ), jnp.inf, lse_NQ)
+    dout_NQD, delta_NQ = (_pad_rows(x, padding) for x in (dout_NQD, delta_NQ))
+    lse_NQ = _pad_rows(lse_NQ, padding, jnp.inf)
     num_q_tiles, kv_length = q_NQD.shape[1] // options.q_tile, k_NKD.shape[1]
 
     def one_row(item):
@@ -187,19 +164,23 @@ def _attend_bwd(options: Options, saved, gradients):
 
     rows = (jnp.arange(len(q_NQD)), q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ)
     dq, dk, dv = lax.map(one_row, rows)
-    return dq.astype(dtype), dk.astype(k_NKD.dtype), dv.astype(v_NKD.dtype), None
+    return dq[:, :num_queries], dk, dv
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+KERNEL = Kernel(_forward, _backward)
 
 
 def _tiles_seen(i: Array, num_keys: int, scope: Scope, options: Options) -> tuple[Array, Array]:
     """For tile i of the queries: how many tiles of keys all its queries see whole, and how many any of them sees at all."""
     first = scope.q_start + i * options.q_tile
     last = first + options.q_tile - 1
-    limit = jnp.minimum(scope.kv_length, num_keys)
-    seen_by_first = jnp.minimum((first // options.block_size + 1) * options.block_size, limit)
-    seen_by_last = jnp.minimum((last // options.block_size + 1) * options.block_size, limit)
+    limit = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
+    seen_by_first, seen_by_last = (
+        jnp.clip(
+            (position // options.block_size + 1) * options.block_size - scope.kv_start, 0, limit
+        )
+        for position in (first, last)
+    )
     num_tiles = (seen_by_last + options.kv_tile - 1) // options.kv_tile
     return (
         jnp.zeros_like(num_tiles) if scope.always_masked else seen_by_first // options.kv_tile
@@ -218,7 +199,7 @@ def _seen(
     q_position = i * options.q_tile + jnp.arange(options.q_tile)
     kv_position = start + jnp.arange(options.kv_tile)
     bound = ((scope.q_start + q_position) // options.block_size + 1) * options.block_size
-    bound = jnp.minimum(bound, scope.kv_length)
+    bound = jnp.minimum(bound, scope.kv_length) - scope.kv_start
     seen = (kv_position[None, :] < bound[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
     batch = n // options.rows_per_batch
     if scope.q_segments is not None and scope.kv_segments is not None:

@@ -1,0 +1,115 @@
+"""What attention on one device is asked, the gradient that all its kernels share, and their common shapes.
+
+A kernel is a pair of functions on rows, a row being one head of one batch element. Shapes: N rows of queries, M rows of keys,
+Q and K positions, D channels. The ring calls the same pairs with one piece of the keys at a time.
+"""
+
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Options(NamedTuple):
+    """What is known when the program is compiled."""
+
+    block_size: int
+    q_tile: int
+    kv_tile: int
+    rows_per_batch: int  # heads: row n belongs to batch element n // rows_per_batch
+
+
+class Scope(NamedTuple):
+    """What a query may see, known when the program runs.
+
+    The query at global position i sees the key at global position j when `j // block_size <= i // block_size`, `j < kv_length`,
+    its segment is the same and it is valid.
+    """
+
+    q_start: Int[Array, ""]  # global position of the first query
+    kv_start: Int[Array, ""]  # global position of the first key
+    kv_length: Int[Array, ""]  # keys at this global position and later are not there
+    first_row: Int[Array, ""]  # row n of the queries attends to row first_row + n of the keys
+    q_segments: Int[Array, "b Q"] | None = None
+    kv_segments: Int[Array, "b K"] | None = None
+    valid: Bool[Array, "b K"] | None = None
+
+    @property
+    def always_masked(self) -> bool:
+        """Whether every tile needs a mask."""
+        return self.q_segments is not None or self.valid is not None
+
+
+class Forward(Protocol):
+    """Output and natural logsumexp of each query, in float32; 0 and -inf for one that sees no key.
+
+    Keys are read tile by tile where they lie, so that a cache with more rows than `q` can be passed as it is. Tiles that no query
+    may see are never read. Any length, also one that is no multiple of a tile.
+    """
+
+    def __call__(
+        self,
+        q_NQD: Float[Array, "N Q D"],
+        k_MKD: Float[Array, "M K D"],
+        v_MKD: Float[Array, "M K D"],
+        scope: Scope,
+        options: Options,
+    ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]: ...
+
+
+class Backward(Protocol):
+    """Gradients of q, k and v in float32 (FlashAttention-2, algorithm 2), with N == M and `first_row` 0.
+
+    `lse_NQ` may count keys outside of this call (the ring's do), and `delta_NQ` is the sum of `out * d_out` over channels for
+    the output over all of them: the gradients of several pieces then add up. A query with `lse` -inf has no gradient.
+    """
+
+    def __call__(
+        self,
+        q_NQD: Float[Array, "N Q D"],
+        k_NKD: Float[Array, "N K D"],
+        v_NKD: Float[Array, "N K D"],
+        d_out_NQD: Float[Array, "N Q D"],
+        lse_NQ: Float[Array, "N Q"],
+        delta_NQ: Float[Array, "N Q"],
+        scope: Scope,
+        options: Options,
+    ) -> tuple[Float[Array, "N Q D"], Float[Array, "N K D"], Float[Array, "N K D"]]: ...
+
+
+class Kernel(NamedTuple):
+    """One implementation of attention on one device."""
+
+    forward: Forward
+    backward: Backward
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attend_rows(
+    q_NQD: Float[Array, "N Q D"],
+    k_MKD: Float[Array, "M K D"],
+    v_MKD: Float[Array, "M K D"],
+    scope: Scope,
+    options: Options,
+    kernel: Kernel,
+) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
+    """`kernel.forward`, differentiable in q, k and v through the output; the logsumexp carries no gradient."""
+    return kernel.forward(q_NQD, k_MKD, v_MKD, scope, options)
+
+
+def _attend_fwd(q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel):
+    out, lse = kernel.forward(q, k, v, scope, options)
+    return (out, lse), (q, k, v, scope, out, lse)
+
+
+def _attend_bwd(options: Options, kernel: Kernel, saved, gradients):
+    q, k, v, scope, out, lse = saved
+    d_out = gradients[0]
+    delta = jnp.sum(out * d_out, axis=-1)
+    dq, dk, dv = kernel.backward(q, k, v, d_out, lse, delta, scope, options)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+attend_rows.defvjp(_attend_fwd, _attend_bwd)
