@@ -62,7 +62,7 @@ class Forward(Protocol):
 class Backward(Protocol):
     """Gradients of q, k and v in float32 (FlashAttention-2, algorithm 2), with N == M and `first_row` 0.
 
-    `lse_NQ` may count keys outside of this call (the ring's do), and `delta_NQ` is the sum of `out * d_out` over channels for
+    `lse_NQ` may count keys outside of this call (the ring's do), and `delta_NQ` is the sum of `out * dout` over channels for
     the output over all of them: the gradients of several pieces then add up. A query with `lse` -inf has no gradient.
     """
 
@@ -71,7 +71,7 @@ class Backward(Protocol):
         q_NQD: Float[Array, "N Q D"],
         k_NKD: Float[Array, "N K D"],
         v_NKD: Float[Array, "N K D"],
-        d_out_NQD: Float[Array, "N Q D"],
+        dout_NQD: Float[Array, "N Q D"],
         lse_NQ: Float[Array, "N Q"],
         delta_NQ: Float[Array, "N Q"],
         scope: Scope,
@@ -106,9 +106,9 @@ def _attend_fwd(q: Array, k: Array, v: Array, scope: Scope, options: Options, ke
 
 def _attend_bwd(options: Options, kernel: Kernel, saved, gradients):
     q, k, v, scope, out, lse = saved
-    d_out = gradients[0]
-    delta = jnp.sum(out * d_out, axis=-1)
-    dq, dk, dv = kernel.backward(q, k, v, d_out, lse, delta, scope, options)
+    dout = gradients[0]
+    delta = jnp.sum(out * dout, axis=-1)
+    dq, dk, dv = kernel.backward(q, k, v, dout, lse, delta, scope, options)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
