@@ -3,10 +3,10 @@
 Three ways were weighed, from sources and documentation: nothing here has been measured on a GPU yet.
 Our own kernels run everywhere in interpret mode (so they are proved without a GPU), read where rows begin and end when they
 run, give the natural logsumexp, take the global one back (a ring needs both), and compile for sm_80 and later.
-tokamax's Mosaic kernels (`Mask(k_end=...)`) use Hopper better, but their backward is for 16-bit operands on sm_90 and
-sm_100, they pad keys (a copy of a cache), take segments as a dense mask, pick a kernel by the device at hand, and cannot
-be interpreted on a CPU. cuDNN (`jax.nn.dot_product_attention`) is fast, but knows no blocks: one call per row of blocks, only
-where all starts are known at compile time, in 16 bits, and its gradient takes no logsumexp of more keys than in the call.
+tokamax's Mosaic kernels (`Mask(k_end=...)`) should use Hopper better, but their backward takes 16-bit operands on sm_90 and
+sm_100 only, they pad keys (a copy of a cache), mixed segments need a dense mask, and the kernel is picked by the GPU at hand,
+so that nothing can be compiled or checked without one. cuDNN (`jax.nn.dot_product_attention`) is fast but knows no blocks: one
+call per row of blocks, with starts known at compile time, in 16 bits, and its gradient takes no logsumexp from outside.
 
 Shapes: N rows of queries, M rows of keys, Q and K positions, D channels; t marks a tile of queries, s one of keys.
 """
@@ -25,7 +25,7 @@ from jaxtyping import Array
 from elastic.ops.local import Kernel, Options, Scope
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
-_NOBODY = -(2**31)  # the segment of a key that is not valid
+_NOBODY = -(2**31)  # the segment of a key that is not valid: no id of a segment in use
 _LOG2_E = math.log2(math.e)
 _SMALLEST_TILE = 16  # of a matrix product in Triton
 
@@ -48,7 +48,7 @@ def check(head_dim: int, dtype: jax.typing.DTypeLike) -> None:
             f"{head_dim=}: the GPU kernel takes 32 to 256 channels per head; "
             "use another number of heads, or implementation='blockwise'."
         )
-    if dtype not in (jnp.float32, jnp.bfloat16):
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
             f"dtype={jnp.dtype(dtype).name}: the GPU kernel takes float32 or bfloat16; "
             "cast q, k and v, or use implementation='blockwise'."
@@ -64,9 +64,10 @@ def tiles(
 ) -> Tiles:
     """The tiles of one kernel, for `lengths` of queries and of keys; those of `options` are limits (not below 16).
 
-    Chosen so that, compiled for sm_90a, no kernel spills registers (within a few bytes) and each fits the 163 KiB of shared memory
-    that sm_80 gives a block. 16 bits: 64 rows or more for each group of 4 warps, which is what Hopper's matrix unit takes,
-    in at most 160 KiB. 32 bits: true float32 products run on the plain cores, whose registers allow small tiles only.
+    Chosen by what the compiler makes of them for sm_90a, not by a measurement. 16 bits: 64 rows for each group of 4 warps where
+    registers allow it, which is what Hopper's matrix unit takes, no spilled registers, and at most 160 KiB of shared memory, which
+    sm_80 has too. 32 bits: true float32 products run on the plain cores, whose registers allow small tiles only
+    (96 channels still spill some hundred bytes).
     """
     width = _width(head_dim)
     if jnp.dtype(dtype).itemsize == 2 and width <= 128:
