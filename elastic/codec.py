@@ -20,7 +20,6 @@ from elastic.bottleneck import FSQ, make_bottleneck
 from elastic.config import ElasticTokConfig
 from elastic.model import Batch, ElasticTok
 from elastic.patches import to_unit_range
-from elastic.sharding import fitting_spec
 
 
 class Past(NamedTuple):
@@ -92,8 +91,9 @@ class Codec:
         self.bottleneck = make_bottleneck(config)
         self._cache_sharding = self._whole = out = None
         if mesh is not None:
-            heads = fitting_spec(mesh, (config.num_attention_heads,), "heads")
-            self._cache_sharding = NamedSharding(mesh, P(None, None, *heads))
+            self._cache_sharding = NamedSharding(
+                mesh, ops.past_spec(mesh, config.num_attention_heads)
+            )
             self._whole = NamedSharding(mesh, P())
             layers: Any = ops.Past(*(self._cache_sharding,) * 2, self._whole)  # type: ignore[arg-type]
             # A committed past lies where a new one does: else the second block would compile again.
@@ -251,12 +251,18 @@ class Codec:
         slots = self.window_blocks - 1
         if slots == 0:
             return past
+
+        def write(old: Array, x: Array) -> Array:
+            start = (num_blocks % slots) * x.shape[3]
+            return lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=3)
+
+        if self._cache_sharding is not None:  # each device has its part of every block
+            spec = self._cache_sharding.spec
+            write = jax.shard_map(
+                write, mesh=self.mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+            )
+        keys, values = (write(old, x) for old, x in zip(past[:2], new, strict=True))
         length = self.config.tokens_per_block
-        start = (num_blocks % slots) * length
-        keys, values = (
-            lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=3)
-            for old, x in zip(past[:2], new, strict=True)
-        )
         return ops.Past(keys, values, jnp.minimum(num_blocks + 1, slots) * length)
 
     def _apply(self, method: str, params, *arguments) -> Any:

@@ -75,6 +75,7 @@ class ElasticTokConfig(PreTrainedConfig):
     lpips_loss_ratio: float = 0.1
     # How it is computed; none of these changes a number beyond rounding.
     attention_implementation: str = ""  # '' picks the best for the device
+    ring_layout: Literal["balanced", "plain"] = "balanced"  # how a sequence lies on sp
     use_flash_attention: bool = True
     scan_attention: bool = True
     scan_query_chunk_size: int = 1024
@@ -319,7 +320,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "max_toks": 1024, "min_toks": 64, "max_sequence_length": 2048,
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (2, 4, 8), "max_toks": 1024, "min_toks": 64, "max_sequence_length": 2048,
+        "fsq_quant_levels": (20, 8, 5, 5, 4, 4),
     },
     "small-vae": {
         **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 1024,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elastic import ops
 from elastic.config import ElasticTokConfig
+from elastic.ops import ring
 from elastic.sharding import constrain
 
 # A layer's keys and values, for a cache: [batch, heads, length, head_dim] each.
@@ -32,6 +33,19 @@ class Compute(nn.Module):
     def shared(self) -> dict[str, Any]:
         """The same three, for a child module."""
         return dict(config=self.config, dtype=self.dtype, mesh=self.mesh)
+
+    def attention_implementation(self) -> str | None:
+        """What the config asks for; None leaves the choice to the device."""
+        config = self.config
+        return config.attention_implementation or (None if config.scan_attention else "reference")
+
+    def ring_layout(self) -> ring.Layout:
+        """How a sequence lies on sp inside of the layers."""
+        if self.mesh is None or self.mesh.shape[ring.AXIS] == 1:
+            return "plain"
+        return (
+            "plain" if self.attention_implementation() == "reference" else self.config.ring_layout
+        )
 
 
 class Linear(Compute):
@@ -129,12 +143,9 @@ class Attention(Compute):
             project("wv", rotated=False),
         )
         q, k, v = (y.astype(self.dtype) for y in (rotate(q, angles), rotate(k, angles), v))
-        implementation = config.attention_implementation or (
-            None if config.scan_attention else "reference"
-        )
         how: dict[str, Any] = dict(
             mesh=self.mesh,
-            implementation=implementation,
+            implementation=self.attention_implementation(),
             q_tile=config.scan_query_chunk_size,
             kv_tile=config.scan_key_chunk_size,
         )
@@ -150,6 +161,7 @@ class Attention(Compute):
                 block_size=config.tokens_per_block,
                 segment_ids=segment_ids,
                 valid=valid,
+                layout=self.ring_layout(),
                 **how,
             )
         else:
@@ -220,6 +232,23 @@ class LayerStack(Compute):
         past: ops.Past | None = None,
     ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
         """The residual stream after the last layer, and with a past the new keys and values of all, [layers, b, heads, l, head_dim]."""
+        balanced = past is None and self.ring_layout() == "balanced"
+        if balanced:  # outside of the layers every sequence is in order
+            x, position_ids, segment_ids, valid = (
+                None if y is None else ring.to_balanced(y, self.mesh)
+                for y in (x, position_ids, segment_ids, valid)
+            )
+        x, new = self._layers(x, position_ids, segment_ids, valid, past)
+        return ring.from_balanced(x, self.mesh) if balanced else x, new
+
+    def _layers(
+        self,
+        x: Array,
+        position_ids: Array,
+        segment_ids: Array | None,
+        valid: Array | None,
+        past: ops.Past | None,
+    ) -> tuple[Array, KeysValues | None]:
         angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
         layer_class = _remat(Layer, self.config.remat_block, in_scan=self.config.scan_layers)
         everywhere = (angles, segment_ids, valid, past)

@@ -18,6 +18,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CASES = ("fsq", "vae")
+# Every implementation of attention that a CPU can run: of the Pallas kernels their source, interpreted.
+RUNNABLE = ("reference", "blockwise", "pallas_tpu_interpret", "pallas_gpu_interpret")
 VARIANTS = ("plain", "packed", "keymask")
 
 

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import released
 from flax.traverse_util import flatten_dict
+from released import RUNNABLE
 
 from elastic import ops
 from elastic.bottleneck import FSQ
+from elastic.layer_layout import convert_layout
 from elastic.layers import LayerStack, pairs_apart, rope_angles, rotate
 from elastic.losses import training_loss
 from elastic.mesh import make_mesh
 from elastic.model import Batch, ElasticTok, dummy_batch, init_params
+from elastic.ops import ring
 from elastic.sharding import param_shardings
 
 TOLERANCE = 2e-5
@@ -41,7 +44,7 @@ def error(ours, theirs):
     return float(np.abs(np.asarray(ours, np.float64) - theirs).max())
 
 
-@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("scan_layers", [True, False], ids=SCAN.get)
 @pytest.mark.parametrize("case", released.CASES)
 def test_the_forward_pass_gives_the_released_numbers(case, scan_layers, implementation):
@@ -116,7 +119,7 @@ def test_rows_that_see_nothing_disturb_no_other_row(case):
     golden = released.arrays(case, "forward")["dense/deadrows/recon"]
     recons = [
         np.asarray(forward(case, True, name)(released.batch(case, "deadrows"))[0][0])
-        for name in ops.IMPLEMENTATIONS
+        for name in RUNNABLE
     ]
     for recon in recons:
         assert np.isfinite(recon).all()
@@ -126,7 +129,7 @@ def test_rows_that_see_nothing_disturb_no_other_row(case):
         assert error(recon[1, :32], golden[1, :32]) > 0.1
 
 
-@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("case", released.CASES)
 def test_a_block_does_not_depend_on_later_blocks(case, implementation):
     """Causality: the gradient of a block's reconstruction to later pixels is zero, to the last bit."""
@@ -194,10 +197,7 @@ def test_numbered_layers_give_the_same_as_stacked_ones(changes):
     model = ElasticTok(released.config("vae", scan_layers=False, **changes))
     params = released.params("vae", scan_layers=False)
     loss, gradients = loss_and_gradients(model, params, "vae")
-    for half in ("encoder", "decoder"):
-        layers = gradients[half][f"{half}_blocks"]
-        stacked = jax.tree.map(lambda *x: np.stack(x), layers["0"], layers["1"])
-        gradients[half][f"{half}_blocks"] = {"scan_decoder": stacked}
+    gradients = convert_layout(gradients, scan_layers=True)
     assert_same((loss, gradients), baseline("vae"))
 
 
@@ -215,15 +215,37 @@ def test_rematerialization_saves_what_its_name_says(policy, scan_layers):
     assert f"prevent_cse={not scan_layers}" in text and policy in text
 
 
-@pytest.mark.parametrize(
-    "mesh_dim", ["8,1,1,1", "1,8,1,1", "2,2,2,1", "1,2,1,4", "1,1,2,4", "1,1,1,8"]
-)
-def test_the_mesh_changes_no_number(mesh_dim):
+MESHES = ["8,1,1,1", "1,8,1,1", "2,2,2,1", "1,2,1,4", "1,1,2,4", "1,1,1,8"]
+REMAT = dict(remat_block="nothing_saveable")
+ON_MESHES = [
+    *((case, mesh_dim, {}) for case in released.CASES for mesh_dim in MESHES),
+    *(("fsq", mesh_dim, dict(ring_layout="plain")) for mesh_dim in MESHES[3:]),
+    *(("vae", mesh_dim, REMAT) for mesh_dim in ("2,2,2,1", "1,2,1,4", "1,1,1,8")),
+    *(("vae", mesh_dim, dict(scan_layers=False)) for mesh_dim in ("2,2,2,1", "1,1,2,4")),
+    ("fsq", "1,1,2,4", REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True)),
+]
+
+
+@pytest.mark.parametrize(("case", "mesh_dim", "changes"), ON_MESHES, ids=str)
+def test_the_mesh_changes_no_number(case, mesh_dim, changes):
+    """Nor does the ring, plain or balanced (the default), nor scan and remat on it."""
     mesh = make_mesh(mesh_dim)
-    params = released.params("vae")
-    model = ElasticTok(released.config("vae"), mesh=mesh)
+    config = released.config(case, **changes)
+    params = released.params(case, scan_layers=config.scan_layers)
     placed = jax.device_put(params, param_shardings(mesh, params))
-    assert_same(loss_and_gradients(model, placed, "vae"), baseline("vae"))
+    loss, gradients = loss_and_gradients(ElasticTok(config, mesh=mesh), placed, case)
+    assert_same((loss, convert_layout(gradients, scan_layers=True)), baseline(case))
+
+
+def test_a_sequence_that_a_ring_cannot_cut_is_refused():
+    mesh = make_mesh("1,1,1,8")
+    with pytest.raises(ValueError, match=r"100 tokens cannot be cut into 16 .*such as 4"):
+        ring.to_balanced(jnp.zeros((1, 100)), mesh)
+    q = jnp.zeros((1, 24, 2, 32))
+    with pytest.raises(ValueError, match=r"cut into 16 .* or ring_layout='plain'"):
+        ops.attention(q, q, q, block_size=12, mesh=mesh, layout="balanced")
+    with pytest.raises(ValueError, match="layout='zigzag' must be one of plain, balanced"):
+        ops.attention(q, q, q, block_size=12, mesh=mesh, layout="zigzag")
 
 
 def test_the_heads_of_the_reference_lie_on_a_mesh_too():

@@ -4,7 +4,6 @@ A kernel is a pair of functions on rows, a row being one head of one batch eleme
 Q and K positions, D channels. The ring calls the same pairs with one piece of the keys at a time.
 """
 
-import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -86,7 +85,6 @@ class Kernel(NamedTuple):
     backward: Backward
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_rows(
     q_NQD: Float[Array, "N Q D"],
     k_MKD: Float[Array, "M K D"],
@@ -96,7 +94,16 @@ def attend_rows(
     kernel: Kernel,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
     """`kernel.forward`, differentiable in q, k and v through the output; the logsumexp carries no gradient."""
-    return kernel.forward(q_NQD, k_MKD, v_MKD, scope, options)
+    return _attend(q_NQD, k_MKD, v_MKD, scope, options, kernel)
+
+
+def _forward(
+    q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel
+) -> tuple[Array, Array]:
+    return kernel.forward(q, k, v, scope, options)
+
+
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(4, 5))
 
 
 def _attend_fwd(q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel):
@@ -112,4 +119,4 @@ def _attend_bwd(options: Options, kernel: Kernel, saved, gradients):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-attend_rows.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd)

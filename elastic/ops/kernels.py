@@ -1,0 +1,93 @@
+"""The kernels by name: which there are, what each can serve, and which suits a device."""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from elastic.ops import blockwise
+from elastic.ops.local import Kernel
+
+log = logging.getLogger(__name__)
+
+# 'reference' is no kernel but the definition, an array of queries x keys in plain jax.numpy. The interpreted ones are the same
+# source as the Pallas kernels, run slowly by jax on any device: to prove them and to debug.
+IMPLEMENTATIONS = (
+    "reference",
+    "blockwise",
+    "pallas_tpu",
+    "pallas_gpu",
+    "pallas_tpu_interpret",
+    "pallas_gpu_interpret",
+)
+_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # the others run anywhere
+_BEST = {platform: name for name, platform in _PLATFORM.items()}
+
+
+def choose_implementation(
+    name: str | None = None,
+    *,
+    head_dim: int = 128,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> str:
+    """The implementation called `name`; None or '' picks the best for the device, and logs which.
+
+    Args:
+      head_dim: channels of a head.
+      dtype: of queries, keys and values.
+      mesh: whose devices are asked for; None: the default device.
+
+    Raises:
+      ValueError: no implementation has that name, or it cannot serve this request: nothing else runs in its place.
+    """
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    dtype = jnp.dtype(dtype)
+    if not name:
+        return _best(platform, head_dim, dtype)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {name!r} must be one of {', '.join(IMPLEMENTATIONS)}."
+        )
+    needs = _PLATFORM.get(name, platform)
+    if needs != platform:
+        raise ValueError(
+            f"attention implementation {name!r} runs on {needs}, and the device is {platform}; leave it empty for "
+            f"{_BEST.get(platform, 'blockwise')!r}, or take '{name}_interpret' to run the same source slowly anywhere."
+        )
+    _kernel(name)[1](head_dim, dtype)
+    return name
+
+
+def kernel_of(name: str) -> Kernel:
+    """The kernel of an implementation other than 'reference'."""
+    return _kernel(name)[0]
+
+
+@functools.cache
+def _best(platform: str, head_dim: int, dtype: jnp.dtype) -> str:
+    name = _BEST.get(platform, "blockwise")
+    try:
+        _kernel(name)[1](head_dim, dtype)
+    except ValueError as error:
+        log.warning("Attention runs as 'blockwise' on %s: %s", platform, error)
+        return "blockwise"
+    log.info("Attention runs as %r on %s.", name, platform)
+    return name
+
+
+@functools.cache
+def _kernel(name: str) -> tuple[Kernel, Callable[[int, Any], None]]:
+    """A kernel, and what raises ValueError for a head_dim or a dtype that it cannot serve."""
+    if name.startswith("pallas_tpu"):
+        from elastic.ops import pallas_tpu as module
+    elif name.startswith("pallas_gpu"):
+        from elastic.ops import pallas_gpu as module
+    else:
+        return blockwise.KERNEL, lambda head_dim, dtype: None
+    interpreted = name.endswith("_interpret")
+    return module.INTERPRET_KERNEL if interpreted else module.KERNEL, module.check

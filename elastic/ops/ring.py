@@ -1,0 +1,303 @@
+"""RingAttention (Liu et al. 2023): the sequence lies in pieces on the devices of `sp`, and keys and values travel round them.
+
+Every device keeps its queries and sees one device's keys at a time, with any kernel. The sends of a step are issued before its arithmetic
+and nothing in the step needs what they bring, so that they overlap. What a step's mask rules out as a whole is not computed.
+
+Two layouts of a sequence over n devices: `plain` gives device r the r-th of n pieces; under a causal rule the last device then has
+about twice the work of the mean. `balanced` cuts 2n pieces and gives device r the pieces r and 2n - 1 - r: an early one, which sees
+little, and a late one, which sees much (as in Striped Attention, Brandon et al. 2023, and zigzag rings). `to_balanced` and
+`from_balanced` move tokens between the two.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from elastic.ops.local import Kernel, Options, Scope
+from elastic.sharding import fitting_spec
+
+AXIS = "sp"
+Layout = Literal["plain", "balanced"]
+LAYOUTS = ("plain", "balanced")
+
+
+class Ring(NamedTuple):
+    """What is known about a ring when the program is compiled."""
+
+    size: int
+    layout: Layout
+    kernel: Kernel
+    options: Options
+
+    @property
+    def pieces(self) -> int:
+        """Contiguous pieces of the sequence that a device holds."""
+        return 2 if self.layout == "balanced" else 1
+
+
+class Places(NamedTuple):
+    """Where queries lie and which keys there are; whole-sequence numbers, the same on every device."""
+
+    q_start: Int[Array, ""]
+    kv_length: Int[Array, ""]
+
+
+class Ids(NamedTuple):
+    """What lies beside the tokens of one device, where it is given. `kv_segments` and `valid` travel with the keys."""
+
+    q_segments: Int[Array, "b Q"] | None = None
+    kv_segments: Int[Array, "b K"] | None = None
+    valid: Bool[Array, "b K"] | None = None
+
+
+def ring_attend(
+    q_NQD: Float[Array, "N Q D"],
+    k_NKD: Float[Array, "N K D"],
+    v_NKD: Float[Array, "N K D"],
+    places: Places,
+    ids: Ids,
+    ring: Ring,
+) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
+    """Output and logsumexp (float32) of this device's queries over the keys of all devices. Call it inside `shard_map`.
+
+    Differentiable in q, k and v through the output.
+    """
+    return _attend(q_NQD, k_NKD, v_NKD, places, ids, ring)
+
+
+def _forward(
+    q_NQD: Array, k_NKD: Array, v_NKD: Array, places: Places, ids: Ids, ring: Ring
+) -> tuple[Array, Array]:
+    own = lax.axis_index(AXIS)
+
+    def step(s: Array, carry):
+        travelling, out, lse = carry
+        k, v, kv_ids = travelling
+        arriving = _send((k, v, kv_ids))
+        owner = (own - s) % ring.size
+        outs, lses = _pieces(out, ring), _pieces(lse, ring)
+        for at, piece in _visible_pairs(own, owner, q_NQD, k, v, kv_ids, places, ids, ring):
+            merged = functools.partial(_merge_forward, piece, outs[at], lses[at], ring)
+            kept = functools.partial(_keep, outs[at], lses[at])
+            outs[at], lses[at] = lax.cond(piece.seen, merged, kept)
+        return arriving, jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
+
+    rows, length, dim = q_NQD.shape
+    nothing = jnp.zeros((rows, length, dim)), jnp.full((rows, length), -jnp.inf)
+    kv_ids = (ids.kv_segments, ids.valid)
+    _, out, lse = lax.fori_loop(0, ring.size, step, ((k_NKD, v_NKD, kv_ids), *nothing))
+    return out, lse
+
+
+_attend = jax.custom_vjp(_forward, nondiff_argnums=(5,))
+
+
+def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids, ring: Ring):
+    out, lse = _attend(q, k, v, places, ids, ring)
+    return (out, lse), (q, k, v, places, ids, out, lse)
+
+
+def _attend_bwd(ring: Ring, saved, gradients):
+    """Keys and values travel once more, with the sums of their gradients one step behind them.
+
+    A step's sum needs what arrives only after its arithmetic, so that the sends of the sums overlap too. (Sent together with their keys,
+    they would wait for the kernel that they are the result of.)
+    """
+    q_NQD, k_NKD, v_NKD, places, ids, out, lse = saved
+    dout = gradients[0]
+    delta = jnp.sum(out * dout, axis=-1)
+    own = lax.axis_index(AXIS)
+    douts, lses, deltas = (_pieces(x, ring) for x in (dout, lse, delta))
+
+    def step(s: Array, carry):
+        (k, v, kv_ids), sums, dq = carry
+        arriving, arriving_sums = _send((k, v, kv_ids)), _send(sums)
+        owner = (own - s) % ring.size
+        dqs = _pieces(dq, ring)
+        parts = [[jnp.zeros_like(x) for x in _pieces(total, ring)] for total in sums]
+        for at, piece in _visible_pairs(own, owner, q_NQD, k, v, kv_ids, places, ids, ring):
+            before = dqs[at], parts[0][piece.key_piece], parts[1][piece.key_piece]
+            after = lax.cond(
+                piece.seen,
+                functools.partial(
+                    _add_backward, piece, before, douts[at], lses[at], deltas[at], ring
+                ),
+                functools.partial(_keep, *before),
+            )
+            dqs[at], parts[0][piece.key_piece], parts[1][piece.key_piece] = after
+        sums = tuple(
+            arrived + jnp.concatenate(part, axis=1)
+            for arrived, part in zip(arriving_sums, parts, strict=True)
+        )
+        return arriving, sums, jnp.concatenate(dqs, axis=1)
+
+    zeros = tuple(jnp.zeros(x.shape) for x in (k_NKD, v_NKD))
+    start = ((k_NKD, v_NKD, (ids.kv_segments, ids.valid)), zeros, jnp.zeros(q_NQD.shape))
+    _, sums, dq = lax.fori_loop(0, ring.size, step, start)
+    dk, dv = _send(sums)  # the last step leaves each device with its neighbour's
+    return dq.astype(q_NQD.dtype), dk.astype(k_NKD.dtype), dv.astype(v_NKD.dtype), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+class _Piece(NamedTuple):
+    """A piece of this device's queries and one of the keys at hand."""
+
+    key_piece: int
+    seen: Bool[Array, ""]  # whether any query sees any key
+    q: Array
+    k: Array
+    v: Array
+    scope: Scope
+
+
+def _visible_pairs(
+    own: Array,
+    owner: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    kv_ids: tuple[Array | None, Array | None],
+    places: Places,
+    ids: Ids,
+    ring: Ring,
+) -> Iterator[tuple[int, _Piece]]:
+    """Every pair of pieces, with the number of the piece of queries."""
+    cut = functools.partial(_pieces, ring=ring)
+    qs, ks, vs = cut(q), cut(k), cut(v)
+    q_segments, kv_segments, valid = (
+        [None] * ring.pieces if x is None else cut(x) for x in (ids.q_segments, *kv_ids)
+    )
+    q_starts = _starts(own, qs[0].shape[1], ring)
+    kv_starts = _starts(owner, ks[0].shape[1], ring)
+    block = ring.options.block_size
+    for i in range(ring.pieces):
+        q_start = places.q_start + q_starts[i]
+        sees_until = ((q_start + qs[i].shape[1] - 1) // block + 1) * block
+        for j in range(ring.pieces):
+            seen = kv_starts[j] < jnp.minimum(sees_until, places.kv_length)
+            scope = Scope(
+                q_start, kv_starts[j], places.kv_length, jnp.int32(0),
+                q_segments[i], kv_segments[j], valid[j],
+            )  # fmt: skip
+            yield i, _Piece(j, seen, qs[i], ks[j], vs[j], scope)
+
+
+def _starts(device: Array, piece: int, ring: Ring) -> list[Array]:
+    """The positions at which the pieces of a device begin."""
+    if ring.layout == "plain":
+        return [device * piece]
+    return [device * piece, (2 * ring.size - 1 - device) * piece]
+
+
+def _merge_forward(
+    piece: _Piece, out: Array, lse: Array, ring: Ring
+) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
+    return merge(
+        out, lse, *ring.kernel.forward(piece.q, piece.k, piece.v, piece.scope, ring.options)
+    )
+
+
+def _add_backward(
+    piece: _Piece,
+    before: tuple[Array, Array, Array],
+    dout: Array,
+    lse: Array,
+    delta: Array,
+    ring: Ring,
+) -> tuple[Array, ...]:
+    grads = ring.kernel.backward(
+        piece.q, piece.k, piece.v, dout, lse, delta, piece.scope, ring.options
+    )
+    return tuple(old + new for old, new in zip(before, grads, strict=True))
+
+
+def _keep(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
+
+
+def _pieces(x: Array, ring: Ring) -> list[Array]:
+    return jnp.split(x, ring.pieces, axis=1)
+
+
+def _send(tree: Any) -> Any:
+    """Every array to the next device of the ring."""
+    size = lax.axis_size(AXIS)
+    following = [(device, (device + 1) % size) for device in range(size)]
+    return jax.tree.map(lambda x: lax.ppermute(x, AXIS, following), tree)
+
+
+def merge(
+    out_a: Float[Array, "*n D"],
+    lse_a: Float[Array, "*n"],
+    out_b: Float[Array, "*n D"],
+    lse_b: Float[Array, "*n"],
+) -> tuple[Float[Array, "*n D"], Float[Array, "*n"]]:
+    """Softmax averages over two disjoint sets of keys as one over both; either may be empty (0 and -inf)."""
+    lse = jnp.logaddexp(lse_a, lse_b)
+    finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+    share_a, share_b = jnp.exp(lse_a - finite), jnp.exp(lse_b - finite)
+    return out_a * share_a[..., None] + out_b * share_b[..., None], lse
+
+
+def check_length(length: int, size: int, layout: Layout) -> None:
+    """Raises ValueError where a sequence of so many tokens has no whole pieces on a ring of so many devices."""
+    parts = size * (2 if layout == "balanced" else 1)
+    if length % parts:
+        hint = ", or ring_layout='plain'" if layout == "balanced" and length % size == 0 else ""
+        raise ValueError(
+            f"A sequence of {length} tokens cannot be cut into {parts} equal pieces for sp={size} ({layout} ring); "
+            f"choose an sp that divides it, such as {math.gcd(length, parts)}{hint}."
+        )
+
+
+def to_balanced(x: Shaped[Array, "b l *c"], mesh: Mesh) -> Shaped[Array, "b l *c"]:
+    """A sequence that lies on `sp` in order, as the balanced ring wants it. Each piece moves at most once."""
+    return _exchange(x, mesh, inverse=False)
+
+
+def from_balanced(x: Shaped[Array, "b l *c"], mesh: Mesh) -> Shaped[Array, "b l *c"]:
+    """The inverse of `to_balanced`."""
+    return _exchange(x, mesh, inverse=True)
+
+
+def _exchange(x: Array, mesh: Mesh, *, inverse: bool) -> Array:
+    size = mesh.shape[AXIS]
+    check_length(x.shape[1], size, "balanced")
+    spec = fitting_spec(mesh, x.shape, "batch", "sequence", *(None,) * (x.ndim - 2))
+    # Pieces 2r and 2r + 1 lie on device r. Even ones go to different devices, and so do odd ones: two exchanges.
+    even, odd = ([_home(2 * r + parity, size) for r in range(size)] for parity in (0, 1))
+
+    def run(x: Array) -> Array:
+        at_even = lax.axis_index(AXIS) % 2 == 0
+        first, second = jnp.split(x, 2, axis=1)
+        if inverse:  # an even device's early piece is an even one
+            first, second = _swap_unless(at_even, first, second)
+        first = lax.ppermute(first, AXIS, _routes(even, inverse))
+        second = lax.ppermute(second, AXIS, _routes(odd, inverse))
+        if not inverse:
+            first, second = _swap_unless(at_even, first, second)
+        return jnp.concatenate([first, second], axis=1)
+
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def _home(piece: int, size: int) -> int:
+    """The device on which a piece of the balanced layout lies."""
+    return piece if piece < size else 2 * size - 1 - piece
+
+
+def _routes(homes: list[int], inverse: bool) -> list[tuple[int, int]]:
+    return [(home, r) if inverse else (r, home) for r, home in enumerate(homes)]
+
+
+def _swap_unless(condition: Array, a: Array, b: Array) -> tuple[Array, Array]:
+    return jnp.where(condition, a, b), jnp.where(condition, b, a)
