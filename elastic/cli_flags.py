@@ -286,6 +286,12 @@ TRAIN = Script(
                 "go on from the checkpoint in the output folder, if there is one",
             ),
             Flag("seed", 42, "draws parameters, kept masks and the VAE's samples"),
+            Flag(
+                "init",
+                "random",
+                "new parameters: drawn at random, or linear: a codec of principal components, a start that suits small models",
+                choices=("random", "linear"),
+            ),
             Flag("mask_full_fraction", 0.0, "share of blocks that keep every token"),
             Flag(
                 "mask_log_uniform",

@@ -115,6 +115,16 @@ class ClipSampler:
         rng = np.random.default_rng((self.data.seed, step))
         return np.stack([self._sequence(rng) for _ in range(self.data.batch_size)])
 
+    def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
+        """At least `count` patches of drawn sequences, always the same."""
+        rng = np.random.default_rng((self.data.seed, 2**31))  # no step's
+        per_sequence = min(count, 1024)
+        found = []
+        while len(found) * per_sequence < count:
+            patches = self._sequence(rng)
+            found.append(patches[rng.integers(len(patches), size=per_sequence)])
+        return np.concatenate(found)
+
     def batches(self, first_step: int) -> Generator[UInt8[np.ndarray, "b l p"], None, None]:
         """Batches from `first_step` on, prepared ahead by threads, in order. Close it to end them."""
         pool = concurrent.futures.ThreadPoolExecutor(self.data.workers, thread_name_prefix="data")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 from elastic import checkpoint, masks, metrics
 from elastic.config import ElasticTokConfig, load_config
 from elastic.data import ClipSampler, DataConfig
+from elastic.linear_start import linear_start
 from elastic.logs import MetricsFile, progress_line
 from elastic.losses import training_loss
 from elastic.mesh import make_mesh
@@ -39,6 +40,7 @@ STATE_FILE = "streaming_train_state"  # what it goes on from; also `trainstate_p
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 PRETRAINED = "pretrained"  # at the end: config.json and model.safetensors, for inference
+_START_PATCHES = 40_000  # what a linear start is computed from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,8 @@ class TrainConfig:
       mesh_dim: devices along dp, fsdp, tp and sp.
       dtype: 'fp32' or 'bf16', type of products' operands. Parameters and moments are float32.
       seed: draws parameters, kept masks and the VAE's samples.
-      load_checkpoint: parameters to start from; '' draws new ones.
+      load_checkpoint: parameters to start from; '' makes new ones.
+      init: how new ones are made: 'random', or 'linear' (see elastic/linear_start.py).
       autoresume: go on from the checkpoint in `output_dir` when there is one.
       mask_full_fraction: share of blocks that keep every token.
       mask_log_uniform: draw the logarithm of a block's count uniformly.
@@ -75,6 +78,7 @@ class TrainConfig:
     dtype: str = "fp32"
     seed: int = 42
     load_checkpoint: str = ""
+    init: str = "random"
     autoresume: bool = True
     mask_full_fraction: float = 0.0
     mask_log_uniform: bool = False
@@ -90,6 +94,8 @@ class TrainConfig:
             raise ValueError("output_dir is empty; name the folder for checkpoints and metrics.")
         if self.float_dtype not in ("fp32", "bf16", "fp16"):
             raise ValueError(f"float_dtype={self.float_dtype!r} must be one of fp32, bf16, fp16.")
+        if self.init not in ("random", "linear"):
+            raise ValueError(f"init={self.init!r} must be 'random' or 'linear'.")
         parse_dtype(self.dtype)
 
 
@@ -204,7 +210,7 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
     text = json.dumps(elastic.to_json_dict(), indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
-    state, shardings = _first_state(config, elastic, optimizer, mesh, resumes=resumes)
+    state, shardings = _first_state(config, elastic, optimizer, mesh, sampler, resumes=resumes)
     first_step = int(state.step)
     log.info("Training in %s from step %d to %d.", folder, first_step, config.total_steps)
     step_fn = _step_program(config, model, optimizer, shardings)
@@ -310,6 +316,7 @@ def _first_state(
     elastic: ElasticTokConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    sampler: ClipSampler,
     *,
     resumes: bool,
 ) -> tuple[TrainState, TrainState]:
@@ -324,9 +331,13 @@ def _first_state(
         path = pathlib.Path(config.output_dir) / STATE_FILE
         tree = checkpoint.load_train_state(path, elastic)
         return restore_state(tree, like, shardings), shardings
-    if not config.load_checkpoint:
+    if config.load_checkpoint:
+        loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
+    elif config.init == "linear":
+        drawn = init_params(elastic, jax.random.key(config.seed))
+        loaded = linear_start(drawn, elastic, sampler.sample_patches(_START_PATCHES))
+    else:
         return jax.jit(fresh, out_shardings=shardings)(), shardings
-    loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
     start = jax.jit(lambda params: new_state(params, optimizer), out_shardings=shardings)
     return start(loaded), shardings
 

@@ -33,7 +33,7 @@ def train(flags: cli.Values) -> int:
     )
     same = (
         "total_steps log_freq save_model_freq mesh_dim dtype seed load_checkpoint autoresume "
-        "mask_full_fraction mask_log_uniform"
+        "init mask_full_fraction mask_log_uniform"
     )
     folder = pathlib.Path(flags["logger.output_dir"], flags["logger.experiment_id"])
     config = training.TrainConfig(

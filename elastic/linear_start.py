@@ -1,0 +1,145 @@
+"""Initial parameters under which the model already is a transform codec: principal components of patches, quantized.
+
+A model drawn at random spends its first thousands of steps on finding that patches have a brightness. Small models that must learn in
+an hour start here instead; the layers then learn what a fixed transform of single patches cannot do.
+
+How a network without biases, between two RMSNorms, is made linear: one channel of the residual stream carries a constant that is large
+against all others, so that the norm divides by almost a constant. The encoder gets it from its embeddings; the decoder, whose only
+input is codes, from one layer's MLP: silu(b u) u + silu(-b u)(-u) = b u^2 exactly, and the squares of a normalized vector sum to
+its width.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from elastic.bottleneck import FSQ, make_bottleneck
+from elastic.config import ElasticTokConfig
+
+_CONSTANT = 16.0  # the constant channel's value
+_SIGNAL = 0.04  # energy of the other channels, as a share of the constant's
+_MASKED = 4.0  # what tells the encoder's kept tokens (+) from the dropped ones (-)
+_LOGVAR = -5.0  # of the VAE's samples; its means get variance 1
+
+
+def linear_start(
+    params: dict[str, Any], config: ElasticTokConfig, patches: UInt8[np.ndarray, "n p"]
+) -> dict[str, Any]:
+    """`params` (stacked layers, drawn at random) with the linear codec of `patches` written into them.
+
+    Args:
+      patches: a sample of training patches, some ten thousand.
+
+    Raises:
+      ValueError: the layers are numbered, the model is too narrow, or there are too few patches.
+    """
+    config_dim, width = config.code_dim, config.hidden_size
+    if not config.scan_layers:
+        raise ValueError("A linear start needs scan_layers=True.")
+    if width < config_dim + 2 or config.intermediate_size < 2 * config_dim:
+        raise ValueError(
+            f"A linear start of {config_dim} code channels needs hidden_size of {config_dim + 2} and intermediate_size of "
+            f"{2 * config_dim} or more, not {width} and {config.intermediate_size}."
+        )
+    if len(patches) < 4 * config.patch_dim:
+        raise ValueError(
+            f"{len(patches)} patches are too few for components of {config.patch_dim} numbers; "
+            f"use {4 * config.patch_dim} or more."
+        )
+    params = jax.tree.map(lambda x: np.array(x, np.float32), params)
+    pixels = patches.astype(np.float32) / 127.5 - 1
+    mean = pixels.mean(axis=0)
+    variance, basis = np.linalg.eigh(np.cov((pixels - mean).T))
+    variance, basis = variance[::-1].clip(1e-8), basis[:, ::-1]
+    components = (pixels - mean) @ basis[:, :config_dim]
+    gain, codes = _codes_of(config, components)
+    scale = float(_CONSTANT * np.sqrt(_SIGNAL / variance.sum()))
+    _write_encoder(params["encoder"], config, mean, variance, basis, gain, scale)
+    _write_decoder(params["decoder"], config, pixels, codes)
+    return params
+
+
+def _codes_of(
+    config: ElasticTokConfig, components: Float[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, "c"], Float[np.ndarray, "n c"]]:
+    """For each component the gain before the bottleneck that loses least, and the codes it gives."""
+    bottleneck = make_bottleneck(config)
+    deviation = components.std(axis=0)
+    if not isinstance(bottleneck, FSQ):
+        return 1 / deviation, components / deviation
+    tried = np.geomspace(0.15, 2.5, 24)
+    codes = np.stack(
+        [np.asarray(bottleneck.quantize(gain * components / deviation)) for gain in tried]
+    )
+    centred = codes - codes.mean(axis=1, keepdims=True)
+    slope = (centred * components).sum(axis=1) / (centred**2).sum(axis=1).clip(1e-9)
+    error = ((slope[:, None] * centred - components) ** 2).mean(axis=1)
+    best = error.argmin(axis=0)
+    channel = np.arange(len(deviation))
+    return tried[best] / deviation, codes[best, :, channel].T
+
+
+def _write_encoder(
+    encoder: dict[str, Any],
+    config: ElasticTokConfig,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    basis: np.ndarray,
+    gain: np.ndarray,
+    scale: float,
+) -> None:
+    width = config.hidden_size
+    constant, masked, signals = width - 1, width - 2, min(width - 2, config.patch_dim)
+    projection = np.zeros((config.patch_dim, width), np.float32)
+    projection[:, :signals] = scale * basis[:, :signals]
+    encoder["in_proj"]["kernel"] = projection
+    for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
+        embedding = -mean @ projection
+        embedding[constant], embedding[masked] = _CONSTANT, sign * _MASKED
+        encoder[name] = embedding[None].astype(np.float32)
+    # The stream's mean square, and so what a norm divides by, up to the differences between tokens.
+    square = (_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / width
+    deviation = scale * np.sqrt(variance[:signals] / square)
+    layers = encoder["encoder_blocks"]["scan_decoder"]
+    for name in ("attention_norm", "ffn_norm"):
+        # What layers see: every component, the strong ones less than they dominate.
+        weight = layers[name]["kernel"]
+        weight[:, :signals] = (deviation / deviation[0]) ** 0.5 / deviation
+        weight[:, constant] = np.sqrt(square) / _CONSTANT
+        weight[:, masked] = np.sqrt(square) / _MASKED
+    latents = np.zeros_like(encoder["pre_quant"]["kernel"])
+    channel = np.arange(len(gain))
+    latents[channel, channel] = gain * np.sqrt(square) / scale
+    latents[constant, len(gain) :] = _LOGVAR * np.sqrt(square) / _CONSTANT  # nothing for FSQ
+    encoder["pre_quant"]["kernel"] = latents
+
+
+def _write_decoder(
+    decoder: dict[str, Any], config: ElasticTokConfig, pixels: np.ndarray, codes: np.ndarray
+) -> None:
+    width, num_codes = config.hidden_size, codes.shape[1]
+    constant = width - 1
+    energy = float(np.sum(codes**2, axis=1).mean())
+    scale = float(_CONSTANT * np.sqrt(_SIGNAL / energy))
+    projection = np.zeros((num_codes, width), np.float32)
+    channel = np.arange(num_codes)
+    projection[channel, channel] = scale
+    decoder["post_quant"]["kernel"] = projection
+    weights = decoder["decoder_blocks"]["scan_decoder"]["feed_forward"]
+    for name in ("w1", "w3"):
+        kernel = weights[name]["kernel"][0]
+        kernel[:, : 2 * num_codes] = 0.0
+        kernel[channel, 2 * channel], kernel[channel, 2 * channel + 1] = 1.0, -1.0
+    kernel = weights["w2"]["kernel"][0]
+    kernel[: 2 * num_codes] = 0.0
+    kernel[: 2 * num_codes, constant] = _CONSTANT / width
+    # Pixels come out of a tanh: least squares before it, away from its flat ends.
+    square = _CONSTANT**2 * (1 + _SIGNAL) / width
+    seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
+    target = np.arctanh(pixels.clip(-0.95, 0.95))
+    solution = np.linalg.lstsq(seen / np.sqrt(square), target, rcond=None)[0]
+    out = np.zeros_like(decoder["out_proj"]["kernel"])
+    out[channel], out[constant] = solution[:-1], solution[-1]
+    decoder["out_proj"]["kernel"] = out
