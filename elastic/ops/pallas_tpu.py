@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Int
 
 from elastic.ops.local import Kernel, Options, Scope
 
-_LANES, _INTERPRETED_LANES = 128, 8  # few, so that tests need no long arrays to have several tiles
+_LANES, _INTERPRETED_LANES = 128, 8  # fewer where tests want several tiles of a short array
 _HEAD_DIMS = (32, 256)
 _VMEM_BYTES = 15 << 20  # a kernel gets 16 MiB unless told otherwise, on v4 there is no more
 _LOG2_E = math.log2(math.e)
