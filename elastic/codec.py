@@ -19,6 +19,7 @@ from elastic import masks, ops
 from elastic.bottleneck import FSQ, make_bottleneck
 from elastic.config import ElasticTokConfig
 from elastic.model import Batch, ElasticTok
+from elastic.ops import bits
 from elastic.patches import to_unit_range
 
 
@@ -89,6 +90,8 @@ class Codec:
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
+        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+        self._hides = platform == "cpu"
         self._cache_sharding = self._whole = out = None
         if mesh is not None:
             self._cache_sharding = NamedSharding(
@@ -118,6 +121,10 @@ class Codec:
             * config.hidden_size
             * self.dtype.itemsize
         )
+
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters as the programs want them: on the CPU bfloat16 as its bits (see ops/bits.py). Others work, and cost copies."""
+        return jax.tree.map(bits.hide, params) if self._hides else params
 
     def new_past(self, batch: int = 1) -> Past:
         """An empty past: zeros that no query sees."""
@@ -179,7 +186,8 @@ class Codec:
 
         def layers(count: int) -> ops.Past:
             shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
-            cache = jnp.zeros(shape, self.dtype, device=self._cache_sharding)
+            dtype = jnp.uint16 if self._hides and self.dtype == jnp.bfloat16 else self.dtype
+            cache = jnp.zeros(shape, dtype, device=self._cache_sharding)
             return ops.Past(cache, jnp.zeros_like(cache), zero())
 
         def zero() -> Array:
@@ -254,7 +262,8 @@ class Codec:
 
         def write(old: Array, x: Array) -> Array:
             start = (num_blocks % slots) * x.shape[3]
-            return lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), start, axis=3)
+            x = bits.hide(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
+            return lax.dynamic_update_slice_in_dim(old, x, start, axis=3)
 
         if self._cache_sharding is not None:  # each device has its part of every block
             spec = self._cache_sharding.spec

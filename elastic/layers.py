@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elastic import ops
 from elastic.config import ElasticTokConfig
-from elastic.ops import ring
+from elastic.ops import bits, ring
 from elastic.sharding import constrain
 
 # A layer's keys and values, for a cache: [batch, heads, length, head_dim] each.
@@ -39,13 +39,12 @@ class Compute(nn.Module):
         config = self.config
         return config.attention_implementation or (None if config.scan_attention else "reference")
 
-    def ring_layout(self) -> ring.Layout:
-        """How a sequence lies on sp inside of the layers."""
-        if self.mesh is None or self.mesh.shape[ring.AXIS] == 1:
-            return "plain"
-        return (
-            "plain" if self.attention_implementation() == "reference" else self.config.ring_layout
-        )
+    def balanced_mesh(self) -> Mesh | None:
+        """The mesh on whose sp axis a sequence lies in the balanced layout inside of the layers; None: in order."""
+        mesh = self.mesh
+        if mesh is None or mesh.shape[ring.AXIS] == 1 or self.config.ring_layout != "balanced":
+            return None
+        return None if self.attention_implementation() == "reference" else mesh
 
 
 class Linear(Compute):
@@ -63,7 +62,9 @@ class Linear(Compute):
         """The matrix itself."""
         init = nn.initializers.normal(self.config.initializer_range)
         # Loaded parameters are NumPy's until a jitted function takes them.
-        return jnp.asarray(self.param("kernel", init, (num_inputs, self.features), jnp.float32))
+        return bits.show(
+            jnp.asarray(self.param("kernel", init, (num_inputs, self.features), jnp.float32))
+        )
 
 
 class RMSNorm(Compute):
@@ -72,7 +73,9 @@ class RMSNorm(Compute):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """The normalized activations, in float32."""
-        weight = self.param("kernel", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        weight = bits.show(
+            jnp.asarray(self.param("kernel", nn.initializers.ones, (x.shape[-1],), jnp.float32))
+        )
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(
             jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.rms_norm_eps
@@ -161,7 +164,7 @@ class Attention(Compute):
                 block_size=config.tokens_per_block,
                 segment_ids=segment_ids,
                 valid=valid,
-                layout=self.ring_layout(),
+                layout="balanced" if self.balanced_mesh() else "plain",
                 **how,
             )
         else:
@@ -232,14 +235,18 @@ class LayerStack(Compute):
         past: ops.Past | None = None,
     ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
         """The residual stream after the last layer, and with a past the new keys and values of all, [layers, b, heads, l, head_dim]."""
-        balanced = past is None and self.ring_layout() == "balanced"
-        if balanced:  # outside of the layers every sequence is in order
-            x, position_ids, segment_ids, valid = (
-                None if y is None else ring.to_balanced(y, self.mesh)
-                for y in (x, position_ids, segment_ids, valid)
-            )
+        mesh = self.balanced_mesh() if past is None else None
+        if mesh is None:
+            return self._layers(x, position_ids, segment_ids, valid, past)
+
+        def there(y: Array) -> Array:
+            return ring.to_balanced(y, mesh)
+
+        x, position_ids = there(x), there(position_ids)
+        segment_ids = None if segment_ids is None else there(segment_ids)
+        valid = None if valid is None else there(valid)
         x, new = self._layers(x, position_ids, segment_ids, valid, past)
-        return ring.from_balanced(x, self.mesh) if balanced else x, new
+        return ring.from_balanced(x, mesh), new  # outside of the layers every sequence is in order
 
     def _layers(
         self,

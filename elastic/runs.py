@@ -65,10 +65,15 @@ def check_resolution(resolution: int, config: ElasticTokConfig) -> None:
 def describe(tokenizer: ElasticTokenizer) -> str:
     """One line: the model, the devices and the kernel."""
     config, mesh = tokenizer.config, tokenizer.mesh
-    sizes = [np.size(leaf) for leaf in _leaves(tokenizer.params)]
+    sizes = [np.size(leaf) for leaf in _leaves(tokenizer.weights)]
     axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
     devices = mesh.devices.flat
-    kernel = choose_implementation(config.attention_implementation)
+    kernel = choose_implementation(
+        config.attention_implementation,
+        head_dim=config.head_dim,
+        dtype=tokenizer.codec.dtype,
+        mesh=mesh,
+    )
     return (
         f"Model {tokenizer.model_id}: {config.bottleneck_type}, {sum(sizes) / 1e6:.1f} M parameters, "
         f"{config.min_toks} to {config.max_toks} tokens per block of {config.frames_per_block} "

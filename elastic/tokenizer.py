@@ -17,6 +17,7 @@ from elastic import checkpoint, media
 from elastic import mesh as meshes
 from elastic.codec import Codec, Committed, Past, Trial
 from elastic.config import ElasticTokConfig, parse_dtype
+from elastic.ops import bits
 from elastic.patches import pad_block, patchify, unpatchify
 from elastic.search import Search, make_search
 from elastic.sharding import param_shardings
@@ -148,7 +149,13 @@ class ElasticTokenizer:
         self.codec = Codec(
             config, dtype=parse_dtype(dtype), mesh=self.mesh, window_blocks=self.window_blocks
         )
-        self.params = jax.device_put(params, param_shardings(self.mesh, params))
+        # As the codec's programs take them.
+        self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameter tree, in the types it was given in."""
+        return jax.tree.map(bits.show, self.weights)
 
     @classmethod
     def from_pretrained(
@@ -248,7 +255,7 @@ class ElasticTokenizer:
             if self.context == "restart" and number % self.window_blocks == 0:
                 past = self.codec.new_past()
             past, committed, block = _tokenize_block(
-                self.codec, self.params, past, frames, make_search(**search)
+                self.codec, self.weights, past, frames, make_search(**search)
             )
             pixels = np.asarray(committed.pixels[0])
             pixels = unpatchify(pixels, self.config.patch_size, *frames.shape[1:3])
@@ -300,7 +307,7 @@ class ElasticTokenizer:
             )
             full[0, : block.num_kept] = block.values
             past, pixels = codec.decode(
-                self.params, past, full, np.array([block.num_kept], np.int32)
+                self.weights, past, full, np.array([block.num_kept], np.int32)
             )
             size = (tokens.resolution, tokens.resolution)
             frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))

@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument(
         "--devices",
         type=int,
-        default=1,
-        help="virtual CPU devices, over which the heads are sharded",
+        default=os.cpu_count(),
+        help="virtual CPU devices, over which the heads are sharded; as many as cores, as the scripts do",
     )
     arguments = parser.parse_args()
     unknown = [case for case in arguments.cases.split(",") if case not in CASES]
@@ -142,11 +142,11 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
         tokenizer = ElasticTokenizer.from_pretrained(folder, dtype=dtype, window_blocks=BLOCKS)
     else:
         config = update_config(load_config("debug" if case == "debug" else "200m"), CASES[case])
-        draw = jax.jit(  # bfloat16, as the released files store them
-            lambda shape: jax.random.normal(jax.random.key(0), shape, "bfloat16") * 0.02,
-            static_argnums=0,
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(  # NumPy's bfloat16, as a released file is read
+            lambda leaf: (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype("bfloat16"),
+            param_shapes(config),
         )
-        params = jax.tree.map(lambda leaf: draw(leaf.shape), param_shapes(config))
         tokenizer = ElasticTokenizer(config, params, dtype=dtype, window_blocks=BLOCKS)
         del params
     config, codec = tokenizer.config, tokenizer.codec
@@ -163,7 +163,7 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
     for block in range(BLOCKS):
         if block in (0, BLOCKS - 1):
             run = functools.partial(
-                codec.try_counts, tokenizer.params, past, patches[block], counts, keep=False
+                codec.try_counts, tokenizer.weights, past, patches[block], counts, keep=False
             )
             seconds = median_seconds(lambda run=run: run().losses.block_until_ready(), repeats)
             flops = pass_flops(config, block)
@@ -223,7 +223,7 @@ def pass_flops(config: Any, past_blocks: int) -> float:
 
 def peak_memory_mb() -> int:
     """Largest resident memory of this process so far."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ TABLE = """
     sharding
     patches
     masks
-    ops.dense
+    ops.bits ops.dense
     ops.local
     ops.reference ops.blockwise ops.pallas_tpu ops.pallas_gpu ops.feedforward
     ops.kernels

@@ -357,7 +357,7 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
             return [
                 float(
                     codec.try_counts(
-                        tokenizers[case].params, past, patches, np.array([[count]])
+                        tokenizers[case].weights, past, patches, np.array([[count]])
                     ).losses[0, 0]
                 )
                 for count in counts
@@ -374,7 +374,7 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
             assert result.num_kept == len(expected) == 32
 
         trial = codec.try_counts(
-            tokenizers[case].params, past, patches, np.array([[len(expected)]])
+            tokenizers[case].weights, past, patches, np.array([[len(expected)]])
         )
         past, committed = codec.commit(past, trial, np.array([0]))
         tokens = np.asarray(committed.tokens[0, : len(expected)])

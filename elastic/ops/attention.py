@@ -58,8 +58,6 @@ def attention(
         raise ValueError(
             f"q {q.shape}, k {k.shape} and v {v.shape} must agree in batch, heads and head_dim, k and v in length too."
         )
-    if layout not in ring.LAYOUTS:
-        raise ValueError(f"{layout=} must be one of {', '.join(ring.LAYOUTS)}.")
     q_start = jnp.asarray(q_start, jnp.int32)
     kv_length = jnp.asarray(k.shape[1] if kv_length is None else kv_length, jnp.int32)
     q_segments = segment_ids

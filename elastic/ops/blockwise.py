@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from elastic.ops import bits
 from elastic.ops.dense import dot
 from elastic.ops.local import Kernel, Options, Scope
 
@@ -35,6 +36,11 @@ def _padded(
     return q_NQD, scope, options
 
 
+def _scaled(q: Array) -> Array:
+    """q / sqrt(D), rounded once: the factor itself has no exact bfloat16 for every D."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
 def _pad_rows(x: Array, padding: int, value: float = 0.0) -> Array:
     widths = ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))
     return jnp.pad(x, widths, constant_values=value)
@@ -47,7 +53,7 @@ def _forward(
     q_NQD, scope, options = _padded(q_NQD, k_MKD, scope, options)
     num_rows, length, dim = q_NQD.shape
     q_tile = options.q_tile
-    q_NQD = (q_NQD * dim**-0.5).astype(q_NQD.dtype)
+    q_NQD = _scaled(q_NQD)
 
     def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
         row = scope.first_row + n
@@ -117,7 +123,7 @@ def _backward(
 
     def one_row(item):
         n, q_QD, k_KD, v_KD, dout_QD, lse_Q, delta_Q = item
-        q_QD = (q_QD * scale).astype(dtype)
+        q_QD = _scaled(q_QD)
         dout_QD = dout_QD.astype(dtype)
 
         def q_step(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -214,9 +220,8 @@ def _seen(
 
 
 def _tile(keys: Array, row: Array, start: Array, size: int) -> Array:
-    return lax.dynamic_slice(keys, (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1]))[
-        0
-    ]
+    at, shape = (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1])
+    return bits.show(lax.dynamic_slice(keys, at, shape)[0])
 
 
 def _add_tile(x: Array, start: Array, tile: Array) -> Array:

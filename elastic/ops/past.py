@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from elastic.ops import ring
+from elastic.ops import bits, ring
 from elastic.ops.attention import (
     KV_TILE,
     Q_TILE,
@@ -126,6 +126,8 @@ def _past_alone(
     """Queries [b, q, h, d] that see all of the past in one layer."""
     _, batch, heads, capacity, _ = past_keys.shape
     q_start = jnp.int32(capacity)  # after every key
+    if how.name != "blockwise":  # which slices bits; the others take numbers
+        past_keys, past_values = bits.show(past_keys), bits.show(past_values)
     if how.name == "reference":
         keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
         return on_device(Call(q, keys, values, q_start, past_length), how)

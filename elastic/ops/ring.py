@@ -114,7 +114,8 @@ def _attend_bwd(ring: Ring, saved, gradients):
     dout = gradients[0]
     delta = jnp.sum(out * dout, axis=-1)
     own = lax.axis_index(AXIS)
-    douts, lses, deltas = (_pieces(x, ring) for x in (dout, lse, delta))
+    # What products take, rounded once and not in every step.
+    douts, lses, deltas = (_pieces(x, ring) for x in (dout.astype(q_NQD.dtype), lse, delta))
 
     def step(s: Array, carry):
         (k, v, kv_ids), sums, dq = carry
