@@ -67,7 +67,8 @@ def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None)
     grid = (
         np.asarray(devices).reshape(shape)
         if keep_order
-        else mesh_utils.create_device_mesh(shape, devices)
+        # An axis may take part of a physical one: a ring of 32 on a torus of 4 x 4 x 4 is no rare wish.
+        else mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     )
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
