@@ -25,6 +25,8 @@ from elastic.sharding import fitting_spec, param_shardings
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 600  # of a compiler's message
+
 
 def attention_name(elastic: ElasticTokConfig, mesh: Mesh, dtype: str) -> str:
     """What attention runs as on the devices of the mesh."""
@@ -92,9 +94,7 @@ def train_step(config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Me
 def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int) -> Traced:
     """One candidate of one block in inference, against a past of `window_blocks` - 1 blocks."""
     codec = Codec(elastic, dtype=parse_dtype(dtype), mesh=mesh, window_blocks=window_blocks)
-    params = param_shapes(
-        elastic
-    )  # float32, as a training run writes them; the released are bfloat16
+    params = _parameters(elastic)  # float32, as training writes them; the released are bfloat16
     past = jax.eval_shape(codec.new_past)
     patches = (elastic.tokens_per_block, elastic.patch_dim)
 
@@ -132,6 +132,9 @@ def check(traced: Traced, target: targets.Target, *, loops_count: bool) -> dict[
 
     Memory is in bytes per device. `fits` is None where the target names no limit; `excess` is what
     is missing, or (negative) what is left.
+
+    Raises:
+      ValueError: the compiler refuses the program, for another reason than the memory of the device.
     """
     started = time.perf_counter()
     try:
@@ -139,7 +142,8 @@ def check(traced: Traced, target: targets.Target, *, loops_count: bool) -> dict[
     except jax.errors.JaxRuntimeError as error:
         over = hlo.out_of_memory(str(error))
         if over is None:
-            raise
+            said = " ".join(str(error).split())[:_LONGEST]
+            raise ValueError(f"The compiler for {target} refuses the program: {said}") from error
         arguments = traced.argument_bytes()
         needed = over.needed_bytes + (arguments if over.temporaries_only else 0)
         memory = {
@@ -206,8 +210,10 @@ def summarize(permutes: list[hlo.Permute]) -> dict[str, Any]:
 
 
 def _in_ring(permute: hlo.Permute) -> bool:
-    # Names of the traced function's parts, outermost first; the layers' own loop stands before `shard_map`.
-    return "/while/" in permute.source.rpartition("shard_map")[2]
+    # Names of the traced function's parts, outermost first; the layers' own loop stands before `shard_map`. Sends
+    # that the compiler itself adds to move an array have the name of what needed it.
+    inside = permute.source.rpartition("shard_map")[2]
+    return "/while/" in inside and inside.endswith("/ppermute")
 
 
 def tiles(

@@ -196,28 +196,31 @@ def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _cases(flags: cli.Values) -> list[list[str]]:
-    user = parse_dict(flags["update_elastic_config"] or "dict()")
+    """The command lines of the table. Flags given besides --table stand above its own, and --target above its slices."""
+    given = {name: flags[name] for name in _names(flags)}
+    changes = parse_dict(given.pop("update_elastic_config", "dict()"))
+    slices = [given.pop("target")] if "target" in given else _SLICES
+    order = [flag.name for flag in CHECK.flags]
     cases = []
-    for target in _SLICES:
+    for target in slices:
         chips = targets.parse_target(target).num_chips
         for label, length in _LENGTHS.items():
-            ring = {"4K": 1, "128K": _RING.get(target, 32)}.get(label, chips)
+            ring = {"4K": 1, "128K": _RING.get(target, min(32, chips))}.get(label, chips)
             for name, model in _MODELS.items():
                 if _ONLY.get(label, name) != name:
                     continue
                 values = {
                     "target": target,
                     "load_elastic_config": "200m",
-                    "update_elastic_config": str(model | dict(max_sequence_length=length) | user),
+                    "update_elastic_config": str(
+                        model | dict(max_sequence_length=length) | changes
+                    ),
                     "train_dataset.vision_dataset.batch_size": chips // ring,
                     "mesh_dim": f"1,-1,1,{ring}",
                     "dtype": "bf16",
-                }
-                own = [other for other in _names(flags) if other not in values]
-                given = {f"{other}": flags[other] for other in own}
-                order = [flag.name for flag in CHECK.flags]
-                both = sorted((values | given).items(), key=lambda item: order.index(item[0]))
-                cases.append([f"--{key}={value}" for key, value in both])
+                } | given
+                named = sorted(values.items(), key=lambda item: order.index(item[0]))
+                cases.append([f"--{key}={value}" for key, value in named])
     return cases
 
 
