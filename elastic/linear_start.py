@@ -12,6 +12,7 @@ its width.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -67,11 +68,12 @@ def _codes_of(
     """For each component the gain before the bottleneck that loses least, and the codes it gives."""
     bottleneck = make_bottleneck(config)
     deviation = components.std(axis=0)
+    scaled = (components / deviation).astype(np.float32)
     if not isinstance(bottleneck, FSQ):
-        return 1 / deviation, components / deviation
+        return 1 / deviation, scaled
     tried = np.geomspace(0.15, 2.5, 24)
     codes = np.stack(
-        [np.asarray(bottleneck.quantize(gain * components / deviation)) for gain in tried]
+        [np.asarray(bottleneck.quantize(jnp.asarray(gain * scaled))) for gain in tried]
     )
     centred = codes - codes.mean(axis=1, keepdims=True)
     slope = (centred * components).sum(axis=1) / (centred**2).sum(axis=1).clip(1e-9)
@@ -135,11 +137,25 @@ def _write_decoder(
     kernel = weights["w2"]["kernel"][0]
     kernel[: 2 * num_codes] = 0.0
     kernel[: 2 * num_codes, constant] = _CONSTANT / width
-    # Pixels come out of a tanh: least squares before it, away from its flat ends.
     square = _CONSTANT**2 * (1 + _SIGNAL) / width
     seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
-    target = np.arctanh(pixels.clip(-0.95, 0.95))
-    solution = np.linalg.lstsq(seen / np.sqrt(square), target, rcond=None)[0]
+    solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[channel], out[constant] = solution[:-1], solution[-1]
     decoder["out_proj"]["kernel"] = out
+
+
+def _fit_through_tanh(
+    seen: Float[np.ndarray, "n c"], pixels: Float[np.ndarray, "n p"]
+) -> Float[np.ndarray, "c p"]:
+    """The matrix B that brings tanh(seen @ B) nearest to the pixels: least squares before the tanh, then Gauss and Newton's steps."""
+    matrix = np.linalg.lstsq(seen, np.arctanh(pixels.clip(-0.95, 0.95)), rcond=None)[0]
+    for _ in range(6):
+        out = np.tanh(seen @ matrix)
+        error, slope = pixels - out, 1 - out**2
+        for column in range(pixels.shape[1]):
+            jacobian = seen * slope[:, column, None]
+            normal = jacobian.T @ jacobian
+            normal[np.diag_indices_from(normal)] += 1e-3 * normal.diagonal().mean()
+            matrix[:, column] += np.linalg.solve(normal, jacobian.T @ error[:, column])
+    return matrix

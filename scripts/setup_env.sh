@@ -36,4 +36,6 @@ find_python() {
 }
 
 find_python "${1:?source scripts/setup_env.sh run|test}" || exit
+# Our own environment is for the CPU: the TPU compiler that the tests install in it must not make JAX look for a TPU.
+[[ "$PYTHON" != "$PWD/.venv/bin/python" ]] || export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
