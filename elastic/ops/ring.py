@@ -26,6 +26,7 @@ from elastic.sharding import fitting_spec
 AXIS = "sp"
 Layout = Literal["plain", "balanced"]
 LAYOUTS = ("plain", "balanced")
+_NOBODYS = -(2**31) + 1  # the segment of keys that are hidden
 
 
 class Ring(NamedTuple):
@@ -50,11 +51,28 @@ class Places(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """What lies beside the tokens of one device, where it is given. `kv_segments` and `valid` travel with the keys."""
+    """What lies beside the tokens of one device, where it is given."""
 
     q_segments: Int[Array, "b Q"] | None = None
     kv_segments: Int[Array, "b K"] | None = None
     valid: Bool[Array, "b K"] | None = None
+
+    def without_valid(self) -> "Ids":
+        """The same with hidden keys in a segment that no query has, so that only one array has to travel."""
+        if self.valid is None:
+            return self
+        q_segments, kv_segments = self.q_segments, self.kv_segments
+        if q_segments is None or kv_segments is None:
+            zeros = jnp.zeros_like(self.valid, jnp.int32)
+            q_segments, kv_segments = zeros, zeros
+        return Ids(q_segments, jnp.where(self.valid, kv_segments, _NOBODYS))
+
+
+class _Keys(NamedTuple):
+    """What travels. Keys and values are one array: a TPU has two sends under way at a time, and the sums want one."""
+
+    kv_2NKD: Array
+    segments: Array | None
 
 
 def ring_attend(
@@ -75,24 +93,23 @@ def ring_attend(
 def _forward(
     q_NQD: Array, k_NKD: Array, v_NKD: Array, places: Places, ids: Ids, ring: Ring
 ) -> tuple[Array, Array]:
-    own = lax.axis_index(AXIS)
+    own, ids = lax.axis_index(AXIS), ids.without_valid()
 
     def step(s: Array, carry):
-        travelling, out, lse = carry
-        k, v, kv_ids = travelling
-        arriving = _send((k, v, kv_ids))
+        keys, out, lse = carry
+        arriving = _send(keys)
         owner = (own - s) % ring.size
         outs, lses = _pieces(out, ring), _pieces(lse, ring)
-        for at, piece in _visible_pairs(own, owner, q_NQD, k, v, kv_ids, places, ids, ring):
+        for at, piece in _visible_pairs(own, owner, q_NQD, keys, places, ids, ring):
             merged = functools.partial(_merge_forward, piece, outs[at], lses[at], ring)
             kept = functools.partial(_keep, outs[at], lses[at])
             outs[at], lses[at] = lax.cond(piece.seen, merged, kept)
         return arriving, jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
     rows, length, dim = q_NQD.shape
-    nothing = jnp.zeros((rows, length, dim)), jnp.full((rows, length), -jnp.inf)
-    kv_ids = (ids.kv_segments, ids.valid)
-    _, out, lse = lax.fori_loop(0, ring.size, step, ((k_NKD, v_NKD, kv_ids), *nothing))
+    keys = _Keys(jnp.stack([k_NKD, v_NKD]), ids.kv_segments)
+    start = keys, jnp.zeros((rows, length, dim)), jnp.full((rows, length), -jnp.inf)
+    _, out, lse = lax.fori_loop(0, ring.size, step, start)
     return out, lse
 
 
@@ -107,42 +124,47 @@ def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids, ring: Ri
 def _attend_bwd(ring: Ring, saved, gradients):
     """Keys and values travel once more, with the sums of their gradients one step behind them.
 
-    A step's sum needs what arrives only after its arithmetic, so that the sends of the sums overlap too. (Sent together with their keys,
-    they would wait for the kernel that they are the result of.)
+    A step's sums need what arrives only after its arithmetic, so that their sends overlap too. (Sent together with their keys, they
+    would wait for the kernel that they are the result of.) In the balanced layout a device's own keys are halved: the first half is
+    worked on while the first keys are on their way, the second while the sums come home.
     """
     q_NQD, k_NKD, v_NKD, places, ids, out, lse = saved
     dout = gradients[0]
     delta = jnp.sum(out * dout, axis=-1)
-    own = lax.axis_index(AXIS)
+    own, ids = lax.axis_index(AXIS), ids.without_valid()
     # What products take, rounded once and not in every step.
     douts, lses, deltas = (_pieces(x, ring) for x in (dout.astype(q_NQD.dtype), lse, delta))
 
-    def step(s: Array, carry):
-        (k, v, kv_ids), sums, dq = carry
-        arriving, arriving_sums = _send((k, v, kv_ids)), _send(sums)
-        owner = (own - s) % ring.size
+    def add(owner: Array, keys: _Keys, key_pieces: range, dq: Array) -> tuple[Array, Array]:
+        """The gradients [2, N, K, D] of some pieces of the keys at hand, and dq with what they add."""
         dqs = _pieces(dq, ring)
-        parts = [[jnp.zeros_like(x) for x in _pieces(total, ring)] for total in sums]
-        for at, piece in _visible_pairs(own, owner, q_NQD, k, v, kv_ids, places, ids, ring):
-            before = dqs[at], parts[0][piece.key_piece], parts[1][piece.key_piece]
-            after = lax.cond(
-                piece.seen,
-                functools.partial(
-                    _add_backward, piece, before, douts[at], lses[at], deltas[at], ring
-                ),
-                functools.partial(_keep, *before),
+        parts = [jnp.zeros(x.shape) for x in jnp.split(keys.kv_2NKD, ring.pieces, axis=2)]
+        for at, piece in _visible_pairs(own, owner, q_NQD, keys, places, ids, ring):
+            if piece.key_piece not in key_pieces:
+                continue
+            before = dqs[at], parts[piece.key_piece]
+            gradients_of = functools.partial(
+                _add_backward, piece, before, douts[at], lses[at], deltas[at], ring
             )
-            dqs[at], parts[0][piece.key_piece], parts[1][piece.key_piece] = after
-        sums = tuple(
-            arrived + jnp.concatenate(part, axis=1)
-            for arrived, part in zip(arriving_sums, parts, strict=True)
-        )
-        return arriving, sums, jnp.concatenate(dqs, axis=1)
+            dqs[at], parts[piece.key_piece] = lax.cond(
+                piece.seen, gradients_of, functools.partial(_keep, *before)
+            )
+        return jnp.concatenate(parts, axis=2), jnp.concatenate(dqs, axis=1)
 
-    zeros = tuple(jnp.zeros(x.shape) for x in (k_NKD, v_NKD))
-    start = ((k_NKD, v_NKD, (ids.kv_segments, ids.valid)), zeros, jnp.zeros(q_NQD.shape))
-    _, sums, dq = lax.fori_loop(0, ring.size, step, start)
-    dk, dv = _send(sums)  # the last step leaves each device with its neighbour's
+    def step(s: Array, carry):
+        keys, sums, dq = carry
+        arriving, arriving_sums = _send(keys), _send(sums)
+        found, dq = add((own - s) % ring.size, keys, range(ring.pieces), dq)
+        return arriving, arriving_sums + found, dq
+
+    own_keys = _Keys(jnp.stack([k_NKD, v_NKD]), ids.kv_segments)
+    arriving = _send(own_keys)
+    early, dq = add(own, own_keys, range(1), jnp.zeros(q_NQD.shape))
+    nothing = jnp.zeros(own_keys.kv_2NKD.shape)
+    _, sums, dq = lax.fori_loop(1, ring.size, step, (arriving, nothing, dq))
+    home = _send(sums)  # the last step leaves each device with its neighbour's
+    late, dq = add(own, own_keys, range(1, ring.pieces), dq)
+    dk, dv = home + (early + late)
     return dq.astype(q_NQD.dtype), dk.astype(k_NKD.dtype), dv.astype(v_NKD.dtype), None, None
 
 
@@ -161,22 +183,15 @@ class _Piece(NamedTuple):
 
 
 def _visible_pairs(
-    own: Array,
-    owner: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    kv_ids: tuple[Array | None, Array | None],
-    places: Places,
-    ids: Ids,
-    ring: Ring,
+    own: Array, owner: Array, q: Array, keys: _Keys, places: Places, ids: Ids, ring: Ring
 ) -> Iterator[tuple[int, _Piece]]:
     """Every pair of pieces, with the number of the piece of queries."""
-    cut = functools.partial(_pieces, ring=ring)
-    qs, ks, vs = cut(q), cut(k), cut(v)
-    q_segments, kv_segments, valid = (
-        [None] * ring.pieces if x is None else cut(x) for x in (ids.q_segments, *kv_ids)
-    )
+
+    def cut(x: Array | None) -> Any:
+        return [None] * ring.pieces if x is None else _pieces(x, ring)
+
+    qs, ks, vs = cut(q), cut(keys.kv_2NKD[0]), cut(keys.kv_2NKD[1])
+    q_segments, kv_segments = cut(ids.q_segments), cut(keys.segments)
     q_starts = _starts(own, qs[0].shape[1], ring)
     kv_starts = _starts(owner, ks[0].shape[1], ring)
     block = ring.options.block_size
@@ -186,9 +201,8 @@ def _visible_pairs(
         for j in range(ring.pieces):
             seen = kv_starts[j] < jnp.minimum(sees_until, places.kv_length)
             scope = Scope(
-                q_start, kv_starts[j], places.kv_length, jnp.int32(0),
-                q_segments[i], kv_segments[j], valid[j],
-            )  # fmt: skip
+                q_start, kv_starts[j], places.kv_length, jnp.int32(0), q_segments[i], kv_segments[j]
+            )
             yield i, _Piece(j, seen, qs[i], ks[j], vs[j], scope)
 
 
@@ -209,16 +223,16 @@ def _merge_forward(
 
 def _add_backward(
     piece: _Piece,
-    before: tuple[Array, Array, Array],
+    before: tuple[Array, Array],
     dout: Array,
     lse: Array,
     delta: Array,
     ring: Ring,
-) -> tuple[Array, ...]:
-    grads = ring.kernel.backward(
+) -> tuple[Array, Array]:
+    dq, dk, dv = ring.kernel.backward(
         piece.q, piece.k, piece.v, dout, lse, delta, piece.scope, ring.options
     )
-    return tuple(old + new for old, new in zip(before, grads, strict=True))
+    return before[0] + dq, before[1] + jnp.stack([dk, dv])
 
 
 def _keep(*arrays: Array) -> tuple[Array, ...]:
