@@ -86,7 +86,7 @@ def train_step(config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Me
                 dict(mesh.shape),
             )
     patches = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, spec))
-    step: Any = training._step_program(config, model, optimizer, shardings)
+    step: Any = training.step_program(config, model, optimizer, shardings)
     arguments = (_placed(like, shardings), patches)
     return Traced(step.lower(*arguments), arguments)
 

@@ -118,7 +118,7 @@ class ClipSampler:
     def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
         """At least `count` patches of drawn sequences, always the same."""
         rng = np.random.default_rng((self.data.seed, 2**31))  # no step's
-        per_sequence = min(count, 1024)
+        per_sequence = min(count, 160)  # many files, few patches of each
         found = []
         while len(found) * per_sequence < count:
             patches = self._sequence(rng)

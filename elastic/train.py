@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from elastic import checkpoint, masks, metrics
@@ -29,7 +29,7 @@ from elastic.mesh import make_mesh
 from elastic.model import Batch, ElasticTok, init_params
 from elastic.optim import OptimizerConfig, learning_rate, make_optimizer
 from elastic.patches import to_unit_range
-from elastic.sharding import constrain, param_shardings
+from elastic.sharding import constrain, fitting_spec, param_shardings
 from elastic.token_file import write_atomically
 from elastic.tokenizer import parse_dtype
 
@@ -213,7 +213,10 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
     state, shardings = _first_state(config, elastic, optimizer, mesh, sampler, resumes=resumes)
     first_step = int(state.step)
     log.info("Training in %s from step %d to %d.", folder, first_step, config.total_steps)
-    step_fn = _step_program(config, model, optimizer, shardings)
+    step_fn = step_program(config, model, optimizer, shardings)
+    # Each device is sent its own part, not the whole batch.
+    shape = (config.data.batch_size, sampler.num_blocks * elastic.tokens_per_block, 1)
+    place = NamedSharding(mesh, fitting_spec(mesh, shape, "batch", "sequence", None))
     record = _Recorder(config, first_step, sampler)
     saved = first_step
     with (
@@ -222,7 +225,7 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
         _stop_request() as stop,
     ):
         for step in range(first_step + 1, config.total_steps + 1):
-            state, terms = step_fn(state, next(batches))
+            state, terms = step_fn(state, jax.device_put(next(batches), place))
             last = step == config.total_steps or stop.is_set()
             if last or step % config.log_freq == 0:
                 entry = record(step, terms)
@@ -242,7 +245,7 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> TrainState:
     return state
 
 
-def _step_program(
+def step_program(
     config: TrainConfig,
     model: ElasticTok,
     optimizer: optax.GradientTransformation,

@@ -90,10 +90,11 @@ def test_candidates_tried_together_equal_candidates_tried_alone(case):
     assert int(past_after.num_blocks) == 2
 
 
-def test_a_trial_reads_the_past_in_place(case):
-    """No array of the cache's size is made by a trial: it is an argument, and no result of an operation."""
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_trial_reads_the_past_in_place(case, dtype):
+    """No array of the cache's size is made by a trial: it is an argument, and no result of an operation, nor of a conversion."""
     config, params, patches, _ = case
-    codec = Codec(config.replace(scan_attention=True), window_blocks=1000)
+    codec = Codec(config.replace(scan_attention=True), dtype=dtype, window_blocks=1000)
     past = codec.new_past(batch=1)
     lowered = codec._try.lower(
         params,
@@ -158,8 +159,12 @@ def test_bfloat16_is_near_float32(case):
     exact, rounded = (
         Codec(config, dtype=dtype, window_blocks=2) for dtype in (jnp.float32, jnp.bfloat16)
     )
-    losses = [
-        c.try_counts(params, c.new_past(2), patches[:, 0], counts).losses for c in (exact, rounded)
-    ]
+    in_bits = rounded.stored(jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params))
+    assert all(x.dtype == np.uint16 for x in jax.tree.leaves(in_bits))
+    losses = []
+    for codec, weights in ((exact, params), (rounded, params), (rounded, in_bits)):
+        past, _, _ = commit(codec, weights, codec.new_past(2), patches[:, 0], [24, 24])
+        losses.append(codec.try_counts(weights, past, patches[:, 1], counts).losses)
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
     assert rounded.past_bytes() * 2 == exact.past_bytes()

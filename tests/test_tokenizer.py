@@ -22,15 +22,19 @@ def load(golden, case, **options):
     return ElasticTokenizer(config, params, mesh=mesh, **options)
 
 
-def test_sharded_heads_change_no_token(golden, clip):
-    """`mesh_dim` of the released command, with as many devices as there are heads."""
-    one = load(golden, "fsq")
-    mesh = make_mesh("!1,1,-1,1", jax.devices()[:2])
-    two = ElasticTokenizer(one.config, one.params, mesh=mesh)
-    counts = [t.encode(clip[:6], num_tokens=20) for t in (one, two)]
-    for a, b in zip(counts[0].blocks, counts[1].blocks, strict=True):
+@pytest.mark.parametrize("mesh_dim", ["!1,1,2,1", "1,1,1,4", "1,1,2,2"])
+def test_a_mesh_changes_no_token(golden, clip, mesh_dim):
+    """Heads over tp as the released command has it, the sequence and its past over sp; a window that slides."""
+    devices = int(np.prod([int(size) for size in mesh_dim.lstrip("!").split(",")]))
+    one = load(golden, "fsq", window_blocks=3)
+    mesh = make_mesh(mesh_dim, jax.devices()[:devices])
+    many = ElasticTokenizer(one.config, one.params, mesh=mesh, window_blocks=3)
+    tokens = [t.encode(clip, num_tokens=20) for t in (one, many)]
+    for a, b in zip(tokens[0].blocks, tokens[1].blocks, strict=True):
         np.testing.assert_array_equal(a.indices, b.indices)
         np.testing.assert_allclose(a.loss, b.loss, rtol=0, atol=1e-6)
+    apart = np.abs(one.decode(tokens[0]).astype(int) - many.decode(tokens[0]))
+    assert apart.max() <= 1
 
 
 @pytest.fixture(scope="module", params=["fsq", "vae"])

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 class Options(NamedTuple):
@@ -87,13 +87,16 @@ class Kernel(NamedTuple):
 
 def attend_rows(
     q_NQD: Float[Array, "N Q D"],
-    k_MKD: Float[Array, "M K D"],
-    v_MKD: Float[Array, "M K D"],
+    k_MKD: Num[Array, "M K D"],
+    v_MKD: Num[Array, "M K D"],
     scope: Scope,
     options: Options,
     kernel: Kernel,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
-    """`kernel.forward`, differentiable in q, k and v through the output; the logsumexp carries no gradient."""
+    """`kernel.forward`, differentiable in q, k and v through the output; the logsumexp carries no gradient.
+
+    `blockwise` also takes keys and values as the bits of bfloat16 (see bits.py).
+    """
     return _attend(q_NQD, k_MKD, v_MKD, scope, options, kernel)
 
 

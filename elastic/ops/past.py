@@ -9,7 +9,7 @@ from einops import rearrange
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from elastic.ops import bits, ring
 from elastic.ops.attention import (
@@ -32,11 +32,11 @@ class Past(NamedTuple):
 
     `keys` and `values` are [layers, batch, heads, capacity, head_dim]; the first `length` positions are filled, in any order. Over
     a mesh with sp the capacity is split: each device holds its own part of every block, and the first `length / sp` positions of
-    each part are filled.
+    each part are filled. On the CPU bfloat16 lies there as its bits (see bits.py).
     """
 
-    keys: Float[Array, "layers b h c d"]
-    values: Float[Array, "layers b h c d"]
+    keys: Num[Array, "layers b h c d"]
+    values: Num[Array, "layers b h c d"]
     length: Int[Array, ""]
 
 
