@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from elastic.flops import visible_pairs
 from scripts.bench_inference import (
     hardware,
     in_new_process,
@@ -72,11 +73,6 @@ def main() -> None:
                         )
                 results["cases"].append(case)
     print(json.dumps(results, indent=2))
-
-
-def visible_pairs(length: int, block: int) -> int:
-    """Pairs of a query and a key that it sees."""
-    return sum(block * min(start + block, length) for start in range(0, length, block))
 
 
 def figures(seconds: float, flops: float) -> dict[str, float]:

@@ -133,6 +133,7 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
     import numpy as np
 
     from elastic.config import load_config, update_config
+    from elastic.flops import forward_flops
     from elastic.model import param_shapes
     from elastic.patches import patchify
     from elastic.tokenizer import ElasticTokenizer
@@ -166,7 +167,7 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
                 codec.try_counts, tokenizer.weights, past, patches[block], counts, keep=False
             )
             seconds = median_seconds(lambda run=run: run().losses.block_until_ready(), repeats)
-            flops = pass_flops(config, block)
+            flops = forward_flops(config, config.max_toks, past=block * config.max_toks)
             passes[f"block {block + 1}"] = {
                 "seconds": round(seconds, 4),
                 "gflops": round(flops / seconds / 1e9, 1),
@@ -207,18 +208,6 @@ def search(tokenizer: Any, frames: Any, repeats: int) -> dict[str, Any]:
         "frames_per_second": round(len(frames) / seconds, 1),
         "passes_per_block": sum(result.passes for result in results) / len(results),
     }
-
-
-def pass_flops(config: Any, past_blocks: int) -> float:
-    """Multiplications and additions of one pass: the products of weights, and attention to the past and the block itself."""
-    length, width = config.max_toks, config.hidden_size
-    layers = config.num_encoder_layers + config.num_decoder_layers
-    weights = (
-        layers * (4 * width**2 + 3 * width * config.intermediate_size)
-        + 2 * config.patch_dim * width
-    )
-    attention = layers * 4 * length * length * (past_blocks + 1) * width
-    return 2.0 * weights * length + attention
 
 
 def peak_memory_mb() -> int:
