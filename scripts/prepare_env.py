@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = {"run": "requirements.txt", "test": "requirements-ci.txt"}
+_SIZES = {"run": "1.3 GB", "test": "2.3 GB"}
 
 _OURS = VENV / ".elastic-made"  # this script made the folder, so it may remove it again
 _UNFINISHED = VENV / ".elastic-unfinished"  # pip is at work, or was stopped at it
@@ -153,7 +154,7 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
         if unable:
             say(f"{here}, and cannot make an environment: it has no module {unable[0]!r}.")
             return _CANNOT_MAKE
-        say(f"{here}; making .venv from {REQUIREMENTS[purpose]} (1.3 GB, once, a few minutes).")
+        say(f"{here}; making .venv from {REQUIREMENTS[purpose]} ({_SIZES[purpose]}, once, a few minutes).")
         if state == "broken":
             _clear_venv()
         VENV.mkdir()
