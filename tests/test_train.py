@@ -106,6 +106,15 @@ def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, ki
     assert np.mean([block.loss for block in tokens.blocks]) < losses[0]
 
 
+def test_a_run_that_starts_linear_begins_where_noise_does_not(clips, tmp_path):
+    losses = {}
+    for init in ("random", "linear"):
+        config = settings(clips, tmp_path / init, init=init, total_steps=1, mask_full_fraction=1.0)
+        train(config, MODELS["vae"])
+        losses[init] = records(tmp_path / init)[0]["loss"]
+    assert losses["linear"] < losses["random"] / 3
+
+
 @pytest.fixture(scope="module")
 def straight(clips, tmp_path_factory):
     """Six steps without a stop: the state and the numbers of each step."""
@@ -216,6 +225,7 @@ def test_what_is_not_built_is_refused(clips, tmp_path):
         dict(total_steps=0),
         dict(log_freq=0),
         dict(mask_full_fraction=2.0),
+        dict(init="zeros"),
         dict(dtype="int8"),
     ):
         with pytest.raises(ValueError, match=next(iter(option))):
