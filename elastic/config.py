@@ -320,7 +320,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "patch_size": (2, 4, 4), "max_toks": 2048, "min_toks": 256, "max_sequence_length": 4096,
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (1, 4, 8), "max_toks": 2048, "min_toks": 256, "max_sequence_length": 4096,
         "fsq_quant_levels": (20, 8, 5, 5, 4, 4),
     },
     "small-vae": {

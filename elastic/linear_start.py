@@ -9,7 +9,7 @@ input is codes, from one layer's MLP: silu(b u) u + silu(-b u)(-u) = b u^2 exact
 its width.
 
 Where a block has several slices in time, one head of the decoder's last layer also copies: a dropped token takes what the token
-of the same place holds one slice earlier, so that a still shot needs one slice.
+of the same place holds in the last slice that has it, so that a still shot needs one slice.
 """
 
 from typing import Any
@@ -144,7 +144,7 @@ def _write_decoder(
     kernel[: 2 * num_codes, constant] = _CONSTANT / width
     slices = config.frames_per_block // config.patch_size[0]
     if slices > 1 and config.num_decoder_layers > 2 and config.head_dim > num_codes:
-        _write_copying(layers["attention"], config, config.tokens_per_block // slices, num_codes)
+        _write_copying(layers["attention"], config, slices, num_codes)
     square = _CONSTANT**2 * (1 + _SIGNAL) / width
     seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
     solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
@@ -154,26 +154,30 @@ def _write_decoder(
 
 
 def _write_copying(
-    attention: dict[str, Any], config: ElasticTokConfig, distance: int, num_codes: int
+    attention: dict[str, Any], config: ElasticTokConfig, slices: int, num_codes: int
 ) -> None:
     """Writes the first head of the last two layers of the decoder.
 
     Dropped tokens come in as zeros and have nothing to ask with. In the last layer but one every token gets a little of a flag: the
-    mean of the constants that kept tokens have. Dropped tokens then hold the flag alone, and turn it into the query for `distance`
-    tokens ago; kept tokens turn their constant into the query for themselves, and doubling a token changes nothing behind a norm.
+    mean of the constants that kept tokens have. Dropped tokens then hold the flag alone, and turn it into the query for their
+    place in earlier slices; kept tokens turn their constant into the query for themselves, and doubling a token changes nothing
+    behind a norm.
     """
+    distance = config.tokens_per_block // slices
     dim, constant, flag = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
     one = 1 / np.sqrt(config.hidden_size)  # times what a lone channel holds behind a norm
     query, key, value, out = (attention[name]["kernel"] for name in ("wq", "wk", "wv", "wo"))
     for kernel in (query, key, value):
         kernel[-2:, :, :dim] = 0.0
     value[-2, constant, 0], out[-2, 0, flag] = one, 1.0
-    # Pairs of channels turn by position * frequency; a query that is turned back by `distance` meets the key at that distance.
+    # Pairs of channels turn by position * frequency; a query that is turned back by a distance meets the key at that distance.
     frequency = config.theta ** (-np.arange(0, dim, 2) / dim)
     size = one * np.sqrt(2 * np.sqrt(dim))  # neighbours of the place that is asked for weigh e^-4
     key[-1, constant, 0:dim:2] = query[-1, constant, 0:dim:2] = size
-    query[-1, flag, 0:dim:2] = size * np.cos(distance * frequency)
-    query[-1, flag, 1:dim:2] = -size * np.sin(distance * frequency)
+    for m in range(1, slices + 1):  # the nearest slice that has the token, up to a block ago
+        turn = m * distance * frequency
+        query[-1, flag, 0:dim:2] += (1 - 0.04 * (m - 1)) * size * np.cos(turn)
+        query[-1, flag, 1:dim:2] -= (1 - 0.04 * (m - 1)) * size * np.sin(turn)
     channel = np.arange(num_codes)
     value[-1, channel, channel] = out[-1, channel, channel] = 1.0
     value[-1, constant, num_codes] = out[-1, num_codes, constant] = 1.0
