@@ -154,7 +154,9 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
         if unable:
             say(f"{here}, and cannot make an environment: it has no module {unable[0]!r}.")
             return _CANNOT_MAKE
-        say(f"{here}; making .venv from {REQUIREMENTS[purpose]} ({_SIZES[purpose]}, once, a few minutes).")
+        say(
+            f"{here}; making .venv from {REQUIREMENTS[purpose]} ({_SIZES[purpose]}, once, a few minutes)."
+        )
         if state == "broken":
             _clear_venv()
         VENV.mkdir()
