@@ -39,13 +39,13 @@ def linear_start(
     Raises:
       ValueError: the layers are numbered, the model is too narrow, or there are too few patches.
     """
-    config_dim, width = config.code_dim, config.hidden_size
+    code_dim, width = config.code_dim, config.hidden_size
     if not config.scan_layers:
         raise ValueError("A linear start needs scan_layers=True.")
-    if width < config_dim + 2 or config.intermediate_size < 2 * config_dim:
+    if width < code_dim + 2 or config.intermediate_size < 2 * code_dim:
         raise ValueError(
-            f"A linear start of {config_dim} code channels needs hidden_size of {config_dim + 2} and intermediate_size of "
-            f"{2 * config_dim} or more, not {width} and {config.intermediate_size}."
+            f"A linear start of {code_dim} code channels needs hidden_size of {code_dim + 2} and intermediate_size of "
+            f"{2 * code_dim} or more, not {width} and {config.intermediate_size}."
         )
     if len(patches) < 4 * config.patch_dim:
         raise ValueError(
@@ -57,7 +57,7 @@ def linear_start(
     mean = pixels.mean(axis=0)
     variance, basis = np.linalg.eigh(np.cov((pixels - mean).T))
     variance, basis = variance[::-1].clip(1e-8), basis[:, ::-1]
-    components = (pixels - mean) @ basis[:, :config_dim]
+    components = (pixels - mean) @ basis[:, :code_dim]
     gain, codes = _codes_of(config, components)
     scale = float(_CONSTANT * np.sqrt(_SIGNAL / variance.sum()))
     _write_encoder(params["encoder"], config, mean, variance, basis, gain, scale)
