@@ -187,7 +187,7 @@ def summarize(permutes: list[hlo.Permute]) -> dict[str, Any]:
     """How many sends there are, how many of them a kernel hides, and what runs beside those that none hides.
 
     `ring` counts those in the ring's loop, which run in every step of it; `once`, all others: what moves a
-    sequence between its layouts, and the last step of the gradients' ring, which has nothing to run beside.
+    sequence between its layouts, and the first and the last send of a gradients' ring.
     """
 
     def count(chosen: list[hlo.Permute]) -> dict[str, int]:
@@ -298,7 +298,7 @@ def report_inference(
         "batch": 1,
         "tiles": tiles(name, elastic, length, past or length, dtype),
         "flops": total,
-        "flops_per_device": total // mesh.shape["tp"],
+        "flops_per_device": total // (mesh.shape["tp"] * mesh.shape["sp"]),
         "evenness": None,
         **check(traced, target, loops_count=_is_xla(name)),
     }

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from elastic import masks, ops
 from elastic.bottleneck import FSQ, make_bottleneck
 from elastic.config import ElasticTokConfig
+from elastic.mesh import platform_of
 from elastic.model import Batch, ElasticTok
 from elastic.ops import bits
 from elastic.patches import to_unit_range
@@ -90,8 +91,7 @@ class Codec:
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
-        platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
-        self._hides = platform == "cpu"
+        self._hides = platform_of(mesh) == "cpu"
         self._cache_sharding = self._whole = out = None
         if mesh is not None:
             self._cache_sharding = NamedSharding(

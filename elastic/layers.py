@@ -34,6 +34,11 @@ class Compute(nn.Module):
         """The same three, for a child module."""
         return dict(config=self.config, dtype=self.dtype, mesh=self.mesh)
 
+    def stored_param(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+        """A parameter in the type it is stored in; a codec may store bfloat16 as its bits."""
+        # Loaded parameters are NumPy's until a jitted function takes them.
+        return bits.show(jnp.asarray(self.param(name, init, shape, jnp.float32)))
+
     def attention_implementation(self) -> str | None:
         """What the config asks for; None leaves the choice to the device."""
         config = self.config
@@ -61,10 +66,7 @@ class Linear(Compute):
     def kernel(self, num_inputs: int) -> Float[Array, "i o"]:
         """The matrix itself."""
         init = nn.initializers.normal(self.config.initializer_range)
-        # Loaded parameters are NumPy's until a jitted function takes them.
-        return bits.show(
-            jnp.asarray(self.param("kernel", init, (num_inputs, self.features), jnp.float32))
-        )
+        return self.stored_param("kernel", init, (num_inputs, self.features))
 
 
 class RMSNorm(Compute):
@@ -73,9 +75,7 @@ class RMSNorm(Compute):
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """The normalized activations, in float32."""
-        weight = bits.show(
-            jnp.asarray(self.param("kernel", nn.initializers.ones, (x.shape[-1],), jnp.float32))
-        )
+        weight = self.stored_param("kernel", nn.initializers.ones, (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(
             jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.rms_norm_eps

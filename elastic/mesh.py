@@ -73,6 +73,11 @@ def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """'cpu', 'gpu' or 'tpu': that of the mesh's devices, or without a mesh of the default one."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def use_all_cpu_cores() -> None:
     """Makes one CPU device per core, up to 8, unless the user decided otherwise. Call before jax starts its backends.
 

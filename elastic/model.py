@@ -14,7 +14,6 @@ from elastic import masks, ops
 from elastic.bottleneck import FSQ, VAE, make_bottleneck
 from elastic.config import ElasticTokConfig
 from elastic.layers import Compute, KeysValues, LayerStack, Linear, RMSNorm
-from elastic.ops import bits
 from elastic.sharding import constrain
 
 
@@ -51,9 +50,7 @@ class Encoder(Compute):
         shared, config = self.shared(), self.config
         init = nn.initializers.normal(config.initializer_range)
         is_kept, is_masked = (
-            bits.show(
-                jnp.asarray(self.param(name, init, (1, config.hidden_size), jnp.float32))
-            ).astype(jnp.float32)[None]
+            self.stored_param(name, init, (1, config.hidden_size)).astype(jnp.float32)[None]
             for name in ("is_kept_embed", "is_masked_embed")
         )
         x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)

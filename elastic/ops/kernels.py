@@ -5,10 +5,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from elastic.mesh import platform_of
 from elastic.ops import blockwise
 from elastic.ops.local import Kernel
 
@@ -45,7 +45,7 @@ def choose_implementation(
     Raises:
       ValueError: no implementation has that name, or it cannot serve this request: nothing else runs in its place.
     """
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    platform = platform_of(mesh)
     dtype = jnp.dtype(dtype)
     if not name:
         return _best(platform, head_dim, dtype)
