@@ -18,6 +18,7 @@ from elastic import flops, hlo, ops, targets
 from elastic import train as training
 from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
+from elastic.data import sequence_length
 from elastic.model import ElasticTok, param_shapes
 from elastic.ops.local import Options
 from elastic.optim import make_optimizer
@@ -36,21 +37,6 @@ def attention_name(elastic: ElasticTokConfig, mesh: Mesh, dtype: str) -> str:
         dtype=parse_dtype(dtype),
         mesh=mesh,
     )
-
-
-def sequence_length(config: training.TrainConfig, elastic: ElasticTokConfig) -> int:
-    """Tokens of a training sequence.
-
-    Raises:
-      ValueError: they are not a whole number of blocks.
-    """
-    length = config.data.seq_length or elastic.max_sequence_length
-    if length % elastic.tokens_per_block:
-        raise ValueError(
-            f"seq_length={length} is not a whole number of blocks of {elastic.tokens_per_block} "
-            f"tokens; use {max(1, length // elastic.tokens_per_block) * elastic.tokens_per_block}."
-        )
-    return length
 
 
 class Traced(NamedTuple):
@@ -75,7 +61,7 @@ def train_step(config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Me
         lambda params: training.new_state(params, optimizer), _parameters(elastic)
     )
     shardings = param_shardings(mesh, like)
-    shape = (config.data.batch_size, sequence_length(config, elastic), elastic.patch_dim)
+    shape = (config.data.batch_size, sequence_length(config.data, elastic), elastic.patch_dim)
     spec = fitting_spec(mesh, shape, "batch", "sequence", None)
     for name, size, part in zip(("batch_size", "seq_length"), shape, spec, strict=False):
         if part is None and mesh.size > 1:
@@ -267,7 +253,7 @@ def report_train(
 ) -> dict[str, Any]:
     """The training step in numbers; see `check` and `evenness`."""
     name = attention_name(elastic, mesh, config.dtype)
-    length, batch = sequence_length(config, elastic), config.data.batch_size
+    length, batch = sequence_length(config.data, elastic), config.data.batch_size
     ring = mesh.shape["sp"]
     piece = length // ring // (2 if ring > 1 and elastic.ring_layout == "balanced" else 1)
     found = check(train_step(config, elastic, mesh), target, loops_count=_is_xla(name))

@@ -70,6 +70,22 @@ class DataConfig:
             raise ValueError(f"image_share={self.image_share} must lie in 0 to 1.")
 
 
+def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
+    """Tokens of a training sequence.
+
+    Raises:
+      ValueError: they are not a whole number of blocks.
+    """
+    length = data.seq_length or model.max_sequence_length
+    num_blocks, rest = divmod(length, model.tokens_per_block)
+    if rest:
+        raise ValueError(
+            f"seq_length={length} is not a whole number of blocks of {model.tokens_per_block} "
+            f"tokens; use {max(1, num_blocks) * model.tokens_per_block}."
+        )
+    return length
+
+
 class ClipSampler:
     """Draws sequences of blocks from a folder. Every block of a sequence is of one file, in order.
 
@@ -85,13 +101,7 @@ class ClipSampler:
 
     def __init__(self, data: DataConfig, model: ElasticTokConfig):
         self.data, self.model = data, model
-        length = data.seq_length or model.max_sequence_length
-        self.num_blocks, rest = divmod(length, model.tokens_per_block)
-        if rest or not self.num_blocks:
-            raise ValueError(
-                f"seq_length={length} is not a whole number of blocks of {model.tokens_per_block} "
-                f"tokens; use {max(1, self.num_blocks) * model.tokens_per_block}."
-            )
+        self.num_blocks = sequence_length(data, model) // model.tokens_per_block
         files = media.find_media(data.path)
         endings = {f".{ending.strip().lstrip('.').lower()}" for ending in data.ext.split(",")}
         if data.ext:
