@@ -36,8 +36,12 @@ TABLE = """
     media_read
     media_write
     media
+    data_index
+    data_plan
     data
-    lpips losses metrics
+    lpips_weights
+    lpips
+    losses metrics
     search
     codec
     token_file
@@ -45,7 +49,13 @@ TABLE = """
     tokenizer
     report
     runs
+    evaluation
     optim logs linear_start
+    train_config
+    train_step
+    train_state
+    train_log
+    train_eval
     train
     aot
     cli_flags
