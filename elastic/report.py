@@ -25,6 +25,7 @@ _MET, _NOT_MET = (38, 108, 188), (217, 95, 38)  # apart for the colour-blind too
 _FAINT = 0.7  # how far the blocks still to come fade into the paper
 _MARGIN, _GAP, _LINE, _CHART, _GUTTER = 16, 12, 26, 96, 46  # pixels
 _MIN_SIDE = 256  # frames are shown at least this large
+_ENLARGED = 4  # times: a picture of errors would be black
 
 
 def build_report(
@@ -126,27 +127,37 @@ def strip_frames(
         strip = None
         for index, pair in enumerate(itertools.zip_longest(originals, reconstructions)):
             original, reconstruction = pair
-            block = index // frames_per_block
             if original is None or reconstruction is None:
                 raise ValueError(f"Originals and reconstructions part at frame {index}.")
-            if block >= len(counts):
-                raise ValueError(
-                    f"Frame {index} is beyond {len(counts)} blocks of {frames_per_block} frames."
-                )
+            about = _about(index, counts, passed, losses, tokens_per_block, frames_per_block, rate)
             if strip is None:
                 bars = _bars(counts, passed, tokens_per_block)
                 strip = _Strip(original.shape, bars, axis_top=tokens_per_block)
-            when = f"frame {index + 1}" + (f"   {index / rate:.2f} s" if rate else "")
-            used = f"block {block + 1} of {len(counts)}:  {_share(counts[block], tokens_per_block)}"
-            yield strip.draw(
-                original,
-                reconstruction,
-                position=(index + 0.5) / (len(counts) * frames_per_block),
-                texts=(when, used, _verdict(losses, passed, block)),
-                met=bool(passed[block]),
-            )
+            yield strip.draw(original, reconstruction, **about)
 
     return draw()
+
+
+def strip_frame(
+    original: UInt8[np.ndarray, "rows columns 3"],
+    reconstruction: UInt8[np.ndarray, "rows columns 3"],
+    *,
+    index: int,
+    counts: Sequence[int] | np.ndarray,
+    tokens_per_block: int,
+    frames_per_block: int,
+    losses: Sequence[float] | np.ndarray | None = None,
+    met: Sequence[bool] | np.ndarray | None = None,
+    rate: float | None = None,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Frame `index` as `strip_frames` draws it, with the error, enlarged, as a third picture beside it."""
+    counts = np.asarray(counts)
+    _check_counts(counts, tokens_per_block, losses, met)
+    passed = np.ones(len(counts), bool) if met is None else np.asarray(met, bool)
+    about = _about(index, counts, passed, losses, tokens_per_block, frames_per_block, rate)
+    bars = _bars(counts, passed, tokens_per_block)
+    strip = _Strip(original.shape, bars, axis_top=tokens_per_block, with_error=True)
+    return strip.draw(original, reconstruction, **about)
 
 
 def strip_picture(
@@ -187,16 +198,24 @@ class _Strip:
     makes it a bar as high as a line of text, without an axis.
     """
 
-    def __init__(self, frame_shape: tuple[int, ...], bars: _Bars, *, axis_top: int | None):
+    def __init__(
+        self,
+        frame_shape: tuple[int, ...],
+        bars: _Bars,
+        *,
+        axis_top: int | None,
+        with_error: bool = False,
+    ):
         if len(frame_shape) != 3 or frame_shape[2] != 3:
             raise ValueError(f"A frame of shape {frame_shape} must be [rows, columns, 3].")
         self.frame_shape = frame_shape
         rows, columns, _ = frame_shape
         factor = max(1, math.ceil(_MIN_SIDE / min(rows, columns)))
         self.panel = (columns * factor, rows * factor)
-        self.lefts = (_MARGIN, _MARGIN + self.panel[0] + _GAP)
+        titles = ["original", "reconstruction"] + [f"error x {_ENLARGED}"] * with_error
+        self.lefts = [_MARGIN + k * (self.panel[0] + _GAP) for k in range(len(titles))]
         self.top = _LINE + 4
-        right = self.lefts[1] + self.panel[0]
+        right = self.lefts[-1] + self.panel[0]
         chart_top = self.top + self.panel[1] + _LINE + 8
         gutter, height = (0, _LINE) if axis_top is None else (_GUTTER, _CHART)
         self.chart = (_MARGIN + gutter, chart_top, right, chart_top + height)
@@ -216,8 +235,8 @@ class _Strip:
         self.ahead = np.where(filled[..., None], faint, paper).astype(np.uint8)
 
         pen = ImageDraw.Draw(self.base)
-        self._text(pen, (self.lefts[0], 6), "original", _INK, 15)
-        self._text(pen, (self.lefts[1], 6), "reconstruction", _INK, 15)
+        for x, title in zip(self.lefts, titles, strict=True):
+            self._text(pen, (x, 6), title, _INK, 15)
         if axis_top is not None:
             x, y = self.chart[0] - 6, self.chart[1] - 3
             self._text(pen, (x, y), str(axis_top), _MUTED, 12, "ra")
@@ -235,7 +254,11 @@ class _Strip:
     ) -> np.ndarray:
         """One frame; `position` in 0 to 1 is where the playhead stands."""
         canvas = self.base.copy()
-        for left, frame in zip(self.lefts, (original, reconstruction), strict=True):
+        panels = [original, reconstruction]
+        if len(self.lefts) > len(panels):
+            error = np.abs(original.astype(np.int32) - reconstruction)
+            panels.append(np.minimum(_ENLARGED * error, 255).astype(np.uint8))
+        for left, frame in zip(self.lefts, panels, strict=True):
             if frame.shape != self.frame_shape or frame.dtype != np.uint8:
                 raise ValueError(
                     f"A frame of {frame.dtype}{list(frame.shape)} must be "
@@ -345,6 +368,30 @@ def _check_counts(counts: np.ndarray, tokens_per_block: int, losses, met) -> Non
     for name, values in (("losses", losses), ("met", met)):
         if values is not None and len(values) != len(counts):
             raise ValueError(f"{len(values)} {name} for {len(counts)} blocks; give one each.")
+
+
+def _about(
+    index: int,
+    counts: np.ndarray,
+    met: np.ndarray,
+    losses: Sequence[float] | np.ndarray | None,
+    tokens_per_block: int,
+    frames_per_block: int,
+    rate: float | None,
+) -> dict[str, Any]:
+    """What `_Strip.draw` says about frame `index` of a clip."""
+    block = index // frames_per_block
+    if block >= len(counts):
+        raise ValueError(
+            f"Frame {index} is beyond {len(counts)} blocks of {frames_per_block} frames."
+        )
+    when = f"frame {index + 1}" + (f"   {index / rate:.2f} s" if rate else "")
+    used = f"block {block + 1} of {len(counts)}:  {_share(counts[block], tokens_per_block)}"
+    return dict(
+        position=(index + 0.5) / (len(counts) * frames_per_block),
+        texts=(when, used, _verdict(losses, met, block)),
+        met=bool(met[block]),
+    )
 
 
 def _share(count: int, tokens_per_block: int) -> str:

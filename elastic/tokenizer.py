@@ -1,5 +1,6 @@
 """`ElasticTokenizer`: clips to tokens and back."""
 
+import copy
 import dataclasses
 import logging
 import os
@@ -152,6 +153,18 @@ class ElasticTokenizer:
         # As the codec's programs take them.
         self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
 
+    def with_params(
+        self, params: dict[str, Any], *, mask_type: str | None = None, model_id: str | None = None
+    ) -> "ElasticTokenizer":
+        """The same tokenizer with other weights: both share the compiled programs, which two made anew would not."""
+        other = copy.copy(self)
+        other.config = self.config.replace(mask_type=mask_type or self.config.mask_type)
+        other.model_id = model_id or self.model_id
+        other.weights = jax.device_put(
+            self.codec.stored(params), param_shardings(self.mesh, params)
+        )
+        return other
+
     @property
     def params(self) -> dict[str, Any]:
         """The parameter tree, in the types it was given in."""
@@ -241,7 +254,7 @@ class ElasticTokenizer:
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
-            width=self.search_width,
+            width=self.search_width if num_tokens is None else 1,
         )
         return Encoding(self, _Clip.open(source, self.config.resolution, rate, max_frames), options)
 
