@@ -49,7 +49,9 @@ TABLE = """
     tokenizer
     report
     runs
+    evaluation_records
     evaluation
+    evaluation_files
     optim logs linear_start
     train_config
     train_step
