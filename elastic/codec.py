@@ -204,8 +204,15 @@ class Codec:
         x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
         kept = masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
         batch = Batch(x, kept, position_ids=self._positions(past, len(kept)))
-        encoded = self._apply("encode", params, batch, past.encoder)
-        codes = masks.drop_tail(self._snapped(encoded.codes), kept)
+        if self.config.condition_encoder:
+            encoded = self._apply("encode", params, batch, past.encoder)
+            codes = encoded.codes
+        else:  # the encoder gives all candidates the same: it runs once for all
+            first = jax.tree.map(lambda y: y[::num_candidates], batch)
+            whole = first._replace(kept=jnp.ones_like(first.kept))
+            encoded = self._apply("encode", params, whole, past.encoder)
+            codes = repeat(encoded.codes, "b l c -> (b k) l c", k=num_candidates)
+        codes = masks.drop_tail(self._snapped(codes), kept)
         out, decoder_new = self._apply("decode", params, codes, batch, past.decoder)
         out = jnp.clip(out, -1.0, 1.0)
         levels = jnp.round((out + 1) * 127.5)

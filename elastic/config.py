@@ -68,6 +68,9 @@ class ElasticTokConfig(PreTrainedConfig):
     min_toks: int = 256
     max_toks: int = 4096  # tokens per block; fixes the resolution
     mask_type: str = "elastic"  # or 'fixed_F': keep the share F of every block
+    condition_encoder: bool = (
+        True  # the encoder is told which tokens will be kept; False: encode once, drop after
+    )
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
     fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -225,6 +228,10 @@ class ElasticTokConfig(PreTrainedConfig):
         shape = {
             name: value for name, value in self.to_json_dict().items() if name in _SHAPE_OPTIONS
         }
+        if (
+            not self.condition_encoder
+        ):  # said only then: all models before this option have the hash they had
+            shape["condition_encoder"] = False
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "ElasticTokConfig":

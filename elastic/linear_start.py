@@ -42,6 +42,10 @@ def linear_start(
     code_dim, width = config.code_dim, config.hidden_size
     if not config.scan_layers:
         raise ValueError("A linear start needs scan_layers=True.")
+    if not config.condition_encoder:
+        raise ValueError(
+            "A linear start needs condition_encoder=True: the embeddings of kept tokens carry its constant."
+        )
     if width < code_dim + 2 or config.intermediate_size < 2 * code_dim:
         raise ValueError(
             f"A linear start of {code_dim} code channels needs hidden_size of {code_dim + 2} and intermediate_size of "

@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(Compute):
-    """Patches -> latents of the bottleneck. Knows which tokens will be kept."""
+    """Patches -> latents of the bottleneck. Knows which tokens will be kept, unless `condition_encoder` is off."""
 
     num_latents: int = 1
 
@@ -48,13 +48,14 @@ class Encoder(Compute):
     ) -> tuple[Float[Array, "b l z"], KeysValues | None]:
         """The latents before the bottleneck, and with a past the new keys and values."""
         shared, config = self.shared(), self.config
-        init = nn.initializers.normal(config.initializer_range)
-        is_kept, is_masked = (
-            self.stored_param(name, init, (1, config.hidden_size)).astype(jnp.float32)[None]
-            for name in ("is_kept_embed", "is_masked_embed")
-        )
         x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)
-        x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
+        if config.condition_encoder:
+            init = nn.initializers.normal(config.initializer_range)
+            is_kept, is_masked = (
+                self.stored_param(name, init, (1, config.hidden_size)).astype(jnp.float32)[None]
+                for name in ("is_kept_embed", "is_masked_embed")
+            )
+            x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **shared)
         x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, past)

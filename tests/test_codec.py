@@ -10,7 +10,7 @@ import pytest
 from elastic import checkpoint, masks
 from elastic.codec import Codec
 from elastic.config import ElasticTokConfig
-from elastic.model import Batch, ElasticTok
+from elastic.model import Batch, ElasticTok, param_shapes
 from elastic.patches import to_unit_range
 
 
@@ -168,3 +168,29 @@ def test_bfloat16_is_near_float32(case):
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
     np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
     assert rounded.past_bytes() * 2 == exact.past_bytes()
+
+
+def test_an_unconditioned_encoder_runs_once_for_all_counts(case):
+    """Without the embeddings of kept and dropped tokens, fewer tokens are the first of the same tokens."""
+    config, params, patches, _ = case
+    config = config.replace(condition_encoder=False)
+    embeddings = {"is_kept_embed", "is_masked_embed"}
+    encoder = {name: leaf for name, leaf in params["encoder"].items() if name not in embeddings}
+    params = params | {"encoder": encoder}
+    shapes = jax.tree.map(jnp.shape, param_shapes(config))
+    assert jax.tree.map(jnp.shape, params) == shapes
+    assert config.config_hash() != config.replace(condition_encoder=True).config_hash()
+
+    codec = Codec(config, window_blocks=3)
+    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [9, 30])
+    counts = np.array([[4, 20], [32, 7]], np.int32)
+    together = codec.try_counts(params, past, patches[:, 1], counts)
+    assert together.encoder_new[0].shape[1] == 2 and together.decoder_new[0].shape[1] == 4
+    for candidate in range(2):
+        alone = codec.try_counts(params, past, patches[:, 1], counts[:, candidate : candidate + 1])
+        np.testing.assert_allclose(together.losses[:, candidate], alone.losses[:, 0], rtol=1e-6)
+    codes = np.asarray(together.codes).reshape(2, 2, *together.codes.shape[1:])
+    np.testing.assert_array_equal(codes[0, 0, :4], codes[0, 1, :4])
+    later, committed = codec.commit(past, together, np.array([1, 0], np.int32))
+    assert int(later.num_blocks) == 2
+    np.testing.assert_array_equal(committed.pixels[1], together.pixels[2])
