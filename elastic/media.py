@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from elastic.media_read import MediaError, MediaInfo, Source, open_source
+from elastic.media_file import MediaError, MediaInfo, Source
+from elastic.media_read import open_source
 from elastic.media_write import VideoWriter, write_image, write_video
 
 __all__ = [
@@ -175,46 +176,75 @@ class ClipReader:
         for running in list(self._running):
             running.close()
 
-    def blocks(self, frames_per_block: int) -> Iterator[np.ndarray]:
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yields delivered frames `start` to `stop` (not included), uint8 [rows, columns, 3] each.
+
+        Decoding starts at the last keyframe before `start`, where the file has keyframes that can
+        be found, is sequential, and stops at the last frame needed.
+
+        Raises:
+          MediaError: a needed frame cannot be decoded; says how many could.
+        """
+        stop = self.num_frames if stop is None else stop
+        if not 0 <= start < stop <= self.num_frames:
+            raise ValueError(
+                f"{start=}, {stop=} must be frames of {str(self.info.path)!r}, which delivers "
+                f"{self.num_frames}, and at least one."
+            )
+        return self._run(self._frames(start, stop))
+
+    def blocks(self, frames_per_block: int, *, first_block: int = 0) -> Iterator[np.ndarray]:
         """Yields uint8 [frames_per_block, resolution, resolution, 3]; the last one may be shorter.
 
-        Each call starts again at the first frame. Decoding is sequential and stops at the last
-        frame needed.
+        Each call starts again, at `first_block`; see `frames` on decoding.
 
         Raises:
           MediaError: a needed frame cannot be decoded; says how many could.
         """
         if frames_per_block < 1:
             raise ValueError(f"{frames_per_block=} must be at least 1.")
-        if self._closed:
-            raise ValueError(
-                f"The reader of {str(self.info.path)!r} is closed; open the clip again."
-            )
-        running = self._blocks(frames_per_block)
-        self._running.add(running)
-        return running
+        num_blocks = -(-self.num_frames // frames_per_block)
+        if not 0 <= first_block < num_blocks:
+            raise ValueError(f"{first_block=} must be one of the {num_blocks} blocks.")
+        return self._run(self._blocks(frames_per_block, first_block * frames_per_block))
 
     def read(self) -> UInt8[np.ndarray, "frames resolution resolution 3"]:
         """All frames at once: `num_frames * resolution**2 * 3` bytes."""
         return next(iter(self.blocks(self.num_frames)))
 
-    def _blocks(self, frames_per_block: int) -> Generator[np.ndarray, None, None]:
+    def _run(self, running: Generator[np.ndarray, None, None]) -> Iterator[np.ndarray]:
+        if self._closed:
+            raise ValueError(
+                f"The reader of {str(self.info.path)!r} is closed; open the clip again."
+            )
+        self._running.add(running)
+        return running
+
+    def _frames(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
         # Timestamps of a variable rate may show one frame for several steps: it is decoded once.
-        positions, repeats = np.unique(self._picks, return_counts=True)
+        positions, repeats = np.unique(self._picks[start:stop], return_counts=True)
         frames = self._source.frames(positions)
-        block, filled, left = None, 0, self.num_frames
         try:
             for frame, count in zip(frames, repeats, strict=True):
                 fitted = _fit(frame, self.resolution)
                 for _ in range(count):
-                    if block is None:
-                        block = np.empty((min(frames_per_block, left), *fitted.shape), np.uint8)
-                    block[filled] = fitted
-                    filled += 1
-                    if filled == len(block):
-                        left -= filled
-                        yield block
-                        block, filled = None, 0
+                    yield fitted
+        finally:
+            frames.close()
+
+    def _blocks(self, frames_per_block: int, start: int) -> Generator[np.ndarray, None, None]:
+        block, filled, left = None, 0, self.num_frames - start
+        frames = self._frames(start, self.num_frames)
+        try:
+            for fitted in frames:
+                if block is None:
+                    block = np.empty((min(frames_per_block, left), *fitted.shape), np.uint8)
+                block[filled] = fitted
+                filled += 1
+                if filled == len(block):
+                    left -= filled
+                    yield block
+                    block, filled = None, 0
         finally:
             frames.close()
 

@@ -33,11 +33,14 @@ TABLE = """
     checkpoint_source
     checkpoint_fit
     checkpoint
+    media_file
+    media_video
     media_read
     media_write
     media
     data_index
     data_plan
+    data_read
     data
     lpips_weights
     lpips

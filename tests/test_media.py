@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastic import media_read
+from elastic import media_read, media_video
 from elastic.media import (
     MediaError,
     VideoWriter,
@@ -303,7 +303,7 @@ def test_rotation_is_found_beside_side_data_of_an_unknown_kind(golden, tmp_path)
         with av.open(str(tmp_path / "a.mp4")) as container:
             frame = next(container.decode(video=0))
         shown = []
-        for turns in (media_read._turns(frame), media_read._turns(Frame(frame))):
+        for turns in (media_video._turns(frame), media_video._turns(Frame(frame))):
             image = pixels
             for turn in turns:
                 image = image.transpose(turn)
@@ -405,6 +405,54 @@ def test_decoding_stops_at_the_last_frame_needed(tmp_path):
     np.testing.assert_array_equal(first, whole)
     with pytest.raises(MediaError, match=r"damaged.*frame"):
         open_clip(tmp_path / "damaged.mp4", resolution=16).read()
+
+
+SEEKS = {  # how a clip is written -> how it is read from a frame in its middle
+    "a.mp4": "-c:v libx264 -g 12 -bf 3 -x264-params open-gop=1",
+    "a.mkv": "-c:v libx265 -x265-params keyint=12:bframes=3:open-gop=1:log-level=none",
+    "a.ts": "-c:v mpeg2video -g 12 -bf 2",
+    "a.webm": "-c:v libvpx-vp9 -g 12 -deadline realtime -cpu-used 8",
+    "short.mp4": "-c:v libx264 -g 2 -bf 1",
+    "refresh.mp4": "-c:v libx264 -x264-params intra-refresh=1:keyint=24",
+}
+
+
+@pytest.mark.parametrize("name", SEEKS)
+def test_reading_from_the_middle_gives_the_frames_of_reading_it_all(golden, tmp_path, name):
+    ffmpeg("-i", golden / CLIP, "-t", "2", *SEEKS[name].split(), tmp_path / name)
+    clip = open_clip(tmp_path / name, resolution=120, rate=None)
+    whole = clip.read()
+    for start in range(0, len(whole), 5):
+        stop = min(start + 6, len(whole))
+        np.testing.assert_array_equal(list(clip.frames(start, stop)), whole[start:stop])
+    np.testing.assert_array_equal(np.concatenate(list(clip.blocks(7, first_block=4))), whole[28:])
+    with pytest.raises(ValueError, match="start=60"):
+        clip.frames(60, 61)
+
+
+def test_reading_from_the_middle_decodes_little(golden, tmp_path, monkeypatch):
+    ffmpeg("-i", golden / CLIP, *SEEKS["a.mp4"].split(), tmp_path / "a.mp4")
+    clip = open_clip(tmp_path / "a.mp4", resolution=16, rate=None)
+    decoded = []
+
+    def counting(*arguments, original=media_video._frames_from):
+        for frame in original(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(media_video, "_frames_from", counting)
+    list(clip.frames(90, 92))
+    assert 2 <= len(decoded) <= 24
+
+
+def test_a_url_is_read_like_a_file(golden):
+    for path in (golden / CLIP, golden / "media/img_40x90_rgba.png"):
+        expected = open_clip(path, resolution=16).read()
+        found = open_clip(f"file://{path}", resolution=16)
+        np.testing.assert_array_equal(found.read(), expected)
+        assert found.info.path == f"file://{path}"
+    with pytest.raises(MediaError, match=r"file:///no/such\.mp4.*No such file"):
+        probe("file:///no/such.mp4")
 
 
 def test_a_closed_reader_says_so(golden):
