@@ -1,0 +1,185 @@
+"""Measures models on a folder of clips, side by side; `--help` lists the flags."""
+
+import dataclasses
+import math
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+# So that the documented command runs wherever the requirements are installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from elastic import cli
+from elastic.cli_flags import INFERENCE, Flag, Script
+
+if TYPE_CHECKING:
+    from elastic.tokenizer import ElasticTokenizer
+
+_SHARED = {flag.name: flag for flag in INFERENCE.flags}
+
+
+def _shared(*names: str, **changes: str) -> tuple[Flag, ...]:
+    """Flags of inference, with another help text where `changes` has one."""
+    return tuple(
+        dataclasses.replace(_SHARED[name], help=changes.get(name, _SHARED[name].help))
+        for name in names
+    )
+
+
+EVALUATE = Script(
+    name="scripts/evaluate.py",
+    usage="--input_path=FOLDER --output_folder=FOLDER --models=NAME=MODEL,NAME=MODEL",
+    description=(
+        "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM and "
+        "LPIPS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
+        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, evaluation.png and, "
+        "for several searches, searches.csv. They appear when all is measured."
+    ),
+    groups={
+        "Input and output": _shared(
+            "input_path", "output_folder", "fps", "max_frames",
+            output_folder="where the results go; made if need be; earlier ones are replaced",
+        ),
+        "Models": (
+            Flag(
+                "models",
+                "",
+                "NAME=MODEL or MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference: "
+                "a folder, params::FILE, trainstate_params::FILE, hf::OWNER/NAME",
+                required=True,
+            ),
+            *_shared(
+                "load_elastic_config", "update_elastic_config",
+                load_elastic_config="the shape of the models that have no config.json beside them: a preset or a config.json",
+            ),
+        ),
+        "What is measured": (
+            Flag("thresholds", "0.1,0.05,0.025", "errors to search under; '' searches for none"),
+            Flag(
+                "num_tokens",
+                "",
+                "counts given to every block alike: numbers (256,512) or, with a point, shares of a block (0.25,1.0); "
+                "'': 6 from the model's fewest to all",
+            ),
+            Flag("searches", "binary", "searches to compare, such as binary,linear; linear is the ground truth"),
+            Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
+            Flag("metrics", "psnr", "what else is measured: psnr, ssim, lpips"),
+            Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
+        ),
+        "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
+        "Other": _shared("debug"),
+    },
+)  # fmt: skip
+
+
+def evaluate(flags: cli.Values) -> int:
+    """Loads one model after the other, measures it, prints the tables."""
+    models = parse_models(flags["models"])
+    thresholds, counts = numbers(flags["thresholds"], "thresholds"), numbers(flags["num_tokens"])
+    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
+        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+
+    from elastic import checkpoint, evaluation, evaluation_files, mesh, runs
+
+    mesh.use_all_cpu_cores()
+    config = evaluation.EvaluationConfig(
+        thresholds=tuple(float(threshold) for threshold in thresholds),
+        num_tokens=tuple(counts),
+        searches=tuple(words(flags["searches"])),
+        num_counts=flags["num_counts"],
+        metrics=tuple(words(flags["metrics"])),
+        metric_frames=flags["metric_frames"],
+        max_frames=flags["max_frames"] or None,
+        fps=flags["fps"] or None,
+        pictures=0,
+    )
+    # What cannot work is refused before the first model is measured, which may take an hour.
+    files = list(runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"]))
+    evaluation_files.check_folder(flags["output_folder"])
+    shapes = {}
+    for name, spec in models.items():
+        own = checkpoint.load_config(spec) is not None
+        preset = "" if own else flags["load_elastic_config"]
+        changes = flags["update_elastic_config"]
+        shapes[name] = runs.model_config(spec, preset=preset, changes=changes)
+        config.runs(shapes[name])
+    devices = mesh.make_mesh(flags["mesh_dim"])
+    results = {}
+    tokenizer: ElasticTokenizer | None = None
+    for name, spec in models.items():
+        shape = shapes[name]
+        params = checkpoint.load_params(spec, shape)
+        same = tokenizer and tokenizer.config == shape.replace(mask_type=tokenizer.config.mask_type)
+        if tokenizer is not None and same:  # a baseline: the programs are compiled already
+            tokenizer = tokenizer.with_params(params, mask_type=shape.mask_type, model_id=spec)
+        else:
+            tokenizer = runs.ElasticTokenizer(
+                shape,
+                params,
+                dtype=flags["dtype"],
+                mesh=devices,
+                window_blocks=flags["max_blocks_per_chunk"] or None,
+                context=flags["context"],
+                search_width=flags["search_width"],
+                model_id=spec,
+            )
+        cli.log.info("%s: %s", name, runs.describe(tokenizer))
+        results[name] = evaluation.evaluate(tokenizer, files, config)
+    written = evaluation_files.write(flags["output_folder"], results)
+    print(evaluation_files.describe(results))
+    print(f"{', '.join(file.name for file in written)} in {flags['output_folder']}")
+    bad = next(iter(results.values())).skipped
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(files)} files could not be read and are in no number; the first is {next(iter(bad))}."
+        )
+    return 0
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
+    """Whole numbers as integers, those with a point as floats.
+
+    Raises:
+      ValueError: a part is no finite number.
+    """
+    found: list[int | float] = []
+    for word in words(text):
+        try:
+            found.append(int(word) if word.lstrip("-").isdigit() else float(word))
+        except ValueError as error:
+            raise ValueError(f"--{flag}={text}: {word!r} is not a number.") from error
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"--{flag}={text}: {word!r} is not finite.")
+    return found
+
+
+def parse_models(text: str) -> dict[str, str]:
+    """{name: checkpoint} of --models; one without a name takes the last part of its path.
+
+    Raises:
+      ValueError: two have the same name, or one has no checkpoint.
+    """
+    models: dict[str, str] = {}
+    for word in words(text):
+        name, equals, spec = word.partition("=")
+        if not equals or any(mark in name for mark in "/:"):  # the sign belongs to a path
+            name, spec = word.rsplit("::", 1)[-1].rstrip("/").rsplit("/", 1)[-1], word
+        if not name or not spec:
+            raise ValueError(f"--models: {word!r} must be NAME=MODEL or MODEL.")
+        if name in models:
+            raise ValueError(
+                f"--models: two are called {name!r}; write NAME=MODEL for one of them."
+            )
+        models[name] = spec
+    if not models:
+        raise ValueError("--models is empty; name at least one, such as example/fsq.")
+    return models
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(EVALUATE, evaluate))

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Measures models on a folder of clips, side by side, and writes into output_folder: summary.csv, blocks.csv,
+# evaluation.json, and the plot of blocks that meet a threshold, and of quality, against tokens.
+#
+#   bash scripts/run_evaluate.sh
+#   models="elastic=OUT/a/pretrained,half=OUT/b/pretrained" input_path=clips bash scripts/run_evaluate.sh --searches=binary,linear
+#
+# Further flags go to scripts/evaluate.py (--help lists them); a flag given twice counts as given
+# last. Paths are relative to the project's folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# --- Fill in here, or set in the environment -----------------------------------------------------
+# The models: NAME=MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference. One that was
+# trained with mask_type='fixed_0.5' is measured at its own count.
+models="${models:-example/fsq}"
+# The images and videos to measure on: a folder, or one file. They should not have been trained on.
+input_path="${input_path:-example/video.mp4}"
+# Where the results go; made if need be.
+output_folder="${output_folder:-example/outputs_evaluation}"
+# Largest errors of a block: mean squares, pixels in [-1, 1]. 0.003 suits the released models.
+thresholds="${thresholds:-0.1,0.05,0.025}"
+# Frames taken of each clip, its first ones; 0: all.
+max_frames="${max_frames:-48}"
+# -------------------------------------------------------------------------------------------------
+
+source scripts/setup_env.sh run
+
+exec "$PYTHON" -u scripts/evaluate.py \
+    --models="$models" \
+    --input_path="$input_path" \
+    --output_folder="$output_folder" \
+    --thresholds="$thresholds" \
+    --max_frames="$max_frames" \
+    --mesh_dim='!1,1,-1,1' \
+    --dtype='fp32' \
+    "$@"
