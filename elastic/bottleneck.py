@@ -76,10 +76,11 @@ class FSQ:
         kept: Bool[Array, "b l"],
         *,
         key: Shaped[Array, "*k"] | None = None,
+        counted: Bool[Array, "b l"] | None = None,
         tokens_per_block: int = 0,
     ) -> Bottlenecked:
         """The codes of the latents; FSQ needs no noise and has no loss of its own."""
-        del kept, key, tokens_per_block
+        del kept, key, counted, tokens_per_block
         return Bottlenecked(self.quantize(latents), jnp.zeros((), jnp.float32))
 
     def statistics(
@@ -112,22 +113,30 @@ class VAE:
         kept: Bool[Array, "b l"],
         *,
         key: Shaped[Array, "*k"] | None = None,
+        counted: Bool[Array, "b l"] | None = None,
         tokens_per_block: int,
     ) -> Bottlenecked:
         """With a key a sample, else the mean.
 
         The KL divergence to N(0, 1) is summed over channels and over a block's kept tokens, then averaged over blocks
-        (the released code does so with blocks of 2048 tokens whatever the model's are).
+        (the released code does so with blocks of 2048 tokens whatever the model's are). Tokens that are not
+        counted add nothing, and blocks of only such tokens are left out of the average.
         """
         mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)
         kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=-1)
-        per_block = jnp.sum(
-            jnp.where(kept, kl, 0.0).reshape(kl.shape[0], -1, tokens_per_block), axis=-1
-        )
+        if counted is not None:
+            kept = kept & counted
+        blocks = (kl.shape[0], -1, tokens_per_block)
+        per_block = jnp.sum(jnp.where(kept, kl, 0.0).reshape(blocks), axis=-1)
+        if counted is None:
+            kl = jnp.mean(per_block)
+        else:
+            num_blocks = jnp.sum(jnp.any(counted.reshape(blocks), axis=-1))
+            kl = jnp.sum(per_block) / jnp.maximum(num_blocks, 1)
         if key is not None:
             mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        return Bottlenecked(mean, _KL_WEIGHT * jnp.mean(per_block))
+        return Bottlenecked(mean, _KL_WEIGHT * kl)
 
     def statistics(
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]

@@ -27,6 +27,9 @@ class Batch(NamedTuple):
     )
     position_ids: Int[Array, "b l"] | None = None  # RoPE positions; None: 0, 1, 2, ...
     valid: Bool[Array, "b l"] | None = None  # False: hidden from every query
+    counted: Bool[Array, "b l"] | None = (
+        None  # False: padding, which no loss is taken of; None: all count
+    )
 
 
 class Encoded(NamedTuple):
@@ -98,7 +101,11 @@ class ElasticTok(Compute):
         """Codes of a batch; a key makes the VAE sample, as in training."""
         latents, new = self.encoder(batch, past)
         codes, aux_loss = self.bottleneck(
-            latents, batch.kept, key=key, tokens_per_block=self.config.tokens_per_block
+            latents,
+            batch.kept,
+            key=key,
+            counted=batch.counted,
+            tokens_per_block=self.config.tokens_per_block,
         )
         return Encoded(masks.drop_tail(codes, batch.kept), aux_loss, new)
 

@@ -37,8 +37,12 @@ def arrays(case: str, name: str) -> dict[str, np.ndarray]:
 
 
 def config(case: str, **changes: Any) -> ElasticTokConfig:
-    """The config of a case, with tiles that neither divide the sequence nor each other."""
+    """The config of a case, with tiles that neither divide the sequence nor each other.
+
+    And without LPIPS, as all training data was computed.
+    """
     odd = dict(scan_attention=True, scan_query_chunk_size=48, scan_key_chunk_size=24)
+    odd |= dict(lpips_loss_ratio=0.0)
     return ElasticTokConfig.from_json_dict(meta(case)["config"]).replace(**odd | changes)
 
 
