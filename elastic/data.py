@@ -1,25 +1,42 @@
-"""Files -> batches for training: a batch is a function of the seed and the step number, so its position is the step."""
+"""Files -> batches for training. Which blocks a batch holds follows from the seed and its number alone.
 
-import collections
+So the position in the data is a number of batches. It is exact after any interruption, on another
+number of hosts and with another number of workers; what else may change is said at `DataPosition`.
+`elastic.data_plan` says in which order the blocks come, `elastic.data_read` decodes them.
+"""
+
 import concurrent.futures
 import dataclasses
+import json
 import logging
+import os
 import pathlib
-import threading
-from collections.abc import Generator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from elastic import media
+from elastic import data_index
 from elastic.config import ElasticTokConfig
-from elastic.patches import patchify
+from elastic.data_index import FileIndex
+from elastic.data_plan import Plan
+from elastic.data_read import Pictures, SequenceReader, Sequences
+from elastic.data_workers import Batches
+from elastic.tensor_file import atomic_file
+
+__all__ = [
+    "Batches",
+    "DataConfig",
+    "DataPosition",
+    "FileIndex",
+    "Sequences",
+    "TrainingData",
+    "load_index",
+    "sequence_length",
+]
 
 log = logging.getLogger(__name__)
-
-# Videos are held this much larger than a crop, images twice as large: room to move in.
-_VIDEO_MARGIN, _IMAGE_MARGIN = 1.25, 2.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,17 +44,22 @@ class DataConfig:
     """Flags `--train_dataset.vision_dataset.*`.
 
     Attributes:
-      path: the folder of images and videos; folders inside it count too.
+      path: the folder of images and videos, local or in a bucket (gs://...); folders inside it count too.
       ext: endings to take, such as 'mp4' or 'jpg,png'; '' takes all that can be read.
-      batch_size: sequences in a step, over all devices.
+      batch_size: sequences in a step, over all devices of all hosts.
       seq_length: tokens of a sequence, whole blocks; 0: the model's max_sequence_length.
       fps: frames per second taken from a video.
-      seed: draws files, crops and motion.
-      workers: threads that prepare batches.
+      seed: draws the order of the data, crops and motion.
+      workers: processes of each host that decode; 0: threads of the training process do.
       max_prefetch: batches prepared ahead.
-      image_share: share of sequences made from an image by a moving crop, where there are both.
-      max_frames: frames used of a video, its first ones.
-      cache_gigabytes: memory for decoded files; those used longest ago are dropped first.
+      max_frames: frames used of a video, its first ones; 0: all.
+      chunk_size: files that are shuffled among each other; 16 or more such chunks are read at a time.
+        More of them mix better, and need a larger cache lest a file be decoded repeatedly.
+      image_blocks: blocks that an image becomes: one is still, more show a moving crop of it, drawn
+        anew in each epoch. It is also how images are weighed against videos.
+      random_crop: draw crop and mirroring of every piece anew in each epoch, and for a video's also a
+        shift by less than a block. Otherwise files are shown as inference sees them.
+      cache_gigabytes: memory of each worker for decoded frames; those used longest ago are dropped first.
 
     Raises:
       ValueError: an option is out of its range.
@@ -51,23 +73,23 @@ class DataConfig:
     seed: int = 0
     workers: int = 2
     max_prefetch: int = 4
-    image_share: float = 0.4
-    max_frames: int = 240
+    max_frames: int = 0
+    chunk_size: int = 8
+    image_blocks: int = 1
+    random_crop: bool = False
     cache_gigabytes: float = 4.0
 
     def __post_init__(self):
         if not self.path:
             raise ValueError("path is empty; name the folder of images and videos.")
-        for name in ("batch_size", "workers", "max_prefetch", "max_frames"):
+        for name in ("batch_size", "max_prefetch", "chunk_size", "image_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("seq_length", "seed", "cache_gigabytes"):
+        for name in ("seq_length", "seed", "workers", "max_frames", "cache_gigabytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
         if not self.fps > 0:
             raise ValueError(f"fps={self.fps} must be above 0.")
-        if not 0 <= self.image_share <= 1:
-            raise ValueError(f"image_share={self.image_share} must lie in 0 to 1.")
 
 
 def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
@@ -86,172 +108,243 @@ def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
     return length
 
 
-class ClipSampler:
-    """Draws sequences of blocks from a folder. Every block of a sequence is of one file, in order.
-
-    Decoded files are held in memory at a small size. A file that cannot be read is named in the log
-    once, counted in `num_bad`, and replaced by the next one.
-
-    Attributes:
-      num_bad: files that could not be read so far.
+def load_index(
+    data: DataConfig, model: ElasticTokConfig, *, path: str | os.PathLike[str] | None = None
+) -> FileIndex:
+    """The files of the folder as it is now; the index kept in `path` spares measuring them again.
 
     Raises:
-      ValueError: the folder holds no media file, or the sequence is not a whole number of blocks.
+      ValueError: there is no such folder, no usable file in it, or the options do not fit the model.
+    """
+    sequence_length(data, model)  # said before a long search, not after
+    return data_index.load_or_build(data.path, fps=data.fps, ext=data.ext, path=path)
+
+
+class TrainingData:
+    """The sequences of a folder: an endless stream, of which any batch can be had at any time.
+
+    Attributes:
+      num_blocks: blocks of a sequence.
+      num_sequences: sequences of an epoch.
+      blocks_per_epoch: blocks of an epoch, padding not counted.
+      frames_per_epoch: frames of an epoch, those that only fill up a block not counted.
+      bad_files: files that cannot be used, or not to their end, as far as is known: name -> reason.
+
+    Raises:
+      ValueError: the sequence is not a whole number of blocks.
     """
 
-    def __init__(self, data: DataConfig, model: ElasticTokConfig):
-        self.data, self.model = data, model
+    def __init__(self, data: DataConfig, model: ElasticTokConfig, *, index: FileIndex):
+        self.data, self.index = data, index
         self.num_blocks = sequence_length(data, model) // model.tokens_per_block
-        files = media.find_media(data.path)
-        endings = {f".{ending.strip().lstrip('.').lower()}" for ending in data.ext.split(",")}
-        if data.ext:
-            files = [file for file in files if file.suffix.lower() in endings]
-        if not files:
-            kind = (
-                f"file that ends in {', '.join(sorted(endings))}" if data.ext else "image or video"
-            )
-            raise ValueError(f"There is no {kind} in {data.path!r} or its folders.")
-        self.images = [file for file in files if _is_image(file)]
-        self.videos = [file for file in files if not _is_image(file)]
-        self.num_bad = 0
-        # In the order of use, the newest last; None: a file that cannot be read.
-        self._frames: collections.OrderedDict[pathlib.Path, np.ndarray | None]
-        self._frames = collections.OrderedDict()
-        self._locks: dict[pathlib.Path, threading.Lock] = collections.defaultdict(threading.Lock)
-        self._lock = threading.Lock()  # of the two above
+        is_image = np.array([file.kind == "image" for file in index.files])
+        frames = np.array([file.num_frames for file in index.files])
+        if data.max_frames:
+            frames = np.minimum(frames, data.max_frames)
+        frames = np.where(is_image, data.image_blocks * model.frames_per_block, frames)
+        self.plan = Plan(
+            -(-frames // model.frames_per_block),
+            blocks_per_sequence=self.num_blocks,
+            chunk_size=data.chunk_size,
+            seed=data.seed,
+        )
+        self.num_sequences = self.plan.num_sequences
+        self.blocks_per_epoch = self.plan.num_blocks
+        self.frames_per_epoch = int(frames.sum())
+        self.bad_files = {str(index.place(name)): bad.reason for name, bad in index.bad.items()}
+        self._pictures = Pictures(
+            places=[index.place(file.name) for file in index.files],
+            num_frames=np.where(is_image, 0, frames),
+            fps=data.fps,
+            resolution=model.resolution,
+            frames_per_block=model.frames_per_block,
+            patch_size=model.patch_size,
+            image_blocks=data.image_blocks,
+            random_crop=data.random_crop,
+            seed=data.seed,
+            cache_bytes=data.cache_gigabytes * 1e9,
+            blocks_per_sequence=self.num_blocks,
+        )
+        self._reader = SequenceReader(self._pictures, self.plan)
+        self._started: list[Batches] = []
 
-    def batch(self, step: int) -> UInt8[np.ndarray, "b l p"]:
-        """The patches of batch number `step`, always the same."""
-        rng = np.random.default_rng((self.data.seed, step))
-        return np.stack([self._sequence(rng) for _ in range(self.data.batch_size)])
+    @property
+    def fill(self) -> float:
+        """The share of an epoch's places that hold a block; the rest is padding."""
+        return self.blocks_per_epoch / (self.num_sequences * self.num_blocks)
 
-    def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
-        """At least `count` patches of drawn sequences, always the same."""
-        rng = np.random.default_rng((self.data.seed, 2**31))  # no step's
-        per_sequence = min(count, 160)  # many files, few patches of each
-        found = []
-        while len(found) * per_sequence < count:
-            patches = self._sequence(rng)
-            found.append(patches[rng.integers(len(patches), size=per_sequence)])
-        return np.concatenate(found)
+    @property
+    def wait_seconds(self) -> float:
+        """How long `next` of all its batches has taken so far."""
+        return sum(batches.wait_seconds for batches in self._started)
 
-    def batches(self, first_step: int) -> Generator[UInt8[np.ndarray, "b l p"], None, None]:
-        """Batches from `first_step` on, prepared ahead by threads, in order. Close it to end them."""
-        pool = concurrent.futures.ThreadPoolExecutor(self.data.workers, thread_name_prefix="data")
-        try:
-            steps = range(first_step, first_step + self.data.max_prefetch)
-            ahead = collections.deque(pool.submit(self.batch, step) for step in steps)
-            step = steps.stop
-            while True:
-                batch = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, step))
-                step += 1
-                yield batch
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def epoch_of(self, batch: int) -> float:
+        """How many epochs have been given out before this batch."""
+        return batch * self.data.batch_size / self.num_sequences
 
-    def _sequence(self, rng: np.random.Generator) -> np.ndarray:
-        share = self.data.image_share
-        use_image = bool(self.images) and (not self.videos or rng.random() < share)
-        num_frames = self.num_blocks * self.model.frames_per_block
-        source = self._pick(rng, self.images if use_image else self.videos)
-        moves = use_image or len(source) == 1
-        frames = _moving_crop(source, num_frames, self.model.resolution, rng, moves=moves)
-        if rng.random() < 0.5:
-            frames = frames[:, :, ::-1]
-        blocks = frames.reshape(self.num_blocks, -1, *frames.shape[1:])
-        patches = np.asarray(patchify(blocks, self.model.patch_size))
-        return patches.reshape(-1, self.model.patch_dim)
-
-    def _pick(self, rng: np.random.Generator, files: list[pathlib.Path]) -> np.ndarray:
-        first = int(rng.integers(len(files)))
-        for offset in range(len(files)):
-            frames = self._load(files[(first + offset) % len(files)])
-            if frames is not None:
-                return frames
-        raise ValueError(
-            f"None of the {len(files)} files like {files[0]} can be read; the log says why."
+    def position(self, batches: int) -> "DataPosition":
+        """The position after so many batches."""
+        return DataPosition(
+            batches=batches,
+            batch_size=self.data.batch_size,
+            num_sequences=self.num_sequences,
+            seed=self.data.seed,
+            files=self.index.digest,
+            blocks=self.plan.digest,
         )
 
-    def _load(self, file: pathlib.Path) -> np.ndarray | None:
-        """The frames of a file, or None if it cannot be read. Each file is decoded by one thread."""
-        with self._lock:
-            lock = self._locks[file]
-        with lock:
-            with self._lock:
-                if file in self._frames:
-                    self._frames.move_to_end(file)
-                    return self._frames[file]
-            frames = self._decode(file)
-            with self._lock:
-                self._frames[file] = frames
-                self._forget()
-            return frames
+    def sequence(self, number: int) -> Sequences:
+        """One row: row `number % batch_size` of batch `number // batch_size`, always the same."""
+        row = self._reader.read(number, self.data.batch_size)
+        self._report(self._reader.take_bad_files())
+        return row
 
-    def _decode(self, file: pathlib.Path) -> np.ndarray | None:
-        margin = _IMAGE_MARGIN if _is_image(file) else _VIDEO_MARGIN
-        size = round(self.model.resolution * margin)
-        try:
-            with media.open_clip(
-                file, resolution=size, rate=self.data.fps, max_frames=self.data.max_frames
-            ) as clip:
-                return clip.read()
-        except media.MediaError as error:
-            with self._lock:
-                self.num_bad += 1
-            log.warning("Skipping a file: %s", error)
-            return None
+    def batches(self, first: int, last: int, rows: Sequence[int] | None = None) -> Batches:
+        """Batches `first` to `last` (not included), prepared ahead, in order. Close it to end that.
 
-    def _forget(self) -> None:
-        """Drops the files used longest ago until the rest fits; that a file is bad is remembered."""
-        held = [file for file, frames in self._frames.items() if frames is not None]
-        total = sum(frames.nbytes for frames in self._frames.values() if frames is not None)
-        for file in held[:-1]:  # the newest is in use
-            if total <= self.data.cache_gigabytes * 1e9:
-                return
-            frames = self._frames.pop(file)
-            total -= 0 if frames is None else frames.nbytes
+        Args:
+          rows: which rows of the global batch this host wants, in this order; None: all.
+        """
+        rows = list(range(self.data.batch_size) if rows is None else map(int, rows))
+        if not rows or not 0 <= min(rows) <= max(rows) < self.data.batch_size:
+            raise ValueError(
+                f"{rows=} must be rows of a batch of {self.data.batch_size}, at least one."
+            )
+        batches = Batches(
+            self._reader,
+            batch_size=self.data.batch_size,
+            rows=rows,
+            numbers=range(first, last),
+            workers=self.data.workers,
+            ahead=self.data.max_prefetch,
+            report=self._report,
+        )
+        self._started.append(batches)
+        return batches
+
+    def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
+        """At least `count` patches of drawn sequences, always the same.
+
+        Raises:
+          ValueError: nothing can be decoded.
+        """
+        rng = np.random.default_rng((self.data.seed, 3))
+        # Scattered: what stands around a piece would be decoded in vain.
+        reader = SequenceReader(self._pictures, self.plan, whole_spans=False)
+        per_sequence = min(count, 160)  # many files, few patches of each
+        found: list[np.ndarray] = []
+        with concurrent.futures.ThreadPoolExecutor(max(1, self.data.workers)) as pool:
+            for _ in range(20):  # once, unless there are damaged files
+                missing = -(-count // per_sequence) - len(found)
+                numbers = rng.integers(self.num_sequences, size=missing).tolist()
+                for row in pool.map(lambda n: reader.read(n, self.data.batch_size), numbers):
+                    tokens = row.patches.shape[1] // self.num_blocks
+                    good = row.patches[0][np.repeat(row.filled[0], tokens)]
+                    if len(good):
+                        found.append(good[rng.integers(len(good), size=per_sequence)])
+                if len(found) * per_sequence >= count:
+                    return np.concatenate(found)
+        self._report(reader.take_bad_files())
+        raise ValueError(f"Nothing in {self.data.path!r} can be decoded; the log says why.")
+
+    def _report(self, bad: Mapping[str, str]) -> None:
+        for name, reason in bad.items():
+            if name not in self.bad_files:
+                self.bad_files[name] = reason
+                log.warning("Leaving out what cannot be decoded: %s", reason)
 
 
-def _is_image(file: pathlib.Path) -> bool:
-    return file.suffix.lower() in media.IMAGE_SUFFIXES
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataPosition:
+    """How far a run has got in its data, and what that depends on.
 
+    What follows is exact (the same blocks in the same batches) as long as the folder holds the same
+    files and fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed and
+    the global batch size are the same. The number of hosts and devices, workers, max_prefetch and
+    cache_gigabytes may change. `random_crop` changes what is shown of a block, not which comes when.
+    If anything else changes, training goes on at the same fraction of the epoch, with a warning.
 
-def _moving_crop(
-    source: np.ndarray, num_frames: int, size: int, rng: np.random.Generator, *, moves: bool
-) -> np.ndarray:
-    """`num_frames` square crops of a clip or an image, uint8 [num_frames, size, size, 3].
-
-    What stands still may be moved (`moves`): held, panned or zoomed.
+    Attributes:
+      batches: how many have been given out.
+      batch_size: sequences of each, over all hosts.
+      num_sequences: sequences of an epoch.
+      seed: what drew their order.
+      files: names the files and their lengths.
+      blocks: names what was made of them.
     """
-    total, side = source.shape[0], source.shape[1]
-    stride = 0 if rng.random() < 0.1 else 1
-    start = int(rng.integers(max(1, total - num_frames + 1)))
-    index = start + stride * np.arange(num_frames)
-    if total > 1:  # there and back again where the clip is short
-        index = np.abs((index + total - 1) % (2 * total - 2) - (total - 1))
-    else:
-        index = np.zeros_like(index)
-    width = side * rng.uniform(size / side, 1.0)
-    velocity = np.zeros(2)
-    zoom = 0.0
-    if moves and rng.random() < 0.75:
-        # 0.1 % to 5 % of the picture in a frame.
-        velocity = rng.normal(size=2) * side * 10 ** rng.uniform(-3, -1.3)
-        zoom = rng.normal() * 0.004
-    centre = rng.uniform(width / 2, side - width / 2, size=2)
-    out = np.empty((num_frames, size, size, 3), np.uint8)
-    for k, i in enumerate(index):
-        w = float(np.clip(width * (1 + zoom) ** k, size / 2, side))
-        x, y = _reflect(centre + velocity * k, w / 2, side - w / 2) - w / 2
-        box = (max(0.0, x), max(0.0, y), min(float(side), x + w), min(float(side), y + w))
-        picture = Image.fromarray(source[i])
-        out[k] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    return out
 
+    batches: int
+    batch_size: int
+    num_sequences: int
+    seed: int
+    files: str
+    blocks: str
 
-def _reflect(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Keeps positions inside [low, high] by turning back at the ends."""
-    span = max(high - low, 1e-6)
-    folded = np.abs((x - low) % (2 * span))
-    return low + np.where(folded > span, 2 * span - folded, folded)
+    def after(self, batches: int) -> "DataPosition":
+        """The position when so many more batches have been given out."""
+        return dataclasses.replace(self, batches=self.batches + batches)
+
+    def for_data(self, data: TrainingData) -> "DataPosition":
+        """Where to go on in `data`: here if it is the same data, else near to it, with a warning."""
+        same = data.position(self.batches)
+        if self == same:
+            return self
+        reasons = {
+            "files": "files were added, removed or changed, or fps was",
+            "seed": f"the seed was {self.seed} and is {same.seed}",
+            "batch_size": f"the batch size was {self.batch_size} and is {same.batch_size}",
+            "blocks": "files or options that cut them into sequences were changed",
+        }
+        changed = [
+            why for name, why in reasons.items() if getattr(self, name) != getattr(same, name)
+        ]
+        epochs = self.batches * self.batch_size / self.num_sequences
+        batches = int(epochs * same.num_sequences / same.batch_size)
+        log.warning(
+            "The data is not what it was when its position was saved: %s. Training goes on %.2f epochs into it; "
+            "in this epoch some blocks may come twice and others not at all.",
+            "; ".join(changed),
+            epochs,
+        )
+        return dataclasses.replace(same, batches=batches)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DataPosition":
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError: it is something else.
+        """
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        if set(values) != set(kinds) or any(
+            not isinstance(values[name], kind)
+            for name, kind in kinds.items()
+            if isinstance(kind, type)
+        ):
+            raise ValueError(
+                f"{dict(values)} is no position in the data; it has {', '.join(kinds)}."
+            )
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes it as JSON, atomically."""
+        with atomic_file(path) as file:
+            file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DataPosition":
+        """The inverse of `save`.
+
+        Raises:
+          ValueError: the file holds something else.
+          OSError: it cannot be read.
+        """
+        try:
+            values = json.loads(pathlib.Path(path).read_bytes())
+            return cls.from_json(values if isinstance(values, dict) else {})
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no saved position in the data: {error}") from error

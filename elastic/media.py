@@ -72,6 +72,7 @@ def open_clip(
     resolution: int,
     rate: float | int | None = 24.0,
     max_frames: int | None = None,
+    tell_rate: bool = True,
 ) -> "ClipReader":
     """Opens an image or a video for reading as square frames.
 
@@ -82,6 +83,7 @@ def open_clip(
         (the frame shown at time k / rate) if the source's rate varies. Never above the source's:
         that is logged and limited. None: every frame once, at the source's (mean) rate.
       max_frames: deliver at most the first so many.
+      tell_rate: whether the log is told of a rate above the source's.
 
     Raises:
       MediaError: as in `probe`.
@@ -96,7 +98,7 @@ def open_clip(
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
     source = open_source(path)
-    delivered_rate, picks = _choose_frames(source, rate)
+    delivered_rate, picks = _choose_frames(source, rate, tell_rate=tell_rate)
     return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
 
 
@@ -268,7 +270,11 @@ def find_media(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
             f"{str(folder)!r} is not a folder; give the folder that holds the media files."
         )
     found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        log.warning("Leaving out a folder: %s", error)
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         here = os.stat(root)
         if (here.st_dev, here.st_ino) in seen:  # reached again through a link
             folders.clear()
@@ -283,7 +289,9 @@ def find_media(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
     return sorted(found)
 
 
-def _choose_frames(source: Source, rate: float | int | None) -> tuple[float, np.ndarray]:
+def _choose_frames(
+    source: Source, rate: float | int | None, *, tell_rate: bool
+) -> tuple[float, np.ndarray]:
     """The rate to deliver, and the position in the source of each delivered frame."""
     info = source.info
     everything = np.arange(info.num_frames)
@@ -297,7 +305,7 @@ def _choose_frames(source: Source, rate: float | int | None) -> tuple[float, np.
     )
     if rate > limit:
         level = (
-            logging.WARNING if rate > 1.01 * limit else logging.DEBUG
+            logging.WARNING if tell_rate and rate > 1.01 * limit else logging.DEBUG
         )  # 23.976 for 24 is no news
         message = "%s has %.6g frames/s, fewer than the %.6g asked for; it is read at its own rate."
         log.log(level, message, info.path, limit, rate)

@@ -1,114 +1,291 @@
-"""Batches from files: always the same, whole blocks of one file, bad files left out."""
+"""Batches from files: a function of the seed and the number, each file apart, bad ones named once."""
 
 import contextlib
-import threading
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from elastic import media
+from elastic import data_index, media
 from elastic.config import ElasticTokConfig
-from elastic.data import ClipSampler, DataConfig
-from elastic.patches import unpatchify
+from elastic.data import DataConfig, DataPosition, TrainingData, load_index, sequence_length
+from elastic.patches import pad_block, unpatchify
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ElasticTokConfig(
     hidden_size=16, intermediate_size=16, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=1,
     frames_per_block=2, patch_size=(2, 8, 8), min_toks=2, max_toks=16, max_sequence_length=48,
 )  # fmt: skip
+SIZE = 3  # blocks of a sequence
 
 
-def write_clip(path, colour, num_frames=9):
-    frames = np.full((num_frames, 40, 40, 3), colour, np.uint8)
-    media.write_video(path, list(frames), 24)
+def write_clip(path, colour, num_frames):
+    """Frame i is flat, of level `colour` + 2 i, so that a frame tells its file and its place."""
+    frames = [np.full((40, 40, 3), colour + 2 * i, np.uint8) for i in range(num_frames)]
+    media.write_video(path, frames, 24)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Two clips, an image in a folder inside, a file that is none, and one of another kind."""
-    write_clip(tmp_path / "dark.mp4", 20)
-    write_clip(tmp_path / "bright.mp4", 200)
-    (tmp_path / "more").mkdir()
-    media.write_image(tmp_path / "more" / "grey.png", np.full((64, 48, 3), 120, np.uint8))
-    (tmp_path / "broken.mp4").write_bytes(b"\x00" * 100)
-    (tmp_path / "notes.txt").write_text("not media")
-    return tmp_path
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Clips of 1 to 9 blocks and images, in nested folders; the level tells which file it is."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "deep" / "er").mkdir(parents=True)
+    for k, num_frames in enumerate((2, 5, 9, 18)):
+        write_clip(folder / ("deep" if k % 2 else ".") / f"clip{k}.mp4", 20 + 50 * k, num_frames)
+    for k in range(3):
+        picture = np.full((64, 48, 3), 40 + 50 * k, np.uint8)
+        media.write_image(folder / "deep" / "er" / f"image{k}.png", picture)
+    (folder / "notes.txt").write_text("not media")
+    return folder
 
 
-def test_a_batch_is_a_function_of_the_seed_and_the_step(folder):
-    first = ClipSampler(DataConfig(path=str(folder), seed=3), MODEL)
-    again = ClipSampler(DataConfig(path=str(folder), seed=3), MODEL)
-    batches = [first.batch(step) for step in range(4)]
-    for step in (2, 0):  # in any order, from any start
-        np.testing.assert_array_equal(again.batch(step), batches[step])
-    with contextlib.closing(again.batches(1)) as running:
-        for step in (1, 2, 3):
-            np.testing.assert_array_equal(next(running), batches[step])
-    other = ClipSampler(DataConfig(path=str(folder), seed=4), MODEL)
-    assert any(not np.array_equal(other.batch(step), batches[step]) for step in range(4))
+def open_data(folder, **options):
+    config = DataConfig(path=str(folder), **(dict(workers=0) | options))
+    return TrainingData(config, MODEL, index=load_index(config, MODEL))
 
 
-def test_a_sequence_is_whole_blocks_of_one_file(folder):
-    sampler = ClipSampler(DataConfig(path=str(folder), batch_size=3), MODEL)
-    seen = set()
-    for step in range(6):
-        batch = sampler.batch(step)
-        assert batch.shape == (3, 48, MODEL.patch_dim) and batch.dtype == np.uint8
-        for sequence in batch:
-            frames = unpatchify(sequence.reshape(3, 16, -1), MODEL.patch_size, 32, 32)
-            assert np.ptp(frames.astype(int)) <= 6  # one colour: one file
-            seen.add(round(float(frames.mean()) / 10))
-    assert seen == {2, 12, 20}
+def frames_of(row, block):
+    """The frames of one block of a row of `Sequences`."""
+    patches = row.patches.reshape(SIZE, MODEL.tokens_per_block, -1)[block]
+    return unpatchify(patches, MODEL.patch_size, 32, 32)
 
 
-def test_a_file_that_cannot_be_read_is_named_counted_and_replaced(folder, caplog):
-    sampler = ClipSampler(DataConfig(path=str(folder), image_share=0.0), MODEL)
-    for step in range(6):
-        sampler.batch(step)
-    assert sampler.num_bad == 1
-    assert [record.getMessage() for record in caplog.records].count("") == 0
-    named = [
-        record.getMessage() for record in caplog.records if "broken.mp4" in record.getMessage()
-    ]
-    assert len(named) == 1
+def take(data, first, last, rows=None):
+    with contextlib.closing(data.batches(first, last, rows)) as batches:
+        return list(batches)
 
 
-def test_files_dropped_from_memory_give_the_same_batches(folder):
-    roomy = ClipSampler(DataConfig(path=str(folder), batch_size=4), MODEL)
-    tight = ClipSampler(DataConfig(path=str(folder), batch_size=4, cache_gigabytes=0.0), MODEL)
-    for step in range(3):
-        np.testing.assert_array_equal(tight.batch(step), roomy.batch(step))
-    assert tight.num_bad == roomy.num_bad <= 1
-    held = [frames for frames in tight._frames.values() if frames is not None]
-    assert len(held) == 1
+def assert_equal(found, expected):
+    for name in expected._fields:
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
 
 
-def test_the_endings_choose_the_files(folder):
-    sampler = ClipSampler(DataConfig(path=str(folder), ext=".PNG, webp"), MODEL)
-    assert not sampler.videos and [file.name for file in sampler.images] == ["grey.png"]
-    with pytest.raises(ValueError, match=r"no file that ends in \.avi in"):
-        ClipSampler(DataConfig(path=str(folder), ext="avi"), MODEL)
+# What a batch is
 
 
-def test_a_folder_without_files_is_an_error_at_once(tmp_path):
-    with pytest.raises(ValueError, match="There is no image or video in"):
-        ClipSampler(DataConfig(path=str(tmp_path)), MODEL)
-    with pytest.raises(ValueError, match="is not a folder"):
-        ClipSampler(DataConfig(path=str(tmp_path / "nowhere")), MODEL)
+def test_an_epoch_shows_every_block_once_as_inference_sees_it(clips):
+    data = open_data(clips)
+    expected = []
+    for file in data.index.files:
+        with media.open_clip(clips / file.name, resolution=32, rate=24) as clip:
+            expected += [pad_block(block, 2) for block in clip.blocks(2)]
+    for epoch in range(2):
+        rows = [data.sequence(epoch * data.num_sequences + n) for n in range(data.num_sequences)]
+        shown = [frames_of(row, n) for row in rows for n in range(SIZE) if row.filled[0, n]]
+        assert len(shown) == len(expected) == data.blocks_per_epoch == 1 + 3 + 5 + 9 + 3
+        ordered = [sorted(block.tobytes() for block in blocks) for blocks in (shown, expected)]
+        assert ordered[0] == ordered[1]
+    assert data.frames_per_epoch == 2 + 5 + 9 + 18 + 3 * 2
+    assert data.fill == pytest.approx(21 / (SIZE * data.num_sequences))
 
 
-def test_only_bad_files_end_the_iteration_with_an_error_and_leave_no_thread(tmp_path):
-    for name in ("a.mp4", "b.mp4"):
-        (tmp_path / name).write_text("not a film")
-    sampler = ClipSampler(DataConfig(path=str(tmp_path)), MODEL)
-    with (
-        pytest.raises(ValueError, match="None of the 2 files"),
-        contextlib.closing(sampler.batches(0)) as running,
+def test_pieces_of_different_files_are_told_apart_and_start_at_position_zero(clips):
+    data = open_data(clips)
+    for n in range(data.num_sequences):
+        row = data.sequence(n)
+        ids, index = row.segment_ids[0], row.block_index[0]
+        assert (np.diff(ids) >= 0).all()
+        for segment in np.unique(ids):
+            mine = ids == segment
+            assert index[mine].tolist() == list(range(mine.sum()))
+            if not row.filled[0][mine].all():
+                assert mine.sum() == 1 and not row.patches.reshape(SIZE, -1)[mine].any()  # padding
+                continue
+            levels = np.concatenate(
+                [frames_of(row, b).mean((1, 2, 3)) for b in np.flatnonzero(mine)]
+            )
+            assert (np.diff(levels) >= -1).all() and np.ptp(levels) < 40  # one file, in order
+
+
+def test_a_batch_is_a_function_of_seed_and_number_whoever_prepares_it(clips):
+    straight = take(open_data(clips, batch_size=3), 0, 6)
+    for workers, rows in ((2, [0, 1, 2]), (2, [2])):
+        data = open_data(clips, batch_size=3, workers=workers)
+        resumed = take(data, 2, 6, rows)
+        assert len(resumed) == 4 and data.wait_seconds > 0
+        for batch, expected in zip(resumed, straight[2:], strict=True):
+            assert_equal(batch, type(batch)(*(x[rows] for x in expected)))
+    lone = open_data(clips, batch_size=3)
+    assert_equal(lone.sequence(7), type(straight[0])(*(x[1:2] for x in straight[2])))
+    other = take(open_data(clips, batch_size=3, seed=1), 0, 6)
+    assert any((a.patches != b.patches).any() for a, b in zip(other, straight, strict=True))
+
+
+def test_the_rows_of_hosts_are_disjoint_and_complete(clips):
+    whole = take(open_data(clips, batch_size=4), 0, 5)
+    hosts = [take(open_data(clips, batch_size=4), 0, 5, rows) for rows in ([0, 2], [1, 3])]
+    for t, batch in enumerate(whole):
+        for name in batch._fields:
+            parts = [getattr(host[t], name) for host in hosts]
+            woven = np.stack(parts, axis=1).reshape(getattr(batch, name).shape)
+            np.testing.assert_array_equal(woven, getattr(batch, name))
+    with pytest.raises(ValueError, match=r"rows=\[4\] must be rows of a batch of 4"):
+        open_data(clips, batch_size=4).batches(0, 1, [4])
+
+
+def test_memory_for_decoded_frames_changes_nothing_but_time(clips):
+    for options in (dict(), dict(random_crop=True, image_blocks=2)):
+        roomy, tight = open_data(clips, **options), open_data(clips, cache_gigabytes=0.0, **options)
+        for n in range(2 * roomy.num_sequences):
+            assert_equal(tight.sequence(n), roomy.sequence(n))
+        assert len(tight._reader._spans._held) == 1
+
+
+def test_max_frames_uses_the_first_ones(clips):
+    data = open_data(clips, max_frames=4)
+    assert data.blocks_per_epoch == 1 + 2 + 2 + 2 + 3
+    assert data.frames_per_epoch == 2 + 4 + 4 + 4 + 3 * 2
+
+
+def test_crops_are_drawn_anew_in_each_epoch_and_hold_for_a_piece(tmp_path):
+    columns = np.linspace(0, 255, 64).astype(np.uint8)
+    ramp = np.broadcast_to(columns[None, :, None], (64, 64, 3))
+    media.write_video(tmp_path / "a.mp4", [ramp] * 6, 24)
+    still, drawn = open_data(tmp_path), open_data(tmp_path, random_crop=True)
+    assert (still.sequence(0).patches == still.sequence(1).patches).all()
+    shown = [np.concatenate([frames_of(drawn.sequence(n), b) for b in range(3)]) for n in range(12)]
+    for frames in shown:
+        np.testing.assert_array_equal(frames, np.broadcast_to(frames[:1], frames.shape))
+    assert len({frames.tobytes() for frames in shown}) == 12
+    risings = [bool(frames[0, 0, -1, 0] > frames[0, 0, 0, 0]) for frames in shown]
+    assert set(risings) == {True, False}  # mirrored or not
+
+
+def test_an_image_is_one_still_block_or_as_many_with_a_moving_crop_as_asked_for(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    media.write_image(tmp_path / "a.png", picture)
+    row = open_data(tmp_path).sequence(0)
+    assert row.filled.tolist() == [[True, False, False]]
+    assert (frames_of(row, 0)[0] == frames_of(row, 0)[1]).all()
+    data = open_data(tmp_path, image_blocks=3)
+    rows = [data.sequence(n) for n in range(8)]
+    assert all(row.filled.all() and row.block_index.tolist() == [[0, 1, 2]] for row in rows)
+    moved = [bool((frames_of(row, 0)[0] != frames_of(row, 2)[1]).any()) for row in rows]
+    assert any(moved)
+
+
+def test_sampled_patches_are_those_of_the_files_and_always_the_same(clips):
+    data = open_data(clips)
+    patches = data.sample_patches(500)
+    assert len(patches) >= 500 and patches.dtype == np.uint8
+    np.testing.assert_array_equal(patches, open_data(clips).sample_patches(500))
+    every = {
+        patch.tobytes() for n in range(data.num_sequences) for patch in data.sequence(n).patches[0]
+    }
+    assert {patch.tobytes() for patch in patches} <= every
+
+
+# Positions
+
+
+def test_a_position_is_exact_for_the_same_data_and_near_for_another(clips, tmp_path, caplog):
+    data = open_data(clips, batch_size=2)
+    data.position(5).after(2).save(tmp_path / "position.json")
+    position = DataPosition.load(tmp_path / "position.json")
+    assert position == data.position(7)
+    assert DataPosition.from_json(json.loads(json.dumps(position.to_json()))) == position
+    same = open_data(clips, batch_size=2, workers=3, max_prefetch=9, cache_gigabytes=1)
+    assert position.for_data(same) == position and caplog.text == ""
+    for options, why in (
+        (dict(batch_size=4), "the batch size was 2 and is 4"),
+        (dict(seed=5), "the seed was 0 and is 5"),
+        (dict(max_frames=4), "options that cut them"),
+        (dict(ext="mp4"), "files were added, removed or changed"),
     ):
-        next(running)
-    for thread in threading.enumerate():
-        if thread.name.startswith("data"):
-            thread.join(timeout=10)
-            assert not thread.is_alive()
+        caplog.clear()
+        changed = open_data(clips, **(dict(batch_size=2) | options))
+        found = position.for_data(changed)
+        assert why in caplog.text
+        assert changed.position(found.batches) == found
+        assert abs(changed.epoch_of(found.batches) - data.epoch_of(7)) < 0.8
+    for text in ("{}", "[]", "not JSON", json.dumps(position.to_json() | {"batches": "x"})):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json' is no saved position"):
+            DataPosition.load(tmp_path / "bad.json")
+
+
+# The index
+
+
+def test_only_what_is_new_or_changed_is_measured_again(clips, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("clip0.mp4", "clip2.mp4"):
+        (folder / name).write_bytes((clips / name).read_bytes())
+    (folder / "text.mp4").write_text("not a film")
+    opened = []
+
+    def counting(path, original=media.open_clip, **options):
+        opened.append(path.name)
+        return original(path, **options)
+
+    monkeypatch.setattr(data_index.media, "open_clip", counting)
+    config, path = DataConfig(path=str(folder)), tmp_path / "index.json"
+    first = load_index(config, MODEL, path=path)
+    assert sorted(opened) == ["clip0.mp4", "clip2.mp4", "text.mp4"]
+    assert [(file.name, file.num_frames) for file in first.files] == [
+        ("clip0.mp4", 2),
+        ("clip2.mp4", 9),
+    ]
+    assert caplog.text.count("text.mp4") == 1
+
+    opened.clear()
+    assert load_index(config, MODEL, path=path) == first and opened == []
+    (folder / "new é 'x'.mp4").write_bytes((clips / "clip0.mp4").read_bytes())
+    (folder / "text.mp4").write_bytes((clips / "clip0.mp4").read_bytes())
+    (folder / "clip2.mp4").unlink()
+    second = load_index(config, MODEL, path=path)
+    assert sorted(opened) == ["new é 'x'.mp4", "text.mp4"]
+    assert [file.name for file in second.files] == ["clip0.mp4", "new é 'x'.mp4", "text.mp4"]
+    assert not second.bad and second.digest != first.digest
+
+    path.write_text("damaged")
+    assert load_index(config, MODEL, path=path) == second
+    assert "is no index of files" in caplog.text
+
+
+def test_a_folder_without_usable_files_is_an_error_at_once(tmp_path):
+    with pytest.raises(ValueError, match="There is no image or video in"):
+        open_data(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        open_data(tmp_path / "nowhere")
+    (tmp_path / "a.mp4").write_text("not a film")
+    with pytest.raises(ValueError, match="None of the 1 files in"):
+        open_data(tmp_path)
+    with pytest.raises(ValueError, match=r"no file that ends in \.avi in"):
+        open_data(tmp_path, ext="avi")
+
+
+def test_the_endings_choose_the_files(clips):
+    names = [file.name for file in open_data(clips, ext=".PNG, webp").index.files]
+    assert names == [f"deep/er/image{k}.png" for k in range(3)]
+
+
+def test_a_bucket_is_read_like_a_folder(clips):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(clips), "/bucket", recursive=True)
+    local = open_data(clips)
+    for url in ("memory://bucket", f"file://{clips}"):
+        remote = open_data(url)
+        assert remote.index.digest == local.index.digest
+        for n in range(local.num_sequences):
+            assert_equal(remote.sequence(n), local.sequence(n))
+    with pytest.raises(ValueError, match="There is no image or video in 'memory://empty'"):
+        open_data("memory://empty")
+    with pytest.raises(ValueError, match=r"(?i)install gcsfs"):
+        open_data("gs://bucket/folder")
+    with pytest.raises(ValueError, match="starts with 'nothing'"):
+        open_data("nothing://bucket/folder")
 
 
 @pytest.mark.parametrize(
@@ -116,11 +293,199 @@ def test_only_bad_files_end_the_iteration_with_an_error_and_leave_no_thread(tmp_
     [
         (dict(seq_length=20), "seq_length=20 is not a whole number of blocks of 16 tokens; use 16"),
         (dict(batch_size=0), "batch_size=0 must be 1 or more"),
+        (dict(chunk_size=0), "chunk_size=0 must be 1 or more"),
         (dict(seed=-1), "seed=-1 must be 0 or more"),
+        (dict(workers=-1), "workers=-1 must be 0 or more"),
         (dict(fps=0.0), "fps=0.0 must be above 0"),
-        (dict(image_share=1.5), "image_share=1.5 must lie in 0 to 1"),
     ],
 )
-def test_options_out_of_range_are_refused(folder, options, message):
+def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ClipSampler(DataConfig(path=str(folder), **options), MODEL)
+        sequence_length(DataConfig(path="x", **options), MODEL)
+
+
+# Bad files, and how it all ends
+
+PROGRAM = """
+import contextlib, logging, os, sys, time
+from elastic.config import ElasticTokConfig
+from elastic.data import DataConfig, TrainingData, load_index
+
+
+def main(folder, first, last, wait):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model = ElasticTokConfig(
+        hidden_size=16, intermediate_size=16, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=1,
+        frames_per_block=2, patch_size=(2, 8, 8), min_toks=2, max_toks=16, max_sequence_length=48,
+    )
+    config = DataConfig(path=folder, batch_size=4, workers=2)
+    data = TrainingData(config, model, index=load_index(config, model))
+    with contextlib.closing(data.batches(int(first), int(last))) as batches:
+        for k, batch in enumerate(batches):
+            if k == 0:
+                print("first", flush=True)
+                time.sleep(float(wait))
+    print("bad", len(data.bad_files), "epochs", data.epoch_of(int(last)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+"""
+
+
+class Run:
+    """A program that reads a folder with two workers, in a process group of its own."""
+
+    def __init__(self, tmp_path, folder, first=0, last=10, wait=0.0):
+        script = tmp_path / "program.py"
+        script.write_text(PROGRAM)
+        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        self.errors = open(tmp_path / "errors.txt", "w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, script, folder, str(first), str(last), str(wait)],
+            env=env, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+
+    def wait_for_first(self):
+        assert self.process.stdout.readline() == "first\n", self.log()
+
+    def workers(self):
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                command = (entry / "cmdline").read_bytes()
+                group = int((entry / "stat").read_text().rpartition(")")[2].split()[2])
+                if group == self.process.pid and b"spawn_main" in command:
+                    found.append(int(entry.name))
+        return found
+
+    def end(self):
+        out, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, out
+
+    def log(self):
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def assert_nobody_is_left(self):
+        deadline = time.monotonic() + 20
+        while self.group() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert self.group() == []
+
+    def group(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, 0)
+            return [self.process.pid]
+        return []
+
+
+def shared_memory():
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+def damaged_clip(path):
+    """Measured as whole, as its packets are all there, but its second half cannot be decoded."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 40, 3)).astype(np.uint8)
+    media.write_video(path, list(noise), 24)
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
+
+
+def test_a_hostile_folder_is_trained_on_its_good_files_and_each_bad_one_is_named_once(tmp_path):
+    folder = tmp_path / 'it\'s a "folder"'
+    (folder / ("d" * 250)).mkdir(parents=True)
+    for name in (
+        "a b.mp4",
+        'quote\'s "x".mp4',
+        "ünï☃.mp4",
+        "n" * 240 + ".mp4",
+        "d" * 250 + "/x.mp4",
+    ):
+        write_clip(folder / name, 100, 6)
+    os.rename(folder / "a b.mp4", os.path.join(os.fsencode(folder), b"\xff\xfe.mp4"))
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "photo.mp4").mkdir()
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(folder / "photo.mp4" / "picture.jpg")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a film")
+    (folder / "nothing.mp4").symlink_to("nowhere.mp4")
+    (folder / "round.mp4").symlink_to("round.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    whole = (folder / "ünï☃.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    damaged_clip(folder / "damaged.mp4")
+    bad = "empty text nothing round pipe cut damaged".split()
+
+    before = shared_memory()
+    with Run(tmp_path, folder, last=12) as run:
+        code, out = run.end()
+        assert (code, out.splitlines()[0]) == (0, "first"), run.log()
+        words = out.splitlines()[1].split()
+        assert int(words[1]) == len(bad) and float(words[3]) > 2, out
+        named = {name: run.log().count(f"{name}.mp4'") for name in bad}
+        assert named == dict.fromkeys(bad, 1), run.log()
+        assert len(run.log().splitlines()) == len(bad), run.log()
+        run.assert_nobody_is_left()
+    assert shared_memory() <= before
+
+
+def test_a_damaged_file_gives_its_good_blocks_whatever_was_read_before(tmp_path, caplog):
+    damaged_clip(tmp_path / "damaged.mp4")
+    write_clip(tmp_path / "good.mp4", 100, 6)
+    first, again = open_data(tmp_path), open_data(tmp_path, cache_gigabytes=0.0)
+    numbers = range(2 * first.num_sequences)
+    rows = {n: first.sequence(n) for n in numbers}
+    for n in reversed(numbers):
+        assert_equal(again.sequence(n), rows[n])
+    filled = sum(int(row.filled.sum()) for row in rows.values()) // 2
+    assert 3 < filled < first.blocks_per_epoch
+    for row in rows.values():  # no good block stands behind a missing one of its piece
+        for segment in np.unique(row.segment_ids):
+            mine = row.filled[row.segment_ids == segment]
+            assert (np.diff(mine.astype(int)) <= 0).all()
+    warned = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warned) == 2 and list(first.bad_files) == [str(tmp_path / "damaged.mp4")]
+
+
+def test_workers_end_with_a_parent_that_is_killed(clips, tmp_path):
+    before = shared_memory()
+    with Run(tmp_path, clips, last=10**6, wait=60) as run:
+        run.wait_for_first()
+        assert len(run.workers()) == 2
+        run.process.kill()
+        run.process.wait()
+        run.assert_nobody_is_left()
+    assert shared_memory() <= before
+
+
+def test_a_worker_that_dies_is_an_error_that_says_so(clips, tmp_path):
+    with Run(tmp_path, clips, last=10**6, wait=1) as run:
+        run.wait_for_first()
+        os.kill(run.workers()[0], signal.SIGKILL)
+        code, _ = run.end()
+        assert code == 1
+        assert "RuntimeError: A process that decodes training data died" in run.log()
+        assert "exit code -9" in run.log()
+        run.assert_nobody_is_left()
+
+
+def test_ctrl_c_is_the_parents_and_its_workers_end_silently(clips, tmp_path):
+    with Run(tmp_path, clips, last=10**6, wait=60) as run:
+        run.wait_for_first()
+        os.killpg(run.process.pid, signal.SIGINT)
+        code, _ = run.end()
+        assert code != 0
+        assert run.log().count("Traceback") == 1 and "KeyboardInterrupt" in run.log(), run.log()
+        run.assert_nobody_is_left()

@@ -41,6 +41,7 @@ TABLE = """
     data_index
     data_plan
     data_read
+    data_workers
     data
     lpips_weights
     lpips

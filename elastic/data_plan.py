@@ -1,0 +1,154 @@
+"""Which blocks stand in which training sequence, and in which order the sequences come.
+
+Files are cut into pieces, and pieces are packed into sequences, once, by the seed. An epoch is a
+permutation of the sequences, so every block is seen once in it. The stream of sequences is endless
+and a pure function of the files, the seed and the global batch size: number g is number g % N of
+epoch g // N. How many hosts and processes read it changes nothing.
+
+Neighbours share files, so that a decoded file serves several sequences before it is forgotten:
+chunks of files are permuted, sequences are shuffled within a chunk, and the row of sequences is cut
+into lanes. Successive batches walk along the lanes, each row along its own.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+# A longer file counts as several of this many blocks, so that a chunk has a bounded size.
+_PART_BLOCKS = 256
+# The last sequences of a chunk are seldom full; with so many in it, that is 3 % of it at most.
+_CHUNK_SEQUENCES = 32
+# A small batch is drawn from so many places in the data, and can be decoded by as many processes.
+_LANES = 16
+
+
+class Piece(NamedTuple):
+    """Successive blocks of one file."""
+
+    file: int
+    first_block: int
+    num_blocks: int
+
+
+def num_lanes(batch_size: int) -> int:
+    """A multiple of the batch size, so that a row keeps to its own lanes."""
+    return batch_size * -(-_LANES // batch_size)
+
+
+class Plan:
+    """The sequences of a set of files.
+
+    Attributes:
+      blocks_per_sequence: how many a sequence holds at most.
+      num_sequences: how many there are in an epoch.
+      num_blocks: how many blocks there are in an epoch, padding not counted.
+    """
+
+    def __init__(
+        self,
+        num_blocks: Int[np.ndarray, "files"],
+        *,
+        blocks_per_sequence: int,
+        chunk_size: int,
+        seed: int,
+    ):
+        """Packs files of so many blocks; see `DataConfig` on `chunk_size`."""
+        self.blocks_per_sequence = blocks_per_sequence
+        self.num_blocks = int(num_blocks.sum())
+        self._seed = seed
+        parts = _cut(num_blocks, blocks_per_sequence * max(1, _PART_BLOCKS // blocks_per_sequence))
+        rng = np.random.default_rng((seed, 0))
+        parts = parts[rng.permutation(len(parts))]
+        pieces, ends, chunks = [], [], []
+        for number, chunk in enumerate(_chunks(parts, blocks_per_sequence, chunk_size)):
+            packed = _pack(_pieces(chunk, blocks_per_sequence), blocks_per_sequence)
+            pieces += [piece for sequence in packed for piece in sequence]
+            ends += [len(sequence) for sequence in packed]
+            chunks += [number] * len(packed)
+        self._pieces = np.array(pieces, np.int64).reshape(-1, 3)
+        self._ends = np.concatenate([[0], np.cumsum(ends)]).astype(np.int64)
+        self._chunks = np.array(chunks, np.int64)
+        self.num_sequences = len(self._chunks)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """16 hex digits that name the sequences."""
+        hasher = hashlib.sha256()
+        for array in (self._pieces, self._ends, self._chunks):
+            hasher.update(array.tobytes())
+        return hasher.hexdigest()[:16]
+
+    def pieces(self, sequence: int) -> list[Piece]:
+        """What stands in one of the `num_sequences` sequences, in this order."""
+        start, stop = self._ends[sequence : sequence + 2]
+        return [Piece(*map(int, piece)) for piece in self._pieces[start:stop]]
+
+    def locate(self, number: int, batch_size: int) -> tuple[int, int]:
+        """The epoch and the sequence that number `number` of the endless stream is."""
+        epoch, index = divmod(number, self.num_sequences)
+        lanes = num_lanes(batch_size)
+        step, lane = divmod(index, lanes)
+        length, longer = divmod(self.num_sequences, lanes)  # the first lanes have one more
+        return epoch, int(_order(self, epoch)[lane * length + min(lane, longer) + step])
+
+    def order(self, epoch: int) -> Int[np.ndarray, "sequences"]:
+        """The sequences of an epoch, chunk by chunk: what is cut into lanes."""
+        rng = np.random.default_rng((self._seed, 1, epoch))
+        rank = rng.permutation(self._chunks[-1] + 1)
+        return np.lexsort((rng.random(self.num_sequences), rank[self._chunks]))
+
+
+@functools.lru_cache(maxsize=4)  # a batch may stand on the border of two epochs
+def _order(plan: Plan, epoch: int) -> np.ndarray:
+    return plan.order(epoch)
+
+
+def _cut(num_blocks: np.ndarray, most: int) -> np.ndarray:
+    """Rows of (file, first block, blocks), of at most `most` blocks."""
+    count = -(-num_blocks // most)
+    file = np.repeat(np.arange(len(num_blocks)), count)
+    first = most * (np.arange(len(file)) - np.repeat(np.cumsum(count) - count, count))
+    return np.stack([file, first, np.minimum(most, num_blocks[file] - first)], axis=1)
+
+
+def _chunks(parts: np.ndarray, per_sequence: int, chunk_size: int) -> Iterator[np.ndarray]:
+    """Cuts the row of parts where there are enough files, and enough blocks for dense packing."""
+    enough = _CHUNK_SEQUENCES * per_sequence
+    total = np.concatenate([[0], np.cumsum(parts[:, 2])])
+    start = 0
+    while start < len(parts):
+        stop = max(start + chunk_size, int(np.searchsorted(total, total[start] + enough)))
+        # What is too little for a chunk of its own goes to the last one.
+        rest_is_small = (
+            len(parts) - stop < chunk_size or total[-1] - total[min(stop, len(parts))] < enough
+        )
+        stop = len(parts) if stop >= len(parts) or rest_is_small else stop
+        yield parts[start:stop]
+        start = stop
+
+
+def _pieces(parts: np.ndarray, per_sequence: int) -> np.ndarray:
+    pieces = _cut(parts[:, 2], per_sequence)
+    part = pieces[:, 0]
+    return np.stack([parts[part, 0], parts[part, 1] + pieces[:, 1], pieces[:, 2]], axis=1)
+
+
+def _pack(pieces: np.ndarray, per_sequence: int) -> list[list[tuple[int, int, int]]]:
+    """Best fit, the longest first: each piece goes where it leaves the least space."""
+    sequences: list[list[tuple[int, int, int]]] = []
+    by_space: list[list[int]] = [[] for _ in range(per_sequence + 1)]
+    longest_first = pieces[np.argsort(-pieces[:, 2], kind="stable")]
+    for file, first, count in longest_first.tolist():
+        space = next((s for s in range(count, per_sequence) if by_space[s]), per_sequence)
+        if space == per_sequence:
+            sequences.append([])
+            found = len(sequences) - 1
+        else:
+            found = by_space[space].pop()
+        sequences[found].append((file, first, count))
+        by_space[space - count].append(found)
+    return sequences
