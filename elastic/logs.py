@@ -1,18 +1,47 @@
-"""Metrics out: one JSON object a line in `metrics.jsonl`, and the line that a person reads."""
+"""Metrics out: JSON lines, TensorBoard, Weights & Biases, and the line that a person reads."""
 
+import contextlib
 import json
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+import numpy as np
 
 from elastic.token_file import write_atomically
+from elastic.train_config import LogConfig
 
-SHOWN = ("loss", "psnr", "gradient_norm", "learning_rate", "seconds_per_step")
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+_FIRST = (
+    "loss",
+    "recon_loss",
+    "lpips_loss",
+    "aux_loss",
+    "psnr",
+)  # on the line, where they are there
+
+
+class Writer(Protocol):
+    """Where records and pictures go."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Takes one record; it has a `step`."""
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Takes pictures by name, uint8 [rows, columns, 3]."""
+
+    def close(self) -> None:
+        """Ends it."""
 
 
 class MetricsFile:
-    """Records of a run, appended as they come and flushed one by one.
+    """Records of a run, one JSON object a line, appended as they come and flushed one by one.
 
     Args:
       path: the file; its folder must exist.
@@ -27,25 +56,179 @@ class MetricsFile:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= first_step]
         write_atomically(self.path, "".join(kept).encode())
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        self.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; it has a `step`."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures are no lines of text: they go elsewhere."""
 
-def progress_line(record: Mapping[str, float], total_steps: int) -> str:
-    """A record in one line, with the minutes that are left at this pace."""
-    left = (total_steps - record["step"]) * record["seconds_per_step"] / 60
-    numbers = "  ".join(f"{name} {record[name]:.4g}" for name in SHOWN)
-    return f"step {record['step']:.0f}/{total_steps}  {numbers}  {left:.0f} min left"
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files; steps after `first_step` that an earlier try wrote are hidden."""
+
+    def __init__(self, folder: pathlib.Path, *, first_step: int):
+        from tensorboardX import (
+            SummaryWriter,
+        )  # not by `import elastic.train` for a run that wants none
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One scalar for each number."""
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                self._writer.add_scalar(_tag(name), value, int(record["step"]))
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """One image for each picture."""
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases, resumed by its name.
+
+    Raises:
+      ValueError: wandb is not installed, or refuses.
+    """
+
+    def __init__(self, config: LogConfig, folder: pathlib.Path, settings: Mapping[str, Any]):
+        try:
+            import wandb  # pyright: ignore[reportMissingImports] - an option
+        except ImportError as error:
+            raise ValueError(
+                "--logger.online=True reports to Weights & Biases, which is not installed; "
+                "pip install wandb, or leave it out: metrics.jsonl and TensorBoard have the numbers."
+            ) from error
+        self._wandb = wandb
+        name = config.wandb_name or None
+        where = pathlib.Path(config.wandb_dir or folder)
+        where.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=name,
+                id=name,
+                resume="allow",
+                dir=str(where),
+                config=dict(settings),
+            )
+        except Exception as error:
+            raise ValueError(
+                f"Weights & Biases refuses: {error} Log in with `wandb login`."
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One log entry."""
+        self._run.log(
+            {_tag(name): value for name, value in record.items()}, step=int(record["step"])
+        )
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """One image for each picture."""
+        images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
+        self._run.log(images, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
+
+class Logs(contextlib.ExitStack):
+    """All writers that a run asks for.
+
+    Args:
+      folder: the run's folder.
+      first_step: where it goes on; 0 begins anew.
+      settings: what Weights & Biases notes down as the run's configuration.
+    """
+
+    def __init__(
+        self,
+        config: LogConfig,
+        folder: pathlib.Path,
+        *,
+        first_step: int,
+        settings: Mapping[str, Any],
+    ):
+        super().__init__()
+        self._writers: list[Writer] = [MetricsFile(folder / METRICS_FILE, first_step=first_step)]
+        if config.tensorboard:
+            self._writers.append(TensorBoard(folder / TENSORBOARD, first_step=first_step))
+        if config.wandb:
+            self._writers.append(WandB(config, folder, settings))
+        for writer in self._writers:
+            self.callback(writer.close)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One record to every writer."""
+        for writer in self._writers:
+            writer.write(record)
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures to every writer that takes them."""
+        for writer in self._writers:
+            writer.show(step, pictures)
+
+
+def _tag(name: str) -> str:
+    return name if "/" in name else f"train/{name}"
+
+
+def progress_line(record: Mapping[str, Any], total_steps: int) -> str:
+    """A record in one line: losses, speed, memory, the wait for data, and the time that is left at this pace."""
+    step = int(record["step"])
+    parts = [f"step {step}/{total_steps}"]
+    parts += [f"{name} {record[name]:.4g}" for name in _FIRST if record.get(name) is not None]
+    if record["gradient_norm"] is not None:
+        parts.append(f"grad {record['gradient_norm']:.3g}")
+    parts.append(f"lr {record['learning_rate']:.3g}")
+    if "codebook_usage" in record:
+        parts.append(f"codes {record['codebook_usage']:.1%}")
+    parts.append(f"{record['seconds_per_step']:.3g} s/step")
+    parts.append(f"{_short(record['tokens_per_second']).rstrip()} tokens/s")
+    speed = f"{_short(record['model_flops_per_second'])}FLOP/s"
+    share = record.get("model_flops_utilization")
+    parts.append(speed if share is None else f"{speed} ({share:.0%} of peak)")
+    parts.append(f"{record['memory_gigabytes']:.2f} GB")
+    parts.append(f"data wait {record['data_wait']:.0%}")
+    if record.get("skipped_steps"):
+        parts.append(f"skipped {record['skipped_steps']:.0f}")
+    left = (total_steps - step) * record["seconds_per_step"]
+    return "  ".join([*parts, f"{_duration(left)} left"])
+
+
+def _short(x: float) -> str:
+    """A number and the prefix of its unit: '12.3 k', '4.5 G', '7 '."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(x) < 1000:
+            return f"{x:.3g} {unit}"
+        x /= 1000
+    return f"{x:.3g} P"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _step(line: str) -> float:

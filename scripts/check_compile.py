@@ -89,28 +89,11 @@ def reports(flags: cli.Values, target: targets.Target) -> list[dict[str, Any]]:
     """One record for each program asked for."""
     devices = targets.devices(target)
 
-    from elastic import aot, data, optim
-    from elastic import train as training
-    from elastic.config import load_config, update_config
+    from elastic import aot, train_flags
     from elastic.mesh import make_mesh
 
-    elastic = update_config(
-        load_config(flags["load_elastic_config"]), flags["update_elastic_config"]
-    )
-    vision = flags.under("train_dataset.vision_dataset")
-    optimizer = optim.OptimizerConfig(
-        **flags.under("optimizer.adamw_optimizer"),
-        accumulate_gradient_steps=flags["optimizer.accumulate_gradient_steps"],
-    )
-    same = "mesh_dim dtype seed mask_full_fraction mask_log_uniform"
-    config = training.TrainConfig(
-        data=data.DataConfig(
-            path="not read", batch_size=vision["batch_size"], seq_length=vision["seq_length"]
-        ),
-        optimizer=optimizer,
-        output_dir="not written",
-        **{name: flags[name] for name in same.split()},
-    )
+    elastic = train_flags.model_of(flags)
+    config = train_flags.run_of(flags, elastic, only_compiled=True)
     mesh = make_mesh(config.mesh_dim, devices)
     rows = []
     if flags["program"] != "inference":

@@ -1,31 +1,34 @@
 #!/usr/bin/env bash
-# Trains a tokenizer on a folder of images or videos.
+# Trains a tokenizer on a folder of images and videos.
 #
 #   dataset_path=/path/to/videos bash scripts/run_train.sh
 #   SMOKE=1 bash scripts/run_train.sh      # a few steps of a small model on the example, to try it out
 #
-# Further flags go to scripts/train.py (--help lists them); a flag given twice counts as given last.
-# On several hosts, start it on each, with --jax_distributed.initialize_jax_distributed=True.
+# Start it again and it goes on where it stopped, whatever stopped it. Ctrl-C and SIGTERM save first and leave with
+# exit code 130 and 143. Further flags go to scripts/train.py (--help lists them); a flag given twice counts as given last.
+# On several hosts, start it on each: scripts/run_train_pod.sh does so on a TPU pod slice.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # --- Fill in here, or set in the environment -----------------------------------------------------
-# The folder that holds the images and videos; folders inside it count too.
+# The folder that holds the images and videos; folders inside it count too. A bucket (gs://...) works where the fsspec
+# package for it is installed (pip install gcsfs).
 dataset_path="${dataset_path:-}"
-# Where checkpoints and logs go. Starting again with the same folder goes on where it stopped.
+# Where checkpoints and logs go; several hosts must share it. Starting again with the same folder goes on where it stopped.
 output_dir="${output_dir:-outputs/train}"
 # The model: 200m is the released size; small-fsq and small-vae are the ones in example/.
 preset="${preset:-200m}"
-# What differs from the preset. The perceptual loss is not built yet, so its share is 0. 200m is ElasticTok-FSQ; for
-# ElasticTok-VAE add: bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192
+# What differs from the preset, e.g. "dict(lpips_loss_ratio=0.0)". 200m is ElasticTok-FSQ; for ElasticTok-VAE:
+# dict(bottleneck_type='vae',patch_size=(2,8,8),max_toks=2048,min_toks=128,theta=5000000,max_sequence_length=8192)
 # Where memory is short add: remat_block='nothing_saveable',scan_mlp=True (recomputes instead of keeping).
-update_elastic_config="${update_elastic_config:-dict(lpips_loss_ratio=0.0)}"
-# Sequences in a step, over all devices, and the tokens of one: whole blocks, so a multiple of
+update_elastic_config="${update_elastic_config:-}"
+# Sequences in a step, over all devices of all hosts, and the tokens of one: whole blocks, so a multiple of
 # max_toks; 0 is the model's max_sequence_length. The model also says how large the frames are.
 batch_size="${batch_size:-8}"
 seq_length="${seq_length:-0}"
-# Frames per second that are taken from a video.
+# Frames per second that are taken from a video, and the processes of each host that decode.
 fps="${fps:-24}"
+workers="${workers:-2}"
 # Devices along dp, fsdp, tp, sp; one -1 takes the rest. Long sequences want sp.
 mesh_dim="${mesh_dim:-1,-1,1,1}"
 # How long, and how fast: the rate rises to lr in lr_warmup_steps, then falls to end_lr along a
@@ -36,16 +39,32 @@ end_lr="${end_lr:-$lr}"
 lr_warmup_steps="${lr_warmup_steps:-2000}"
 # fp32 or bf16: what the model computes in. Parameters and moments are fp32 in any case.
 dtype="${dtype:-bf16}"
-# 1: a handful of steps of the smallest preset on the clip in example/, overriding the above.
+# Steps between two lines of the log, two checkpoints (the newest two are kept), and two milestones, which are kept for
+# good and also written as the released files params and streaming_train_state.
+log_freq="${log_freq:-50}"
+save_model_freq="${save_model_freq:-1000}"
+save_milestone_freq="${save_milestone_freq:-20000}"
+# A folder of files that are not trained on: every eval_freq steps their tokens and quality are measured. Empty: never.
+eval_path="${eval_path:-}"
+eval_freq="${eval_freq:-5000}"
+# True: also report to Weights & Biases (pip install wandb; wandb login), as this project.
+online="${online:-False}"
+project_id="${project_id:-elastictok}"
+# Several hosts: True joins them. On a Cloud TPU, under SLURM or in Kubernetes nothing else is needed; elsewhere give the
+# first host's HOST:PORT, the number of hosts, and the number of this one.
+distributed="${distributed:-False}"
+coordinator_address="${coordinator_address:-}"
+num_processes="${num_processes:-1}"
+process_id="${process_id:-0}"
+# 1: a handful of steps of a small preset on the clip in example/, overriding the above.
 SMOKE="${SMOKE:-}"
 # -------------------------------------------------------------------------------------------------
 
-log_freq=50 save_model_freq=1000 autoresume=True
 if [[ -n "$SMOKE" ]]; then
-    dataset_path=example output_dir=outputs/smoke autoresume=False
-    preset=small-fsq update_elastic_config='' mesh_dim='!1,1,-1,1' dtype=fp32
-    batch_size=1 seq_length=1024 total_steps=4 lr_warmup_steps=1
-    log_freq=1 save_model_freq=4
+    dataset_path=example output_dir=outputs/smoke preset=small-fsq update_elastic_config=''
+    mesh_dim='!1,1,-1,1' dtype=fp32 batch_size=1 seq_length=2048 workers=1 total_steps=4 lr_warmup_steps=1
+    log_freq=1 save_model_freq=2 save_milestone_freq=4 eval_path='' online=False distributed=False
+    rm -rf outputs/smoke # a try of an earlier day is of no use
 fi
 if [[ -z "$dataset_path" ]]; then
     echo "run_train.sh: dataset_path is empty; set it to the folder that holds the training files," \
@@ -55,15 +74,30 @@ fi
 
 source scripts/setup_env.sh run
 
+options=()
+if [[ -n "$eval_path" ]]; then
+    options+=(--eval_freq="$eval_freq" --eval_dataset.path="$eval_path")
+fi
+if [[ "$distributed" != False ]]; then
+    options+=(--jax_distributed.initialize_jax_distributed="$distributed")
+    if [[ -n "$coordinator_address" ]]; then
+        options+=(
+            --jax_distributed.coordinator_address="$coordinator_address"
+            --jax_distributed.num_processes="$num_processes"
+            --jax_distributed.process_id="$process_id"
+        )
+    fi
+fi
+
 exec "$PYTHON" -u scripts/train.py \
     --mesh_dim="$mesh_dim" \
     --dtype="$dtype" \
     --total_steps="$total_steps" \
     --log_freq="$log_freq" \
     --save_model_freq="$save_model_freq" \
+    --save_milestone_freq="$save_milestone_freq" \
     --load_elastic_config="$preset" \
     --update_elastic_config="$update_elastic_config" \
-    --autoresume="$autoresume" \
     --optimizer.adamw_optimizer.lr="$lr" \
     --optimizer.adamw_optimizer.end_lr="$end_lr" \
     --optimizer.adamw_optimizer.lr_warmup_steps="$lr_warmup_steps" \
@@ -72,5 +106,9 @@ exec "$PYTHON" -u scripts/train.py \
     --train_dataset.vision_dataset.batch_size="$batch_size" \
     --train_dataset.vision_dataset.seq_length="$seq_length" \
     --train_dataset.vision_dataset.fps="$fps" \
+    --train_dataset.vision_dataset.workers="$workers" \
     --logger.output_dir="$output_dir" \
+    --logger.online="$online" \
+    --logger.project_id="$project_id" \
+    ${options[@]+"${options[@]}"} \
     "$@"

@@ -8,43 +8,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from elastic import cli
 from elastic.cli_flags import TRAIN
 
-STOPPED = 130  # saved before the end, on Ctrl-C or SIGTERM
-
 
 def train(flags: cli.Values) -> int:
-    """Builds the configuration of a run and trains."""
+    """Builds the configuration of a run and trains. A run that a signal stopped exits with 128 + its number."""
     from elastic import mesh
 
+    hosts = mesh.Hosts(**flags.under("jax_distributed"))
     mesh.use_all_cpu_cores()
+    mesh.join_hosts(hosts)
 
-    from elastic import data, optim, runs
     from elastic import train as training
-    from elastic.config import load_config, update_config
+    from elastic import train_flags
 
-    elastic = update_config(
-        load_config(flags["load_elastic_config"]), flags["update_elastic_config"]
-    )
-    vision = flags.under("train_dataset.vision_dataset")
-    runs.check_resolution(vision.pop("resolution"), elastic)
-    vision.pop("chunk_size")
-    optimizer = optim.OptimizerConfig(
-        **flags.under("optimizer.adamw_optimizer"),
-        accumulate_gradient_steps=flags["optimizer.accumulate_gradient_steps"],
-    )
-    same = (
-        "total_steps log_freq save_model_freq mesh_dim dtype seed load_checkpoint autoresume "
-        "init mask_full_fraction mask_log_uniform"
-    )
-    folder = pathlib.Path(flags["logger.output_dir"], flags["logger.experiment_id"])
-    config = training.TrainConfig(
-        data=data.DataConfig(**vision),
-        optimizer=optimizer,
-        output_dir=str(folder),
-        float_dtype=flags["checkpointer.float_dtype"],
-        **{name: flags[name] for name in same.split()},
-    )
-    state = training.train(config, elastic)
-    return STOPPED if int(state.step) < config.total_steps else 0
+    elastic = train_flags.model_of(flags)
+    finished = training.train(train_flags.run_of(flags, elastic), elastic)
+    return 0 if finished.signal is None else 128 + finished.signal
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ TABLE = """
     sharding
     patches
     masks
-    ops.bits ops.dense
+    ops.bits
+    ops.dense
     ops.local
     ops.reference ops.blockwise ops.pallas_tpu ops.pallas_gpu ops.feedforward
     ops.kernels
@@ -46,6 +47,8 @@ TABLE = """
     lpips_weights
     lpips
     losses metrics
+    curves
+    predict
     search
     codec
     token_file
@@ -56,8 +59,9 @@ TABLE = """
     evaluation_records
     evaluation
     evaluation_files
-    optim logs linear_start
+    optim linear_start
     train_config
+    logs
     train_step
     train_state
     train_log
@@ -66,6 +70,7 @@ TABLE = """
     aot
     cli_flags
     cli
+    train_flags
 """
 ROWS = [line.split() for line in TABLE.strip().splitlines()]
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}

@@ -1,32 +1,36 @@
 """The trainer: the loss falls, a run that was stopped goes on bit for bit, and nothing is lost."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import pathlib
+import resource
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_run import MODELS, make_clips, numbers, records, settings
 
-from elastic import checkpoint, cli, media
+from elastic import checkpoint, cli, train_state
 from elastic import train as training
-from elastic.config import ElasticTokConfig, load_config
-from elastic.data import ClipSampler, DataConfig
+from elastic.config import load_config
+from elastic.data import DataPosition
 from elastic.mesh import make_mesh
 from elastic.optim import OptimizerConfig
 from elastic.tokenizer import ElasticTokenizer
-from elastic.train import TrainConfig, train
+from elastic.train import Feed, train
+from elastic.train_config import EvalConfig
+from elastic.train_log import Recorder
 from scripts import train as train_script
+from scripts import trainstate_to_params_only
 
-MODELS = {
-    kind: ElasticTokConfig(
-        hidden_size=32, intermediate_size=32, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=2,
-        frames_per_block=2, patch_size=(2, 8, 8), min_toks=2, max_toks=16, max_sequence_length=32, theta=1e4,
-        bottleneck_type=kind, lpips_loss_ratio=0.0,
-    )
-    for kind in ("fsq", "vae")
-}  # fmt: skip
+WRITTEN = ["checkpoints", "config.json", "data_index.json", "metrics.jsonl", "params", "pretrained", "streaming_train_state"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,54 +56,25 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Two made clips of 32 x 32 pixels: a ramp that moves, and a dot."""
-    folder = tmp_path_factory.mktemp("clips")
-    ramp = np.linspace(0, 255, 40).astype(np.uint8)
-    pan = [np.broadcast_to(np.roll(ramp, k)[:, None], (40, 40, 3)).copy() for k in range(8)]
-    media.write_video(folder / "pan.mp4", pan, 24)
-    dot = np.full((8, 40, 40, 3), 30, np.uint8)
-    for k, frame in enumerate(dot):
-        frame[10:20, 3 * k : 3 * k + 10] = (250, 180, 20)
-    media.write_video(folder / "dot.mp4", list(dot), 24)
-    return folder
+    return make_clips(tmp_path_factory.mktemp("clips"))
 
 
-def settings(clips, folder, **options):
-    fixed = dict(
-        data=DataConfig(path=str(clips), batch_size=2),
-        optimizer=OptimizerConfig(lr=3e-3, end_lr=1e-3, lr_warmup_steps=2, lr_decay_steps=30),
-        output_dir=str(folder),
-        mesh_dim="1,1,-1,1",
-        total_steps=6,
-        log_freq=1,
-        save_model_freq=3,
-    )
-    return TrainConfig(**(fixed | options))
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(folder):
-    """The records without the clock."""
-    return [
-        {name: v for name, v in record.items() if name != "seconds_per_step"}
-        for record in records(folder)
-    ]
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["fsq", "vae"])
 def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, kind):
-    config = settings(clips, tmp_path, total_steps=30, save_model_freq=0, float_dtype="fp32")
-    state = train(config, MODELS[kind])
+    config = settings(clips, tmp_path, total_steps=30, save=dict(freq=0))
+    state = train(config, MODELS[kind]).state
     losses = [record["loss"] for record in records(tmp_path)]
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    written = ["config.json", "metrics.jsonl", "pretrained", "streaming_train_state"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert names(tmp_path) == WRITTEN
+    assert names(tmp_path / "checkpoints") == ["00000030"]
 
-    params = checkpoint.load_params(tmp_path / "pretrained", MODELS[kind])
-    jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
+    for spec in ("pretrained", "params", "streaming_train_state"):
+        params = checkpoint.load_params(tmp_path / spec, MODELS[kind])
+        jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
     tokenizer = ElasticTokenizer.from_pretrained(tmp_path / "pretrained")
     assert tokenizer.config == load_config(str(tmp_path)) == MODELS[kind]
     tokens = tokenizer.encode(clips / "dot.mp4", num_tokens=16)
@@ -119,34 +94,98 @@ def test_a_run_that_starts_linear_begins_where_noise_does_not(clips, tmp_path):
 def straight(clips, tmp_path_factory):
     """Six steps without a stop: the state and the numbers of each step."""
     folder = tmp_path_factory.mktemp("straight")
-    return train(settings(clips, folder), MODELS["vae"]), numbers(folder)
+    return train(settings(clips, folder), MODELS["vae"]).state, numbers(folder)
 
 
 def assert_equal_states(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-def test_a_killed_run_repeats_the_same_losses_to_the_last_bit(
+def test_a_record_says_how_fast_how_full_and_how_long_data_was_waited_for(straight):
+    (record, *_) = straight[1]
+    assert {"loss", "recon_loss", "aux_loss", "psnr", "gradient_norm", "param_norm", "learning_rate", "kept_tokens",
+            "skipped_steps", "epoch", "bad_files", "step"} <= record.keys()  # fmt: skip
+    assert record["learning_rate"] == 0  # the rate that the step used: the warm-up begins at 0
+    assert 2 < record["kept_tokens"] <= 16 and record["skipped_steps"] == 0
+
+
+def test_an_exception_between_two_checkpoints_loses_no_number(
     clips, tmp_path, straight, monkeypatch
 ):
-    original = ClipSampler.batch
+    original = Feed.placed
+    calls = []
 
-    def killed(self, step):
-        if step == 5:  # after the checkpoint of step 3, and after records that will be repeated
+    def killed(self, local):
+        calls.append(1)
+        if (
+            len(calls) == 5
+        ):  # after the checkpoint of step 3, and after records that will be repeated
             raise KeyboardInterrupt
-        return original(self, step)
+        return original(self, local)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ClipSampler, "batch", killed)
+        patch.setattr(Feed, "placed", killed)
         train(settings(clips, tmp_path), MODELS["vae"])
-    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
     assert not (tmp_path / "pretrained").exists()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')  # cut off by the kill
+        file.write('{"step": 5, "lo')  # cut off by the kill
 
-    state = train(settings(clips, tmp_path), MODELS["vae"])
+    state = train(settings(clips, tmp_path), MODELS["vae"]).state
     assert_equal_states(state, straight[0])
     assert numbers(tmp_path) == straight[1]
+
+
+WORKER = """
+import sys
+sys.path[:0] = {paths!r}
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_compilation_cache_dir", {programs!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import pathlib
+from tiny_run import MODELS, settings
+from elastic.train import train
+train(settings(pathlib.Path({clips!r}), pathlib.Path({folder!r}), total_steps=60, save=dict(freq=1), data=dict(workers=1)), MODELS["vae"])
+"""
+
+
+def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
+    """SIGKILL, with a checkpoint every step: saving is under way at most of these moments."""
+    here = pathlib.Path(__file__).parent
+    source = dict(
+        paths=[str(here), str(here.parent)], programs=str(tmp_path / "programs"), clips=str(clips)
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    @contextlib.contextmanager
+    def started(folder):
+        code = WORKER.format(**source, folder=str(folder))
+        with open(tmp_path / "said", "wb") as said:
+            process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=said)
+            yield process
+            process.wait(timeout=300)
+
+    def finish(folder):
+        with started(folder) as process:
+            pass
+        assert process.returncode == 0, (tmp_path / "said").read_text()[-3000:]
+
+    finish(tmp_path / "whole")
+    log = tmp_path / "killed" / "metrics.jsonl"
+    for at_step in (1, 20):
+        with started(tmp_path / "killed") as process:
+            until = time.time() + 200
+            while time.time() < until and process.poll() is None:
+                if log.exists() and len(log.read_bytes().splitlines()) > at_step:
+                    break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    finish(tmp_path / "killed")
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    for file in ("params", "streaming_train_state", "pretrained/model.safetensors"):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -154,7 +193,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     clips, tmp_path, straight, monkeypatch, number
 ):
     before = signal.getsignal(number)
-    record = training._Recorder.__call__
+    record = Recorder.__call__
 
     def signalled(self, step, terms):
         if step == 2:
@@ -162,28 +201,72 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
         return record(self, step, terms)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Recorder, "__call__", signalled)
-        state = train(settings(clips, tmp_path, save_model_freq=0), MODELS["vae"])
-    assert int(state.step) == 3 and signal.getsignal(number) == before
+        patch.setattr(Recorder, "__call__", signalled)
+        finished = train(settings(clips, tmp_path, save=dict(freq=0)), MODELS["vae"])
+    assert int(finished.state.step) == 2 and finished.signal == number
+    assert signal.getsignal(number) == before
     assert not (tmp_path / "pretrained").exists()
-    assert_equal_states(train(settings(clips, tmp_path), MODELS["vae"]), straight[0])
+    assert_equal_states(train(settings(clips, tmp_path), MODELS["vae"]).state, straight[0])
     assert numbers(tmp_path) == straight[1]
 
 
 def test_a_run_that_is_done_changes_nothing_when_started_again(clips, tmp_path, straight):
     train(settings(clips, tmp_path), MODELS["vae"])
-    state = (tmp_path / "streaming_train_state").read_bytes()
-    assert_equal_states(train(settings(clips, tmp_path), MODELS["vae"]), straight[0])
-    assert (tmp_path / "streaming_train_state").read_bytes() == state
+    before = (tmp_path / "streaming_train_state").read_bytes()
+    assert_equal_states(train(settings(clips, tmp_path), MODELS["vae"]).state, straight[0])
+    assert (tmp_path / "streaming_train_state").read_bytes() == before
     assert numbers(tmp_path) == straight[1]
+    with pytest.raises(ValueError, match="holds a run up to step 6"):
+        train(settings(clips, tmp_path, autoresume=False), MODELS["vae"])
+
+
+def test_milestones_stay_in_both_formats_and_other_checkpoints_go(clips, tmp_path, straight):
+    save = dict(freq=1, milestone_freq=2, keep=1)
+    train(settings(clips, tmp_path, save=save, total_steps=5), MODELS["vae"])
+    assert names(tmp_path / "checkpoints") == ["00000002", "00000004", "00000005"]
+    assert names(tmp_path / "milestones") == ["00000002", "00000004"]
+    milestone = tmp_path / "milestones" / "00000004"
+    state = checkpoint.load_train_state(milestone, MODELS["vae"])
+    assert int(state["step"]) == 4
+    position = DataPosition.load(milestone / "data_position.json")
+    assert position.batches == 4
+
+    # A whole state, with its moments and its place in the data, goes on as the run itself did.
+    config = settings(
+        clips, tmp_path / "on", load_checkpoint=f"trainstate::{milestone}/streaming_train_state",
+        load_dataset_state=str(milestone / "data_position.json"),
+    )  # fmt: skip
+    on = train(config, MODELS["vae"]).state
+    assert_equal_states(on.params, straight[0].params)
+    assert numbers(tmp_path / "on") == straight[1][4:]
+
+
+def test_the_script_takes_parameters_out_of_states_and_checkpoints(clips, tmp_path, capsys):
+    train(settings(clips, tmp_path, total_steps=2), MODELS["vae"])
+    script = trainstate_to_params_only
+    bf16 = jax.tree.map(
+        lambda x: x.astype("bfloat16"), checkpoint.load_params(tmp_path / "params", MODELS["vae"])
+    )
+    for number, source in enumerate(
+        (f"trainstate::{tmp_path}/streaming_train_state", f"{tmp_path}/checkpoints/00000002")
+    ):
+        path = tmp_path / f"out{number}" / "params"
+        command = [f"--load_checkpoint={source}", f"--output_path={path}"]
+        assert cli.run(script.CONVERT, script.convert, command) == 0
+        found = checkpoint.load_params(f"params::{path}", checkpoint.load_config(path))
+        jax.tree.map(np.testing.assert_array_equal, found, bf16)
+    cut = tmp_path / "cut"
+    cut.write_bytes((tmp_path / "streaming_train_state").read_bytes()[:-2000])
+    command = [f"--load_checkpoint=trainstate::{cut}", f"--output_path={tmp_path}/never"]
+    assert cli.run(script.CONVERT, script.convert, command) == 1
+    assert not (tmp_path / "never").exists() and "cut" in capsys.readouterr().err
 
 
 def test_parameters_alone_start_a_new_run(clips, tmp_path, straight):
     train(settings(clips, tmp_path / "a"), MODELS["vae"])
     spec = f"trainstate_params::{tmp_path}/a/streaming_train_state"
-    state = train(
-        settings(clips, tmp_path / "b", load_checkpoint=spec, total_steps=1), MODELS["vae"]
-    )
+    config = settings(clips, tmp_path / "b", load_checkpoint=spec, total_steps=1)
+    state = train(config, MODELS["vae"]).state
     assert int(state.step) == 1
     # Step 0 has the learning rate 0: the parameters are still those that were loaded.
     assert_equal_states(state.params, straight[0].params)
@@ -191,44 +274,88 @@ def test_parameters_alone_start_a_new_run(clips, tmp_path, straight):
 
 def test_the_folder_of_another_model_is_left_alone(clips, tmp_path):
     train(settings(clips, tmp_path, total_steps=1), MODELS["vae"])
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds the run of another model"):
         train(settings(clips, tmp_path, total_steps=2), MODELS["fsq"])
+    with pytest.raises(ValueError, match=r"ema_decay \(was False, is True\)"):
+        train(settings(clips, tmp_path, total_steps=2, ema_decay=0.9), MODELS["vae"])
     assert {path: path.read_bytes() for path in before} == before
-    other = MODELS["vae"].replace(theta=5e6)
-    train(settings(clips, tmp_path, total_steps=1, autoresume=False), other)
-    assert len(records(tmp_path)) == 1
 
 
-def test_a_failed_save_stops_the_run(clips, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # orbax's threads
+def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path):
+    """A limit on the size of files stands for a full disk: writing fails in the middle of a checkpoint."""
+    train(settings(clips, tmp_path, total_steps=3), MODELS["vae"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"step 6 was not saved|not saved in"):
+            train(settings(clips, tmp_path), MODELS["vae"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    found = train_state.Checkpoints(tmp_path, settings(clips, tmp_path).save)
+    assert found.newest() == 3
+    found.close()
+    train(settings(clips, tmp_path), MODELS["vae"])
 
-    monkeypatch.setattr(checkpoint, "save_train_state", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(settings(clips, tmp_path), MODELS["vae"])
-    assert not (tmp_path / "streaming_train_state").exists()
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(clips, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        train(settings(clips, tmp_path / "file" / "run"), MODELS["vae"])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(clips, tmp_path):
-    optimizer = OptimizerConfig(
-        init_lr=1e30, lr=1e30, end_lr=0.0, lr_warmup_steps=0, lr_decay_steps=9
-    )
-    with pytest.raises(ValueError, match="The loss is nan"):
-        train(settings(clips, tmp_path, optimizer=optimizer), MODELS["vae"])
+def test_a_step_without_a_finite_loss_changes_nothing_and_many_stop_the_run(clips, tmp_path):
+    optimizer = OptimizerConfig(init_lr=1e30, lr=1e30, end_lr=0.0, lr_warmup_steps=0, lr_decay_steps=99)  # fmt: skip
+    config = settings(clips, tmp_path, optimizer=optimizer, max_skipped_steps=3, total_steps=40)
+    with pytest.raises(ValueError, match="has not been finite for 3 steps in a row"):
+        train(config, MODELS["vae"])
+    skipped = [record["skipped_steps"] for record in records(tmp_path)]
+    norms = [record["param_norm"] for record in records(tmp_path)]
+    assert skipped[0] == 0 and skipped[-1] == 2 and norms[-1] == norms[-2]
 
 
-def test_what_is_not_built_is_refused(clips, tmp_path):
-    with pytest.raises(ValueError, match=r"lpips_loss_ratio=0\.1"):
-        train(settings(clips, tmp_path / "a"), MODELS["vae"].replace(lpips_loss_ratio=0.1))
+def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
+    state = train(settings(clips, tmp_path, ema_decay=0.5, total_steps=3), MODELS["vae"]).state
+    params = checkpoint.load_params(tmp_path / "pretrained", MODELS["vae"])
+    assert_equal_states(params, state.ema)
+    again = train(settings(clips, tmp_path, ema_decay=0.5), MODELS["vae"]).state
+    whole = train(settings(clips, tmp_path / "whole", ema_decay=0.5), MODELS["vae"]).state
+    assert_equal_states(again, whole)
+    differs = jax.tree.map(lambda a, b: bool((a != b).any()), state.ema, state.params)
+    assert any(jax.tree.leaves(differs))
+
+
+def test_evaluations_log_numbers_and_pictures(clips, tmp_path):
+    evaluation = EvalConfig(freq=2, path=str(clips), thresholds=(0.5,), num_tokens=(4, 16))
+    log = dict(tensorboard=True)
+    train(settings(clips, tmp_path, evaluation=evaluation, log=log, total_steps=2), MODELS["fsq"])
+    *_, found = records(tmp_path)
+    assert found["step"] == 2 and found["eval/mean_tokens@0.5"] >= 2 and found["eval/psnr@16"] > 0
+    assert [path.suffix for path in (tmp_path / "eval" / "00000002").iterdir()] == [".png"]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    with pytest.raises(ValueError, match=r"eval_freq=2 needs --eval_dataset\.path"):
+        EvalConfig(freq=2)
+
+
+def test_options_out_of_range_are_refused(clips, tmp_path):
     for option in (
         dict(total_steps=0),
-        dict(log_freq=0),
+        dict(log=dict(freq=0)),
+        dict(save=dict(keep=0)),
         dict(mask_full_fraction=2.0),
         dict(init="zeros"),
         dict(dtype="int8"),
+        dict(ema_decay=1.0),
+        dict(log=dict(profile_steps=(3, 2))),
     ):
-        with pytest.raises(ValueError, match=next(iter(option))):
+        inner = next(iter(option.values()))
+        name = next(iter(inner)) if isinstance(inner, dict) else next(iter(option))
+        with pytest.raises(ValueError, match=name):
             settings(clips, tmp_path / "a", **option)
     assert not (tmp_path / "a").exists()
 
@@ -247,24 +374,37 @@ def test_the_script_trains_with_the_released_flags_on_all_devices(
     sizes |= dict(max_sequence_length=32, lpips_loss_ratio=0.0)
     command = [
         "--mesh_dim=!1,1,-1,1", "--dtype=fp32", "--total_steps=2", "--log_freq=1", "--save_model_freq=2",
+        "--save_milestone_freq=2", "--eval_thresholds=[0.1,0.05]", "--profile_steps=2,2",
         "--load_elastic_config=debug", f"--update_elastic_config={sizes}", "--optimizer.type=adamw",
         "--optimizer.accumulate_gradient_steps=1", "--optimizer.adamw_optimizer.lr=1e-3",
         "--optimizer.adamw_optimizer.lr_warmup_steps=1", "--train_dataset.type=vision",
         f"--train_dataset.vision_dataset.path={clips}", "--train_dataset.vision_dataset.ext=mp4",
         "--train_dataset.vision_dataset.resolution=32", "--train_dataset.vision_dataset.chunk_size=8",
-        "--checkpointer.save_optimizer_state=True", "--logger.online=False", f"--logger.output_dir={tmp_path}",
+        "--train_dataset.vision_dataset.workers=1",
+        "--checkpointer.save_optimizer_state=False", "--logger.online=False", f"--logger.output_dir={tmp_path}",
         "--logger.experiment_id=one", "--jax_distributed.initialize_jax_distributed=False",
     ]  # fmt: skip
     assert cli.run(train_script.TRAIN, train_script.train, command) == 0
     assert [record["step"] for record in records(tmp_path / "one")] == [1, 2]
     assert (tmp_path / "one" / "pretrained" / "model.safetensors").exists()
+    assert (tmp_path / "one" / "profile").is_dir()
+    assert names(tmp_path / "one" / "milestones" / "00000002") == [
+        "config.json",
+        "data_position.json",
+        "params",
+    ]
     assert "step 2/2" in capsys.readouterr().err
-    assert (
-        cli.run(
-            train_script.TRAIN,
-            train_script.train,
-            [*command, "--train_dataset.vision_dataset.resolution=64"],
-        )
-        == 1
-    )
-    assert "resolution=64, but the frames of this model have 32 rows" in capsys.readouterr().err
+    wrong = "--train_dataset.vision_dataset.resolution=64"
+    assert cli.run(train_script.TRAIN, train_script.train, [*command, wrong]) == 1
+    assert "resolution=64" in capsys.readouterr().err
+
+
+def test_a_run_is_described_in_its_checkpoint(clips, tmp_path):
+    config = settings(clips, tmp_path, total_steps=1)
+    train(config, MODELS["vae"])
+    found = train_state.Checkpoints(tmp_path, config.save)
+    notes = found.notes(1)
+    found.close()
+    assert notes["model"] == MODELS["vae"].to_json_dict()
+    assert notes["training"] == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert notes["position"]["batches"] == 1

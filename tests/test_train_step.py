@@ -16,7 +16,8 @@ from elastic.mesh import make_mesh
 from elastic.model import ElasticTok
 from elastic.optim import OptimizerConfig, learning_rate, make_optimizer
 from elastic.sharding import param_shardings
-from elastic.train import new_state, restore_state, state_tree, train_step
+from elastic.train_state import restore_state, state_tree
+from elastic.train_step import new_state, train_step
 
 OPTIMIZERS = ("run_train", "fast")
 TOLERANCE = 1e-5

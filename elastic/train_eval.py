@@ -1,0 +1,71 @@
+"""Evaluation in the course of a run: tokens under thresholds, quality at counts, and pictures, on held-out files."""
+
+import logging
+import pathlib
+
+import jax
+
+from elastic import evaluation, media
+from elastic.config import ElasticTokConfig
+from elastic.logs import Logs
+from elastic.mesh import is_first_host, make_mesh, wait_for_hosts
+from elastic.tokenizer import ElasticTokenizer
+from elastic.train_config import TrainConfig
+from elastic.train_state import to_host
+from elastic.train_step import TrainState
+
+log = logging.getLogger(__name__)
+
+FOLDER = "eval"
+
+
+class Evaluator:
+    """Evaluates the parameters of a run. The first host does it on its own devices, the others wait.
+
+    Raises:
+      ValueError: there is no file to evaluate on, or the options do not fit the model.
+    """
+
+    def __init__(self, config: TrainConfig, elastic: ElasticTokConfig):
+        self._dtype, self._elastic = config.dtype, elastic
+        self._folder = pathlib.Path(config.output_dir) / FOLDER
+        wanted = config.evaluation
+        found = media.find_media(wanted.path)
+        if not found:
+            raise ValueError(f"There is no image or video in {wanted.path!r} to evaluate on.")
+        self._files = found[: wanted.max_files]
+        self._config = evaluation.EvaluationConfig(
+            thresholds=wanted.thresholds,
+            num_tokens=wanted.num_tokens,
+            max_frames=wanted.max_frames,
+            fps=config.data.fps,
+        )
+        self._config.counts(elastic)  # refused now rather than after the first thousand steps
+        self._tokenizer: ElasticTokenizer | None = None
+
+    def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:
+        """Measures, and gives numbers and pictures to the logs. All hosts take part."""
+        params = to_host(state.best_params())
+        if is_first_host() and logs is not None:
+            if self._tokenizer is None:
+                self._tokenizer = ElasticTokenizer(
+                    self._elastic,
+                    params,
+                    dtype=self._dtype,
+                    mesh=make_mesh("!1,1,-1,1", jax.local_devices()),
+                    model_id=f"step {step}",
+                )
+            tokenizer = self._tokenizer.with_params(params, model_id=f"step {step}")
+            found = evaluation.evaluate(tokenizer, self._files, self._config, progress=False)
+            scalars, pictures = found.scalars(), found.pictures()
+            logs.write({"step": step} | scalars)
+            logs.show(step, pictures)
+            for name, picture in pictures.items():
+                place = self._folder / f"{step:08d}" / f"{name.replace('/', '_')}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                media.write_image(place, picture)
+            numbers = "  ".join(
+                f"{name.removeprefix('eval/')} {value:.4g}" for name, value in scalars.items()
+            )
+            log.info("step %d  evaluation of %d files: %s", step, len(self._files), numbers)
+        wait_for_hosts(f"evaluated {step}")

@@ -1,0 +1,365 @@
+"""Where a run begins or goes on, and what it leaves behind: checkpoints, and files in the released format.
+
+A checkpoint is whole or it is not there: orbax writes it beside its place, in the background, and renames
+it when every host is done. It holds the state to the last bit, the position in the data and the
+configuration, each host writes its own part, and another mesh or number of hosts may read it.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import serialization
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
+
+from elastic import checkpoint
+from elastic.config import ElasticTokConfig, load_config
+from elastic.linear_start import linear_start
+from elastic.model import init_params
+from elastic.sharding import param_shardings
+from elastic.tensor_file import atomic_file
+from elastic.train_config import SaveConfig, TrainConfig
+from elastic.train_step import TrainState, new_state
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"  # the folders of a run's folder, and their files
+MILESTONES = "milestones"
+PRETRAINED = "pretrained"  # at the end: config.json and model.safetensors, for inference
+CONFIG_FILE = "config.json"
+STATE_FILE = "streaming_train_state"
+PARAMS_FILE = "params"
+_STATE, _NOTES = "state", "notes"  # the two items of a checkpoint
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+      folder: the run's folder.
+      save: which are written and kept, and where.
+    """
+
+    def __init__(self, folder: pathlib.Path, save: SaveConfig):
+        self.path = (
+            epath.Path(save.path) if save.path else epath.Path(folder.absolute()) / CHECKPOINTS
+        )
+        policies: list[Any] = [checkpoint_managers.LatestN(save.keep)]
+        if save.milestone_freq:
+            policies.append(checkpoint_managers.EveryNSteps(save.milestone_freq))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # the loop decides
+            cleanup_tmp_directories=True,
+            step_format_fixed_length=8,
+        )
+        with _explained(f"{self.path} cannot be used for checkpoints"):
+            self._manager = ocp.CheckpointManager(
+                self.path, options=options, item_names=(_STATE, _NOTES)
+            )
+
+    def newest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, notes: dict[str, Any]) -> None:
+        """Begins to write a checkpoint; the state may be donated as soon as this returns.
+
+        Raises:
+          OSError: this one, or an earlier one in the background, cannot be written.
+        """
+        with _explained(f"The checkpoint of step {step} was not saved in {self.path}"):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardSave(_tree(state)),
+                        _NOTES: ocp.args.JsonSave(notes),
+                    }
+                ),
+                force=True,
+            )
+
+    def notes(self, step: int) -> dict[str, Any]:
+        """What was written down beside the state of a step."""
+        with _explained(f"The checkpoint of step {step} in {self.path} cannot be read"):
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
+            )
+        return found[_NOTES]
+
+    def restore(self, step: int, like: TrainState, shardings: TrainState) -> TrainState:
+        """The state of a step, laid out as `shardings` say, whatever the mesh it was saved on.
+
+        Raises:
+          OSError: it cannot be read.
+          ValueError: it is not of this model, optimizer and options.
+        """
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            like,
+            shardings,
+        )
+        with _explained(f"The checkpoint of step {step} in {self.path} cannot be read"):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(_tree(target))})
+            )
+        values = {
+            name: None
+            if part is None
+            else serialization.from_state_dict(part, restored[_STATE][name])
+            for name, part in like._asdict().items()
+        }
+        return TrainState(**values)
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+          OSError: it could not be.
+        """
+        with _explained(f"A checkpoint was not saved in {self.path}"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and lets go."""
+        with _explained(f"A checkpoint was not saved in {self.path}"):
+            self._manager.close()
+
+
+def is_checkpoint(folder: str) -> bool:
+    """Whether this is the folder of one checkpoint of a run."""
+    return all((epath.Path(folder) / item).is_dir() for item in (_STATE, _NOTES))
+
+
+def load_checkpoint_params(folder: str) -> tuple[ElasticTokConfig, dict[str, Any]]:
+    """The model and its parameters, their running mean where there is one, of one checkpoint of a run, as NumPy arrays.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    path = epath.Path(folder).absolute()
+    with _explained(f"The checkpoint {path} cannot be read"):
+        notes = ocp.JsonCheckpointHandler().restore(path / _NOTES)
+        reader = ocp.PyTreeCheckpointHandler()
+        saved = reader.metadata(path / _STATE).tree
+        wanted = "ema" if "ema" in saved else "params"
+        shapes = {wanted: saved[wanted]}
+        # As NumPy's: the devices that it was saved from need not be here.
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = ocp.args.PyTreeRestore(item=shapes, restore_args=how, partial_restore=True)
+        params = reader.restore(path / _STATE, args=args)[wanted]
+    return ElasticTokConfig.from_json_dict(notes["model"]), params
+
+
+def _tree(state: TrainState) -> dict[str, Any]:
+    """Nested dicts: names in a checkpoint do not depend on the classes of a library."""
+    return {
+        name: serialization.to_state_dict(value)
+        for name, value in state._asdict().items()
+        if value is not None
+    }
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Errors of orbax and of what lies under it, as one that says what was not done and why."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        raise (OSError if _is_about_files(error) else ValueError)(
+            f"{what}: {said[:600]}"
+        ) from error
+
+
+def _is_about_files(error: BaseException) -> bool:
+    # tensorstore's errors are ValueErrors; those of files hold the number of the system's error.
+    return isinstance(error, OSError) or "os_error_code" in str(error)
+
+
+# The released format
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of arrays as NumPy's, on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def state_tree(state: TrainState) -> dict[str, Any]:
+    """The state as nested dicts of NumPy arrays, named as in a released `streaming_train_state`."""
+    return {
+        "step": np.asarray(to_host(state.step)),
+        "params": {"params": to_host(state.params)},
+        "opt_state": serialization.to_state_dict(to_host(state.opt_state)),
+    }
+
+
+def restore_state(tree: dict[str, Any], like: TrainState, shardings: TrainState) -> TrainState:
+    """The inverse of `state_tree`: `like` gives structure and types, `shardings` where arrays lie.
+
+    Raises:
+      ValueError: the tree is not of this model and optimizer.
+    """
+    target = {"step": like.step, "params": {"params": like.params}, "opt_state": like.opt_state}
+    found = checkpoint.restore_into(target, tree)
+    params = found["params"]["params"]
+    none: Any = np.zeros((), np.int32)
+    ema = None if like.ema is None else params
+    restored = TrainState(found["step"], params, found["opt_state"], ema, none, none)
+    return jax.tree.map(_put, restored, like, shardings)
+
+
+def _put(x: Any, leaf: Any, place: Any) -> Any:
+    x = np.asarray(x, leaf.dtype)
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+def export(
+    folder: pathlib.Path, config: TrainConfig, elastic: ElasticTokConfig, state: TrainState
+) -> None:
+    """Writes `params`, config.json and, if wanted, `streaming_train_state`: the released files.
+
+    All hosts take part, the first one writes.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    params = to_host(state.best_params())
+    tree = state_tree(state) if config.save.optimizer_state else None
+    if jax.process_index() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=config.save.float_dtype)
+    if tree is not None:
+        checkpoint.save_train_state(folder / STATE_FILE, tree)
+    write_config(folder, elastic)
+
+
+def export_pretrained(
+    folder: pathlib.Path, config: TrainConfig, elastic: ElasticTokConfig, state: TrainState
+) -> None:
+    """Writes what inference reads: config.json and model.safetensors. All hosts take part."""
+    params = to_host(state.best_params())
+    if jax.process_index() == 0:
+        checkpoint.save_pretrained(folder, elastic, params, float_dtype=config.save.float_dtype)
+
+
+def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
+    """Writes config.json."""
+    with atomic_file(folder / CONFIG_FILE) as file:
+        file.write((json.dumps(elastic.to_json_dict(), indent=2) + "\n").encode())
+
+
+# Where a run begins
+
+
+# Options that decide what a state consists of.
+_OF_STATE = ("ema_decay", "accumulate_gradient_steps", "bf16_momentum")
+
+
+def check_resumable(config: TrainConfig, notes: dict[str, Any]) -> None:
+    """Refuses to go on with options under which the saved state would have other parts.
+
+    Args:
+      notes: of the checkpoint.
+
+    Raises:
+      ValueError: such an option has changed.
+    """
+
+    def parts(training: dict[str, Any]) -> list[Any]:
+        values = training["optimizer"] | {"ema_decay": training["ema_decay"] > 0}
+        return [values[name] for name in _OF_STATE]
+
+    now, then = parts(dataclasses.asdict(config)), parts(notes["training"])
+    changed = [
+        f"{name} (was {old}, is {new})"
+        for name, old, new in zip(_OF_STATE, then, now, strict=True)
+        if old != new
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.output_dir} was trained with other {', '.join(changed)}, and its moments do not fit; go on with "
+            "the old values, or start a new run from its parameters with --load_checkpoint."
+        )
+
+
+def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
+    """Refuses the folder of another model's run.
+
+    Raises:
+      ValueError: the folder's config.json is another model's.
+    """
+    folder = pathlib.Path(config.output_dir)
+    if not (folder / CONFIG_FILE).exists():
+        return
+    found = load_config(str(folder)).config_hash()
+    if found != elastic.config_hash():
+        raise ValueError(
+            f"{folder} holds the run of another model (config {found}, this one is "
+            f"{elastic.config_hash()}); choose another output_dir."
+        )
+
+
+def first_state(
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    sample_patches: Callable[[int], np.ndarray],
+) -> TrainState:
+    """The state of a new run: new moments around loaded or fresh parameters, or a released state."""
+    like, shardings = state_layout(config, elastic, optimizer, mesh)
+    if config.load_checkpoint.startswith("trainstate::"):
+        return restore_state(
+            checkpoint.load_train_state(config.load_checkpoint, elastic), like, shardings
+        )
+
+    def state_of(params: dict[str, Any]) -> TrainState:
+        return new_state(params, optimizer, ema=config.ema_decay > 0)
+
+    def fresh() -> dict[str, Any]:
+        return init_params(elastic, jax.random.key(config.seed))
+
+    if config.load_checkpoint:
+        loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
+    elif config.init == "linear":
+        # On all hosts alike: NumPy and the seed alone decide.
+        loaded = linear_start(fresh(), elastic, sample_patches(_START_PATCHES))
+    else:
+        return jax.jit(lambda: state_of(fresh()), out_shardings=shardings)()
+    placed = jax.tree.map(_put, loaded, like.params, shardings.params)
+    return jax.jit(state_of, out_shardings=shardings)(placed)
+
+
+_START_PATCHES = 40_000  # what a linear start is computed from
+
+
+def state_layout(
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of the state."""
+
+    def fresh() -> TrainState:
+        params = init_params(elastic, jax.random.key(config.seed))
+        return new_state(params, optimizer, ema=config.ema_decay > 0)
+
+    like = jax.eval_shape(fresh)
+    return like, param_shardings(mesh, like)

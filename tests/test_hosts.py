@@ -1,0 +1,128 @@
+"""Two processes with four devices each train as one process with eight, and each reads the other's checkpoints."""
+
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import MODELS, make_clips, numbers, settings
+
+from elastic import checkpoint
+from elastic.mesh import Hosts, local_rows, make_mesh
+from elastic.train import train
+
+MESHES = ("2,4,1,1", "1,2,2,2", "1,1,2,4")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+def options(clips, folder, mesh_dim, **changes):
+    common = dict(mesh_dim=mesh_dim, data=dict(batch_size=8), save=dict(freq=2, milestone_freq=4))
+    return settings(clips, folder, **(common | dict(total_steps=4) | changes))
+
+
+@pytest.fixture(scope="module")
+def joined(clips, tmp_path_factory):
+    """The folders of runs on two processes, one for each mesh."""
+    folder = tmp_path_factory.mktemp("joined")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    tests = pathlib.Path(__file__).parent
+    command = [sys.executable, tests / "host_worker.py"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tests.parent)}
+    running = [
+        subprocess.Popen(
+            [*command, str(process), str(port), clips, folder, *MESHES],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(said)[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("mesh_dim", MESHES)
+def test_two_processes_have_the_losses_and_parameters_of_one(clips, tmp_path, joined, mesh_dim):
+    alone = train(options(clips, tmp_path, mesh_dim), MODELS["vae"]).state
+    ours, theirs = numbers(tmp_path), numbers(joined / mesh_dim)
+    assert [record["step"] for record in theirs] == [1, 2, 3, 4]
+    for one, two in zip(ours, theirs, strict=True):
+        for name in ("loss", "recon_loss", "gradient_norm", "kept_tokens", "epoch"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    written = checkpoint.load_params(joined / mesh_dim / "pretrained", MODELS["vae"])
+    for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(alone.params), strict=True):
+        assert np.abs(a - np.asarray(b)).max() < 1e-4
+    milestone = joined / mesh_dim / "milestones" / "00000004"
+    assert sorted(path.name for path in milestone.iterdir()) == [
+        "config.json",
+        "data_position.json",
+        "params",
+        "streaming_train_state",
+    ]
+
+
+def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined):
+    shutil.copytree(joined / MESHES[0], tmp_path / "run")
+    state = train(options(clips, tmp_path / "run", MESHES[2], total_steps=6), MODELS["vae"]).state
+    whole = train(options(clips, tmp_path / "whole", MESHES[1], total_steps=6), MODELS["vae"]).state
+    assert int(state.step) == 6
+    one, two = numbers(tmp_path / "run"), numbers(tmp_path / "whole")
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("mesh_dim", "rows"), [("2,4,1,1", {1}), ("1,2,2,2", {4}), ("1,1,2,4", {8}), ("8,1,1,1", {1})]
+)
+def test_a_device_holds_its_rows_and_all_devices_hold_all(mesh_dim, rows):
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    sharding = NamedSharding(make_mesh(mesh_dim), P(("dp", "fsdp"), "sp"))
+    held = [
+        range(*index[0].indices(8))
+        for index in sharding.addressable_devices_indices_map((8, 4)).values()
+    ]
+    assert {len(part) for part in held} == rows
+    assert local_rows(sharding, (8, 4)) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(num_processes=2), "initialize_jax_distributed=True"),
+        (dict(initialize_jax_distributed=True, num_processes=2), "coordinator_address=HOST:PORT"),
+        (
+            dict(
+                initialize_jax_distributed=True,
+                coordinator_address="localhost:1",
+                num_processes=2,
+                process_id=2,
+            ),
+            "process_id=2 must lie in 0 to 1",
+        ),
+        (dict(initialize_jax_distributed=True, local_device_ids="a"), "local_device_ids='a'"),
+    ],
+)
+def test_hosts_that_cannot_find_each_other_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Hosts(**given)
