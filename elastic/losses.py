@@ -39,7 +39,13 @@ def training_loss(
     Raises:
       ValueError: the config asks for LPIPS, and weights or key are missing.
     """
-    config = model.config
+    config, ratio = model.config, model.config.lpips_loss_ratio
+    if ratio and (perceptual is None or frame_key is None):
+        missing = "perceptual=None" if perceptual is None else "frame_key=None"
+        raise ValueError(
+            f"lpips_loss_ratio={ratio} needs the weights of LPIPS and a key, but {missing}; give "
+            "perceptual=load_lpips_weights() and frame_key, or set lpips_loss_ratio=0."
+        )
     output: Any = model.apply({"params": params}, batch, key=key)
     reconstruction, encoded = output
     squares = jnp.square(reconstruction - batch.patches)
@@ -51,17 +57,11 @@ def training_loss(
         kept = kept & counted
     loss = recon_loss + encoded.aux_loss
     terms = {"recon_loss": recon_loss, "aux_loss": encoded.aux_loss}
-    if config.lpips_loss_ratio:
-        if perceptual is None or frame_key is None:
-            missing = "perceptual=None" if perceptual is None else "frame_key=None"
-            raise ValueError(
-                f"lpips_loss_ratio={config.lpips_loss_ratio} needs the weights of LPIPS and a key, but {missing}; give "
-                "perceptual=load_lpips_weights() and frame_key, or set lpips_loss_ratio=0."
-            )
+    if ratio and perceptual is not None and frame_key is not None:
         terms["lpips_loss"] = _perceptual_loss(
             config, model.mesh, perceptual, reconstruction, batch, frame_key
         )
-        loss = loss + config.lpips_loss_ratio * terms["lpips_loss"]
+        loss = loss + ratio * terms["lpips_loss"]
     return loss, {"loss": loss} | terms | model.bottleneck.statistics(encoded.codes, kept)
 
 
@@ -98,7 +98,7 @@ def _perceptual_loss(
     first = block * length + frame // pt * per_frame
     within = (frame % pt).reshape(b, 1, 1, 1, 1)
 
-    def cut(patches: Float[Array, "b l p"]) -> Float[Array, "b 224 224 3"]:
+    def cut(patches: Float[Array, "b l p"]) -> Float[Array, "b rows columns 3"]:
         tokens = _run_of_tokens(patches, first, per_frame, mesh)
         frames = unpatchify(tokens, config.patch_size, config.resolution, config.resolution)
         image = jnp.take_along_axis(jnp.asarray(frames), within, axis=1)[:, 0]
