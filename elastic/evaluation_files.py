@@ -15,10 +15,16 @@ import numpy as np
 from elastic import report
 from elastic.evaluation_records import GROUND_TRUTH, Evaluation, RunResult, fixed_count
 
-JSON, BLOCKS, SUMMARY, SEARCHES, FIGURE = (
-    "evaluation.json", "blocks.csv", "summary.csv", "searches.csv", "evaluation.png",
-)  # fmt: skip
-RESULTS = (JSON, BLOCKS, SUMMARY, SEARCHES, FIGURE)  # every name that an evaluation may write
+JSON, FIGURE = "evaluation.json", "evaluation.png"
+BLOCKS, SUMMARY, CURVES, SEARCHES = "blocks.csv", "summary.csv", "curves.csv", "searches.csv"
+RESULTS = (
+    JSON,
+    BLOCKS,
+    SUMMARY,
+    CURVES,
+    SEARCHES,
+    FIGURE,
+)  # every name that an evaluation may write
 _INK, _GRID = "0.2", "0.88"
 _MARKERS = "sD^vP*X"
 _STYLES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -85,6 +91,16 @@ def block_rows(evaluations: Evaluations) -> list[Row]:
     ]
 
 
+def curve_rows(evaluations: Evaluations) -> list[Row]:
+    """A line for each model, threshold and cap: what the left half of the figure is drawn from."""
+    return [
+        {"model": name, "threshold": threshold, **point._asdict()}
+        for name, evaluation in evaluations.items()
+        for threshold in evaluation.config.thresholds
+        for point in evaluation.curve(threshold)
+    ]
+
+
 def search_rows(evaluations: Evaluations) -> list[Row]:
     """A line for each model, threshold and search; [] where only one was run.
 
@@ -112,11 +128,12 @@ def search_rows(evaluations: Evaluations) -> list[Row]:
 
 
 def as_json(evaluations: Evaluations) -> dict[str, Any]:
-    """Everything that was measured: the settings, and for each model its clips, runs, blocks, every count tried, and curves."""
+    """Everything that was measured: the settings, for each model its clips, runs, blocks and every count tried, and curves."""
     return {
         "errors": "mean squares, pixels in [-1, 1]; psnr is that of the mean over all pixels",
         "optimum": f"mean_tokens_above_optimum is measured against the {GROUND_TRUTH} search",
         "models": {name: _model_json(evaluation) for name, evaluation in evaluations.items()},
+        "curves": curve_rows(evaluations),
         "searches": search_rows(evaluations),
     }
 
@@ -134,7 +151,6 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
             ],
         }
 
-    thresholds = evaluation.config.thresholds
     return {
         "model_id": evaluation.model_id,
         "config": evaluation.model.to_json_dict(),
@@ -142,7 +158,6 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
         "clips": evaluation.clips,
         "skipped": evaluation.skipped,
         "runs": [run(result) for result in evaluation.runs],
-        "curves": {f"{t:g}": [p._asdict() for p in evaluation.curve(t)] for t in thresholds},
     }
 
 
@@ -179,8 +194,8 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
         report.write_json(work / JSON, as_json(evaluations))
         _write_csv(work / BLOCKS, block_rows(evaluations))
         _write_csv(work / SUMMARY, summary_rows(evaluations))
-        if rows := search_rows(evaluations):
-            _write_csv(work / SEARCHES, rows)
+        _write_csv(work / CURVES, curve_rows(evaluations))
+        _write_csv(work / SEARCHES, search_rows(evaluations))
         plot(evaluations, work / FIGURE)
         written = [folder / name for name in RESULTS if (work / name).exists()]
     return written
@@ -204,13 +219,15 @@ def _as_a_set(folder: Path) -> Iterator[Path]:
         for name in RESULTS:
             if (work / name).exists():
                 os.replace(work / name, folder / name)
-            else:  # searches.csv of an earlier evaluation
+            else:  # a table of an earlier evaluation that this one has not
                 (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    if not rows:  # no threshold, or one search: there is no such table
+        return
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -33,7 +33,7 @@ EVALUATE = Script(
     description=(
         "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM and "
         "LPIPS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
-        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, evaluation.png and, "
+        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, curves.csv, evaluation.png and, "
         "for several searches, searches.csv. They appear when all is measured."
     ),
     groups={

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures models on a folder of clips, side by side, and writes into output_folder: summary.csv, blocks.csv,
-# evaluation.json, and the plot of blocks that meet a threshold, and of quality, against tokens.
+# curves.csv, evaluation.json, and the plot of blocks that meet a threshold, and of quality, against tokens.
 #
 #   bash scripts/run_evaluate.sh
 #   models="elastic=OUT/a/pretrained,half=OUT/b/pretrained" input_path=clips bash scripts/run_evaluate.sh --searches=binary,linear
