@@ -8,18 +8,23 @@ This differs from the released system on purpose (DESIGN section 4, line 2): the
 returns the count that it tried last, met or not, never tries the smallest one, and does not mark a
 block that misses the threshold.
 
-A search is a plan, a generator of groups of counts that sees which earlier counts met the
-threshold; a new one is a function under `@plan("name")`.
+A search is a plan, a generator of groups of counts that sees what the earlier counts gave; a new
+one is a function under `@plan("name")`.
 """
 
 import difflib
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import SupportsFloat
+from typing import Protocol, SupportsFloat
+
+from elastic.curves import Memory
+from elastic.predict import predict
 
 log = logging.getLogger(__name__)
+
+TOLERANCE = 0.012  # of a clip's tokens: what 'predict' may leave unsaved for speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,7 @@ class SearchOptions:
     num_counts: int = 100
     width: int = 1
     full_curve: bool = False
+    tolerance: float = TOLERANCE
 
     def __post_init__(self):
         if not 1 <= self.min_kept <= self.max_kept:
@@ -74,6 +80,10 @@ class SearchOptions:
             )
         if self.width < 1:
             raise ValueError(f"width={self.width} must be at least 1 count per call.")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"tolerance={self.tolerance} must be a share of the tokens, from 0 to below 1."
+            )
         if self.num_counts < 2:
             raise ValueError(f"num_counts={self.num_counts} must be at least 2: both ends.")
         if self.largest < self.min_kept:
@@ -105,15 +115,33 @@ class SearchOptions:
         return math.ceil(round(fraction * self.max_kept, 6))
 
 
-Plan = Callable[[SearchOptions, Callable[[int], bool]], Iterator[list[int]]]
+class Seen(Protocol):
+    """What a plan knows of its block: what the counts that it has yielded so far gave."""
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """The loss of every count tried."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """What the blocks before tell."""
+        ...
+
+    def meets(self, count: int) -> bool:
+        """Whether a count that was tried met the threshold."""
+        ...
+
+
+Plan = Callable[[SearchOptions, Seen], Iterator[list[int]]]
 _PLANS: dict[str, Plan] = {}
 
 
 def plan(name: str) -> Callable[[Plan], Plan]:
-    """Registers a plan: `(options, meets) -> iterator of groups of untried counts`.
+    """Registers a plan: `(options, seen) -> iterator of groups of untried counts`.
 
-    Each group has at least one count, all distinct. When the iterator is resumed, `meets(count)`
-    tells for every count of the groups so far whether it met the threshold.
+    Each group has at least one count, all distinct. When the iterator is resumed, every count of
+    the groups so far is in `seen`.
     """
 
     def register(function: Plan) -> Plan:
@@ -131,7 +159,7 @@ def search_names() -> tuple[str, ...]:
 
 
 @plan("binary")
-def _binary(options: SearchOptions, meets: Callable[[int], bool]) -> Iterator[list[int]]:
+def _binary(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
     """Halves the bracket; `width` counts at once split it in `width + 1` parts.
 
     Relies on the loss falling with the count, and then finds the smallest of n candidates that
@@ -145,26 +173,43 @@ def _binary(options: SearchOptions, meets: Callable[[int], bool]) -> Iterator[li
         group = [fails + (passes - fails) * i // parts for i in range(1, parts)]
         yield group
         # The smallest count that passes ends the bracket even where the loss is not monotone.
-        passes = next((count for count in group if meets(count)), passes)
+        passes = next((count for count in group if seen.meets(count)), passes)
         fails = max((count for count in group if count < passes), default=fails)
 
 
 @plan("linear")
-def _linear(options: SearchOptions, meets: Callable[[int], bool]) -> Iterator[list[int]]:
+def _linear(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
     """From the smallest count up, geometrically spaced, to the first that meets the threshold."""
     counts = geometric_counts(options.min_kept, options.largest, options.num_counts)
     for start in range(0, len(counts), options.width):
         group = counts[start : start + options.width]
         yield group
-        if not options.full_curve and any(meets(count) for count in group):
+        if not options.full_curve and any(seen.meets(count) for count in group):
             return
 
 
 @plan("fixed")
-def _fixed(options: SearchOptions, meets: Callable[[int], bool]) -> Iterator[list[int]]:
+def _fixed(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
     """One count, whatever its loss."""
-    del meets
+    del seen
     yield [options.fallback]
+
+
+@plan("predict")
+def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """Guesses from the curves of the blocks before, corrected by every try: see `elastic.predict`."""
+    if options.threshold is None:  # make_search refuses it before
+        raise ValueError("A predict search needs a threshold.")
+    yield from predict(
+        smallest=options.min_kept,
+        largest=options.largest,
+        threshold=options.threshold,
+        width=options.width,
+        tolerance=options.tolerance,
+        memory=seen.memory,
+        losses=seen.losses,
+        meets=seen.meets,
+    )
 
 
 def geometric_counts(smallest: int, largest: int, num_counts: int) -> list[int]:
@@ -180,13 +225,19 @@ class Search:
     `run_search` is that loop. Use `make_search` to build one.
     """
 
-    def __init__(self, options: SearchOptions, groups: Plan):
+    def __init__(self, options: SearchOptions, groups: Plan, memory: Memory | None = None):
         self._options = options
-        self._groups = groups(options, self._meets)
+        self.memory = Memory() if memory is None else memory
         self._pending: list[int] | None = None
         self._finished = False
         self._passes = 0
         self._tried: dict[int, float] = {}
+        self._groups = groups(options, self)
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """The loss of every count tried."""
+        return self._tried
 
     @property
     def options(self) -> SearchOptions:
@@ -195,7 +246,7 @@ class Search:
 
     def best(self) -> int | None:
         """The smallest count measured so far to meet the threshold; None: none yet."""
-        return min((count for count in self._tried if self._meets(count)), default=None)
+        return min((count for count in self._tried if self.meets(count)), default=None)
 
     def propose(self) -> list[int] | None:
         """The counts to try now (at least one, distinct, none tried before), or None when finished.
@@ -260,7 +311,8 @@ class Search:
             return None
         return [fallback]
 
-    def _meets(self, count: int) -> bool:
+    def meets(self, count: int) -> bool:
+        """Whether a count that was tried met the threshold; without one, whether its loss is finite."""
         loss, threshold = self._tried[count], self._options.threshold
         return math.isfinite(loss) if threshold is None else loss <= threshold  # False for NaN
 
@@ -277,11 +329,14 @@ def make_search(
     num_counts: int = 100,
     width: int = 1,
     full_curve: bool = False,
+    tolerance: float = TOLERANCE,
+    memory: Memory | None = None,
 ) -> Search:
     """The search of one block.
 
     Args:
-      name: 'binary' (assumes that the loss falls with the count), 'linear' (does not) or 'fixed'.
+      name: 'binary' (assumes that the loss falls with the count), 'predict' (also that it falls
+        much as in the blocks before), 'linear' (neither) or 'fixed'.
       min_kept: smallest count allowed; it is a candidate itself.
       max_kept: tokens per block.
       threshold: largest loss accepted. Needed unless `name` is 'fixed'; there it only sets `met`.
@@ -292,6 +347,8 @@ def make_search(
       num_counts: how many counts 'linear' spaces over the range, before equal ones are merged.
       width: counts per call of the model.
       full_curve: 'linear' tries all its counts, also after one met the threshold.
+      tolerance: share of a clip's tokens that 'predict' may leave unsaved for speed; 0: none.
+      memory: what 'predict' knows of the clip's blocks before, and adds this one to; None: nothing.
 
     Raises:
       ValueError: an unknown name, a value out of range, or options that do not fit the search.
@@ -324,8 +381,9 @@ def make_search(
         num_counts=num_counts,
         width=width,
         full_curve=full_curve,
+        tolerance=tolerance,
     )
-    return Search(options, _PLANS[name])
+    return Search(options, _PLANS[name], memory)
 
 
 def run_search(

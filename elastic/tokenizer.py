@@ -18,6 +18,7 @@ from elastic import checkpoint, media
 from elastic import mesh as meshes
 from elastic.codec import Codec, Committed, Past, Trial
 from elastic.config import ElasticTokConfig, parse_dtype
+from elastic.curves import Memory
 from elastic.ops import bits
 from elastic.patches import pad_block, patchify, unpatchify
 from elastic.search import Search, make_search
@@ -231,7 +232,7 @@ class ElasticTokenizer:
         """As `encode`, block by block.
 
         Args:
-          search: 'binary', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'binary'.
+          search: 'binary', 'predict', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'binary'.
           rate: frames per second to read from a file, and the rate of an array; None keeps a file's own.
           max_frames: read no more frames than this.
           fallback_fraction: share of a block's tokens kept when no count meets the threshold.
@@ -263,12 +264,13 @@ class ElasticTokenizer:
     ) -> Iterator[BlockResult]:
         """One result after the other; `search` are the arguments of `make_search`. Only the last block may be short."""
         past = self.codec.new_past()
+        memory = Memory()  # of this clip alone, so that its tokens do not depend on other clips
         for number, frames in enumerate(blocks):
             started = time.perf_counter()
             if self.context == "restart" and number % self.window_blocks == 0:
                 past = self.codec.new_past()
             past, committed, block = _tokenize_block(
-                self.codec, self.weights, past, frames, make_search(**search)
+                self.codec, self.weights, past, frames, make_search(memory=memory, **search)
             )
             pixels = np.asarray(committed.pixels[0])
             pixels = unpatchify(pixels, self.config.patch_size, *frames.shape[1:3])

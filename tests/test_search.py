@@ -68,7 +68,7 @@ def test_binary_finds_the_fewest_tokens_under_the_threshold(problem):
     assert found.tried == {n: losses[n] for n in evaluate.seen}
 
 
-@pytest.mark.parametrize("name", ["binary", "linear"])
+@pytest.mark.parametrize("name", ["binary", "linear", "predict"])
 @given(problem=problems(monotone=False))
 def test_what_is_returned_was_measured_and_never_fails_silently(name, problem):
     losses, options = problem
@@ -133,7 +133,7 @@ def test_a_loss_equal_to_the_threshold_meets_it():
         assert (found.num_kept, found.met) == (1, True)
 
 
-@pytest.mark.parametrize("name", ["binary", "linear"])
+@pytest.mark.parametrize("name", ["binary", "linear", "predict"])
 def test_a_fallback_that_meets_after_all_is_an_answer(name):
     # Only 12 of 4..32 meets: binary walks up past it, linear (3 counts: 4, 11, 32) steps over it.
     search = make_search(
@@ -143,7 +143,7 @@ def test_a_fallback_that_meets_after_all_is_an_answer(name):
     assert (found.num_kept, found.met, found.loss) == (12, True, 0.1)
 
 
-@pytest.mark.parametrize("name", ["binary", "linear"])
+@pytest.mark.parametrize("name", ["binary", "linear", "predict"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_never_returned_as_met(name, bad, caplog):
     search = make_search(name, min_kept=2, max_kept=9, threshold=1.0, width=3)

@@ -79,7 +79,7 @@ def test_binary_finds_what_trying_every_count_finds(golden, clip):
     tokenizer = load(golden, "fsq")
     full = tokenizer.encode(clip, num_tokens=32)
     threshold = float(np.median([b.loss for b in full.blocks])) * 1.02
-    for search in ("binary", "linear"):
+    for search in ("binary", "linear", "predict"):
         encoding = tokenizer.encode_stream(clip, threshold=threshold, search=search)
         for result in encoding:
             assert result.passes == len(result.tried)  # nothing twice, and no pass for the commit
