@@ -104,8 +104,16 @@ class _Recent(Generic[_Key, _Value]):
             self._total -= self._size(self._held.popitem(last=False)[1])
 
 
+class Stopped(Exception):
+    """Decoding was told to stop."""
+
+
 class SequenceReader:
-    """Decodes sequences. May be used by several threads; a copy in another process starts empty."""
+    """Decodes sequences. May be used by several threads; a copy in another process starts empty.
+
+    Attributes:
+      stopped: asked after every frame; True ends the decoding with `Stopped`.
+    """
 
     def __init__(self, pictures: Pictures, plan: Plan, *, whole_spans: bool = True):
         """`whole_spans=False` decodes just what is asked for: for few, scattered sequences."""
@@ -121,6 +129,7 @@ class SequenceReader:
         )
         self._open: _Recent[int, media.ClipReader] = _Recent(_MAX_OPEN, lambda _: 1)
         self._bad: dict[str, str] = {}
+        self.stopped: Callable[[], bool] = lambda: False
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("pictures", "plan", "_whole_spans")}
@@ -248,6 +257,8 @@ class SequenceReader:
             for frame in clip.frames(start, stop):
                 frames[found] = frame
                 found += 1
+                if self.stopped():
+                    raise Stopped
         except (media.MediaError, OSError) as error:
             return _Span(frames[:found].copy(), str(error))
         return _Span(frames, "")

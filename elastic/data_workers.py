@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from multiprocessing import shared_memory
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -34,22 +35,61 @@ class WorkerSource:
     """What grain asks for elements: one is a worker's rows of one batch."""
 
     def __init__(
-        self, reader: SequenceReader, *, batch_size: int, rows: Sequence[int], batches: range
+        self,
+        reader: SequenceReader,
+        *,
+        batch_size: int,
+        rows: Sequence[int],
+        batches: range,
+        stop: str = "",
     ):
-        """`rows`: which rows of the batches; `batches`: their numbers."""
+        """`rows`: which rows of the batches; `batches`: their numbers; `stop`: see `_StopSign`."""
         self._reader, self._batch_size = reader, batch_size
         self._rows, self._batches = tuple(rows), batches
+        self._stop = stop
+        self._watched = False
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if self._stop and not self._watched:
+            self._reader.stopped, self._watched = _StopSign.watch(self._stop), True
         start = self._batches[i] * self._batch_size
         read = [self._reader.read(start + row, self._batch_size) for row in self._rows]
         parts = map(np.concatenate, zip(*read, strict=True))
         # A bad file's name travels with the batch that it was met in; the log is the parent's.
         bad = np.frombuffer(json.dumps(self._reader.take_bad_files()).encode(), np.uint8)
         return Sequences(*parts)._asdict() | {"bad": bad}
+
+
+class _StopSign:
+    """A byte that parent and workers share: a long decoding is not waited for when it is set.
+
+    (Grain's own sign is looked at between two elements only.)
+    """
+
+    def __init__(self):
+        self._memory = shared_memory.SharedMemory(create=True, size=1)
+        self._buffer = cast(memoryview, self._memory.buf)
+        self._buffer[0] = 0
+        self.name = self._memory.name
+
+    @staticmethod
+    def watch(name: str) -> Callable[[], bool]:
+        """What tells a worker whether to stop."""
+        memory = shared_memory.SharedMemory(name)
+        return lambda: cast(memoryview, memory.buf)[0] != 0
+
+    def set(self) -> None:
+        """Stops the workers, for good."""
+        self._buffer[0] = 1
+
+    def close(self) -> None:
+        """Once the workers have ended."""
+        self._buffer.release()
+        self._memory.close()
+        self._memory.unlink()
 
 
 class Batches(Iterator[Sequences]):
@@ -78,14 +118,15 @@ class Batches(Iterator[Sequences]):
         `report` is told of the files that were found bad, and why.
         """
         self.wait_seconds = 0.0
+        self._iterators: list[list[Any]] = []  # of each turn
         self._report, self._numbers, self._given = report, numbers, 0
         groups, turns = _share(len(rows), max(1, workers), batch_size)
         ahead = -(-min(ahead, max(1, len(numbers))) // turns)
         through_pipes = False
+        self._stop = _StopSign() if workers else None
         if workers:
             row_bytes = sum(x.nbytes for x in reader.empty_row())
             ahead, through_pipes = _fit(ahead, turns * len(rows) * row_bytes)
-        self._iterators: list[list[Any]] = []  # of each turn
         try:
             for turn in range(min(turns, len(numbers))):
                 self._iterators.append([])
@@ -95,6 +136,7 @@ class Batches(Iterator[Sequences]):
                         batch_size=batch_size,
                         rows=[rows[i] for i in group],
                         batches=numbers[turn::turns],
+                        stop=self._stop.name if self._stop else "",
                     )
                     self._iterators[-1].append(_start(source, workers, ahead, through_pipes))
         except BaseException:
@@ -140,13 +182,17 @@ class Batches(Iterator[Sequences]):
     def close(self) -> None:
         """Ends the workers."""
         iterators = [iterator for turn in self._iterators for iterator in turn]
-        self._iterators = []
+        stop, self._iterators, self._stop = self._stop, [], None
+        if stop:
+            stop.set()
         # All at once: each takes a moment.
         threads = [threading.Thread(target=iterator.close) for iterator in iterators]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        if stop:
+            stop.close()
 
 
 def _share(num_rows: int, num_workers: int, batch_size: int) -> tuple[list[list[int]], int]:

@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from elastic import data_index, media
+from elastic import data_index, data_workers, media
 from elastic.config import ElasticTokConfig
 from elastic.data import DataConfig, DataPosition, TrainingData, load_index, sequence_length
+from elastic.data_plan import num_lanes
 from elastic.patches import pad_block, unpatchify
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -181,6 +183,23 @@ def test_sampled_patches_are_those_of_the_files_and_always_the_same(clips):
         patch.tobytes() for n in range(data.num_sequences) for patch in data.sequence(n).patches[0]
     }
     assert {patch.tobytes() for patch in patches} <= every
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+def test_workers_share_the_rows_or_take_turns_with_them(num_rows, num_workers):
+    groups, turns = data_workers._share(num_rows, num_workers, batch_size=5)
+    assert [row for group in groups for row in group] == list(range(num_rows))
+    assert len(groups) * turns <= num_workers < 2 * (len(groups) * turns) + num_rows
+    assert (num_lanes(5) // 5) % turns == 0  # then a worker keeps to its own lanes
+
+
+def test_what_is_prepared_ahead_fits_into_shared_memory(monkeypatch, caplog):
+    for free, expected in ((10**9, (4, False)), (700, (1, False)), (300, (1, True))):
+        usage = types.SimpleNamespace(free=free)
+        monkeypatch.setattr(data_workers.shutil, "disk_usage", lambda _, usage=usage: usage)
+        assert data_workers._fit(4, 100) == expected
+    assert caplog.text.count("--shm-size") == 2
 
 
 # Positions
@@ -370,7 +389,7 @@ class Run:
         return found
 
     def end(self):
-        out, _ = self.process.communicate(timeout=60)
+        out, _ = self.process.communicate(timeout=200)
         return self.process.returncode, out
 
     def log(self):
@@ -378,7 +397,7 @@ class Run:
         return self.errors.read()
 
     def assert_nobody_is_left(self):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.group() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert self.group() == []
