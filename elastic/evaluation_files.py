@@ -318,7 +318,8 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
         runs = evaluation.fixed()
         tokens = [result.mean_tokens for result in runs]
         label = f"{name}, the same count for all" if elastic else name
-        axes.plot(tokens, [r.psnr for r in runs], **look, mec="white", lw=2, label=label)
+        line = "-" if elastic else ""  # a single point has none in the legend either
+        axes.plot(tokens, [r.psnr for r in runs], ls=line, **look, mec="white", lw=2, label=label)
         if second is not None:
             values = [getattr(result, measured[0]) for result in runs]
             second.plot(tokens, values, **look, mfc="white", lw=1.3, ls="--")
