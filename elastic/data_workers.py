@@ -120,6 +120,8 @@ class Batches(Iterator[Sequences]):
         self.wait_seconds = 0.0
         self._iterators: list[list[Any]] = []  # of each turn
         self._report, self._numbers, self._given = report, numbers, 0
+        # By chance, a host may have only the bad ones of a few files in several epochs.
+        self._num_empty, self._most_empty = 0, 20 + -(-reader.plan.num_sequences // batch_size)
         groups, turns = _share(len(rows), max(1, workers), batch_size)
         ahead = -(-min(ahead, max(1, len(numbers))) // turns)
         through_pipes = False
@@ -151,6 +153,7 @@ class Batches(Iterator[Sequences]):
 
         Raises:
           RuntimeError: a worker process died.
+          ValueError: nothing could be decoded for more than an epoch.
         """
         if self._given == len(self._numbers) or not self._iterators:
             self.close()
@@ -175,6 +178,12 @@ class Batches(Iterator[Sequences]):
         )
         for element in elements:
             element.clear()  # frees the shared memory, which grain's threads may still point to
+        self._num_empty = 0 if batch.filled.any() else self._num_empty + 1
+        if self._num_empty >= self._most_empty:
+            self.close()
+            raise ValueError(
+                f"Not one block of the last {self._num_empty} batches could be decoded; the log says why."
+            )
         self._given += 1
         self.wait_seconds += time.perf_counter() - started
         return batch

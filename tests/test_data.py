@@ -478,6 +478,21 @@ def test_a_damaged_file_gives_its_good_blocks_whatever_was_read_before(tmp_path,
     assert len(warned) == 2 and list(first.bad_files) == [str(tmp_path / "damaged.mp4")]
 
 
+def test_files_that_vanish_are_named_and_an_epoch_without_any_is_an_error(clips, tmp_path, caplog):
+    for name in ("clip0.mp4", "clip2.mp4"):
+        (tmp_path / name).write_bytes((clips / name).read_bytes())
+    data = open_data(tmp_path)
+    (tmp_path / "clip0.mp4").unlink()
+    assert sum(int(batch.filled.sum()) for batch in take(data, 0, 10)) > 0
+    (tmp_path / "clip2.mp4").unlink()
+    data = TrainingData(data.data, MODEL, index=data.index)
+    with pytest.raises(ValueError, match="Not one block of the last"):
+        take(data, 0, 100)
+    assert len(data.bad_files) == 2 and caplog.text.count("clip2.mp4") == 1
+    with pytest.raises(ValueError, match=r"Nothing in .* can be decoded"):
+        data.sample_patches(10)
+
+
 def test_workers_end_with_a_parent_that_is_killed(clips, tmp_path):
     before = shared_memory()
     with Run(tmp_path, clips, last=10**6, wait=60) as run:
