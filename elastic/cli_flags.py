@@ -124,6 +124,23 @@ INFERENCE = Script(
                 "largest error of a block: mean square, pixels in [-1, 1]; 0.003 suits the released models",
                 kind=float,
             ),
+            Flag("psnr", None, "the same in dB: every block reaches it, such as 28", kind=float),
+            Flag(
+                "avg_tokens",
+                0.0,
+                "tokens of a block in the mean, for the whole clip: spent where they lower its error most",
+            ),
+            Flag("bitrate", 0.0, "the same in kbit of tokens per second of video"),
+            Flag(
+                "delay_blocks",
+                64,
+                "with avg_tokens or bitrate: blocks that are held in memory and share what there is to spend",
+            ),
+            Flag(
+                "budget_counts",
+                16,
+                "with avg_tokens or bitrate: counts of each block that are measured to decide",
+            ),
             Flag(
                 "search_alg",
                 None,

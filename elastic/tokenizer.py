@@ -5,43 +5,36 @@ import dataclasses
 import logging
 import os
 import pathlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from elastic import checkpoint, media
 from elastic import mesh as meshes
-from elastic.codec import Codec, Committed, Past, Trial
+from elastic.blocks import BlockResult, tokenize_block
+from elastic.budgeting import (
+    Budget,
+    check_targets,
+    spend,
+    threshold_of_psnr,
+    tokens_of_bitrate,
+)
+from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.curves import Memory
 from elastic.ops import bits
-from elastic.patches import pad_block, patchify, unpatchify
-from elastic.search import Search, make_search
+from elastic.patches import unpatchify
+from elastic.search import SearchOptions, make_search
 from elastic.sharding import param_shardings
 from elastic.tokens import BlockTokens, TokenizedClip
 
 log = logging.getLogger(__name__)
 
-_KEEP_BYTES = 2 << 30  # trials larger than this are not kept: committing then costs one more pass
 Source = str | os.PathLike | np.ndarray
-
-
-class BlockResult(NamedTuple):
-    """One block, tokenized."""
-
-    frames: UInt8[
-        np.ndarray, "n rows columns 3"
-    ]  # the original at the model's resolution; real frames only
-    reconstruction: UInt8[np.ndarray, "n rows columns 3"]
-    tokens: BlockTokens
-    passes: int  # runs of encoder and decoder over this block
-    seconds: float
-    tried: dict[int, float]  # every count evaluated, with its loss
 
 
 class Reconstruction(NamedTuple):
@@ -57,8 +50,15 @@ class Encoding:
     Frames are read, tokenized and handed out block by block; nothing but the tokens is held.
     """
 
-    def __init__(self, tokenizer: "ElasticTokenizer", clip: "_Clip", search: dict[str, Any]):
+    def __init__(
+        self,
+        tokenizer: "ElasticTokenizer",
+        clip: "_Clip",
+        search: dict[str, Any],
+        budget: Budget | None = None,
+    ):
         self._tokenizer, self._clip, self._search = tokenizer, clip, search
+        self._budget = budget
         self._blocks: list[BlockTokens] = []
         self._finished = False
         self.is_image, self.rate, self.num_frames, self.source = (
@@ -68,15 +68,25 @@ class Encoding:
             clip.source,
         )
         self.num_blocks = -(-clip.num_frames // tokenizer.config.frames_per_block)
-        make_search(
-            **search
-        )  # what cannot be searched for is refused before the first frame is read
+        if budget is None:  # what cannot be searched for is refused before the first frame is read
+            make_search(**search)
 
     def __iter__(self) -> Iterator[BlockResult]:
         self._blocks = []
-        for result in self._tokenizer.tokenize_blocks(
-            self._clip.blocks(self._tokenizer.config.frames_per_block), self._search
-        ):
+        tokenizer = self._tokenizer
+        blocks = self._clip.blocks(tokenizer.config.frames_per_block)
+        if self._budget is None:
+            results = tokenizer.tokenize_blocks(blocks, self._search)
+        else:
+            results = spend(
+                tokenizer.codec,
+                tokenizer.weights,
+                blocks,
+                self._budget,
+                width=tokenizer.search_width,
+                restart=tokenizer.context == "restart",
+            )
+        for result in results:
             self._blocks.append(result.tokens)
             yield result
         self._finished = True
@@ -106,7 +116,7 @@ class Encoding:
             model_id=tokenizer.model_id,
             config_hash=config.config_hash(),
             threshold=self._search["threshold"],
-            search=self._search["name"],
+            search=self._search["name"] if self._budget is None else "budget",
             window_blocks=tokenizer.window_blocks,
             context=tokenizer.context,
         )
@@ -205,7 +215,8 @@ class ElasticTokenizer:
     def encode(self, source: Source, **options: Any) -> TokenizedClip:
         """Tokens of a clip: a path, uint8 frames [frames, height, width, 3], or a picture [height, width, 3].
 
-        Give `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `num_tokens` (the same for each block). For
+        Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
+        `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most). For
         the other options see `encode_stream`.
         """
         return self.reconstruct(source, **options).tokens
@@ -221,7 +232,12 @@ class ElasticTokenizer:
         source: Source,
         *,
         threshold: float | None = None,
+        psnr: float | None = None,
         num_tokens: int | None = None,
+        avg_tokens: float | None = None,
+        bitrate: float | None = None,
+        delay_blocks: int = 64,
+        budget_counts: int = 16,
         search: str | None = None,
         rate: float | None = 24.0,
         max_frames: int | None = None,
@@ -232,6 +248,10 @@ class ElasticTokenizer:
         """As `encode`, block by block.
 
         Args:
+          psnr: decibels that every block reaches; 4 / 10^(psnr / 10) as a threshold.
+          avg_tokens: tokens of a block in the mean, at most; `bitrate` is the same in kbit of tokens per second.
+          delay_blocks: with a budget, blocks that are held and split it; what comes later is not foreseen.
+          budget_counts: with a budget, counts of each block that are measured to decide.
           search: 'binary', 'predict', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'binary'.
           rate: frames per second to read from a file, and the rate of an array; None keeps a file's own.
           max_frames: read no more frames than this.
@@ -242,10 +262,19 @@ class ElasticTokenizer:
         Raises:
           ValueError: the source cannot be read, or the options contradict each other.
         """
-        if threshold is None and num_tokens is None:
-            raise ValueError(
-                "Give threshold= (an error to stay under) or num_tokens= (the same number for each block)."
-            )
+        clip = _Clip.open(source, self.config.resolution, rate, max_frames)
+        targets = dict(
+            threshold=threshold,
+            psnr=psnr,
+            num_tokens=num_tokens,
+            avg_tokens=avg_tokens,
+            bitrate=bitrate,
+        )
+        check_targets(targets, search)
+        if psnr is not None:
+            threshold = threshold_of_psnr(psnr)
+        if bitrate is not None:
+            avg_tokens = tokens_of_bitrate(bitrate, clip.rate, self.config)
         options = dict(
             name=search or ("binary" if num_tokens is None else "fixed"),
             min_kept=min(self.config.min_toks, num_tokens or self.config.min_toks),
@@ -257,7 +286,20 @@ class ElasticTokenizer:
             num_counts=num_counts,
             width=self.search_width if num_tokens is None else 1,
         )
-        return Encoding(self, _Clip.open(source, self.config.resolution, rate, max_frames), options)
+        budget = None
+        if avg_tokens is not None:
+            budget = Budget(
+                avg_tokens=avg_tokens,
+                smallest=self.config.min_toks,
+                largest=SearchOptions(
+                    min_kept=self.config.min_toks,
+                    max_kept=self.config.max_toks,
+                    max_fraction=max_fraction,
+                ).largest,
+                delay_blocks=delay_blocks,
+                num_counts=budget_counts,
+            )
+        return Encoding(self, clip, options, budget)
 
     def tokenize_blocks(
         self, blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]], search: dict[str, Any]
@@ -266,28 +308,12 @@ class ElasticTokenizer:
         past = self.codec.new_past()
         memory = Memory()  # of this clip alone, so that its tokens do not depend on other clips
         for number, frames in enumerate(blocks):
-            started = time.perf_counter()
             if self.context == "restart" and number % self.window_blocks == 0:
                 past = self.codec.new_past()
-            past, committed, block = _tokenize_block(
+            past, result = tokenize_block(
                 self.codec, self.weights, past, frames, make_search(memory=memory, **search)
             )
-            pixels = np.asarray(committed.pixels[0])
-            pixels = unpatchify(pixels, self.config.patch_size, *frames.shape[1:3])
-            tokens = np.asarray(committed.tokens[0])[: block.result.num_kept]
-            yield BlockResult(
-                frames=frames,
-                reconstruction=np.asarray(pixels)[: len(frames)],
-                tokens=BlockTokens(
-                    num_kept=block.result.num_kept,
-                    loss=block.result.loss,
-                    met_threshold=block.result.met,
-                    **{"indices" if self.config.bottleneck_type == "fsq" else "vectors": tokens},
-                ),
-                passes=block.passes,
-                seconds=time.perf_counter() - started,
-                tried=block.result.tried,
-            )
+            yield result
 
     def decode(self, tokens: TokenizedClip) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """The frames of a token record; a picture is a clip of one frame."""
@@ -383,63 +409,3 @@ class _Clip:
         elif self.frames is not None:
             for start in range(0, len(self.frames), frames_per_block):
                 yield self.frames[start : start + frames_per_block]
-
-
-class _Found(NamedTuple):
-    """What the search of one block gave."""
-
-    result: Any  # SearchResult
-    passes: int
-
-
-def _tokenize_block(
-    codec: Codec, params: dict[str, Any], past: Past, frames: np.ndarray, search: Search
-) -> tuple[Past, Committed, _Found]:
-    """Searches a block's count and commits it.
-
-    The trial of the count that will be chosen is kept, so that nothing runs twice; only where trials are too large for that, or the
-    choice falls back on a count tried long ago, the commit runs its one pass again.
-    """
-    config = codec.config
-    patches = patchify(pad_block(frames, config.frames_per_block), config.patch_size)[None]
-    shown = _shown(config, len(frames))
-    width = search.options.width
-    keep = codec.trial_bytes(2 * width) <= _KEEP_BYTES
-    held: dict[int, tuple[Trial, int]] = {}
-    passes = 0
-
-    def attempt(counts: list[int]) -> Trial:
-        nonlocal passes
-        passes += len(counts)
-        padded = np.array(
-            [counts + counts[-1:] * (width - len(counts))], np.int32
-        )  # one compiled shape
-        return codec.try_counts(params, past, patches, padded, shown=shown, keep=keep)
-
-    while (counts := search.propose()) is not None:
-        trial = attempt(counts)
-        # Held against the threshold: the larger of both errors, so that decoded 8-bit frames keep the promise too.
-        losses = np.maximum(trial.losses, trial.pixel_losses)[0, : len(counts)].tolist()
-        search.observe(counts, losses)
-        if keep:
-            newest = {count: (trial, k) for k, count in enumerate(counts)}
-            best = search.best()
-            held = (
-                {count: kept for count, kept in (held | newest).items() if count == best}
-                if best is not None
-                else newest
-            )
-    result = search.result()
-    if result.num_kept not in held:
-        keep = True
-        held[result.num_kept] = (attempt([result.num_kept]), 0)
-    trial, k = held[result.num_kept]
-    past, committed = codec.commit(past, trial, np.array([k], np.int32))
-    return past, committed, _Found(result, passes)
-
-
-def _shown(config: ElasticTokConfig, num_frames: int) -> Bool[np.ndarray, "l p"]:
-    """Which numbers of a block's patches belong to its first `num_frames` frames."""
-    real = np.arange(config.frames_per_block) < num_frames
-    size = (config.frames_per_block, config.resolution, config.resolution, 3)
-    return np.asarray(patchify(np.broadcast_to(real[:, None, None, None], size), config.patch_size))

@@ -48,11 +48,13 @@ TABLE = """
     lpips
     losses metrics
     curves
-    predict
+    predict budget
     search
     codec
     token_file
     tokens
+    blocks
+    budgeting
     tokenizer
     report
     runs

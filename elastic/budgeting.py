@@ -1,0 +1,209 @@
+"""A budget of tokens for a whole clip, or for one stretch of it after the other: measured first, then spent where it buys most.
+
+Each stretch is gone through twice. First every block gets the same count, and a few other counts are measured beside it: that gives the
+curves from which `elastic.budget` splits the budget. Then the split is carried out. The context of a block is another one then, so the
+curves are a forecast; where the error came out higher than that of equal counts, these are taken after all, which were carried out too.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from elastic.blocks import Attempts, BlockResult, tokenize_block
+from elastic.budget import allocate
+from elastic.codec import Codec, Past
+from elastic.config import ElasticTokConfig
+from elastic.search import geometric_counts, make_search
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+      avg_tokens: tokens of a block in the mean, at most.
+      smallest, largest: the range of a block's count.
+      delay_blocks: blocks in a stretch: so many are held in memory, and so late may a block's tokens come. What a
+        stretch leaves over, the next one may spend.
+      num_counts: counts of a block that are measured to decide, spread geometrically over the range. More find the best
+        split more exactly; each costs a pass.
+
+    Raises:
+      ValueError: the mean is not in the range, or a number is too small.
+    """
+
+    avg_tokens: float
+    smallest: int
+    largest: int
+    delay_blocks: int = 64
+    num_counts: int = 16
+
+    def __post_init__(self):
+        if not self.smallest <= self.avg_tokens <= self.largest:
+            raise ValueError(
+                f"avg_tokens={self.avg_tokens:.6g} must lie between {self.smallest} and {self.largest}, "
+                "the fewest and the most tokens of a block of this model."
+            )
+        if self.delay_blocks < 1:
+            raise ValueError(f"delay_blocks={self.delay_blocks} must be 1 or more.")
+        if self.num_counts < 2:
+            raise ValueError(f"num_counts={self.num_counts} must be 2 or more: both ends.")
+
+    @property
+    def equal(self) -> int:
+        """The count that every block could have."""
+        return math.floor(self.avg_tokens)
+
+
+def check_targets(targets: Mapping[str, float | None], search: str | None) -> None:
+    """Refuses none and several targets; a threshold beside `num_tokens` only decides what counts as met.
+
+    Raises:
+      ValueError: there is not one target, or a search that it has no use for.
+    """
+    given = [name for name, value in targets.items() if value is not None]
+    if not given:
+        raise ValueError(
+            "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "
+            "avg_tokens= (a mean to spend) or bitrate=."
+        )
+    if len(given) > 1 and given != ["threshold", "num_tokens"]:
+        raise ValueError(
+            f"{' and '.join(f'{name}=' for name in given)} are {len(given)} targets; give one."
+        )
+    if search is not None and given[0] in ("avg_tokens", "bitrate"):
+        raise ValueError(
+            f"{given[0]}= does not search for a threshold; leave out search={search!r}."
+        )
+
+
+def threshold_of_psnr(psnr: float) -> float:
+    """The mean squared error, pixels in [-1, 1], of a PSNR in dB.
+
+    Raises:
+      ValueError: it is not a finite number of decibels above 0.
+    """
+    if not 0 < psnr < math.inf:
+        raise ValueError(f"psnr={psnr} must be a finite number of decibels above 0, such as 28.")
+    return 4 / 10 ** (psnr / 10)
+
+
+def tokens_of_bitrate(bitrate: float, rate: float, config: ElasticTokConfig) -> float:
+    """Tokens of a block in the mean, of kbit of tokens per second.
+
+    Args:
+      rate: frames per second.
+
+    Raises:
+      ValueError: the clip has no rate, as an image, or there is no bit to spend.
+    """
+    if not rate > 0:
+        raise ValueError(f"bitrate={bitrate} needs a video; for an image give num_tokens=.")
+    if not 0 < bitrate < math.inf:
+        raise ValueError(f"bitrate={bitrate} must be a finite number of kbit per second above 0.")
+    fsq = config.bottleneck_type == "fsq"
+    bits = (
+        max(1, (config.codebook_size - 1).bit_length()) if fsq else 32 * config.vae_bottleneck_dim
+    )
+    return 1000 * bitrate * config.frames_per_block / rate / bits
+
+
+def spend(
+    codec: Codec,
+    weights: dict[str, Any],
+    blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]],
+    budget: Budget,
+    *,
+    width: int = 1,
+    restart: bool = False,
+) -> Iterator[BlockResult]:
+    """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
+
+    Args:
+      width: counts measured in one call.
+      restart: whether the context is emptied whenever the window is full.
+    """
+    past, first, left = codec.new_past(), 0, 0.0
+    source = iter(blocks)
+    while stretch := list(islice(source, budget.delay_blocks)):
+        walk = _Walk(codec, weights, stretch, first, width, restart)
+        kept = jax.tree.map(jnp.copy, past)  # committing uses a past up
+        equal, curves, equal_past = walk.measure(kept, budget)
+        available = math.floor(budget.avg_tokens * len(stretch) + left)
+        counts = allocate(
+            curves,
+            available,
+            smallest=budget.smallest,
+            largest=budget.largest,
+            weights=[len(frames) for frames in stretch],
+        )
+        results, past = walk.commit(past, counts)
+        if not _error(results) <= _error(equal):
+            results, past = equal, equal_past
+        left = available - sum(result.tokens.num_kept for result in results)
+        first += len(stretch)
+        for result, curve in zip(results, curves, strict=True):
+            yield result._replace(passes=len(curve) + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """One stretch of a clip: its blocks, the number of the first, and how they are tokenized."""
+
+    codec: Codec
+    weights: dict[str, Any]
+    stretch: list[np.ndarray]
+    first: int
+    width: int
+    restart: bool
+
+    def measure(
+        self, past: Past, budget: Budget
+    ) -> tuple[list[BlockResult], list[dict[int, float]], Past]:
+        """Every block with the equal count, and what other counts would give in its place."""
+        results, curves = [], []
+        counts = geometric_counts(budget.smallest, budget.largest, budget.num_counts)
+        counts = [count for count in counts if count != budget.equal]
+        for number, frames in enumerate(self.stretch, self.first):
+            past = self._context(past, number)
+            block = Attempts(self.codec, self.weights, past, frames, width=self.width)
+            curve: dict[int, float] = {}
+            for start in range(0, len(counts), self.width):
+                group = counts[start : start + self.width]
+                curve |= zip(group, block.attempt(group, keep=False)[1], strict=True)
+            past, result = self._tokenize(past, frames, budget.equal)
+            results.append(result)
+            curves.append(curve | result.tried)
+        return results, curves, past
+
+    def commit(self, past: Past, counts: list[int]) -> tuple[list[BlockResult], Past]:
+        """Every block with its own count."""
+        results = []
+        for number, (frames, count) in enumerate(
+            zip(self.stretch, counts, strict=True), self.first
+        ):
+            past, result = self._tokenize(self._context(past, number), frames, count)
+            results.append(result)
+        return results, past
+
+    def _context(self, past: Past, number: int) -> Past:
+        full = self.restart and number % self.codec.window_blocks == 0
+        return self.codec.new_past() if full else past
+
+    def _tokenize(self, past: Past, frames: np.ndarray, count: int) -> tuple[Past, BlockResult]:
+        search = make_search(
+            "fixed", min_kept=1, max_kept=self.codec.config.tokens_per_block, num_tokens=count
+        )
+        return tokenize_block(self.codec, self.weights, past, frames, search)
+
+
+def _error(results: list[BlockResult]) -> float:
+    """The sum of squared errors over the frames, up to a factor."""
+    return math.fsum(result.tokens.loss * len(result.frames) for result in results)

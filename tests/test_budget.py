@@ -1,0 +1,73 @@
+"""A budget of tokens goes where it lowers the error most."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic.budget import allocate, split_equally
+
+FALLS = st.lists(st.floats(0.001, 1), min_size=7, max_size=7)
+
+
+def convex_curve(falls):
+    """Losses of counts 1 to 8 that fall by less and less."""
+    falls = sorted(falls)
+    return {8 - k: 0.01 + math.fsum(falls[:k]) for k in range(8)}
+
+
+@settings(deadline=None, max_examples=60)
+@given(falls=st.lists(FALLS, min_size=1, max_size=4), share=st.floats(1, 8))
+def test_on_convex_curves_no_split_is_better(falls, share):
+    curves = [convex_curve(block) for block in falls]
+    budget = int(share * len(curves))
+    counts = allocate(curves, budget, smallest=1, largest=8)
+    assert sum(counts) <= budget and all(1 <= count <= 8 for count in counts)
+    splits = itertools.product(range(1, 9), repeat=len(curves))
+    best = min(
+        math.fsum(curve[n] for curve, n in zip(curves, split, strict=True))
+        for split in splits
+        if sum(split) <= budget
+    )
+    found = math.fsum(curve[n] for curve, n in zip(curves, counts, strict=True))
+    assert found <= best * (1 + 1e-9)
+
+
+@settings(deadline=None)
+@given(
+    curves=st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=6),
+    share=st.floats(1, 8),
+)
+def test_on_any_curves_the_equal_split_is_never_better(curves, share):
+    curves = [dict(enumerate(losses, 1)) for losses in curves]
+    budget = int(share * len(curves))
+    counts = allocate(curves, budget, smallest=1, largest=8)
+    equal = split_equally(budget, len(curves), largest=8)
+    assert sum(counts) <= budget and all(1 <= count <= 8 for count in counts)
+
+    def error(split):
+        return math.fsum(curve[n] for curve, n in zip(curves, split, strict=True))
+
+    assert error(counts) <= error(equal) * (1 + 1e-9) + 1e-9
+
+
+def test_a_block_that_counts_more_gets_more():
+    curve = {n: 1 / n for n in (16, 32, 64, 128, 256)}
+    alike = allocate([curve, curve], 128, smallest=16, largest=256)
+    heavier = allocate([curve, curve], 128, smallest=16, largest=256, weights=[1, 4])
+    assert abs(alike[0] - alike[1]) <= 6
+    assert heavier[1] / heavier[0] == pytest.approx(2, rel=0.1)  # 1/n: counts go as the root
+
+
+def test_tokens_that_buy_nothing_are_left():
+    flat, falling = {4: 0.5, 8: 0.5, 16: 0.6}, {4: 0.5, 8: 0.1, 16: 0.05}
+    assert allocate([flat, falling], 32, smallest=4, largest=16) == [4, 16]
+
+
+def test_what_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="budget=7 must be at least 8"):
+        allocate([{4: 0.5}, {4: 0.5}], 7, smallest=4, largest=16)
+    with pytest.raises(ValueError, match="Block 1 has no finite loss"):
+        allocate([{4: 0.5}, {4: math.nan}], 8, smallest=4, largest=16)
