@@ -13,7 +13,7 @@ from elastic.cli_flags import INFERENCE
 def tokenize(flags: cli.Values) -> int:
     """Loads the model, tokenizes the input, prints a table for each file."""
     targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
-    if not any(flags[name] for name in targets):
+    if flags["threshold"] is None and not any(flags[name] for name in targets):
         raise ValueError(
             "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
             "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
