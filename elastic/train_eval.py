@@ -37,6 +37,7 @@ class Evaluator:
         self._config = evaluation.EvaluationConfig(
             thresholds=wanted.thresholds,
             num_tokens=wanted.num_tokens,
+            metrics=("psnr", "ssim"),
             max_frames=wanted.max_frames,
             fps=config.data.fps,
         )

@@ -115,7 +115,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(_tree(target))})
             )
-        values = {
+        values: dict[str, Any] = {
             name: None
             if part is None
             else serialization.from_state_dict(part, restored[_STATE][name])

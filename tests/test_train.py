@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -146,35 +146,43 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 import pathlib
 from tiny_run import MODELS, settings
 from elastic.train import train
-train(settings(pathlib.Path({clips!r}), pathlib.Path({folder!r}), total_steps=60, save=dict(freq=1), data=dict(workers=1)), MODELS["vae"])
+{before}
+train(settings(pathlib.Path({clips!r}), pathlib.Path({folder!r}), {options}), MODELS["vae"])
 """
+
+
+@contextlib.contextmanager
+def started(clips, folder, options, before=""):
+    """A run in a process of its own; `said` is then what it wrote on standard error."""
+    here = pathlib.Path(__file__).parent
+    code = WORKER.format(
+        paths=[str(here), str(here.parent)],
+        programs=str(folder.parent / "programs"),
+        clips=str(clips),
+        folder=str(folder),
+        options=options,
+        before=before,
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.said = process.communicate(timeout=300)[1]
 
 
 def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
     """SIGKILL, with a checkpoint every step: saving is under way at most of these moments."""
-    here = pathlib.Path(__file__).parent
-    source = dict(
-        paths=[str(here), str(here.parent)], programs=str(tmp_path / "programs"), clips=str(clips)
-    )
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-
-    @contextlib.contextmanager
-    def started(folder):
-        code = WORKER.format(**source, folder=str(folder))
-        with open(tmp_path / "said", "wb") as said:
-            process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=said)
-            yield process
-            process.wait(timeout=300)
+    options = "total_steps=60, save=dict(freq=1), data=dict(workers=1)"
 
     def finish(folder):
-        with started(folder) as process:
+        with started(clips, folder, options) as process:
             pass
-        assert process.returncode == 0, (tmp_path / "said").read_text()[-3000:]
+        assert process.returncode == 0, process.said[-3000:]
 
     finish(tmp_path / "whole")
     log = tmp_path / "killed" / "metrics.jsonl"
     for at_step in (1, 20):
-        with started(tmp_path / "killed") as process:
+        with started(clips, tmp_path / "killed", options) as process:
             until = time.time() + 200
             while time.time() < until and process.poll() is None:
                 if log.exists() and len(log.read_bytes().splitlines()) > at_step:
@@ -282,25 +290,23 @@ def test_the_folder_of_another_model_is_left_alone(clips, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # orbax's threads
-def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path):
+def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path, straight):
     """A limit on the size of files stands for a full disk: writing fails in the middle of a checkpoint."""
-    train(settings(clips, tmp_path, total_steps=3), MODELS["vae"])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"step 6 was not saved|not saved in"):
-            train(settings(clips, tmp_path), MODELS["vae"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-    found = train_state.Checkpoints(tmp_path, settings(clips, tmp_path).save)
-    assert found.newest() == 3
-    found.close()
-    train(settings(clips, tmp_path), MODELS["vae"])
+
+    full = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+"""
+    folder = tmp_path / "run"
+    train(settings(clips, folder, total_steps=3), MODELS["vae"])
+    with started(clips, folder, "", before=full) as process:
+        pass
+    assert process.returncode == 1
+    last = process.said.strip().splitlines()[-1]
+    assert re.match(r"OSError: .*not saved in .*too large", last), process.said[-3000:]
+    assert names(folder / "checkpoints")[0] == "00000003"
+    assert_equal_states(train(settings(clips, folder), MODELS["vae"]).state, straight[0])
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_at_once(clips, tmp_path):
