@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from elastic.blocks import Attempts, BlockResult, tokenize_block
+from elastic.blocks import Attempts, BlockResult, Metric, tokenize_block
 from elastic.budget import allocate
 from elastic.codec import Codec, Past
 from elastic.config import ElasticTokConfig
@@ -123,6 +123,7 @@ def spend(
     *,
     width: int = 1,
     restart: bool = False,
+    metric: Metric | None = None,
 ) -> Iterator[BlockResult]:
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
@@ -133,7 +134,7 @@ def spend(
     past, first, left = codec.new_past(), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
-        walk = _Walk(codec, weights, stretch, first, width, restart)
+        walk = _Walk(codec, weights, stretch, first, width, restart, metric)
         kept = jax.tree.map(jnp.copy, past)  # committing uses a past up
         equal, curves, equal_past = walk.measure(kept, budget)
         available = math.floor(budget.avg_tokens * len(stretch) + left)
@@ -163,6 +164,7 @@ class _Walk:
     first: int
     width: int
     restart: bool
+    metric: Metric | None
 
     def measure(
         self, past: Past, budget: Budget
@@ -173,7 +175,9 @@ class _Walk:
         counts = [count for count in counts if count != budget.equal]
         for number, frames in enumerate(self.stretch, self.first):
             past = self._context(past, number)
-            block = Attempts(self.codec, self.weights, past, frames, width=self.width)
+            block = Attempts(
+                self.codec, self.weights, past, frames, width=self.width, metric=self.metric
+            )
             curve: dict[int, float] = {}
             for start in range(0, len(counts), self.width):
                 group = counts[start : start + self.width]
@@ -201,9 +205,9 @@ class _Walk:
         search = make_search(
             "fixed", min_kept=1, max_kept=self.codec.config.tokens_per_block, num_tokens=count
         )
-        return tokenize_block(self.codec, self.weights, past, frames, search)
+        return tokenize_block(self.codec, self.weights, past, frames, search, metric=self.metric)
 
 
 def _error(results: list[BlockResult]) -> float:
-    """The sum of squared errors over the frames, up to a factor."""
+    """The sum of the losses over the frames."""
     return math.fsum(result.tokens.loss * len(result.frames) for result in results)

@@ -124,6 +124,12 @@ INFERENCE = Script(
                 "largest error of a block: mean square, pixels in [-1, 1]; 0.003 suits the released models",
                 kind=float,
             ),
+            Flag(
+                "metric",
+                "mse",
+                "what the threshold and the budget are of; lpips is slow on a CPU: the mean of a block's frames",
+                choices=("mse", "lpips"),
+            ),
             Flag("psnr", None, "the same in dB: every block reaches it, such as 28", kind=float),
             Flag(
                 "avg_tokens",

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from elastic import checkpoint, media
 from elastic import mesh as meshes
-from elastic.blocks import BlockResult, tokenize_block
+from elastic.blocks import BlockResult, Metric, make_metric, tokenize_block
 from elastic.budgeting import (
     Budget,
     check_targets,
@@ -56,9 +56,11 @@ class Encoding:
         clip: "_Clip",
         search: dict[str, Any],
         budget: Budget | None = None,
+        metric: str | Metric = "mse",
     ):
         self._tokenizer, self._clip, self._search = tokenizer, clip, search
         self._budget = budget
+        self._metric_name, self._metric = make_metric(metric)
         self._blocks: list[BlockTokens] = []
         self._finished = False
         self.is_image, self.rate, self.num_frames, self.source = (
@@ -76,7 +78,7 @@ class Encoding:
         tokenizer = self._tokenizer
         blocks = self._clip.blocks(tokenizer.config.frames_per_block)
         if self._budget is None:
-            results = tokenizer.tokenize_blocks(blocks, self._search)
+            results = tokenizer.tokenize_blocks(blocks, self._search, metric=self._metric)
         else:
             results = spend(
                 tokenizer.codec,
@@ -85,6 +87,7 @@ class Encoding:
                 self._budget,
                 width=tokenizer.search_width,
                 restart=tokenizer.context == "restart",
+                metric=self._metric,
             )
         for result in results:
             self._blocks.append(result.tokens)
@@ -116,10 +119,15 @@ class Encoding:
             model_id=tokenizer.model_id,
             config_hash=config.config_hash(),
             threshold=self._search["threshold"],
-            search=self._search["name"] if self._budget is None else "budget",
+            search=self._search_name(),
             window_blocks=tokenizer.window_blocks,
             context=tokenizer.context,
         )
+
+    def _search_name(self) -> str:
+        """What the token file says of how counts were found; losses other than squared errors are named."""
+        search = self._search["name"] if self._budget is None else "budget"
+        return search if self._metric is None else f"{search}:{self._metric_name}"
 
 
 class ElasticTokenizer:
@@ -236,6 +244,7 @@ class ElasticTokenizer:
         num_tokens: int | None = None,
         avg_tokens: float | None = None,
         bitrate: float | None = None,
+        metric: str | Metric = "mse",
         delay_blocks: int = 64,
         budget_counts: int = 16,
         search: str | None = None,
@@ -250,6 +259,8 @@ class ElasticTokenizer:
         Args:
           psnr: decibels that every block reaches; 4 / 10^(psnr / 10) as a threshold.
           avg_tokens: tokens of a block in the mean, at most; `bitrate` is the same in kbit of tokens per second.
+          metric: what a block's loss is, and `threshold` limits: 'mse', 'lpips' (mean of the frames), or a function of original and
+            reconstruction (uint8, real frames only) that gives 0 or above, less being better.
           delay_blocks: with a budget, blocks that are held and split it; what comes later is not foreseen.
           budget_counts: with a budget, counts of each block that are measured to decide.
           search: 'binary', 'predict', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'binary'.
@@ -271,6 +282,8 @@ class ElasticTokenizer:
             bitrate=bitrate,
         )
         check_targets(targets, search)
+        if psnr is not None and metric != "mse":
+            raise ValueError(f"psnr={psnr} is of squared errors; give threshold= with {metric=}.")
         if psnr is not None:
             threshold = threshold_of_psnr(psnr)
         if bitrate is not None:
@@ -299,10 +312,14 @@ class ElasticTokenizer:
                 delay_blocks=delay_blocks,
                 num_counts=budget_counts,
             )
-        return Encoding(self, clip, options, budget)
+        return Encoding(self, clip, options, budget, metric)
 
     def tokenize_blocks(
-        self, blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]], search: dict[str, Any]
+        self,
+        blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]],
+        search: dict[str, Any],
+        *,
+        metric: Metric | None = None,
     ) -> Iterator[BlockResult]:
         """One result after the other; `search` are the arguments of `make_search`. Only the last block may be short."""
         past = self.codec.new_past()
@@ -311,7 +328,12 @@ class ElasticTokenizer:
             if self.context == "restart" and number % self.window_blocks == 0:
                 past = self.codec.new_past()
             past, result = tokenize_block(
-                self.codec, self.weights, past, frames, make_search(memory=memory, **search)
+                self.codec,
+                self.weights,
+                past,
+                frames,
+                make_search(memory=memory, **search),
+                metric=metric,
             )
             yield result
 

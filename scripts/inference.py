@@ -48,6 +48,7 @@ def tokenize(flags: cli.Values) -> int:
         overwrite=flags["overwrite"],
         threshold=flags["threshold"],
         psnr=flags["psnr"],
+        metric=flags["metric"],
         avg_tokens=flags["avg_tokens"] or None,
         bitrate=flags["bitrate"] or None,
         delay_blocks=flags["delay_blocks"],

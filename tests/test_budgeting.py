@@ -100,3 +100,45 @@ def test_targets_that_contradict_each_other_are_refused(tokenizer, clip, options
 
 def test_the_equal_count_is_a_whole_number():
     assert Budget(avg_tokens=16.7, smallest=5, largest=32).equal == 16
+
+
+@pytest.mark.parametrize("search", ["binary", "predict"])
+def test_a_metric_is_held_against_the_threshold_as_the_decoded_file_shows_it(
+    tokenizer, clip, search
+):
+    """A function: the largest difference of a pixel. Short blocks are measured over their real frames."""
+
+    def largest(original, reconstruction):
+        assert original.shape == reconstruction.shape and original.dtype == np.uint8
+        return np.abs(original.astype(int) - reconstruction).max()
+
+    frames = tokenizer.config.frames_per_block
+    full = tokenizer.encode(clip, num_tokens=32, metric=largest)
+    threshold = float(np.median([block.loss for block in full.blocks]))
+    tokens = tokenizer.encode(clip, threshold=threshold, metric=largest, search=search)
+    decoded = tokenizer.decode(tokens)
+    assert tokens.search == f"{search}:largest"
+    assert any(block.met_threshold for block in tokens.blocks)
+    for i, block in enumerate(tokens.blocks):
+        part = slice(i * frames, (i + 1) * frames)
+        assert block.loss == largest(clip[part], decoded[part])
+        assert block.met_threshold == (block.loss <= threshold)
+
+
+def test_a_budget_is_split_by_the_metric(tokenizer, clip):
+    def first_half(original, reconstruction):
+        half = original.shape[1] // 2
+        return np.mean(np.square((original[:, :half].astype(float) - reconstruction[:, :half])))
+
+    made = tokenizer.reconstruct(clip, avg_tokens=12, metric=first_half, budget_counts=4)
+    equal = tokenizer.reconstruct(clip, num_tokens=12, metric=first_half)
+    assert first_half(clip, made.frames) <= first_half(clip, equal.frames) * (1 + 1e-6)
+
+
+def test_metrics_that_are_none_are_refused(tokenizer, clip):
+    with pytest.raises(ValueError, match="metric='ssim' must be"):
+        tokenizer.encode(clip, num_tokens=12, metric="ssim")
+    with pytest.raises(ValueError, match="psnr=20.0 is of squared errors"):
+        tokenizer.encode(clip, psnr=20.0, metric="lpips")
+    with pytest.raises(ValueError, match="The metric gave -1"):
+        tokenizer.encode(clip, num_tokens=12, metric=lambda a, b: -1)
