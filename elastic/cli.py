@@ -187,9 +187,10 @@ def _logging() -> Iterator[None]:
     ours = logging.getLogger("elastic")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    before = ours.level
+    level, propagate = ours.level, ours.propagate
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+    ours.propagate = False  # a library that gives the root a handler would have every line twice
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         del category
@@ -202,7 +203,8 @@ def _logging() -> Iterator[None]:
             yield
     finally:
         ours.removeHandler(handler)
-        ours.setLevel(before)
+        ours.setLevel(level)
+        ours.propagate = propagate
 
 
 @contextlib.contextmanager
