@@ -128,7 +128,7 @@ def test_a_metric_is_held_against_the_threshold_as_the_decoded_file_shows_it(
 def test_a_budget_is_split_by_the_metric(tokenizer, clip):
     def first_half(original, reconstruction):
         half = original.shape[1] // 2
-        return np.mean(np.square((original[:, :half].astype(float) - reconstruction[:, :half])))
+        return np.mean(np.square(original[:, :half].astype(float) - reconstruction[:, :half]))
 
     made = tokenizer.reconstruct(clip, avg_tokens=12, metric=first_half, budget_counts=4)
     equal = tokenizer.reconstruct(clip, num_tokens=12, metric=first_half)
@@ -138,7 +138,7 @@ def test_a_budget_is_split_by_the_metric(tokenizer, clip):
 def test_metrics_that_are_none_are_refused(tokenizer, clip):
     with pytest.raises(ValueError, match="metric='ssim' must be"):
         tokenizer.encode(clip, num_tokens=12, metric="ssim")
-    with pytest.raises(ValueError, match="psnr=20.0 is of squared errors"):
+    with pytest.raises(ValueError, match="is of squared errors"):
         tokenizer.encode(clip, psnr=20.0, metric="lpips")
     with pytest.raises(ValueError, match="The metric gave -1"):
         tokenizer.encode(clip, num_tokens=12, metric=lambda a, b: -1)
