@@ -142,7 +142,9 @@ def _guesses(
     x = curve.crossing(level, low, high)
     if state.found is None and (x is None or x >= high - _SNAP):
         return [state.largest]  # all is expected to fail, and this says so for certain
-    if x is None or (not state.failed and x <= low + _SNAP):
+    if x is None:  # a curve that contradicts what was measured
+        return state.parts(width)
+    if not state.failed and x <= low + _SNAP:
         return [state.smallest]
     repeats = abs(state.run) - 1  # how often in a row the guess fell on the same side
     if state.failed and state.found is not None:
