@@ -12,7 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elastic import ops
 from elastic.config import ElasticTokConfig
+from elastic.mesh import platform_of
 from elastic.ops import bits, ring
+from elastic.ops.feedforward import SAVED as GATES
+from elastic.ops.local import SAVED as ATTENTION
 from elastic.sharding import constrain
 
 # A layer's keys and values, for a cache: [batch, heads, length, head_dim] each.
@@ -257,7 +260,7 @@ class LayerStack(Compute):
         past: ops.Past | None,
     ) -> tuple[Array, KeysValues | None]:
         angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
-        layer_class = _remat(Layer, self.config.remat_block, in_scan=self.config.scan_layers)
+        layer_class = self._layer_class()
         everywhere = (angles, segment_ids, valid, past)
         in_axes: Any = (
             0,
@@ -278,6 +281,20 @@ class LayerStack(Compute):
             x, layer_new = layer_class(name=str(i), **self.shared())(x, index[i], *everywhere)
             new.append(layer_new)
         return x, None if past is None else jax.tree.map(lambda *layers: jnp.stack(layers), *new)
+
+    def _layer_class(self) -> Any:
+        """`Layer`, recomputed in the backward pass as the config says; where it says nothing, a CPU keeps what is dear to make.
+
+        On a CPU memory moves slowly and products take long: the products' results that the backward pass needs are kept, rounded as
+        they were multiplied, and what lies between is made again. In float32 the gates, half of it all, are made again too.
+        """
+        config = self.config
+        asked = config.remat_block or config.remat_attention or config.remat_mlp
+        if asked or platform_of(self.mesh) != "cpu":
+            return _remat(Layer, config.remat_block, in_scan=config.scan_layers)
+        names = (ATTENTION,) if jnp.dtype(self.dtype) == jnp.float32 else (ATTENTION, GATES)
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
 
 
 def _remat(module: Any, policy: str, *, in_scan: bool) -> Any:

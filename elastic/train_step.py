@@ -13,7 +13,7 @@ from elastic import masks
 from elastic.data import Sequences
 from elastic.losses import training_loss
 from elastic.model import Batch, ElasticTok
-from elastic.optim import learning_rate
+from elastic.optim import learning_rate, where_good
 from elastic.patches import to_unit_range
 from elastic.sharding import constrain
 from elastic.train_config import TrainConfig
@@ -50,7 +50,7 @@ def _zero() -> Int[Array, ""]:
 
 def train_step(
     model: ElasticTok,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     state: TrainState,
     batch: Batch,
     key: Shaped[Array, "*k"] | None,
@@ -78,13 +78,11 @@ def train_step(
     def if_good(new: Any, old: Any) -> Any:
         return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
-    updates, _ = optimizer.update({"params": grads}, state.opt_state, {"params": state.params})
+    updates, opt_state = optimizer.update(
+        {"params": grads}, state.opt_state, {"params": state.params}, good=good
+    )
     updated = cast(dict[str, Any], optax.apply_updates({"params": state.params}, updates))["params"]
     params = if_good(updated, state.params)
-    # Moments are written over the old ones, if nothing reads those any more: so they come after the parameters,
-    # which XLA would else make from the old moments too, or from copies of them.
-    params, old_moments = jax.lax.optimization_barrier((params, state.opt_state))
-    _, opt_state = optimizer.update({"params": grads}, old_moments, {"params": state.params})
     ema = state.ema
     if ema is not None:
         ema = if_good(optax.incremental_update(updated, ema, 1 - ema_decay), ema)
@@ -92,7 +90,7 @@ def train_step(
     new = TrainState(
         state.step + 1,
         params,
-        if_good(opt_state, old_moments),
+        where_good(good, opt_state, state.opt_state),
         ema,
         state.skipped + bad,
         (state.skipped_in_a_row + 1) * bad,
@@ -158,7 +156,7 @@ Step = Callable[[TrainState, Sequences, Any], tuple[TrainState, dict[str, Array]
 def step_program(
     config: TrainConfig,
     model: ElasticTok,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     shardings: TrainState,
 ) -> Step:
     """The compiled step, of a state (donated), sequences and the VGG16 weights (None: no LPIPS).

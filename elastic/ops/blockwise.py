@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from elastic.ops import bits
-from elastic.ops.dense import dot
+from elastic.ops.dense import dot, turned
 from elastic.ops.local import Kernel, Options, Scope
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
@@ -149,9 +149,7 @@ def _backward(
                     weights_st = jnp.where(_seen(n, i, j, start, scope, options).T, weights_st, 0.0)
                 dweights_st = dot(v_sD, dout_tD, (1, 1))
                 dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
-                dq_tD = dq_tD + dot(
-                    lax.optimization_barrier(dlogits_st.T), k_sD
-                )  # a real transposition: see dense.py
+                dq_tD = dq_tD + dot(turned(dlogits_st), k_sD)
                 dk_KD = _add_tile(dk_KD, start, dot(dlogits_st, q_tD))
                 dv_KD = _add_tile(dv_KD, start, dot(weights_st.astype(dtype), dout_tD))
                 return dq_tD, dk_KD, dv_KD

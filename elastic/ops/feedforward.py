@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from elastic.ops import bits
 from elastic.ops.dense import dense
+
+SAVED = "feed_forward"  # the gate's operands, by the name that policies of jax.checkpoint know them under
 
 
 def feedforward(
@@ -25,8 +29,10 @@ def feedforward(
       chunk_size: tokens at a time, so that only `chunk_size x m` numbers are alive; the last chunk may be shorter. None: all at once.
     """
 
+    dtype = jnp.dtype(dtype)
+
     def gated(x: Array) -> Array:
-        return dense(jax.nn.silu(dense(x, w1, dtype)) * dense(x, w3, dtype), w2, dtype)
+        return dense(_gate(dense(x, w1, dtype), dense(x, w3, dtype), dtype), w2, dtype)
 
     length = x.shape[1]
     if chunk_size is None or chunk_size >= length:
@@ -37,3 +43,27 @@ def feedforward(
         lax.map(jax.checkpoint(gated), chunks).swapaxes(0, 1).reshape(x.shape[0], whole, x.shape[2])
     )
     return out if whole == length else jnp.concatenate([out, gated(x[:, whole:])], axis=1)
+
+
+def _silu_times(a: Array, b: Array, dtype: jnp.dtype) -> Array:
+    """silu(a) * b."""
+    return jax.nn.silu(a) * b
+
+
+_gate = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
+
+
+def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
+    # Rounded like the operands of products, and as bits, because a scan over layers stacks them. The result is made of what is
+    # saved, so that the backward pass can make it again without the products.
+    saved = [checkpoint_name(bits.hide(x.astype(dtype)), SAVED) for x in (a, b)]
+    return _silu_times(*(bits.show(x).astype(a.dtype) for x in saved), dtype), saved
+
+
+def _gate_bwd(dtype: jnp.dtype, saved, gradient: Array):
+    a, b = (bits.show(x).astype(gradient.dtype) for x in saved)
+    share = jax.nn.sigmoid(a)
+    return gradient * b * share * (1 + a * (1 - share)), gradient * a * share
+
+
+_gate.defvjp(_gate_fwd, _gate_bwd)

@@ -8,7 +8,12 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from elastic.ops import bits
+
+SAVED = "attention"  # what the backward pass needs, by the name that policies of jax.checkpoint know it under
 
 
 class Options(NamedTuple):
@@ -109,15 +114,36 @@ def _forward(
 _attend = jax.custom_vjp(_forward, nondiff_argnums=(4, 5))
 
 
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass, known to policies of jax.checkpoint by the name `SAVED`."""
+
+    q: Array  # these four in the type of the operands; bfloat16 as bits, because a scan over layers stacks it
+    k: Array
+    v: Array
+    out: Array
+    lse: Array
+
+    def shown(self) -> "Saved":
+        """The same as numbers."""
+        return Saved(*(bits.show(x) for x in self))
+
+
+def save(q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Saved, Array]:
+    """What to save, and the output made of it: so nothing computed before it is needed again."""
+    arrays = (*(bits.hide(x) for x in (q, k, v, out.astype(q.dtype))), lse)
+    saved = Saved(*(checkpoint_name(x, SAVED) for x in arrays))
+    return saved, bits.show(saved.out).astype(out.dtype)
+
+
 def _attend_fwd(q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel):
-    out, lse = kernel.forward(q, k, v, scope, options)
-    return (out, lse), (q, k, v, scope, out, lse)
+    saved, out = save(q, k, v, *kernel.forward(q, k, v, scope, options))
+    return (out, saved.lse), (saved, scope)
 
 
-def _attend_bwd(options: Options, kernel: Kernel, saved, gradients):
-    q, k, v, scope, out, lse = saved
+def _attend_bwd(options: Options, kernel: Kernel, residuals, gradients):
+    (q, k, v, out, lse), scope = residuals[0].shown(), residuals[1]
     dout = gradients[0]
-    delta = jnp.sum(out * dout, axis=-1)
+    delta = jnp.sum(out.astype(dout.dtype) * dout, axis=-1)
     dq, dk, dv = kernel.backward(q, k, v, dout, lse, delta, scope, options)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 

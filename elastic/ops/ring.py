@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from elastic.ops.local import Kernel, Options, Scope
+from elastic.ops.local import Kernel, Options, Scope, save
 from elastic.sharding import fitting_spec
 
 AXIS = "sp"
@@ -117,20 +117,21 @@ _attend = jax.custom_vjp(_forward, nondiff_argnums=(5,))
 
 
 def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids, ring: Ring):
-    out, lse = _attend(q, k, v, places, ids, ring)
-    return (out, lse), (q, k, v, places, ids, out, lse)
+    saved, out = save(q, k, v, *_attend(q, k, v, places, ids, ring))
+    return (out, saved.lse), (saved, places, ids)
 
 
-def _attend_bwd(ring: Ring, saved, gradients):
+def _attend_bwd(ring: Ring, residuals, gradients):
     """Keys and values travel once more, with the sums of their gradients one step behind them.
 
     A step's sums need what arrives only after its arithmetic, so that their sends overlap too. (Sent together with their keys, they
     would wait for the kernel that they are the result of.) In the balanced layout a device's own keys are halved: the first half is
     worked on while the first keys are on their way, the second while the sums come home.
     """
-    q_NQD, k_NKD, v_NKD, places, ids, out, lse = saved
+    saved, places, ids = residuals
+    q_NQD, k_NKD, v_NKD, out, lse = saved.shown()
     dout = gradients[0]
-    delta = jnp.sum(out * dout, axis=-1)
+    delta = jnp.sum(out.astype(dout.dtype) * dout, axis=-1)
     own, ids = lax.axis_index(AXIS), ids.without_valid()
     # What products take, rounded once and not in every step.
     douts, lses, deltas = (_pieces(x, ring) for x in (dout.astype(q_NQD.dtype), lse, delta))
