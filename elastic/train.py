@@ -8,6 +8,7 @@ same devices.
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import pathlib
 import signal
@@ -76,11 +77,38 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> Finished:
         loss is no longer a number.
       OSError: a checkpoint cannot be written.
     """
+    folder = pathlib.Path(config.output_dir)
+    check_same_model(config, elastic)
+    with _alone_in(folder):
+        return _train(config, elastic, folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of the folder, which would clear away what the first is just writing.
+
+    Raises:
+      ValueError: another process trains there.
+      OSError: the folder cannot be made or written to.
+    """
+    if not is_first_host():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as file:  # the lock ends with the process, however that ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process trains in {folder}, or is still saving; wait for it, or choose another output_dir."
+            ) from error
+        yield
+
+
+def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path) -> Finished:
     mesh = make_mesh(config.mesh_dim)
     model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
     optimizer = make_optimizer(config.optimizer)
-    folder = pathlib.Path(config.output_dir)
-    check_same_model(config, elastic)
     lpips_weights = (
         load_lpips_weights(config.lpips_weights or None) if elastic.lpips_loss_ratio else None
     )

@@ -1,6 +1,5 @@
 """The command line: names and values of flags, --help, and how errors end."""
 
-import dataclasses
 import os
 import pathlib
 import re
@@ -159,26 +158,40 @@ def test_a_signal_unwinds_the_stack(number, code):
 
 
 def test_defaults_of_training_are_those_of_the_rooms():
+    """A command line with the two required flags describes the run that the records describe."""
     from elastic.data import DataConfig
-    from elastic.optim import OptimizerConfig
-    from elastic.train import TrainConfig
+    from elastic.train_config import EvalConfig, LogConfig, SaveConfig, TrainConfig
+    from elastic.train_flags import model_of, run_of
 
-    defaults = {flag.name: flag.default for flag in TRAIN.flags}
-    renamed = {
-        "output_dir": "logger.output_dir",
-        "float_dtype": "checkpointer.float_dtype",
-        "accumulate_gradient_steps": "optimizer.accumulate_gradient_steps",
-    }
-    places = {
-        TrainConfig: "",
-        OptimizerConfig: "optimizer.adamw_optimizer.",
-        DataConfig: "train_dataset.vision_dataset.",
-    }
-    for record, prefix in places.items():
-        for field in dataclasses.fields(record):
-            if field.name in ("data", "optimizer"):
-                continue
-            name = renamed.get(field.name, prefix + field.name)
-            assert name in defaults, name
-            if field.default is not dataclasses.MISSING:
-                assert defaults[name] == field.default, name
+    values = cli.parse(TRAIN, ["--train_dataset.vision_dataset.path=in", "--logger.output_dir=out"])
+    found = run_of(values, model_of(values))
+    assert found == TrainConfig(data=DataConfig(path="in"), output_dir="out")
+    assert (found.log, found.save, found.evaluation) == (LogConfig(), SaveConfig(), EvalConfig())
+
+
+def test_every_flag_of_training_reaches_the_run():
+    from elastic.train_flags import model_of, run_of
+
+    values = cli.parse(
+        TRAIN,
+        [
+            "--train_dataset.vision_dataset.path=in", "--logger.output_dir=out", "--logger.experiment_id=one",
+            "--eval_freq=5", "--eval_dataset.path=held", "--eval_thresholds=[0.1, 0.02]", "--eval_num_tokens=256,512",
+            "--save_milestone_freq=7", "--checkpointer.keep=3", "--profile_steps=10,15", "--logger.online=True",
+            "--optimizer.accumulate_gradient_steps=2", "--ema_decay=0.9", "--log_freq=3",
+        ],
+    )  # fmt: skip
+    run = run_of(values, model_of(values))
+    assert run.output_dir == "out/one" and run.optimizer.accumulate_gradient_steps == 2
+    assert run.evaluation.thresholds == (0.1, 0.02) and run.evaluation.num_tokens == (256, 512)
+    assert (
+        run.save.due(7) and run.save.is_milestone(7) and not run.save.due(8) and run.save.keep == 3
+    )
+    assert run.log.profile_steps == (10, 15) and run.log.wandb and run.log.freq == 3
+    for wrong in ("--eval_thresholds=low", "--profile_steps=1", "--eval_num_tokens=1.5"):
+        values = cli.parse(
+            TRAIN,
+            ["--train_dataset.vision_dataset.path=in", "--logger.output_dir=out", wrong],
+        )
+        with pytest.raises(ValueError, match=wrong[2:].split("=")[0]):
+            run_of(values, model_of(values))

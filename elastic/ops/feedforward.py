@@ -1,5 +1,7 @@
 """The gated feed-forward network, all at once or in chunks of tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,7 +52,7 @@ def _silu_times(a: Array, b: Array, dtype: jnp.dtype) -> Array:
     return jax.nn.silu(a) * b
 
 
-_gate = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
+_gate: Any = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
 
 
 def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
