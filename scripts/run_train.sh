@@ -31,12 +31,12 @@ fps="${fps:-24}"
 workers="${workers:-2}"
 # Devices along dp, fsdp, tp, sp; one -1 takes the rest. Long sequences want sp.
 mesh_dim="${mesh_dim:-1,-1,1,1}"
-# How long, and how fast: the rate rises to lr in lr_warmup_steps, then falls to end_lr along a
-# cosine; the released models kept theirs at 1e-4.
+# How long, and how fast: the rate rises to lr in lr_warmup_steps (2000, or a twentieth of a short run), then falls to
+# end_lr along a cosine; the released models kept theirs at 1e-4.
 total_steps="${total_steps:-200000}"
 lr="${lr:-1e-4}"
 end_lr="${end_lr:-$lr}"
-lr_warmup_steps="${lr_warmup_steps:-2000}"
+lr_warmup_steps="${lr_warmup_steps:-$((total_steps / 20 < 2000 ? total_steps / 20 : 2000))}"
 # fp32 or bf16: what the model computes in. Parameters and moments are fp32 in any case.
 dtype="${dtype:-bf16}"
 # Steps between two lines of the log, two checkpoints (the newest two are kept), and two milestones, which are kept for
