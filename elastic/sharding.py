@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 _RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp"),
+    "image": ("dp", "fsdp", "tp", "sp"),  # of LPIPS's network, which has no other axis to share
     "sequence": ("sp",),
     "embed": ("fsdp", "sp"),  # of parameters
     "heads": ("tp",),
