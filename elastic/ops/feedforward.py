@@ -1,6 +1,6 @@
 """The gated feed-forward network, all at once or in chunks of tokens."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def _silu_times(a: Array, b: Array, dtype: jnp.dtype) -> Array:
     return jax.nn.silu(a) * b
 
 
-_gate: Any = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
+_gate = cast(Any, jax.custom_vjp(_silu_times, nondiff_argnums=(2,)))  # its stub knows no dtype
 
 
 def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
