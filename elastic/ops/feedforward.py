@@ -1,7 +1,5 @@
 """The gated feed-forward network, all at once or in chunks of tokens."""
 
-from typing import Any, cast
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -52,14 +50,15 @@ def _silu_times(a: Array, b: Array, dtype: jnp.dtype) -> Array:
     return jax.nn.silu(a) * b
 
 
-_gate = cast(Any, jax.custom_vjp(_silu_times, nondiff_argnums=(2,)))  # its stub knows no dtype
+_gate = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
 
 
 def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
     # Rounded like the operands of products, and as bits, because a scan over layers stacks them. The result is made of what is
     # saved, so that the backward pass can make it again without the products.
     saved = [checkpoint_name(bits.hide(x.astype(dtype)), SAVED) for x in (a, b)]
-    return _silu_times(*(bits.show(x).astype(a.dtype) for x in saved), dtype), saved
+    kept_a, kept_b = (bits.show(x).astype(a.dtype) for x in saved)
+    return _silu_times(kept_a, kept_b, dtype), saved
 
 
 def _gate_bwd(dtype: jnp.dtype, saved, gradient: Array):
