@@ -22,6 +22,10 @@ SETTINGS = (
     "bottleneck",
     "n_codes",
     "tokens_path",
+    "dataset_path",
+    "total_steps",
+    "eval_path",
+    "distributed",
 )
 
 # Stands for Python: says yes to the probes, and writes down what it is asked to run.
@@ -152,6 +156,39 @@ def test_the_smoke_run_trains_on_the_example(run):
     arguments = run("run_train.sh", SMOKE="1")
     assert arguments[1] == "scripts/train.py"
     assert flags_of(arguments)["--train_dataset.vision_dataset.path"] == "example"
+
+
+def test_a_short_run_warms_up_for_a_part_of_it_and_other_hosts_are_joined_when_asked(run):
+    flags = flags_of(run("run_train.sh", dataset_path="in", total_steps="1000", distributed="True"))
+    assert flags["--optimizer.adamw_optimizer.lr_warmup_steps"] == "50"
+    assert flags["--jax_distributed.initialize_jax_distributed"] == "True"
+    assert "--jax_distributed.coordinator_address" not in flags and "--eval_freq" not in flags
+    flags = flags_of(run("run_train.sh", dataset_path="in", eval_path="held out"))
+    assert flags["--optimizer.adamw_optimizer.lr_warmup_steps"] == "2000"
+    assert flags["--eval_dataset.path"] == "held out"
+
+
+def test_a_pod_gets_the_settings_of_this_machine_quoted(tmp_path):
+    settings = dict(
+        DRY_RUN="1", tpu_name="slice", zone="z", dataset_path="gs://b/my videos", output_dir="out"
+    )
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / "run_train_pod.sh", "--log_freq=5"],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert r"dataset_path=gs://b/my\ videos" in last and "distributed=True" in last
+    assert last.endswith("bash scripts/run_train.sh --log_freq=5")
+    missing = subprocess.run(
+        ["bash", ROOT / "scripts" / "run_train_pod.sh"],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    assert missing.returncode == 1 and "tpu_name is empty" in missing.stderr
 
 
 # --- The environment -------------------------------------------------------------------------
