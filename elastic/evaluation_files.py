@@ -1,12 +1,9 @@
 """Evaluations of several models, side by side: tables, JSON and the figure."""
 
-import contextlib
 import csv
 import itertools
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 
 from elastic import report
 from elastic.evaluation_records import GROUND_TRUTH, Evaluation, RunResult, fixed_count
+from elastic.tensor_file import replaced_together
 
 JSON, FIGURE = "evaluation.json", "evaluation.png"
 BLOCKS, SUMMARY, CURVES, SEARCHES = "blocks.csv", "summary.csv", "curves.csv", "searches.csv"
@@ -190,7 +188,8 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
       OSError: it cannot be written to.
     """
     folder = Path(folder)
-    with _as_a_set(folder) as work:
+    check_folder(folder)
+    with replaced_together(folder, RESULTS) as work:
         report.write_json(work / JSON, as_json(evaluations))
         _write_csv(work / BLOCKS, block_rows(evaluations))
         _write_csv(work / SUMMARY, summary_rows(evaluations))
@@ -205,24 +204,6 @@ def check_folder(folder: str | os.PathLike) -> None:
     """Refuses a file where a folder is wanted: before anything is measured."""
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"{os.fspath(folder)!r} is a file; name a folder for the results.")
-
-
-@contextlib.contextmanager
-def _as_a_set(folder: Path) -> Iterator[Path]:
-    """A folder to work in, on the same disk. When the body ends well its files move to `folder`; it always goes."""
-    check_folder(folder)
-    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
-    try:
-        yield work
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
-            if (work / name).exists():
-                os.replace(work / name, folder / name)
-            else:  # a table of an earlier evaluation that this one has not
-                (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:

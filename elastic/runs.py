@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +16,7 @@ from elastic.config import ElasticTokConfig, load_config, update_config
 from elastic.media_write import WRITABLE_VIDEO_SUFFIXES
 from elastic.metrics import psnr_of_mse
 from elastic.ops import choose_implementation
+from elastic.tensor_file import replaced_together
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenizedClip
 
@@ -140,7 +139,8 @@ def tokenize_file(
     """
     source, folder = Path(source), Path(folder)
     encoding = tokenizer.encode_stream(source, **options)
-    with _results(folder, overwrite=overwrite) as work:
+    _check_folder(folder, overwrite=overwrite)
+    with replaced_together(folder, RESULTS) as work:
         frames = _Frames(work, tokenizer.config.resolution)
         started = time.perf_counter()
         blocks = []
@@ -363,12 +363,7 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
     media.write_video(work / VIDEO, bar, tokens.rate)
 
 
-@contextlib.contextmanager
-def _results(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to work in. When the body ends well its results move to `folder`; it always goes.
-
-    It lies on the same disk as `folder`, so that moving is renaming.
-    """
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the results.")
     present = [name for name in RESULTS if (folder / name).exists()]
@@ -377,18 +372,6 @@ def _results(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
             "out --overwrite=False."
         )
-    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
-    try:
-        yield work
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
-            if (work / name).exists():
-                os.replace(work / name, folder / name)
-            else:  # a picture where a video was: of the earlier run
-                (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _chain(first: np.ndarray, rest: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

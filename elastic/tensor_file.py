@@ -11,7 +11,9 @@ import contextlib
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -203,6 +205,27 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(target) as file:
         yield file
+
+
+@contextlib.contextmanager
+def replaced_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder to work in. When the body ends well its files `names` move to `folder`; it always goes.
+
+    It lies on the same disk as `folder`, so that moving is renaming. Files of these names that the body did
+    not make are an earlier run's, and are removed from `folder` then.
+    """
+    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
+    try:
+        yield work
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if (work / name).exists():
+                os.replace(work / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
