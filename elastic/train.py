@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from elastic.config import ElasticTokConfig
 from elastic.data import (
     DataConfig,
     DataPosition,
+    FileIndex,
     Sequences,
     TrainingData,
     load_index,
@@ -46,7 +48,6 @@ from elastic.train_state import (
     check_resumable,
     check_same_model,
     export,
-    export_pretrained,
     first_state,
     state_layout,
     write_config,
@@ -124,12 +125,12 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
                 f"{checkpoints.path} holds a run up to step {newest}, and --autoresume=False starts anew: choose "
                 "another output_dir, or remove that one first."
             )
+        like, shardings = layout = state_layout(config, elastic, optimizer, mesh)
         if newest is None:
-            state = first_state(config, elastic, optimizer, mesh, data.sample_patches)
+            state = first_state(config, elastic, optimizer, layout, data.sample_patches)
             first = int(state.step)
             position = _first_position(config, data, first)
         else:
-            like, shardings = state_layout(config, elastic, optimizer, mesh)
             notes = checkpoints.notes(newest)
             check_resumable(config, notes)
             position = DataPosition.from_json(notes["position"]).for_data(data)
@@ -138,7 +139,6 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
             write_config(folder, elastic)
         log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
 
-        shardings = jax.tree.map(lambda x: x.sharding, state)
         step_fn = step_program(config, model, optimizer, shardings)
         feed = Feed(mesh, config.data, elastic)
         batches = stack.enter_context(
@@ -181,8 +181,7 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
     if step < config.total_steps:
         log.warning("Stopped and saved at step %d; the same command goes on from there.", step)
         return Finished(state, stop.signal)
-    export(folder, config, elastic, state)
-    export_pretrained(folder / PRETRAINED, config, elastic, state)
+    export(folder, config, elastic, state, pretrained=folder / PRETRAINED)
     wait_for_hosts("finished")
     log.info("Finished; %s is ready for inference.", folder / PRETRAINED)
     return Finished(state, None)
@@ -191,7 +190,7 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
 def _open_data(
     config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path
 ) -> TrainingData:
-    """The files: the first host looks through them, the others read what it found."""
+    """The files: the first host looks through them, the others take what it found."""
     path = folder / INDEX_FILE
     if is_first_host():
         index = load_index(config.data, elastic, path=path)
@@ -202,7 +201,7 @@ def _open_data(
             raise ValueError(
                 f"{path} is not there on host {jax.process_index()}: output_dir must be a folder that all hosts share."
             )
-        index = load_index(config.data, elastic, path=path)
+        index = FileIndex.load(path)
     return TrainingData(config.data, elastic, index=index)
 
 
@@ -302,8 +301,6 @@ class _Stop:
         """On many hosts all get the same answer at the same step, whichever of them was asked."""
         if jax.process_count() == 1:
             return self.signal is not None
-        from jax.experimental import multihost_utils
-
         if multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

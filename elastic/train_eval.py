@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+from typing import Any
 
 import jax
 
@@ -48,16 +49,12 @@ class Evaluator:
         """Measures, and gives numbers and pictures to the logs. All hosts take part."""
         params = to_host(state.best_params())
         if is_first_host() and logs is not None:
-            if self._tokenizer is None:
-                self._tokenizer = ElasticTokenizer(
-                    self._elastic,
-                    params,
-                    dtype=self._dtype,
-                    mesh=make_mesh("!1,1,-1,1", jax.local_devices()),
-                    model_id=f"step {step}",
-                )
-            tokenizer = self._tokenizer.with_params(params, model_id=f"step {step}")
-            found = evaluation.evaluate(tokenizer, self._files, self._config, progress=False)
+            found = evaluation.evaluate(
+                self._tokenizer_of(params, f"step {step}"),
+                self._files,
+                self._config,
+                progress=False,
+            )
             scalars, pictures = found.scalars(), found.pictures()
             logs.write({"step": step} | scalars)
             logs.show(step, pictures)
@@ -70,3 +67,14 @@ class Evaluator:
             )
             log.info("step %d  evaluation of %d files: %s", step, len(self._files), numbers)
         wait_for_hosts(f"evaluated {step}")
+
+    def _tokenizer_of(self, params: dict[str, Any], model_id: str) -> ElasticTokenizer:
+        """One that shares its compiled programs with those of earlier steps."""
+        if self._tokenizer is None:
+            mesh = make_mesh("!1,1,-1,1", jax.local_devices())
+            self._tokenizer = ElasticTokenizer(
+                self._elastic, params, dtype=self._dtype, mesh=mesh, model_id=model_id
+            )
+        else:
+            self._tokenizer = self._tokenizer.with_params(params, model_id=model_id)
+        return self._tokenizer

@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from elastic import checkpoint
 from elastic.config import ElasticTokConfig, load_config
 from elastic.linear_start import linear_start
+from elastic.mesh import is_first_host
 from elastic.model import init_params
 from elastic.sharding import param_shardings
 from elastic.tensor_file import atomic_file
@@ -41,6 +42,9 @@ CONFIG_FILE = "config.json"
 STATE_FILE = "streaming_train_state"
 PARAMS_FILE = "params"
 _STATE, _NOTES = "state", "notes"  # the two items of a checkpoint
+_START_PATCHES = 40_000  # what a linear start is computed from
+# Options that decide what a state consists of.
+_OF_STATE = ("ema_decay", "accumulate_gradient_steps", "bf16_momentum")
 
 
 class Checkpoints:
@@ -200,11 +204,11 @@ def to_host(tree: Any) -> Any:
 
 
 def state_tree(state: TrainState) -> dict[str, Any]:
-    """The state as nested dicts of NumPy arrays, named as in a released `streaming_train_state`."""
+    """A state of NumPy arrays as nested dicts, named as in a released `streaming_train_state`."""
     return {
-        "step": np.asarray(to_host(state.step)),
-        "params": {"params": to_host(state.params)},
-        "opt_state": serialization.to_state_dict(to_host(state.opt_state)),
+        "step": np.asarray(state.step),
+        "params": {"params": state.params},
+        "opt_state": serialization.to_state_dict(state.opt_state),
     }
 
 
@@ -229,33 +233,36 @@ def _put(x: Any, leaf: Any, place: Any) -> Any:
 
 
 def export(
-    folder: pathlib.Path, config: TrainConfig, elastic: ElasticTokConfig, state: TrainState
+    folder: pathlib.Path,
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    state: TrainState,
+    *,
+    pretrained: pathlib.Path | None = None,
 ) -> None:
     """Writes `params`, config.json and, if wanted, `streaming_train_state`: the released files.
 
     All hosts take part, the first one writes.
 
+    Args:
+      pretrained: a folder that also gets what inference reads, config.json and model.safetensors.
+
     Raises:
       OSError: they cannot be written.
     """
-    params = to_host(state.best_params())
-    tree = state_tree(state) if config.save.optimizer_state else None
-    if jax.process_index() != 0:
+    save = config.save
+    wanted = state if save.optimizer_state else state._replace(opt_state=())
+    host = TrainState(*to_host(wanted))  # from the devices once, whatever is made of it
+    if not is_first_host():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=config.save.float_dtype)
-    if tree is not None:
-        checkpoint.save_train_state(folder / STATE_FILE, tree)
+    params = host.best_params()
+    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=save.float_dtype)
+    if save.optimizer_state:
+        checkpoint.save_train_state(folder / STATE_FILE, state_tree(host))
     write_config(folder, elastic)
-
-
-def export_pretrained(
-    folder: pathlib.Path, config: TrainConfig, elastic: ElasticTokConfig, state: TrainState
-) -> None:
-    """Writes what inference reads: config.json and model.safetensors. All hosts take part."""
-    params = to_host(state.best_params())
-    if jax.process_index() == 0:
-        checkpoint.save_pretrained(folder, elastic, params, float_dtype=config.save.float_dtype)
+    if pretrained is not None:
+        checkpoint.save_pretrained(pretrained, elastic, params, float_dtype=save.float_dtype)
 
 
 def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
@@ -265,10 +272,6 @@ def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
 
 
 # Where a run begins
-
-
-# Options that decide what a state consists of.
-_OF_STATE = ("ema_decay", "accumulate_gradient_steps", "bf16_momentum")
 
 
 def check_resumable(config: TrainConfig, notes: dict[str, Any]) -> None:
@@ -315,40 +318,6 @@ def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
         )
 
 
-def first_state(
-    config: TrainConfig,
-    elastic: ElasticTokConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    sample_patches: Callable[[int], np.ndarray],
-) -> TrainState:
-    """The state of a new run: new moments around loaded or fresh parameters, or a released state."""
-    like, shardings = state_layout(config, elastic, optimizer, mesh)
-    if config.load_checkpoint.startswith("trainstate::"):
-        return restore_state(
-            checkpoint.load_train_state(config.load_checkpoint, elastic), like, shardings
-        )
-
-    def state_of(params: dict[str, Any]) -> TrainState:
-        return new_state(params, optimizer, ema=config.ema_decay > 0)
-
-    def fresh() -> dict[str, Any]:
-        return init_params(elastic, jax.random.key(config.seed))
-
-    if config.load_checkpoint:
-        loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
-    elif config.init == "linear":
-        # On all hosts alike: NumPy and the seed alone decide.
-        loaded = linear_start(fresh(), elastic, sample_patches(_START_PATCHES))
-    else:
-        return jax.jit(lambda: state_of(fresh()), out_shardings=shardings)()
-    placed = jax.tree.map(_put, loaded, like.params, shardings.params)
-    return jax.jit(state_of, out_shardings=shardings)(placed)
-
-
-_START_PATCHES = 40_000  # what a linear start is computed from
-
-
 def state_layout(
     config: TrainConfig,
     elastic: ElasticTokConfig,
@@ -356,10 +325,48 @@ def state_layout(
     mesh: Mesh,
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state."""
-
-    def fresh() -> TrainState:
-        params = init_params(elastic, jax.random.key(config.seed))
-        return new_state(params, optimizer, ema=config.ema_decay > 0)
-
-    like = jax.eval_shape(fresh)
+    like = jax.eval_shape(lambda: _state_of(_drawn(config, elastic), config, optimizer))
     return like, param_shardings(mesh, like)
+
+
+def first_state(
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    optimizer: optax.GradientTransformation,
+    layout: tuple[TrainState, TrainState],
+    sample_patches: Callable[[int], np.ndarray],
+) -> TrainState:
+    """The state of a new run: new moments around loaded or fresh parameters, or a released state.
+
+    Args:
+      layout: of `state_layout`.
+      sample_patches: gives training patches, which a linear start is computed from.
+    """
+    like, shardings = layout
+    if config.load_checkpoint.startswith("trainstate::"):
+        return restore_state(
+            checkpoint.load_train_state(config.load_checkpoint, elastic), like, shardings
+        )
+    if config.load_checkpoint:
+        loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
+    elif config.init == "linear":
+        # On all hosts alike: NumPy and the seed alone decide.
+        loaded = linear_start(_drawn(config, elastic), elastic, sample_patches(_START_PATCHES))
+    else:
+        start = jax.jit(
+            lambda: _state_of(_drawn(config, elastic), config, optimizer), out_shardings=shardings
+        )
+        return start()
+    placed = jax.tree.map(_put, loaded, like.params, shardings.params)
+    start = jax.jit(lambda x: _state_of(x, config, optimizer), out_shardings=shardings)
+    return start(placed)
+
+
+def _drawn(config: TrainConfig, elastic: ElasticTokConfig) -> dict[str, Any]:
+    return init_params(elastic, jax.random.key(config.seed))
+
+
+def _state_of(
+    params: dict[str, Any], config: TrainConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    return new_state(params, optimizer, ema=config.ema_decay > 0)

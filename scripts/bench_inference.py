@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,26 +37,8 @@ BLOCKS = 4
 
 def main() -> None:
     """Runs the cases asked for and prints what they measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cases", default=",".join(CASES), help=f"comma-separated, of: {', '.join(CASES)}"
-    )
-    parser.add_argument("--dtypes", default="fp32", help="comma-separated, of: fp32, bf16")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs of each pass; the median is printed"
-    )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=os.cpu_count(),
-        help="virtual CPU devices, over which the heads are sharded; as many as cores, as the scripts do",
-    )
-    arguments = parser.parse_args()
-    unknown = [case for case in arguments.cases.split(",") if case not in CASES]
-    if unknown:
-        parser.error(f"unknown cases {unknown}; known are {', '.join(CASES)}")
+    parser = case_parser(str(__doc__), CASES, default=",".join(CASES), repeats=3)
+    arguments = parse_cases(parser, CASES)
     results: dict[str, Any] = {"hardware": in_new_process(hardware, arguments.devices)}
     for dtype in arguments.dtypes.split(","):
         for case in arguments.cases.split(","):
@@ -68,6 +50,36 @@ def main() -> None:
         for figures in result.get("passes", {}).values():
             figures["share_of_fp32_matrix_rate"] = round(figures["gflops"] / rates["fp32"], 3)
     print(json.dumps(results, indent=2))
+
+
+def case_parser(
+    description: str, cases: Iterable[str], *, default: str, repeats: int
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that runs named cases; more may be added."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default=default, help=f"comma-separated, of: {', '.join(cases)}")
+    parser.add_argument("--dtypes", default="fp32", help="comma-separated, of: fp32, bf16")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help="timed runs; the median is printed"
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=os.cpu_count(),
+        help="virtual CPU devices; as many as cores, as the scripts do",
+    )
+    return parser
+
+
+def parse_cases(parser: argparse.ArgumentParser, cases: Collection[str]) -> argparse.Namespace:
+    """The command line; a case that there is not ends the script."""
+    arguments = parser.parse_args()
+    unknown = [case for case in arguments.cases.split(",") if case not in cases]
+    if unknown:
+        parser.error(f"unknown cases {unknown}; known are {', '.join(cases)}")
+    return arguments
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -8,9 +8,7 @@ Each case runs in a process of its own, so that its peak memory is its own. Data
 data path delivers is measured by scripts/bench_data.py.
 """
 
-import argparse
 import json
-import os
 import pathlib
 import sys
 import time
@@ -19,7 +17,14 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_inference import hardware, in_new_process, peak_memory_mb, start_jax  # noqa: E402
+from scripts.bench_inference import (  # noqa: E402
+    case_parser,
+    hardware,
+    in_new_process,
+    parse_cases,
+    peak_memory_mb,
+    start_jax,
+)
 
 _LONG = "remat_block='nothing_saveable',scan_mlp=True"
 # Preset, changes, sequences in a step.
@@ -42,29 +47,13 @@ CASES = {
 
 def main() -> None:
     """Runs the cases asked for and prints what they measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cases", default="debug,200m-fsq", help=f"comma-separated, of: {', '.join(CASES)}"
-    )
-    parser.add_argument("--dtypes", default="fp32", help="comma-separated, of: fp32, bf16")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps; the median is printed")
+    parser = case_parser(str(__doc__), CASES, default="debug,200m-fsq", repeats=5)
     parser.add_argument("--mesh_dim", default="!1,1,-1,1", help="devices along dp,fsdp,tp,sp")
     parser.add_argument("--lpips", action="store_true", help="with the perceptual loss")
     parser.add_argument(
         "--update_elastic_config", default="dict()", help="changes to every case's model"
     )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=os.cpu_count(),
-        help="virtual CPU devices; as many as cores, as the scripts do",
-    )
-    arguments = parser.parse_args()
-    unknown = [case for case in arguments.cases.split(",") if case not in CASES]
-    if unknown:
-        parser.error(f"unknown cases {unknown}; known are {', '.join(CASES)}")
+    arguments = parse_cases(parser, CASES)
     results: dict[str, Any] = {"hardware": in_new_process(hardware, arguments.devices)}
     for dtype in arguments.dtypes.split(","):
         for case in arguments.cases.split(","):
@@ -87,7 +76,7 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     from elastic.train import Feed
     from elastic.train_config import TrainConfig
     from elastic.train_log import memory_in_use
-    from elastic.train_state import first_state
+    from elastic.train_state import first_state, state_layout
     from elastic.train_step import step_program
 
     preset, changes, batch_size = CASES[case]
@@ -103,9 +92,10 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     )
     mesh = make_mesh(config.mesh_dim)
     optimizer = make_optimizer(config.optimizer)
-    state = first_state(config, elastic, optimizer, mesh, lambda _: np.zeros(0))
+    layout = state_layout(config, elastic, optimizer, mesh)
+    state = first_state(config, elastic, optimizer, layout, lambda _: np.zeros(0))
     model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
-    step = step_program(config, model, optimizer, jax.tree.map(lambda x: x.sharding, state))
+    step = step_program(config, model, optimizer, layout[1])
     vgg = load_lpips_weights() if options["lpips"] else None
     batch = Feed(mesh, config.data, elastic).placed(random_sequences(elastic, batch_size, length))
 
