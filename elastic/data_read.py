@@ -7,9 +7,10 @@ damaged files included.
 
 import collections
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, UInt8
@@ -160,14 +161,11 @@ class SequenceReader:
     def empty_row(self) -> Sequences:
         """One row of padding."""
         pictures, size = self.pictures, self.plan.blocks_per_sequence
-        frames = (pictures.frames_per_block, pictures.resolution, pictures.resolution, 3)
-        patches = cast(
-            np.ndarray, patchify(np.zeros((size, *frames), np.uint8), pictures.patch_size)
-        )
+        patch_dim = math.prod(pictures.patch_size) * 3
+        numbers = size * pictures.frames_per_block * pictures.resolution**2 * 3
+        patches = np.zeros((1, numbers // patch_dim, patch_dim), np.uint8)
         ids = np.arange(size, dtype=np.int32)[None]
-        return Sequences(
-            patches.reshape(1, -1, patches.shape[-1]), ids, 0 * ids, np.zeros((1, size), bool)
-        )
+        return Sequences(patches, ids, 0 * ids, np.zeros((1, size), bool))
 
     def take_bad_files(self) -> dict[str, str]:
         """The files found bad since the last call, and why."""
