@@ -20,6 +20,7 @@ from elastic.blocks import Attempts, BlockResult, Metric, tokenize_block
 from elastic.budget import allocate
 from elastic.codec import Codec, Past
 from elastic.config import ElasticTokConfig
+from elastic.metrics import mse_of_psnr
 from elastic.search import geometric_counts, make_search
 
 
@@ -92,7 +93,7 @@ def threshold_of_psnr(psnr: float) -> float:
     """
     if not 0 < psnr < math.inf:
         raise ValueError(f"psnr={psnr} must be a finite number of decibels above 0, such as 28.")
-    return 4 / 10 ** (psnr / 10)
+    return mse_of_psnr(psnr)
 
 
 def tokens_of_bitrate(bitrate: float, rate: float, config: ElasticTokConfig) -> float:

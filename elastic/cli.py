@@ -86,6 +86,11 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
     return Values(values, given)
 
 
+def words(text: str) -> list[str]:
+    """The parts of a list separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def help_text(script: Script) -> str:
     """What `--help` prints: the flags by group, with their defaults."""
     lines = [f"usage: python3 {script.name} {script.usage}", "", _wrap(script.description, 0), ""]

@@ -16,6 +16,11 @@ def psnr_of_mse(mse: float) -> float:
     return math.inf if mse == 0 else 10 * math.log10(4 / mse)
 
 
+def mse_of_psnr(psnr: float) -> float:
+    """The inverse of `psnr_of_mse`."""
+    return 4 / 10 ** (psnr / 10)
+
+
 def psnr(a: UInt8[np.ndarray, "*shape"], b: UInt8[np.ndarray, "*shape"]) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays (peak 255); inf where they are equal."""
     mse = float(np.mean(np.square(a.astype(np.float64) - b.astype(np.float64))))

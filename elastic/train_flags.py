@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from elastic import runs
-from elastic.cli import Values
+from elastic.cli import Values, words
 from elastic.config import ElasticTokConfig, load_config, update_config
 from elastic.data import DataConfig
 from elastic.optim import OptimizerConfig
@@ -70,9 +70,8 @@ def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = Fa
 
 def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
     """'0.1,0.05', or as the released scripts have it '[0.1, 0.05]' or '(0.1, 0.05)' -> (0.1, 0.05)."""
-    parts = [part.strip() for part in text.strip("[]() ").split(",")]
     try:
-        return tuple(kind(part) for part in parts if part)
+        return tuple(kind(word) for word in words(text.strip("[]() ")))
     except ValueError as error:
         raise ValueError(f"{name}={text!r} must be numbers such as '0.1,0.05'.") from error
 

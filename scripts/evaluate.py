@@ -87,9 +87,9 @@ def evaluate(flags: cli.Values) -> int:
     config = evaluation.EvaluationConfig(
         thresholds=tuple(float(threshold) for threshold in thresholds),
         num_tokens=tuple(counts),
-        searches=tuple(words(flags["searches"])),
+        searches=tuple(cli.words(flags["searches"])),
         num_counts=flags["num_counts"],
-        metrics=tuple(words(flags["metrics"])) or evaluation_records.METRICS,
+        metrics=tuple(cli.words(flags["metrics"])) or evaluation_records.METRICS,
         metric_frames=flags["metric_frames"],
         max_frames=flags["max_frames"] or None,
         fps=flags["fps"] or None,
@@ -155,11 +155,6 @@ def with_lpips(flags: cli.Values, config: "EvaluationConfig") -> tuple["Evaluati
         return dataclasses.replace(config, metrics=others), None
 
 
-def words(text: str) -> list[str]:
-    """The parts of a list separated by commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
     """Whole numbers as integers, those with a point as floats.
 
@@ -167,7 +162,7 @@ def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
       ValueError: a part is no finite number.
     """
     found: list[int | float] = []
-    for word in words(text):
+    for word in cli.words(text):
         try:
             found.append(int(word) if word.lstrip("-").isdigit() else float(word))
         except ValueError as error:
@@ -184,7 +179,7 @@ def parse_models(text: str) -> dict[str, str]:
       ValueError: two have the same name, or one has no checkpoint.
     """
     models: dict[str, str] = {}
-    for word in words(text):
+    for word in cli.words(text):
         name, equals, spec = (part.strip() for part in word.partition("="))
         if not equals or any(mark in name for mark in "/:"):  # the sign belongs to a path
             name, spec = word.rsplit("::", 1)[-1].rstrip("/").rsplit("/", 1)[-1], word
