@@ -3,22 +3,15 @@
 import contextlib
 import json
 import logging
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
-import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from level_clips import damaged_clip, make_folder, write_clip
 
-from elastic import data_index, data_workers, media
+from elastic import data_index, media
 from elastic.config import ElasticTokConfig
 from elastic.data import DataConfig, DataPosition, TrainingData, load_index, sequence_length
-from elastic.data_plan import num_lanes
 from elastic.patches import pad_block, unpatchify
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -29,24 +22,9 @@ MODEL = ElasticTokConfig(
 SIZE = 3  # blocks of a sequence
 
 
-def write_clip(path, colour, num_frames):
-    """Frame i is flat, of level `colour` + 2 i, so that a frame tells its file and its place."""
-    frames = [np.full((40, 40, 3), colour + 2 * i, np.uint8) for i in range(num_frames)]
-    media.write_video(path, frames, 24)
-
-
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Clips of 1 to 9 blocks and images, in nested folders; the level tells which file it is."""
-    folder = tmp_path_factory.mktemp("clips")
-    (folder / "deep" / "er").mkdir(parents=True)
-    for k, num_frames in enumerate((2, 5, 9, 18)):
-        write_clip(folder / ("deep" if k % 2 else ".") / f"clip{k}.mp4", 20 + 50 * k, num_frames)
-    for k in range(3):
-        picture = np.full((64, 48, 3), 40 + 50 * k, np.uint8)
-        media.write_image(folder / "deep" / "er" / f"image{k}.png", picture)
-    (folder / "notes.txt").write_text("not media")
-    return folder
+    return make_folder(tmp_path_factory.mktemp("clips"))
 
 
 def open_data(folder, **options):
@@ -185,23 +163,6 @@ def test_sampled_patches_are_those_of_the_files_and_always_the_same(clips):
     assert {patch.tobytes() for patch in patches} <= every
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5])
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
-def test_workers_share_the_rows_or_take_turns_with_them(num_rows, num_workers):
-    groups, turns = data_workers._share(num_rows, num_workers, batch_size=5)
-    assert [row for group in groups for row in group] == list(range(num_rows))
-    assert len(groups) * turns <= num_workers < 2 * (len(groups) * turns) + num_rows
-    assert (num_lanes(5) // 5) % turns == 0  # then a worker keeps to its own lanes
-
-
-def test_what_is_prepared_ahead_fits_into_shared_memory(monkeypatch, caplog):
-    for free, expected in ((10**9, (4, False)), (700, (1, False)), (300, (1, True))):
-        usage = types.SimpleNamespace(free=free)
-        monkeypatch.setattr(data_workers.shutil, "disk_usage", lambda _, usage=usage: usage)
-        assert data_workers._fit(4, 100) == expected
-    assert caplog.text.count("--shm-size") == 2
-
-
 # Positions
 
 
@@ -323,145 +284,7 @@ def test_options_out_of_range_are_refused(options, message):
         sequence_length(DataConfig(path="x", **options), MODEL)
 
 
-# Bad files, and how it all ends
-
-PROGRAM = """
-import contextlib, logging, os, sys, time
-from elastic.config import ElasticTokConfig
-from elastic.data import DataConfig, TrainingData, load_index
-
-
-def main(folder, first, last, wait):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model = ElasticTokConfig(
-        hidden_size=16, intermediate_size=16, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=1,
-        frames_per_block=2, patch_size=(2, 8, 8), min_toks=2, max_toks=16, max_sequence_length=48,
-    )
-    config = DataConfig(path=folder, batch_size=4, workers=2)
-    data = TrainingData(config, model, index=load_index(config, model))
-    with contextlib.closing(data.batches(int(first), int(last))) as batches:
-        for k, batch in enumerate(batches):
-            if k == 0:
-                print("first", flush=True)
-                time.sleep(float(wait))
-    print("bad", len(data.bad_files), "epochs", data.epoch_of(int(last)), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-"""
-
-
-class Run:
-    """A program that reads a folder with two workers, in a process group of its own."""
-
-    def __init__(self, tmp_path, folder, first=0, last=10, wait=0.0):
-        script = tmp_path / "program.py"
-        script.write_text(PROGRAM)
-        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        self.errors = open(tmp_path / "errors.txt", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, script, folder, str(first), str(last), str(wait)],
-            env=env, stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
-        self.errors.close()
-
-    def wait_for_first(self):
-        assert self.process.stdout.readline() == "first\n", self.log()
-
-    def workers(self):
-        found = []
-        for entry in pathlib.Path("/proc").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                command = (entry / "cmdline").read_bytes()
-                group = int((entry / "stat").read_text().rpartition(")")[2].split()[2])
-                if group == self.process.pid and b"spawn_main" in command:
-                    found.append(int(entry.name))
-        return found
-
-    def end(self):
-        out, _ = self.process.communicate(timeout=200)
-        return self.process.returncode, out
-
-    def log(self):
-        self.errors.seek(0)
-        return self.errors.read()
-
-    def assert_nobody_is_left(self):
-        deadline = time.monotonic() + 60
-        while self.group() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert self.group() == []
-
-    def group(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, 0)
-            return [self.process.pid]
-        return []
-
-
-def shared_memory(pids):
-    """The files of shared memory that these processes have mapped."""
-    found = set()
-    for pid in pids:
-        for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if "/dev/shm/psm_" in line:
-                found.add(pathlib.Path(line.split()[5]))
-    return found
-
-
-def damaged_clip(path):
-    """Measured as whole, as its packets are all there, but its second half cannot be decoded."""
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 40, 3)).astype(np.uint8)
-    media.write_video(path, list(noise), 24)
-    data = bytearray(path.read_bytes())
-    data[-len(data) // 2 :] = bytes(len(data) - len(data) // 2)
-    path.write_bytes(data)
-
-
-def test_a_hostile_folder_is_trained_on_its_good_files_and_each_bad_one_is_named_once(tmp_path):
-    folder = tmp_path / 'it\'s a "folder"'
-    (folder / ("d" * 250)).mkdir(parents=True)
-    for name in (
-        "a b.mp4",
-        'quote\'s "x".mp4',
-        "ünï☃.mp4",
-        "n" * 240 + ".mp4",
-        "d" * 250 + "/x.mp4",
-    ):
-        write_clip(folder / name, 100, 6)
-    os.rename(folder / "a b.mp4", os.path.join(os.fsencode(folder), b"\xff\xfe.mp4"))
-    (folder / "loop").symlink_to(folder, target_is_directory=True)
-    (folder / "photo.mp4").mkdir()
-    Image.new("RGB", (40, 40), (9, 9, 9)).save(folder / "photo.mp4" / "picture.jpg")
-    (folder / "empty.mp4").write_bytes(b"")
-    (folder / "text.mp4").write_text("not a film")
-    (folder / "nothing.mp4").symlink_to("nowhere.mp4")
-    (folder / "round.mp4").symlink_to("round.mp4")
-    os.mkfifo(folder / "pipe.mp4")
-    whole = (folder / "ünï☃.mp4").read_bytes()
-    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    damaged_clip(folder / "damaged.mp4")
-    bad = "empty text nothing round pipe cut damaged".split()
-
-    with Run(tmp_path, folder, last=12) as run:
-        code, out = run.end()
-        assert (code, out.splitlines()[0]) == (0, "first"), run.log()
-        words = out.splitlines()[1].split()
-        assert int(words[1]) == len(bad) and float(words[3]) > 2, out
-        named = {name: run.log().count(f"{name}.mp4'") for name in bad}
-        assert named == dict.fromkeys(bad, 1), run.log()
-        assert len(run.log().splitlines()) == len(bad), run.log()
-        run.assert_nobody_is_left()
+# Bad files
 
 
 def test_a_damaged_file_gives_its_good_blocks_whatever_was_read_before(tmp_path, caplog):
@@ -495,36 +318,3 @@ def test_files_that_vanish_are_named_and_an_epoch_without_any_is_an_error(clips,
     assert len(data.bad_files) == 2 and caplog.text.count("clip2.mp4") == 1
     with pytest.raises(ValueError, match=r"Nothing in .* can be decoded"):
         data.sample_patches(10)
-
-
-def test_workers_end_with_a_parent_that_is_killed(clips, tmp_path):
-    with Run(tmp_path, clips, last=10**6, wait=60) as run:
-        run.wait_for_first()
-        assert len(run.workers()) == 2
-        memory = shared_memory([run.process.pid, *run.workers()])
-        assert memory
-        run.process.kill()
-        run.process.wait()
-        run.assert_nobody_is_left()
-        assert not [file for file in memory if file.exists()]
-
-
-def test_a_worker_that_dies_is_an_error_that_says_so(clips, tmp_path):
-    with Run(tmp_path, clips, last=10**6, wait=1) as run:
-        run.wait_for_first()
-        os.kill(run.workers()[0], signal.SIGKILL)
-        code, _ = run.end()
-        assert code == 1
-        assert "RuntimeError: A process that decodes training data died" in run.log()
-        assert "exit code -9" in run.log()
-        run.assert_nobody_is_left()
-
-
-def test_ctrl_c_is_the_parents_and_its_workers_end_silently(clips, tmp_path):
-    with Run(tmp_path, clips, last=10**6, wait=60) as run:
-        run.wait_for_first()
-        os.killpg(run.process.pid, signal.SIGINT)
-        code, _ = run.end()
-        assert code != 0
-        assert run.log().count("Traceback") == 1 and "KeyboardInterrupt" in run.log(), run.log()
-        run.assert_nobody_is_left()

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from elastic import checkpoint, cli, evaluation_files, lpips_weights, masks, media, metrics
@@ -36,16 +35,7 @@ CONFIG = ElasticTokConfig(
 THRESHOLD = 0.515  # met by some blocks and not by others
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """What several tokenizers of one shape compile is compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("programs_kept")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import MODELS, make_clips, numbers, records, settings
 
 from elastic import checkpoint, cli, train_state
@@ -30,20 +29,9 @@ from elastic.train_log import Recorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 WRITTEN = ["checkpoints", "config.json", "data_index.json", "metrics.jsonl", "params", "pretrained", "streaming_train_state"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def programs_kept(tmp_path_factory):
-    """Every run compiles the same step: the second one takes it from a folder."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)
