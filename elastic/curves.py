@@ -89,12 +89,14 @@ class Memory:
       tokens: kept in all blocks so far.
       spread: how far first guesses lay from the count kept, in log counts; recent blocks weigh most.
       excess: those of them that the search knew it could perhaps have saved, and left for speed.
+      expected: the curve that a prior gave for the block that `curve` is of; None: there is no prior.
     """
 
     curve: Curve | None = None
     tokens: int = 0
     excess: int = 0
     spread: float = 0.25
+    expected: Curve | None = None
 
 
 def _between(points: list[Point], x: float) -> float:

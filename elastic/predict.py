@@ -14,7 +14,7 @@ from elastic.curves import Curve, Memory, Point, log_loss, points_of
 _MARGIN = 0.004  # of log counts above the guess: that it meets is worth more than the token
 _MOST_FIRST = 0.01  # the same for a first guess, in all that its usual error may add to it
 _DOUBT = 0.06  # share of the way from the nearest measured count to the guess that may be wrong
-_CREDIT = 3  # blocks ahead (this one too) of which a block may use what may be left unsaved: first ones are dear
+_CREDIT = 2  # blocks ahead (this one too) of which a block may use what may be left unsaved: first ones are dear
 _SNAP = 0.02  # a guess this near (in log counts) to an end of the range means the end
 _MOST_EXCESS = 0.06  # share of one block's tokens that may be left unsaved
 _DOUBTS = 3  # how far to each side of a guess several counts reach, in such doubts

@@ -48,7 +48,7 @@ TABLE = """
     lpips
     losses metrics
     curves
-    predict budget
+    predict budget curve_prior
     search
     codec
     token_file

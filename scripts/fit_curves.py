@@ -1,0 +1,106 @@
+"""Measures a model's curves on clips and fits what its first guess of a block's count comes from; `--help` lists the flags."""
+
+import pathlib
+import sys
+
+# So that the documented command runs wherever the requirements are installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from elastic import cli
+from elastic.cli_flags import INFERENCE, Flag, Script
+
+_SHARED = {flag.name: flag for flag in INFERENCE.flags}
+_WIDTH = 8  # counts in one call
+
+FIT_CURVES = Script(
+    name="scripts/fit_curves.py",
+    usage="--load_checkpoint=MODEL_FOLDER --input_path=FOLDER_OF_CLIPS",
+    description=(
+        "Measures the loss of blocks with counts over the whole range, each block as the first of its clip, and fits a "
+        "prior: what a block's pixels tell of its curve. Writes curves.json into the model's folder, whole or not at all. "
+        "New weights need a new one."
+    ),
+    groups={
+        "Input and output": (
+            Flag("load_checkpoint", "", "a folder with config.json and weights; curves.json goes there", required=True),
+            Flag("input_path", "", "a folder of images and videos that nothing will be measured on", required=True),
+            _SHARED["fps"],
+            Flag("max_frames", 96, "take no more frames of a video than this; 0: all"),
+        ),
+        "What is measured": (
+            Flag("blocks_per_clip", 3, "blocks taken of a video, from its first to its last whole one"),
+            Flag("num_counts", 16, "counts of each block, spread geometrically from the fewest to all"),
+        ),
+        "Computation": (_SHARED["mesh_dim"], _SHARED["dtype"]),
+        "Other": (_SHARED["debug"],),
+    },
+)  # fmt: skip
+
+
+def fit_curves(flags: cli.Values) -> int:
+    """Measures block after block, fits, writes."""
+    folder = pathlib.Path(flags["load_checkpoint"])
+    if not folder.is_dir():
+        raise ValueError(f"--load_checkpoint={flags['load_checkpoint']} must be a model's folder.")
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from elastic import checkpoint, curve_prior, media, mesh, runs
+    from elastic.blocks import Attempts
+    from elastic.search import geometric_counts
+    from elastic.tensor_file import atomic_file
+
+    mesh.use_all_cpu_cores()
+    files = list(runs.find_inputs(flags["input_path"]))
+    config = runs.model_config(str(folder))
+    tokenizer = runs.ElasticTokenizer(
+        config,
+        checkpoint.load_params(str(folder), config),
+        dtype=flags["dtype"],
+        mesh=mesh.make_mesh(flags["mesh_dim"]),
+        window_blocks=1,
+        search_width=_WIDTH,
+    )
+    codec = tokenizer.codec
+    counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
+    blocks, losses = [], []
+    for file in tqdm(files, desc="measuring", unit="clip"):
+        try:
+            with media.open_clip(
+                file,
+                resolution=config.resolution,
+                rate=flags["fps"] or None,
+                max_frames=flags["max_frames"] or None,
+            ) as reader:
+                chosen = spread(list(reader.blocks(config.frames_per_block)), flags)
+        except (media.MediaError, OSError) as error:
+            cli.log.warning("Left out: %s", error)
+            continue
+        for frames in chosen:
+            # Nothing is committed, so every block finds the past empty.
+            block = Attempts(codec, tokenizer.weights, codec.new_past(), frames, width=_WIDTH)
+            groups = [counts[i : i + _WIDTH] for i in range(0, len(counts), _WIDTH)]
+            losses.append(
+                [loss for group in groups for loss in block.attempt(group, keep=False)[1]]
+            )
+            blocks.append(frames)
+    prior = curve_prior.fit(blocks, np.array(losses), counts=counts, patch_size=config.patch_size)
+    with atomic_file(folder / curve_prior.FILE_NAME) as written:
+        written.write(prior.to_json().encode())
+    print(
+        f"{len(blocks)} blocks of {len(files)} clips; a guess is {prior.residual:.3f} off in log loss."
+    )
+    return 0
+
+
+def spread(blocks: list, flags: cli.Values) -> list:
+    """Up to `blocks_per_clip` of them, evenly from the first to the last; a short last one is left out where others are."""
+    whole = [block for block in blocks if len(block) == len(blocks[0])]
+    most = min(flags["blocks_per_clip"], len(whole))
+    places = {round(i * (len(whole) - 1) / max(most - 1, 1)) for i in range(most)}
+    return [whole[place] for place in sorted(places)]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(FIT_CURVES, fit_curves))
