@@ -22,9 +22,7 @@ from elastic.curves import Curve, Memory, Point
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
 _FORMAT = {"format": "elastic curve prior", "version": 1}
-_FLOOR = (
-    1e-3  # added to errors, and a tenth of it to details, before the logarithm: black frames exist
-)
+_FLOOR = 1e-3  # added to errors before the logarithm, to details a tenth: black frames exist
 _BOXES = (1, 2, 4, 8, 16, 32)  # pixels; detail between two of them is a feature
 _RIDGE = 5.0  # in samples; by cross-validation over clips of the shipped models
 _LEAST_SPREAD = 0.02
@@ -110,7 +108,7 @@ class CurvePrior:
     def memory(
         self, frames: UInt8[np.ndarray, "n rows columns c"], before: Memory | None = None
     ) -> Memory:
-        """What to search the block `frames` with, in place of `Memory()`.
+        """What to search the block `frames` with, in place of `Memory()`: by squared error, not by another metric.
 
         Args:
           before: the memory that the clip's last block was searched with; None: this is its first. Its curve moves by what

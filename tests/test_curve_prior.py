@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elastic.config import load_config
 from elastic.curve_prior import FILE_NAME, CurvePrior, features, fit, load_prior
 from elastic.curves import Curve, Memory, points_of
 from elastic.predict import GUESSES
@@ -152,3 +154,15 @@ def test_blocks_without_a_usable_loss_are_not_fitted(prior):
         fit([block(0)], np.zeros((1, 16)), counts=COUNTS, patch_size=PATCH)
     with pytest.raises(ValueError, match="ascending"):
         dataclasses.replace(prior, counts=(3, 2))
+
+
+@pytest.mark.parametrize("model", ["fsq", "vae"])
+def test_the_shipped_priors_are_of_the_shipped_models(model):
+    folder = pathlib.Path(__file__).resolve().parent.parent / "example" / model
+    config, prior = load_config(str(folder)), load_prior(folder)
+    assert prior is not None and prior.patch_size == config.patch_size
+    assert (prior.counts[0], prior.counts[-1]) == (config.min_toks, config.max_toks)
+    size = (config.frames_per_block, config.resolution, config.resolution, 3)
+    noise = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    flat, noisy = (prior.curve_of(frames) for frames in (np.full_like(noise, 128), noise))
+    assert all(a.y < b.y for a, b in zip(flat.points, noisy.points, strict=True))
