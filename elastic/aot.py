@@ -107,7 +107,7 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
 
     def cached(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = ops.past_spec(mesh, elastic.num_attention_heads) if leaf.ndim else P()
+        spec = ops.past_spec(mesh, 1, elastic.num_attention_heads) if leaf.ndim > 1 else P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     arguments = (
@@ -115,7 +115,7 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
         jax.tree.map(cached, past),
         whole((1, *patches), jnp.uint8),
         whole((1, 1), jnp.int32),
-        whole(patches, jnp.bool_),
+        whole((1,), jnp.int32),
     )
     return Traced(codec._try.lower(*arguments, keep=True), arguments)
 

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from elastic.blocks import Attempts, BlockResult, Metric, tokenize_block
+from elastic.blocks import BlockResult, Metric
 from elastic.budget import allocate
 from elastic.codec import Codec, Past
 from elastic.config import ElasticTokConfig
+from elastic.lanes import Lanes
 from elastic.metrics import mse_of_psnr
 from elastic.search import geometric_counts, make_search
 
@@ -174,39 +175,36 @@ class _Walk:
         results, curves = [], []
         counts = geometric_counts(budget.smallest, budget.largest, budget.num_counts)
         counts = [count for count in counts if count != budget.equal]
+        lanes = self._lanes(past)
         for number, frames in enumerate(self.stretch, self.first):
-            past = self._context(past, number)
-            block = Attempts(
-                self.codec, self.weights, past, frames, width=self.width, metric=self.metric
-            )
-            curve: dict[int, float] = {}
-            for start in range(0, len(counts), self.width):
-                group = counts[start : start + self.width]
-                curve |= zip(group, block.attempt(group, keep=False)[1], strict=True)
-            past, result = self._tokenize(past, frames, budget.equal)
+            self._put(lanes, number, frames, budget.equal)
+            curve = lanes.losses_of(0, counts)
+            ((_, result),) = lanes.step()
             results.append(result)
             curves.append(curve | result.tried)
-        return results, curves, past
+        return results, curves, lanes.past
 
     def commit(self, past: Past, counts: list[int]) -> tuple[list[BlockResult], Past]:
         """Every block with its own count."""
         results = []
+        lanes = self._lanes(past)
         for number, (frames, count) in enumerate(
             zip(self.stretch, counts, strict=True), self.first
         ):
-            past, result = self._tokenize(self._context(past, number), frames, count)
+            self._put(lanes, number, frames, count)
+            ((_, result),) = lanes.step()
             results.append(result)
-        return results, past
+        return results, lanes.past
 
-    def _context(self, past: Past, number: int) -> Past:
-        full = self.restart and number % self.codec.window_blocks == 0
-        return self.codec.new_past() if full else past
+    def _lanes(self, past: Past) -> Lanes:
+        return Lanes(self.codec, self.weights, width=self.width, past=past)
 
-    def _tokenize(self, past: Past, frames: np.ndarray, count: int) -> tuple[Past, BlockResult]:
-        search = make_search(
-            "fixed", min_kept=1, max_kept=self.codec.config.tokens_per_block, num_tokens=count
-        )
-        return tokenize_block(self.codec, self.weights, past, frames, search, metric=self.metric)
+    def _put(self, lanes: Lanes, number: int, frames: np.ndarray, count: int) -> None:
+        if self.restart and number % self.codec.window_blocks == 0:
+            lanes.forget(0)
+        most = self.codec.config.tokens_per_block
+        search = make_search("fixed", min_kept=1, max_kept=most, num_tokens=count, width=self.width)
+        lanes.put(0, frames, search, metric=self.metric)
 
 
 def _error(results: list[BlockResult]) -> float:

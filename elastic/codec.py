@@ -25,13 +25,26 @@ from elastic.patches import to_unit_range
 
 
 class Past(NamedTuple):
-    """What is remembered of the blocks so far: bounded, the oldest block is overwritten first."""
+    """What is remembered of the blocks so far: bounded, the oldest block is overwritten first.
+
+    Each batch element is a clip of its own, as far along as it is.
+    """
 
     encoder: ops.Past
     decoder: ops.Past
-    num_blocks: Int[
-        Array, ""
-    ]  # committed since the context began; gives positions and the place of the next block
+    # Committed since the context began; gives positions and the place of the next block.
+    num_blocks: Int[Array, "b"]
+
+    def forget(self, elements: Bool[np.ndarray, "b"]) -> "Past":
+        """The same with an empty context for these elements. What lies in the cache is not touched, only no longer seen."""
+
+        def zeroed(x: Array) -> Array:
+            return jax.device_put(jnp.where(elements, 0, x), x.sharding)
+
+        encoder, decoder = (
+            part._replace(length=zeroed(part.length)) for part in (self.encoder, self.decoder)
+        )
+        return Past(encoder, decoder, zeroed(self.num_blocks))
 
 
 class Trial(NamedTuple):
@@ -92,18 +105,10 @@ class Codec:
         )
         self.bottleneck = make_bottleneck(config)
         self._hides = platform_of(mesh) == "cpu"
-        self._cache_sharding = self._whole = out = None
-        if mesh is not None:
-            self._cache_sharding = NamedSharding(
-                mesh, ops.past_spec(mesh, config.num_attention_heads)
-            )
-            self._whole = NamedSharding(mesh, P())
-            layers: Any = ops.Past(*(self._cache_sharding,) * 2, self._whole)  # type: ignore[arg-type]
-            # A committed past lies where a new one does: else the second block would compile again.
-            out = (Past(layers, layers, self._whole), None)  # type: ignore[arg-type]
         self._try = jax.jit(self._try_impl, static_argnames="keep")
-        self._commit = jax.jit(self._commit_impl, donate_argnames="past", out_shardings=out)
-        self._decode = jax.jit(self._decode_impl, donate_argnames="past", out_shardings=out)
+        self._hold = jax.jit(self._hold_impl, donate_argnames="held")
+        self._commit = jax.jit(self._commit_impl, donate_argnames="past")
+        self._decode = jax.jit(self._decode_impl, donate_argnames="past")
 
     def past_bytes(self, batch: int = 1) -> int:
         """Bytes of the whole past of encoder and decoder."""
@@ -142,30 +147,51 @@ class Codec:
         patches: UInt8[Array | np.ndarray, "b l p"],
         counts: Int[Array | np.ndarray, "b k"],
         *,
-        shown: Bool[Array | np.ndarray, "l p"] | None = None,
+        num_frames: Int[Array | np.ndarray, "b"] | None = None,
         keep: bool = True,
     ) -> Trial:
         """Evaluates the candidate counts of one block at once; the past is read where it lies, neither copied nor changed.
 
         Args:
-          shown: which numbers of the patches belong to real frames; the losses are means over these. None: all.
+          num_frames: the block's first so many frames are real; the losses are means over these. None: all.
           keep: whether the trial can be committed; without, it holds the losses alone and needs less memory.
         """
-        if shown is None:
-            shown = np.ones(patches.shape[1:], bool)
-        return self._try(params, past, patches, counts, shown, keep=keep)
+        if num_frames is None:
+            num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
+        return self._try(params, past, patches, counts, num_frames, keep=keep)
+
+    def hold(
+        self,
+        held: Trial | None,
+        trial: Trial,
+        choice: Int[Array | np.ndarray, "b"],
+        elements: Bool[np.ndarray, "b"],
+    ) -> Trial:
+        """Of these elements the chosen candidate, of the others what was held: one candidate each, to be committed later.
+
+        What was held is used up.
+        """
+        if held is None or elements.all():
+            held = None
+            if trial.losses.shape[1] == 1:
+                return trial
+        return self._hold(held, trial, choice, elements)
 
     def commit(
-        self, past: Past, trial: Trial, choice: Int[Array | np.ndarray, "b"]
+        self,
+        past: Past,
+        trial: Trial,
+        choice: Int[Array | np.ndarray, "b"],
+        elements: Bool[np.ndarray, "b"] | None = None,
     ) -> tuple[Past, Committed]:
-        """Appends the chosen candidate of each element. The past given is used up; nothing is computed again.
+        """Appends the chosen candidate of each element, or of these elements alone. The past given is used up; nothing is computed again.
 
         Raises:
           ValueError: the trial was made with `keep=False`.
         """
         if trial.encoder_new is None:
             raise ValueError("This trial kept nothing to commit; call try_counts with keep=True.")
-        return self._commit(past, trial, choice)
+        return self._commit(past, trial, choice, elements)
 
     def decode(
         self,
@@ -183,27 +209,49 @@ class Codec:
     def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> Past:
         config = self.config
         capacity = (self.window_blocks - 1) * config.tokens_per_block
+        cache_at, numbers_at = self._places(batch)
 
         def layers(count: int) -> ops.Past:
             shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
             dtype = jnp.uint16 if self._hides and self.dtype == jnp.bfloat16 else self.dtype
-            cache = jnp.zeros(shape, dtype, device=self._cache_sharding)
+            cache = jnp.zeros(shape, dtype, device=cache_at)
             return ops.Past(cache, jnp.zeros_like(cache), zero())
 
         def zero() -> Array:
-            return jnp.zeros((), jnp.int32, device=self._whole)
+            return jnp.zeros(batch, jnp.int32, device=numbers_at)
 
         return Past(layers(encoder_layers), layers(decoder_layers), zero())
 
-    def _positions(self, past: Past, count: int) -> Int[Array, "n l"]:
-        length = self.config.tokens_per_block
-        return repeat(past.num_blocks * length + jnp.arange(length), "l -> n l", n=count)
+    def _places(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
+        """Where the cache of so many elements lies, and what has one number for each."""
+        if self.mesh is None:
+            return None, None
+        spec = ops.past_spec(self.mesh, batch, self.config.num_attention_heads)
+        return NamedSharding(self.mesh, spec), NamedSharding(self.mesh, P(spec[1]))
 
-    def _try_impl(self, params, past: Past, patches, counts, shown, *, keep: bool) -> Trial:
+    def _positions(self, past: Past, num_candidates: int = 1) -> Int[Array, "n l"]:
+        length = self.config.tokens_per_block
+        first = repeat(past.num_blocks * length, "b -> (b k) 1", k=num_candidates)
+        return first + jnp.arange(length)[None]
+
+    def _shown(self, num_frames: Array) -> Bool[Array, "n l p"]:
+        """Which numbers of a block's patches belong to its first `num_frames` frames."""
+        config = self.config
+        deep, rows, columns = config.patch_size
+        a_frame = (
+            config.tokens_per_block * deep // config.frames_per_block
+        )  # patches that share frames
+        token_frame = jnp.arange(config.tokens_per_block) // a_frame * deep
+        pixel_frame = jnp.arange(config.patch_dim) // (rows * columns * 3)
+        frame = token_frame[:, None] + pixel_frame[None]
+        return frame[None] < num_frames[:, None, None]
+
+    def _try_impl(self, params, past: Past, patches, counts, num_frames, *, keep: bool) -> Trial:
         num_candidates = counts.shape[1]
+        shown = self._shown(jnp.repeat(num_frames, num_candidates))
         x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
         kept = masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
-        batch = Batch(x, kept, position_ids=self._positions(past, len(kept)))
+        batch = Batch(x, kept, position_ids=self._positions(past, num_candidates))
         if self.config.condition_encoder:
             encoded = self._apply("encode", params, batch, past.encoder)
             codes = encoded.codes
@@ -218,8 +266,8 @@ class Codec:
         levels = jnp.round((out + 1) * 127.5)
 
         def mean_over_shown(error: Array) -> Array:
-            total = jnp.sum(jnp.where(shown[None], jnp.square(error), 0.0), axis=(1, 2))
-            return rearrange(total / jnp.sum(shown), "(b k) -> b k", k=num_candidates)
+            total = jnp.sum(jnp.where(shown, jnp.square(error), 0.0), axis=(1, 2))
+            return rearrange(total / jnp.sum(shown, axis=(1, 2)), "(b k) -> b k", k=num_candidates)
 
         return Trial(
             losses=mean_over_shown(out - x),
@@ -230,56 +278,106 @@ class Codec:
             decoder_new=decoder_new if keep else None,
         )
 
-    def _commit_impl(self, past: Past, trial: Trial, choice) -> tuple[Past, Committed]:
-        batch = choice.shape[0]
+    def _hold_impl(self, held: Trial | None, trial: Trial, choice, elements) -> Trial:
+        num_candidates = trial.losses.shape[1]
 
-        def choose(x: Array, axis: int) -> Array:
-            num_candidates = x.shape[axis] // batch
+        def chosen(x: Array, axis: int) -> Array:
             if num_candidates == 1:
                 return x
-            return jnp.take(x, jnp.arange(batch) * num_candidates + choice, axis=axis)
+            rows = jnp.arange(len(choice)) * num_candidates + choice
+            return jnp.take(x, rows, axis=axis)
 
-        encoder = self._append(
-            past.encoder, [choose(x, 1) for x in trial.encoder_new or ()], past.num_blocks
+        def losses(x: Array) -> Array:
+            return jnp.take_along_axis(x, choice[:, None], axis=1)
+
+        def layers(new: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+            return None if new is None else (chosen(new[0], 1), chosen(new[1], 1))
+
+        one = Trial(
+            losses=losses(trial.losses),
+            pixel_losses=losses(trial.pixel_losses),
+            codes=chosen(trial.codes, 0),
+            pixels=chosen(trial.pixels, 0),
+            encoder_new=layers(trial.encoder_new),
+            decoder_new=layers(trial.decoder_new),
         )
-        decoder = self._append(
-            past.decoder, [choose(x, 1) for x in trial.decoder_new or ()], past.num_blocks
-        )
-        tokens = self._to_tokens(choose(trial.codes, 0))
-        return Past(encoder, decoder, past.num_blocks + 1), Committed(
-            tokens, choose(trial.pixels, 0)
-        )
+        if held is None:
+            return one
+
+        def newer(old: Array, new: Array) -> Array:
+            shape = (1, -1, 1, 1, 1) if new.ndim == 5 else (-1, *(1,) * (new.ndim - 1))
+            return jnp.where(jnp.reshape(elements, shape), new, old)
+
+        return jax.tree.map(newer, held, one)
+
+    def _commit_impl(self, past: Past, trial: Trial, choice, elements) -> tuple[Past, Committed]:
+        one = self._hold_impl(None, trial, choice, None)
+        encoder = self._append(past.encoder, one.encoder_new, past.num_blocks, elements)
+        decoder = self._append(past.decoder, one.decoder_new, past.num_blocks, elements)
+        new = self._counted(past, encoder, decoder, elements)
+        return new, Committed(self._to_tokens(one.codes), one.pixels)
 
     def _decode_impl(self, params, past: Past, tokens, num_kept) -> tuple[Past, Array]:
         kept = masks.kept_mask(num_kept, self.config.tokens_per_block)
-        batch = Batch(
-            jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(past, len(kept))
-        )
+        batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(past))
         codes = masks.drop_tail(self._from_tokens(tokens), kept)
         out, new = self._apply("decode", params, codes, batch, past.decoder)
-        decoder = self._append(past.decoder, list(new), past.num_blocks)
+        decoder = self._append(past.decoder, new, past.num_blocks, None)
         pixels = jnp.round((jnp.clip(out, -1.0, 1.0) + 1) * 127.5).astype(jnp.uint8)
-        return past._replace(decoder=decoder, num_blocks=past.num_blocks + 1), pixels
+        return self._counted(past, past.encoder, decoder, None), pixels
 
-    def _append(self, past: ops.Past, new: list[Array], num_blocks: Array) -> ops.Past:
+    def _append(
+        self, past: ops.Past, new: Any, num_blocks: Array, elements: Array | None
+    ) -> ops.Past:
         """Writes a block over the oldest one. Keys carry their positions, so that their order in the cache does not matter."""
         slots = self.window_blocks - 1
         if slots == 0:
             return past
+        batch = len(num_blocks)
+        if elements is None and batch > 1:
+            elements = jnp.ones(batch, bool)
 
-        def write(old: Array, x: Array) -> Array:
-            start = (num_blocks % slots) * x.shape[3]
+        def write(old: Array, x: Array, number: Array, wanted: Array | None) -> Array:
             x = bits.hide(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
-            return lax.dynamic_update_slice_in_dim(old, x, start, axis=3)
+            for i in range(old.shape[1]):  # a piece after the other, each in its place
+                piece = x[:, i : i + 1]
+                start = (0, i, 0, (number[i] % slots) * x.shape[3], 0)
+                if wanted is not None:
+                    there = lax.dynamic_slice(old, start, piece.shape)
+                    piece = jnp.where(wanted[i], piece, there)
+                old = lax.dynamic_update_slice(old, piece, start)
+            return old
 
-        if self._cache_sharding is not None:  # each device has its part of every block
-            spec = self._cache_sharding.spec
+        cache_at, numbers_at = self._places(batch)
+        if (
+            cache_at is not None and numbers_at is not None
+        ):  # each device has its part of every block
+            cache, numbers = cache_at.spec, numbers_at.spec
             write = jax.shard_map(
-                write, mesh=self.mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False
+                write,
+                mesh=self.mesh,
+                in_specs=(cache, cache, numbers, None if elements is None else numbers),
+                out_specs=cache,
+                check_vma=False,
             )
-        keys, values = (write(old, x) for old, x in zip(past[:2], new, strict=True))
-        length = self.config.tokens_per_block
-        return ops.Past(keys, values, jnp.minimum(num_blocks + 1, slots) * length)
+        keys, values = (
+            write(old, x, num_blocks, elements) for old, x in zip(past[:2], new, strict=True)
+        )
+        return past._replace(keys=keys, values=values)
+
+    def _counted(
+        self, past: Past, encoder: ops.Past, decoder: ops.Past, elements: Array | None
+    ) -> Past:
+        """The past with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
+        more = 1 if elements is None else elements.astype(jnp.int32)
+        num_blocks = past.num_blocks + more
+        length = jnp.minimum(num_blocks, self.window_blocks - 1) * self.config.tokens_per_block
+        _, numbers_at = self._places(len(num_blocks))
+        if numbers_at is not None:
+            num_blocks, length = (
+                lax.with_sharding_constraint(x, numbers_at) for x in (num_blocks, length)
+            )
+        return Past(encoder._replace(length=length), decoder._replace(length=length), num_blocks)
 
     def _apply(self, method: str, params, *arguments) -> Any:
         return self.model.apply({"params": params}, *arguments, method=method)

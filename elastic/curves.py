@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _SLOPE = 0.7  # of log loss by log count, where nothing is known; fitted on recorded curves
 _SAME = 0.03  # a remembered point this near (in log counts) to a new one gives way to it
@@ -97,6 +97,23 @@ class Memory:
     excess: int = 0
     spread: float = 0.25
     expected: Curve | None = None
+
+
+def memory_to_plain(memory: Memory) -> dict[str, Any]:
+    """The memory in lists and numbers, for a file; exact."""
+    return {
+        name: value.points if isinstance(value, Curve) else value
+        for name, value in vars(memory).items()
+    }
+
+
+def memory_from_plain(plain: Mapping[str, Any]) -> Memory:
+    """What `memory_to_plain` was given."""
+
+    def value(x: Any) -> Any:
+        return Curve(Point(*point) for point in x) if isinstance(x, list) else x
+
+    return Memory(**{name: value(x) for name, x in plain.items()})
 
 
 def _between(points: list[Point], x: float) -> float:

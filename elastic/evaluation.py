@@ -202,7 +202,7 @@ def _measure(
     update: Callable[[], Any],
 ) -> _Measured:
     """One run over one clip."""
-    encoding = tokenizer.encode_stream(
+    encoding = tokenizer.stream(
         clip.path,
         threshold=run.threshold,
         num_tokens=run.num_tokens,

@@ -131,14 +131,14 @@ def tokenize_file(
     Args:
       overwrite: False refuses a folder that holds results.
       progress: show a bar with an estimate.
-      options: those of `ElasticTokenizer.encode_stream`.
+      options: those of `ElasticTokenizer.stream`.
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other.
       OSError: the folder cannot be written to. Nothing is left behind in either case.
     """
     source, folder = Path(source), Path(folder)
-    encoding = tokenizer.encode_stream(source, **options)
+    encoding = tokenizer.stream(source, **options)
     _check_folder(folder, overwrite=overwrite)
     with replaced_together(folder, RESULTS) as work:
         frames = _Frames(work, tokenizer.config.resolution)

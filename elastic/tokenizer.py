@@ -1,10 +1,9 @@
 """`ElasticTokenizer`: clips to tokens and back."""
 
 import copy
-import dataclasses
-import logging
+import functools
+import itertools
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, cast
 
@@ -13,28 +12,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from elastic import checkpoint, media
+from elastic import checkpoint
 from elastic import mesh as meshes
-from elastic.blocks import BlockResult, Metric, make_metric, tokenize_block
-from elastic.budgeting import (
-    Budget,
-    check_targets,
-    spend,
-    threshold_of_psnr,
-    tokens_of_bitrate,
-)
+from elastic.blocks import Metric, make_metric
+from elastic.budgeting import Budget, check_targets, threshold_of_psnr, tokens_of_bitrate
+from elastic.clips import Source, open_clip
 from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
-from elastic.curves import Memory
+from elastic.curve_prior import CurvePrior, load_prior
+from elastic.encoding import Encoding, Setting, tokenize_side_by_side
+from elastic.media import MediaError
 from elastic.ops import bits
 from elastic.patches import unpatchify
-from elastic.search import SearchOptions, make_search
+from elastic.search import SearchOptions
 from elastic.sharding import param_shardings
+from elastic.token_stream import read_token_stream
 from elastic.tokens import BlockTokens, TokenizedClip
-
-log = logging.getLogger(__name__)
-
-Source = str | os.PathLike | np.ndarray
 
 
 class Reconstruction(NamedTuple):
@@ -42,92 +35,6 @@ class Reconstruction(NamedTuple):
 
     frames: UInt8[np.ndarray, "n rows columns 3"]
     tokens: TokenizedClip
-
-
-class Encoding:
-    """A clip being tokenized: iterate over it for one `BlockResult` after the other, then ask for `tokens()`.
-
-    Frames are read, tokenized and handed out block by block; nothing but the tokens is held.
-    """
-
-    def __init__(
-        self,
-        tokenizer: "ElasticTokenizer",
-        clip: "_Clip",
-        search: dict[str, Any],
-        budget: Budget | None = None,
-        metric: str | Metric = "mse",
-    ):
-        self._tokenizer, self._clip, self._search = tokenizer, clip, search
-        self._budget = budget
-        self._metric_name, self._metric = make_metric(metric)
-        self._blocks: list[BlockTokens] = []
-        self._finished = False
-        self.is_image, self.rate, self.num_frames, self.source = (
-            clip.is_image,
-            clip.rate,
-            clip.num_frames,
-            clip.source,
-        )
-        self.num_blocks = -(-clip.num_frames // tokenizer.config.frames_per_block)
-        if budget is None:  # what cannot be searched for is refused before the first frame is read
-            make_search(**search)
-
-    def __iter__(self) -> Iterator[BlockResult]:
-        self._blocks = []
-        tokenizer = self._tokenizer
-        blocks = self._clip.blocks(tokenizer.config.frames_per_block)
-        if self._budget is None:
-            results = tokenizer.tokenize_blocks(blocks, self._search, metric=self._metric)
-        else:
-            results = spend(
-                tokenizer.codec,
-                tokenizer.weights,
-                blocks,
-                self._budget,
-                width=tokenizer.search_width,
-                restart=tokenizer.context == "restart",
-                metric=self._metric,
-            )
-        for result in results:
-            self._blocks.append(result.tokens)
-            yield result
-        self._finished = True
-
-    def tokens(self) -> TokenizedClip:
-        """The token record of the whole clip.
-
-        Raises:
-          ValueError: not all blocks have been tokenized yet.
-        """
-        if not self._finished:
-            raise ValueError(
-                f"{len(self._blocks)} of {self.num_blocks} blocks are tokenized; iterate to the end first."
-            )
-        tokenizer, config = self._tokenizer, self._tokenizer.config
-        return TokenizedClip(
-            blocks=tuple(self._blocks),
-            bottleneck_type=config.bottleneck_type,
-            codebook_size=config.codebook_size if config.bottleneck_type == "fsq" else None,
-            tokens_per_block=config.tokens_per_block,
-            frames_per_block=config.frames_per_block,
-            num_frames=self.num_frames,
-            is_image=self.is_image,
-            resolution=config.resolution,
-            source=self.source,
-            rate=float(self.rate),
-            model_id=tokenizer.model_id,
-            config_hash=config.config_hash(),
-            threshold=self._search["threshold"],
-            search=self._search_name(),
-            window_blocks=tokenizer.window_blocks,
-            context=tokenizer.context,
-        )
-
-    def _search_name(self) -> str:
-        """What the token file says of how counts were found; losses other than squared errors are named."""
-        search = self._search["name"] if self._budget is None else "budget"
-        return search if self._metric is None else f"{search}:{self._metric_name}"
 
 
 class ElasticTokenizer:
@@ -142,6 +49,7 @@ class ElasticTokenizer:
       context: 'carry' lets the window slide, 'restart' empties it whenever it is full, as the released code does.
       search_width: counts of a block tried in one call.
       model_id: what token files call the model.
+      prior: what guesses a clip's first counts for the search 'predict'; None: nothing.
     """
 
     def __init__(
@@ -155,10 +63,12 @@ class ElasticTokenizer:
         context: str = "carry",
         search_width: int = 1,
         model_id: str = "unnamed",
+        prior: CurvePrior | None = None,
     ):
         if context not in ("carry", "restart"):
             raise ValueError(f"context={context!r} must be 'carry' or 'restart'.")
         self.config, self.model_id, self.search_width = config, model_id, search_width
+        self.prior = prior
         self.context: Literal["carry", "restart"] = cast(Any, context)
         self.window_blocks = (
             config.max_sequence_length // config.tokens_per_block
@@ -177,8 +87,9 @@ class ElasticTokenizer:
     ) -> "ElasticTokenizer":
         """The same tokenizer with other weights: both share the compiled programs, which two made anew would not."""
         other = copy.copy(self)
+        other.__dict__.pop("_setting", None)
         other.config = self.config.replace(mask_type=mask_type or self.config.mask_type)
-        other.model_id = model_id or self.model_id
+        other.model_id, other.prior = model_id or self.model_id, None  # of these weights alone
         other.weights = jax.device_put(
             self.codec.stored(params), param_shardings(self.mesh, params)
         )
@@ -216,6 +127,7 @@ class ElasticTokenizer:
             )
         params = checkpoint.load_params(spec, config)
         name = spec.rsplit("::", 1)[-1].rstrip("/")
+        options = {"prior": load_prior(name)} | options
         return cls(
             config, params, mesh=meshes.make_mesh(mesh_dim), model_id=model_id or name, **options
         )
@@ -225,17 +137,86 @@ class ElasticTokenizer:
 
         Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
         `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most). For
-        the other options see `encode_stream`.
+        the other options see `stream`.
         """
         return self.reconstruct(source, **options).tokens
 
     def reconstruct(self, source: Source, **options: Any) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
-        encoding = self.encode_stream(source, **options)
+        encoding = self.stream(source, **options)
         frames = np.concatenate([result.reconstruction for result in encoding])
         return Reconstruction(frames, encoding.tokens())
 
-    def encode_stream(
+    def encode_many(
+        self, sources: Iterable[Source], *, batch: int = 1, **options: Any
+    ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
+        """The tokens of several clips as they are finished, each with its number; of one that cannot be read, the error.
+
+        Args:
+          batch: clips that go through the model at once: as many as fill the device. Each has its own past and its own search, and
+            one that ends makes room for the next.
+          options: those of `stream`, for every clip.
+
+        Raises:
+          ValueError: an option is wrong, or a budget is to be spent by more than one clip at once.
+        """
+        numbers: dict[Encoding, int] = {}
+        bad: list[tuple[int, MediaError]] = []
+
+        def opened() -> Iterator[Encoding]:
+            for number, source in enumerate(sources):
+                try:
+                    encoding = self.stream(source, **options)
+                except MediaError as error:
+                    bad.append((number, error))
+                    continue
+                numbers[encoding] = number
+                yield encoding
+
+        for encoding, result in self.stream_many(opened(), batch=batch):
+            yield from bad
+            bad.clear()
+            if isinstance(result, MediaError):
+                yield numbers.pop(encoding), result
+            elif result is None:
+                yield numbers.pop(encoding), encoding.tokens()
+        yield from bad
+
+    def stream_many(
+        self, encodings: Iterable[Encoding], *, batch: int = 1
+    ) -> Iterator[tuple[Encoding, Any]]:
+        """The blocks of several clips made by `stream`, as they are done; after a clip's last one None, or the error that ended it.
+
+        Raises:
+          ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
+        """
+        shares = self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
+        if batch < 1 or (batch > 1 and batch % shares):
+            raise ValueError(
+                f"batch={batch} must be a multiple of dp * fsdp = {shares}: the devices share the clips."
+            )
+        encodings = iter(encodings)
+        first = next(encodings, None)
+        if first is None:
+            return
+        encodings = itertools.chain([first], encodings)
+        if first.has_budget:
+            if batch > 1:
+                raise ValueError(
+                    f"batch={batch}: a budget is spent clip by clip; leave out --batch, or give a threshold."
+                )
+            for encoding in encodings:
+                try:
+                    for result in encoding:
+                        yield encoding, result
+                except MediaError as error:
+                    yield encoding, error
+                else:
+                    yield encoding, None
+            return
+        yield from tokenize_side_by_side(self._setting, encodings, batch=batch)
+
+    def stream(
         self,
         source: Source,
         *,
@@ -253,8 +234,11 @@ class ElasticTokenizer:
         fallback_fraction: float = 1.0,
         max_fraction: float = 1.0,
         num_counts: int = 100,
+        record: str | os.PathLike | None = None,
     ) -> Encoding:
-        """As `encode`, block by block.
+        """As `encode`, block by block, in bounded memory: `for block in tokenizer.stream(reader, threshold=0.01)`.
+
+        The source may also be a `ClipReader`, or any iterable of frames that come one by one, a camera's for instance.
 
         Args:
           psnr: decibels that every block reaches; 4 / 10^(psnr / 10) as a threshold.
@@ -269,11 +253,13 @@ class ElasticTokenizer:
           fallback_fraction: share of a block's tokens kept when no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
           num_counts: counts of the linear search.
+          record: a file to which every block is added when it is done. A run that finds an unfinished one of the same clip and
+            options goes on after it; `decode_stream` reads it, also while it grows.
 
         Raises:
           ValueError: the source cannot be read, or the options contradict each other.
         """
-        clip = _Clip.open(source, self.config.resolution, rate, max_frames)
+        clip = open_clip(source, self.config.resolution, rate=rate, max_frames=max_frames)
         targets = dict(
             threshold=threshold,
             psnr=psnr,
@@ -312,58 +298,56 @@ class ElasticTokenizer:
                 delay_blocks=delay_blocks,
                 num_counts=budget_counts,
             )
-        return Encoding(self, clip, options, budget, metric)
-
-    def tokenize_blocks(
-        self,
-        blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]],
-        search: dict[str, Any],
-        *,
-        metric: Metric | None = None,
-    ) -> Iterator[BlockResult]:
-        """One result after the other; `search` are the arguments of `make_search`. Only the last block may be short."""
-        past = self.codec.new_past()
-        memory = Memory()  # of this clip alone, so that its tokens do not depend on other clips
-        for number, frames in enumerate(blocks):
-            if self.context == "restart" and number % self.window_blocks == 0:
-                past = self.codec.new_past()
-            past, result = tokenize_block(
-                self.codec,
-                self.weights,
-                past,
-                frames,
-                make_search(memory=memory, **search),
-                metric=metric,
-            )
-            yield result
+        return Encoding(
+            self._setting, clip, options, budget=budget, metric=make_metric(metric), record=record
+        )
 
     def decode(self, tokens: TokenizedClip) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """The frames of a token record; a picture is a clip of one frame."""
         return np.concatenate(list(self.decode_stream(tokens)))
 
     def decode_stream(
-        self, tokens: TokenizedClip
+        self,
+        tokens: TokenizedClip | str | os.PathLike,
+        *,
+        follow: bool = False,
+        patience: float | None = None,
     ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
         """The frames of a token record, block by block, the last one trimmed to its true length.
 
+        Args:
+          tokens: a record, or the file that `stream(record=...)` writes, finished or not.
+          follow: of such a file, wait for the blocks that are still to come.
+          patience: seconds to wait for one; None: for ever.
+
         Raises:
-          ValueError: the tokens were made by a model of another shape.
+          ValueError: the tokens were made by a model of another shape, or the file cannot be read.
         """
-        config = self.config
-        if tokens.config_hash != config.config_hash():
+        if isinstance(tokens, TokenizedClip):
+            header, left = vars(tokens), tokens.num_frames
+            per_block = tokens.frames_per_block
+            lengths = (min(per_block, left - i * per_block) for i in range(len(tokens.blocks)))
+            blocks: Iterable[tuple[BlockTokens, int]] = zip(tokens.blocks, lengths, strict=True)
+        else:
+            header, recorded = read_token_stream(tokens, follow=follow, patience=patience)
+            blocks = ((block.tokens, block.num_frames) for block in recorded)
+        return self._decode(header, blocks)
+
+    def _decode(
+        self, header: dict[str, Any], blocks: Iterable[tuple[BlockTokens, int]]
+    ) -> Iterator[np.ndarray]:
+        config, codec = self.config, self.codec
+        if header.get("config_hash") != config.config_hash():
             raise ValueError(
-                f"These tokens were made by {tokens.model_id!r} (config {tokens.config_hash}), this model is {self.model_id!r} "
-                f"(config {config.config_hash()}); load the model that made them."
+                f"These tokens were made by {header.get('model_id')!r} (config {header.get('config_hash')}), this model is "
+                f"{self.model_id!r} (config {config.config_hash()}); load the model that made them."
             )
-        codec = self.codec
-        if tokens.window_blocks != codec.window_blocks:
-            codec = Codec(
-                config, dtype=codec.dtype, mesh=self.mesh, window_blocks=tokens.window_blocks
-            )
+        window = header["window_blocks"]
+        if window != codec.window_blocks:
+            codec = Codec(config, dtype=codec.dtype, mesh=self.mesh, window_blocks=window)
         past = codec.new_decoder_past()
-        left = tokens.num_frames
-        for number, block in enumerate(tokens.blocks):
-            if tokens.context == "restart" and number % tokens.window_blocks == 0:
+        for number, (block, num_frames) in enumerate(blocks):
+            if header["context"] == "restart" and number % window == 0:
                 past = codec.new_decoder_past()
             full = np.zeros(
                 (1, config.tokens_per_block, *block.values.shape[1:]), block.values.dtype
@@ -372,62 +356,12 @@ class ElasticTokenizer:
             past, pixels = codec.decode(
                 self.weights, past, full, np.array([block.num_kept], np.int32)
             )
-            size = (tokens.resolution, tokens.resolution)
+            size = (config.resolution, config.resolution)
             frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
-            yield frames[:left]
-            left -= config.frames_per_block
+            yield frames[:num_frames]
 
-
-@dataclasses.dataclass(frozen=True)
-class _Clip:
-    """A clip at the model's resolution, from a file or an array."""
-
-    reader: media.ClipReader | None
-    frames: np.ndarray | None
-    is_image: bool
-    rate: float
-    num_frames: int
-    source: tuple[int, int]
-
-    @classmethod
-    def open(
-        cls, source: Source, resolution: int, rate: float | None, max_frames: int | None
-    ) -> "_Clip":
-        if not isinstance(source, np.ndarray):
-            reader = media.open_clip(
-                pathlib.Path(source), resolution=resolution, rate=rate, max_frames=max_frames
-            )
-            info = reader.info
-            return cls(
-                reader,
-                None,
-                info.kind == "image",
-                reader.rate,
-                reader.num_frames,
-                (info.width, info.height),
-            )
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (3, 4)
-            or source.shape[-1] != 3
-            or 0 in source.shape
-        ):
-            raise ValueError(
-                f"A clip of type {source.dtype} and shape {source.shape} must be uint8 [frames, height, width, 3], or [height, width, 3]."
-            )
-        is_image = source.ndim == 3
-        frames = (source[None] if is_image else source)[:max_frames]
-        size = (frames.shape[2], frames.shape[1])
-        if frames.shape[1:3] != (resolution, resolution):
-            frames = np.stack([media.fit_frame(frame, resolution) for frame in frames])
-        return cls(
-            None, frames, is_image, 0.0 if is_image else float(rate or 24.0), len(frames), size
+    @functools.cached_property
+    def _setting(self) -> Setting:
+        return Setting(
+            self.codec, self.weights, self.model_id, self.context, self.search_width, self.prior
         )
-
-    def blocks(self, frames_per_block: int) -> Iterator[np.ndarray]:
-        if self.reader is not None:
-            with self.reader:
-                yield from self.reader.blocks(frames_per_block)
-        elif self.frames is not None:
-            for start in range(0, len(self.frames), frames_per_block):
-                yield self.frames[start : start + frames_per_block]

@@ -151,7 +151,7 @@ def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -
     )
 
     def timed(filled: int) -> float:
-        past = ops.Past(cache, cache, jnp.int32(filled * block))
+        past = ops.Past(cache, cache, jnp.full(1, filled * block, jnp.int32))
         return median_seconds(lambda: attend(q, past).block_until_ready(), repeats)
 
     seconds = {filled: timed(filled) for filled in (1, 4, 16)}

@@ -212,7 +212,7 @@ def search(tokenizer: Any, frames: Any, repeats: int) -> dict[str, Any]:
         block.loss for block in tokenizer.encode(frames, num_tokens=config.max_toks // 2).blocks
     ]
     threshold = statistics.median(losses)
-    results = list(tokenizer.encode_stream(frames, threshold=threshold))
+    results = list(tokenizer.stream(frames, threshold=threshold))
     seconds = median_seconds(lambda: tokenizer.encode(frames, threshold=threshold), repeats)
     return {
         "frames": len(frames),

@@ -47,8 +47,8 @@ def fit_curves(flags: cli.Values) -> int:
     from tqdm import tqdm
 
     from elastic import checkpoint, curve_prior, media, mesh, runs
-    from elastic.blocks import Attempts
-    from elastic.search import geometric_counts
+    from elastic.lanes import Lanes
+    from elastic.search import geometric_counts, make_search
     from elastic.tensor_file import atomic_file
 
     mesh.use_all_cpu_cores()
@@ -62,7 +62,10 @@ def fit_curves(flags: cli.Values) -> int:
         window_blocks=1,
         search_width=_WIDTH,
     )
-    codec = tokenizer.codec
+    lanes = Lanes(tokenizer.codec, tokenizer.weights, width=_WIDTH)
+    search = make_search(
+        "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
+    )
     counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
     blocks, losses = [], []
     for file in tqdm(files, desc="measuring", unit="clip"):
@@ -79,11 +82,8 @@ def fit_curves(flags: cli.Values) -> int:
             continue
         for frames in chosen:
             # Nothing is committed, so every block finds the past empty.
-            block = Attempts(codec, tokenizer.weights, codec.new_past(), frames, width=_WIDTH)
-            groups = [counts[i : i + _WIDTH] for i in range(0, len(counts), _WIDTH)]
-            losses.append(
-                [loss for group in groups for loss in block.attempt(group, keep=False)[1]]
-            )
+            lanes.put(0, frames, search)
+            losses.append(list(lanes.losses_of(0, counts).values()))
             blocks.append(frames)
     prior = curve_prior.fit(blocks, np.array(losses), counts=counts, patch_size=config.patch_size)
     with atomic_file(folder / curve_prior.FILE_NAME) as written:

@@ -54,7 +54,7 @@ def test_the_error_is_at_most_that_of_equal_counts(tokenizer, clip, delay_blocks
 
 
 def test_passes_are_those_of_both_walks(tokenizer, clip):
-    results = list(tokenizer.encode_stream(clip, avg_tokens=16, budget_counts=5))
+    results = list(tokenizer.stream(clip, avg_tokens=16, budget_counts=5))
     config = tokenizer.config
     measured = {*geometric_counts(config.min_toks, config.max_toks, 5), 16}
     assert [result.passes for result in results] == [len(measured) + 1] * len(results)

@@ -270,13 +270,13 @@ def test_files_that_cannot_be_read_are_named_and_in_no_number(tokenizer, clips, 
 
 
 def test_a_clip_that_breaks_midway_is_left_out_whole(tokenizer, clips, monkeypatch):
-    stream, calls = tokenizer.encode_stream, []
+    stream, calls = tokenizer.stream, []
 
     class Breaking:
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
-        def encode_stream(self, source, **options):
+        def stream(self, source, **options):
             encoding = stream(source, **options)
             calls.append(source)
             if len(calls) == 2:  # the second run over the first clip

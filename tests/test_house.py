@@ -53,8 +53,12 @@ TABLE = """
     codec
     token_file
     tokens
+    token_stream
+    recording clips
     blocks
+    lanes
     budgeting
+    encoding
     tokenizer
     report
     runs

@@ -80,7 +80,7 @@ def test_binary_finds_what_trying_every_count_finds(golden, clip):
     full = tokenizer.encode(clip, num_tokens=32)
     threshold = float(np.median([b.loss for b in full.blocks])) * 1.02
     for search in ("binary", "linear", "predict"):
-        encoding = tokenizer.encode_stream(clip, threshold=threshold, search=search)
+        encoding = tokenizer.stream(clip, threshold=threshold, search=search)
         for result in encoding:
             assert result.passes == len(result.tried)  # nothing twice, and no pass for the commit
             assert result.tried[result.tokens.num_kept] == result.tokens.loss
@@ -143,7 +143,7 @@ def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):
     with pytest.raises(ValueError, match="context='forget'"):
         load(golden, "fsq", context="forget")
     with pytest.raises(ValueError, match="iterate to the end first"):
-        tokenizer.encode_stream(clip, num_tokens=12).tokens()
+        tokenizer.stream(clip, num_tokens=12).tokens()
     other = load(golden, "vae" if tokenizer.config.bottleneck_type == "fsq" else "fsq")
     with pytest.raises(ValueError, match="load the model that made them"):
         other.decode(tokenizer.encode(clip[:4], num_tokens=12))

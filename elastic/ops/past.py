@@ -30,20 +30,20 @@ from elastic.sharding import fitting_spec
 class Past(NamedTuple):
     """Keys (RoPE applied) and values of earlier blocks, for every layer: what a new block attends to besides itself.
 
-    `keys` and `values` are [layers, batch, heads, capacity, head_dim]; the first `length` positions are filled, in any order. Over
-    a mesh with sp the capacity is split: each device holds its own part of every block, and the first `length / sp` positions of
-    each part are filled. On the CPU bfloat16 lies there as its bits (see bits.py).
+    `keys` and `values` are [layers, batch, heads, capacity, head_dim]; of each batch element the first `length` positions are
+    filled, in any order. Over a mesh with sp the capacity is split: each device holds its own part of every block, and the first
+    `length / sp` positions of each part are filled. On the CPU bfloat16 lies there as its bits (see bits.py).
     """
 
     keys: Num[Array, "layers b h c d"]
     values: Num[Array, "layers b h c d"]
-    length: Int[Array, ""]
+    length: Int[Array, "b"]
 
 
-def past_spec(mesh: Mesh, heads: int) -> P:
-    """How keys and values of a past lie on a mesh."""
-    (head_axes,) = fitting_spec(mesh, (heads,), "heads")
-    return P(None, None, head_axes, ring.AXIS if mesh.shape[ring.AXIS] > 1 else None, None)
+def past_spec(mesh: Mesh, batch: int, heads: int) -> P:
+    """How keys and values of a past lie on a mesh; what has one entry for each batch element is split like their second axis."""
+    batch_axes, head_axes = fitting_spec(mesh, (batch, heads), "batch", "heads")
+    return P(None, batch_axes, head_axes, ring.AXIS if mesh.shape[ring.AXIS] > 1 else None, None)
 
 
 def attention_with_past(
@@ -61,7 +61,8 @@ def attention_with_past(
     """One new block that sees itself and all of `past` in layer `layer`.
 
     There may be several candidates of each block: n = batch * candidates, the candidates of one element side by side. They share
-    its past, which is read in place. Both parts are attended to apart and merged by their logsumexp.
+    its past, which is read in place. Both parts are attended to apart and merged by their logsumexp. The cost follows the longest
+    past of a batch.
 
     Over a mesh the block's own keys travel round sp. The past, which may be a thousand times longer than the block, stays where it is:
     the queries visit every part of it, and what they found is merged.
@@ -73,12 +74,13 @@ def attention_with_past(
         return _with_past(*arguments, how=how, ring_size=1).astype(q.dtype)
     size = mesh.shape[ring.AXIS]
     ring.check_length(q.shape[1], size, "plain")
-    block = fitting_spec(mesh, q.shape, None, "sequence", "heads", None)
-    kept = past_spec(mesh, q.shape[2])
+    kept = past_spec(mesh, len(past.length), q.shape[2])
+    # Candidates stay with their past: the batch is split as it is.
+    block = P(kept[1], *fitting_spec(mesh, q.shape, None, "sequence", "heads", None)[1:])
     sharded = jax.shard_map(
         functools.partial(_with_past, how=how, ring_size=size),
         mesh=mesh,
-        in_specs=(block, block, block, kept, kept, P(), P()),
+        in_specs=(block, block, block, kept, kept, P(kept[1]), P()),
         out_specs=block,
         check_vma=False,
     )
@@ -123,15 +125,18 @@ def _with_past(
 def _past_alone(
     q: Array, past_keys: Array, past_values: Array, past_length: Array, layer: Array, how: How
 ) -> tuple[Array, Array]:
-    """Queries [b, q, h, d] that see all of the past in one layer."""
+    """Queries [b, q, h, d] that see all of their past, `past_length` [b], in one layer."""
     _, batch, heads, capacity, _ = past_keys.shape
     q_start = jnp.int32(capacity)  # after every key
+    longest = jnp.max(past_length)
+    valid = None if batch == 1 else jnp.arange(capacity)[None] < past_length[:, None]
     if how.name != "blockwise":  # which slices bits; the others take numbers
         past_keys, past_values = bits.show(past_keys), bits.show(past_values)
     if how.name == "reference":
         keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
-        return on_device(Call(q, keys, values, q_start, past_length), how)
-    scope = Scope(q_start, jnp.int32(0), past_length, (layer * batch * heads).astype(jnp.int32))
+        return on_device(Call(q, keys, values, q_start, longest, valid=valid), how)
+    first_row = (layer * batch * heads).astype(jnp.int32)
+    scope = Scope(q_start, jnp.int32(0), longest, first_row, valid=valid)
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
     kernel = kernel_of(how.name)
     out, lse = attend_rows(rows(q), keys, values, scope, how.options(heads), kernel)

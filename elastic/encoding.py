@@ -1,0 +1,349 @@
+"""Clips becoming tokens, block by block: one, or several side by side."""
+
+import dataclasses
+import functools
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from elastic.blocks import BlockResult, Metric
+from elastic.budgeting import Budget, spend
+from elastic.clips import Clip, ahead
+from elastic.codec import Codec
+from elastic.curve_prior import CurvePrior
+from elastic.curves import Memory, memory_from_plain, memory_to_plain
+from elastic.lanes import Lanes
+from elastic.media import MediaError
+from elastic.recording import Recording, RecordingError
+from elastic.search import Search, make_search
+from elastic.tokens import BlockTokens, TokenizedClip
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 2  # blocks of a clip that are decoded while the model runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all clips of a tokenizer share; `elastic.tokenizer` documents the fields."""
+
+    codec: Codec
+    weights: dict[str, Any]
+    model_id: str
+    context: Literal["carry", "restart"]
+    width: int
+    prior: CurvePrior | None = None
+
+    @functools.cached_property
+    def weights_crc(self) -> int:
+        """A checksum of all parameters."""
+        crc = 0
+        for leaf in jax.tree.leaves(self.weights):
+            crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data, crc)
+        return crc
+
+
+class Encoding:
+    """A clip being tokenized: iterate over it for one `BlockResult` after the other, then ask for `tokens()`.
+
+    Frames are read, tokenized and handed out block by block; nothing but the tokens is held.
+
+    Attributes:
+      num_frames, num_blocks: of the clip; None while frames are still coming.
+      is_image, rate, source: as in `TokenizedClip`.
+      first_block: the first that will be handed out. Above 0 where a recording goes on: `recorded` has those before.
+      recorded: numbers of the blocks before `first_block`: `passes`, `seconds` and `squares` of each.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        clip: Clip,
+        search: dict[str, Any],
+        *,
+        budget: Budget | None = None,
+        metric: tuple[str, Metric | None] = ("mse", None),
+        record: str | os.PathLike | None = None,
+    ):
+        self._setting, self._clip, self._search, self._budget = setting, clip, search, budget
+        self._metric_name, self.metric = metric
+        self.is_image, self.rate, self.source = clip.is_image, clip.rate, clip.source
+        self.num_frames = clip.num_frames
+        self.first_block = 0
+        self.recorded: list[dict[str, Any]] = []
+        self._record_path = record
+        self._recording: Recording | None = None
+        self._past: Any = None
+        self._memory: Memory | None = None
+        self._blocks: list[BlockTokens] = []
+        self._seen_frames = 0
+        self._finished = False
+        if budget is None:  # what cannot be searched for is refused before the first frame is read
+            make_search(**search)
+        elif record is not None:
+            raise ValueError(
+                f"record={str(record)!r} needs a threshold or num_tokens: a budget is not split block by block."
+            )
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks of the clip; None while frames are still coming."""
+        frames = self._setting.codec.config.frames_per_block
+        return None if self.num_frames is None else -(-self.num_frames // frames)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the counts come from a budget instead of a search."""
+        return self._budget is not None
+
+    @property
+    def num_done(self) -> int:
+        """Blocks that are tokenized."""
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[BlockResult]:
+        if self._budget is None:
+            for _, result in tokenize_side_by_side(self._setting, [self]):
+                if isinstance(result, Exception):
+                    raise result
+                if result is not None:
+                    yield result
+            return
+        self._blocks, self._seen_frames = [], 0
+        results = spend(
+            self._setting.codec,
+            self._setting.weights,
+            ahead(self._clip.blocks(self._setting.codec.config.frames_per_block), _AHEAD),
+            self._budget,
+            width=self._setting.width,
+            restart=self._setting.context == "restart",
+            metric=self.metric,
+        )
+        for result in results:
+            self._blocks.append(result.tokens)
+            self._seen_frames += len(result.frames)
+            yield result
+        self._end()
+
+    def open_record(self) -> None:
+        """Opens the recording, so that `first_block` is known; iterating does it otherwise.
+
+        Raises:
+          RecordingError: there is one of another run.
+        """
+        if self._record_path is None or self._recording is not None:
+            return
+        setting = self._setting
+        self._recording = Recording(self._record_path, self._about(), self._header())
+        found = self._recording.load_past(setting.codec)
+        if found is not None and found[0]:
+            self.first_block, self._past = found
+            before = self._recording.blocks[: self.first_block]
+            self._memory = memory_from_plain(before[-1].about["memory"])
+            self.recorded = [block.about for block in before]
+
+    def begin(self, lanes: Lanes, lane: int) -> Iterator[np.ndarray]:
+        """The blocks to tokenize, `lane` ready for the first."""
+        self.open_record()
+        lanes.forget(lane)
+        self._blocks, self._seen_frames = [], 0
+        if self._recording is not None:
+            before = self._recording.blocks[: self.first_block]
+            self._blocks = [block.tokens for block in before]
+            self._seen_frames = sum(block.num_frames for block in before)
+        if self._past is not None:
+            if lanes.batch == 1:
+                lanes.past, self._past = self._past, None
+            else:  # a copy is of one clip: the blocks go through the model once more
+                self.first_block, self._past, self._memory = 0, None, None
+                self._blocks, self._seen_frames, self.recorded = [], 0, []
+        frames_per_block = self._setting.codec.config.frames_per_block
+        return ahead(self._clip.blocks(frames_per_block, self.first_block), _AHEAD)
+
+    def next_search(self, frames: np.ndarray) -> Search:
+        """The search of the next block."""
+        number, prior = len(self._blocks), self._setting.prior
+        if self._recording is not None and number < len(self._recording.blocks):
+            count = self._recording.blocks[number].tokens.num_kept
+            return make_search(**self._search | {"name": "fixed", "num_tokens": count})
+        if self._search["name"] == "predict" and prior is not None and self.metric is None:
+            self._memory = prior.memory(frames, self._memory)
+        elif self._memory is None:  # of this clip alone, so that its tokens do not depend on others
+            self._memory = Memory()
+        return make_search(memory=self._memory, **self._search)
+
+    def take(self, result: BlockResult, lanes: Lanes) -> BlockResult:
+        """Notes what the next block has become."""
+        number, recording = len(self._blocks), self._recording
+        if recording is not None and number < len(recording.blocks):
+            result = self._repeated(result, number)
+        elif recording is not None:
+            memory = memory_to_plain(self._memory or Memory())
+            recording.append(
+                result.tokens,
+                len(result.frames),
+                passes=result.passes,
+                seconds=result.seconds,
+                squares=result.squares,
+                memory=memory,
+            )
+        self._blocks.append(result.tokens)
+        self._seen_frames += len(result.frames)
+        if recording is not None and lanes.batch == 1 and len(self._blocks) > len(recording.blocks):
+            recording.copy_past(lanes.past)
+        return result
+
+    def end(self) -> None:
+        """Notes that there are no more blocks."""
+        if self._recording is not None:
+            self._recording.finish()
+        self._end()
+
+    def close(self) -> None:
+        """Leaves an unfinished recording for a later run."""
+        if self._recording is not None:
+            self._recording.close()
+
+    def tokens(self) -> TokenizedClip:
+        """The token record of the whole clip.
+
+        Raises:
+          ValueError: not all blocks have been tokenized yet.
+        """
+        if not self._finished:
+            of = "" if self.num_blocks is None else f" of {self.num_blocks}"
+            raise ValueError(
+                f"{len(self._blocks)}{of} blocks are tokenized; iterate to the end first."
+            )
+        header: dict[str, Any] = self._header() | {"num_frames": self._seen_frames}
+        return TokenizedClip(blocks=tuple(self._blocks), **header)
+
+    def _repeated(self, result: BlockResult, number: int) -> BlockResult:
+        """The result of a block that was recorded, after it went through the model with its count."""
+        assert self._recording is not None
+        earlier = self._recording.blocks[number]
+        same = np.array_equal(earlier.tokens.values, result.tokens.values)
+        if not same or len(result.frames) != earlier.num_frames:
+            raise RecordingError(
+                f"{self._recording.path} has other tokens for block {number} than this machine finds; remove it to begin anew."
+            )
+        self._memory = memory_from_plain(earlier.about["memory"])
+        spent = {name: earlier.about[name] for name in ("passes", "seconds")}
+        return result._replace(tokens=earlier.tokens, **spent)
+
+    def _end(self) -> None:
+        self.num_frames = self._seen_frames
+        self._finished = True
+
+    def _about(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        setting = self._setting
+        about = {
+            "clip": self._clip.identity(),
+            "model": [setting.codec.config.config_hash(), setting.weights_crc],
+            "prior": None if setting.prior is None else setting.prior.to_json(),
+            "dtype": str(setting.codec.dtype),
+            "window": [setting.codec.window_blocks, setting.context],
+            "metric": self._metric_name,
+            "search": self._search,
+        }
+        if about["clip"] is None and self._record_path and os.path.exists(self._record_path):
+            raise RecordingError(
+                f"{self._record_path} is there already, and frames that come cannot be gone through again; give another record."
+            )
+        return about
+
+    def _header(self) -> dict[str, Any]:
+        """The fields of `TokenizedClip` but for its blocks."""
+        setting, config = self._setting, self._setting.codec.config
+        header: dict[str, Any] = dict(
+            bottleneck_type=config.bottleneck_type,
+            codebook_size=config.codebook_size if config.bottleneck_type == "fsq" else None,
+            tokens_per_block=config.tokens_per_block,
+            frames_per_block=config.frames_per_block,
+            num_frames=self.num_frames,
+            is_image=self.is_image,
+            resolution=config.resolution,
+            source=self.source,
+            rate=float(self.rate),
+            model_id=setting.model_id,
+            config_hash=config.config_hash(),
+            threshold=self._search["threshold"],
+            search=self._search_name(),
+            window_blocks=setting.codec.window_blocks,
+            context=setting.context,
+        )
+        return header
+
+    def _search_name(self) -> str:
+        """What the token file says of how counts were found; losses other than squared errors are named."""
+        search = self._search["name"] if self._budget is None else "budget"
+        return search if self.metric is None else f"{search}:{self._metric_name}"
+
+
+Progress = tuple[Encoding, BlockResult | MediaError | None]
+
+
+def tokenize_side_by_side(
+    setting: Setting, encodings: Iterable[Encoding], *, batch: int = 1
+) -> Iterator[Progress]:
+    """The blocks of several clips as they are done, each with its clip; None says that a clip is finished, an error that it is no good.
+
+    Args:
+      batch: clips that go through the model at once. One that ends makes room for the next.
+    """
+    lanes = Lanes(setting.codec, setting.weights, batch=batch, width=setting.width)
+    waiting = iter(encodings)
+    in_lane: dict[int, tuple[Encoding, Iterator[np.ndarray]]] = {}
+    try:
+        while True:
+            for lane in lanes.free:
+                yield from _fill(setting, lanes, lane, in_lane, waiting)
+            if len(lanes.free) == batch:
+                return
+            for lane, result in lanes.step():
+                encoding = in_lane[lane][0]
+                yield encoding, encoding.take(result, lanes)
+    finally:
+        for encoding, blocks in in_lane.values():
+            blocks.close()  # type: ignore[attr-defined]
+            encoding.close()
+
+
+def _fill(
+    setting: Setting,
+    lanes: Lanes,
+    lane: int,
+    in_lane: dict[int, tuple[Encoding, Iterator[np.ndarray]]],
+    waiting: Iterator[Any],
+) -> Iterator[Progress]:
+    """Gives a free lane its clip's next block, or the first one of another clip, if there is one."""
+    while True:
+        if lane not in in_lane:
+            encoding = next(waiting, None)
+            if encoding is None:
+                return
+            in_lane[lane] = encoding, encoding.begin(lanes, lane)
+        encoding, blocks = in_lane[lane]
+        try:
+            frames = next(blocks, None)
+        except MediaError as error:
+            del in_lane[lane]
+            encoding.close()
+            yield encoding, error
+            continue
+        if frames is not None:
+            number = encoding.num_done
+            window = setting.codec.window_blocks
+            if setting.context == "restart" and number % window == 0:
+                lanes.forget(lane)
+            lanes.put(lane, frames, encoding.next_search(frames), metric=encoding.metric)
+            return
+        del in_lane[lane]
+        encoding.end()
+        yield encoding, None
