@@ -130,6 +130,11 @@ class Encoding:
             yield result
         self._end()
 
+    @property
+    def num_recorded(self) -> int:
+        """Blocks that an earlier run recorded."""
+        return 0 if self._recording is None else len(self._recording.blocks)
+
     def open_record(self) -> None:
         """Opens the recording, so that `first_block` is known; iterating does it otherwise.
 

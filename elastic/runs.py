@@ -1,39 +1,26 @@
 """What the scripts do with files: a clip to a folder of results, a token file back to a clip."""
 
-import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from elastic import checkpoint, media, report
+from elastic import checkpoint, media
 from elastic.config import ElasticTokConfig, load_config, update_config
+from elastic.encoding import Encoding
+from elastic.jobs import Job, Run
 from elastic.media_write import WRITABLE_VIDEO_SUFFIXES
-from elastic.metrics import psnr_of_mse
 from elastic.ops import choose_implementation
-from elastic.tensor_file import replaced_together
+from elastic.token_file import TokenFileError
+from elastic.token_stream import read_token_stream
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenizedClip
 
 log = logging.getLogger(__name__)
-
-TOKENS, REPORT, PLOT = "tokens.npz", "report.json", "plot.png"
-VIDEO, PICTURE = "viz.mp4", "viz.png"
-RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every name that a run may write
-
-
-class Run(NamedTuple):
-    """One finished run."""
-
-    source: Path
-    folder: Path
-    files: tuple[Path, ...]
-    report: dict[str, Any]
 
 
 def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -> ElasticTokConfig:
@@ -119,72 +106,79 @@ def tokenize_file(
     folder: str | os.PathLike,
     *,
     overwrite: bool = True,
+    resume: bool = True,
+    viz: bool = True,
     progress: bool = True,
     **options: Any,
 ) -> Run:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
-    Memory holds one block of frames: those that the picture needs wait in an unfinished file beside
-    the results (twice the size of the clip, uncompressed, at the model's resolution). The results
-    take their names when all are complete; those of an earlier run are replaced one by one.
+    Memory holds one block of frames: those that the picture needs wait in the folder `unfinished` beside the results (twice the size
+    of the clip, uncompressed, at the model's resolution), and so do the tokens found so far (`tokens.part`, which can be decoded
+    while it grows). The results take their names when all are complete; those of an earlier run are replaced one by one. A run that
+    was interrupted goes on from there.
 
     Args:
       overwrite: False refuses a folder that holds results.
+      resume: False begins anew where a run was interrupted.
+      viz: draw the picture or the video.
       progress: show a bar with an estimate.
       options: those of `ElasticTokenizer.stream`.
 
     Raises:
-      ValueError: the file cannot be read or the options contradict each other.
-      OSError: the folder cannot be written to. Nothing is left behind in either case.
+      ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
+      OSError: the folder cannot be written to; what was found so far stays in `unfinished`.
     """
-    source, folder = Path(source), Path(folder)
-    encoding = tokenizer.stream(source, **options)
-    _check_folder(folder, overwrite=overwrite)
-    with replaced_together(folder, RESULTS) as work:
-        frames = _Frames(work, tokenizer.config.resolution)
-        started = time.perf_counter()
-        blocks = []
-        with (
-            frames.writing(),
-            tqdm(
-                total=encoding.num_blocks, desc=source.name, unit="block", disable=not progress
-            ) as bar,
-        ):
+    job = Job(Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz)
+    try:
+        encoding = job.begin(tokenizer, options)
+        bar = tqdm(
+            total=encoding.num_blocks,
+            initial=encoding.first_block,
+            desc=job.source.name,
+            unit="block",
+            disable=not progress,
+        )
+        with bar:
             for block in encoding:
-                frames.add(block.frames, block.reconstruction)
-                blocks.append({"passes": block.passes, "seconds": block.seconds})
+                job.add(block)
                 bar.set_postfix_str(f"{block.tokens.num_kept} tokens", refresh=False)
                 bar.update()
-        seconds = time.perf_counter() - started
-        tokens = encoding.tokens()
-        tokens.save(work / TOKENS)
-        totals = {"seconds": seconds, "psnr": frames.psnr}
-        found = report.build_report(tokens, per_block=blocks, totals=totals)
-        report.write_json(work / REPORT, found)
-        report.plot_report(found, work / PLOT)
-        _draw(tokens, frames, work, progress=progress)
-        frames.remove()
-        files = tuple(folder / name for name in RESULTS if (work / name).exists())
-    return Run(source, folder, files, found)
+        return job.finish(progress=progress)
+    except ValueError:
+        job.discard()
+        raise
+    finally:
+        job.close()
 
 
 def tokenize_files(
     tokenizer: ElasticTokenizer,
     inputs: Mapping[Path, str],
     folder: str | os.PathLike,
+    *,
+    batch: int = 1,
+    progress: bool = True,
     **options: Any,
 ) -> tuple[list[Run], list[Path]]:
     """`tokenize_file` for each; of several, one that is no good is named in the log and left out.
 
+    Args:
+      batch: files that go through the model at once.
+      options: those of `tokenize_file`.
+
     Returns:
       The finished runs, and the files that could not be read.
     """
+    folder = Path(folder)
+    if batch > 1 and len(inputs) > 1:
+        return _side_by_side(tokenizer, inputs, folder, batch, progress=progress, **options)
     runs, bad = [], []
     for number, (file, name) in enumerate(inputs.items()):
         if len(inputs) > 1:
             log.info("%s (%d of %d)", file, number + 1, len(inputs))
         try:
-            run = tokenize_file(tokenizer, file, Path(folder) / name, **options)
+            run = tokenize_file(tokenizer, file, folder / name, progress=progress, **options)
         except media.MediaError as error:
             if len(inputs) == 1:
                 raise
@@ -193,6 +187,58 @@ def tokenize_files(
             continue
         runs.append(run)
         log.info("%s", summary(run))
+    return runs, bad
+
+
+def _side_by_side(
+    tokenizer: ElasticTokenizer,
+    inputs: Mapping[Path, str],
+    folder: Path,
+    batch: int,
+    *,
+    progress: bool,
+    overwrite: bool = True,
+    resume: bool = True,
+    viz: bool = True,
+    **options: Any,
+) -> tuple[list[Run], list[Path]]:
+    jobs: dict[Encoding, Job] = {}
+    runs: list[Run] = []
+    bad: list[Path] = []
+    bar = tqdm(total=len(inputs), unit="file", disable=not progress)
+
+    def leave_out(job: Job, error: Exception) -> None:
+        log.warning("Left out: %s", error)
+        bad.append(job.source)
+        job.discard()
+        bar.update()
+
+    def opened() -> Iterator[Encoding]:
+        for file, name in inputs.items():
+            job = Job(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
+            try:
+                encoding = job.begin(tokenizer, options)
+            except media.MediaError as error:
+                leave_out(job, error)
+                continue
+            jobs[encoding] = job
+            yield encoding
+
+    try:
+        with bar:
+            for encoding, block in tokenizer.stream_many(opened(), batch=batch):
+                if isinstance(block, media.MediaError):
+                    leave_out(jobs.pop(encoding), block)
+                elif block is not None:
+                    jobs[encoding].add(block)
+                else:
+                    runs.append(jobs[encoding].finish(progress=False))
+                    jobs.pop(encoding).close()
+                    log.info("%s", summary(runs[-1]))
+                    bar.update()
+    finally:
+        for job in jobs.values():
+            job.close()
     return runs, bad
 
 
@@ -221,7 +267,42 @@ def summary(run: Run) -> str:
     )
 
 
-def model_of(tokens: TokenizedClip) -> str:
+class TokenPart:
+    """The growing token file of a run that is under way, or was interrupted.
+
+    Attributes:
+      path: of the file.
+      is_image, rate, window_blocks, model_id, config_hash: as in `TokenizedClip`.
+
+    Raises:
+      TokenFileError: it is no such file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        header, _ = read_token_stream(self.path)
+        try:
+            self.is_image, self.rate = bool(header["is_image"]), float(header["rate"])
+            self.window_blocks = int(header["window_blocks"])
+            self.model_id, self.config_hash = str(header["model_id"]), str(header["config_hash"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TokenFileError(f"{path} has a header that lacks {error}.") from error
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def open_tokens(path: str | os.PathLike) -> TokenizedClip | TokenPart:
+    """A token file, whole or growing.
+
+    Raises:
+      TokenFileError: it is neither.
+      OSError: it cannot be read.
+    """
+    return TokenPart(path) if Path(path).suffix == ".part" else TokenizedClip.load(path)
+
+
+def model_of(tokens: TokenizedClip | TokenPart) -> str:
     """The checkpoint that a token file names, if it lies here.
 
     Raises:
@@ -235,7 +316,9 @@ def model_of(tokens: TokenizedClip) -> str:
     return tokens.model_id
 
 
-def check_same_model(tokens: TokenizedClip, config: ElasticTokConfig, spec: str) -> None:
+def check_same_model(
+    tokens: TokenizedClip | TokenPart, config: ElasticTokConfig, spec: str
+) -> None:
     """Refuses a model of another shape than the one that made the tokens, before it is loaded."""
     if tokens.config_hash != config.config_hash():
         raise ValueError(
@@ -247,12 +330,17 @@ def check_same_model(tokens: TokenizedClip, config: ElasticTokConfig, spec: str)
 
 def decode_to_file(
     tokenizer: ElasticTokenizer,
-    tokens: TokenizedClip,
+    tokens: TokenizedClip | TokenPart,
     path: str | os.PathLike,
     *,
+    follow: bool = False,
     progress: bool = True,
 ) -> None:
-    """Decodes a token record block by block into a video, or a picture into an image file.
+    """Decodes tokens block by block into a video, or a picture into an image file.
+
+    Args:
+      tokens: a record, or the growing file of a run that is under way.
+      follow: of the latter, wait for the blocks that are still to come.
 
     Raises:
       ValueError: another model made the tokens, or the ending of `path` does not fit.
@@ -260,14 +348,19 @@ def decode_to_file(
     """
     path = Path(path)
     check_decoded_name(path, tokens)
-    blocks = tokenizer.decode_stream(tokens)
+    if isinstance(tokens, TokenPart):
+        blocks, total = tokenizer.decode_stream(tokens.path, follow=follow), None
+    else:
+        blocks, total = tokenizer.decode_stream(tokens), len(tokens.blocks)
+    first = next(blocks, None)  # another model is refused here, before a file is begun
+    if first is None:
+        raise ValueError(f"{tokens} has no block yet; decode it later, or wait with --follow.")
     if tokens.is_image:
-        media.write_image(path, next(iter(blocks))[0])
+        media.write_image(path, first[0])
         return
-    first = next(blocks)  # another model is refused here, before a file is begun
     with (
         media.VideoWriter(path, tokens.rate) as video,
-        tqdm(total=len(tokens.blocks), desc=path.name, unit="block", disable=not progress) as bar,
+        tqdm(total=total, desc=path.name, unit="block", disable=not progress) as bar,
     ):
         for block in _chain(first, blocks):
             for frame in block:
@@ -275,7 +368,7 @@ def decode_to_file(
             bar.update()
 
 
-def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip) -> None:
+def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip | TokenPart) -> None:
     """Refuses a video's name for a picture, and the other way round."""
     suffix = Path(path).suffix.lower()
     video = suffix in WRITABLE_VIDEO_SUFFIXES
@@ -283,94 +376,6 @@ def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip) -> None:
         what, way = ("a picture", ".png") if tokens.is_image else ("a video", ".mp4")
         raise media.MediaError(
             f"The tokens are of {what}; {str(path)!r} does not end like one, use {way}."
-        )
-
-
-class _Frames:
-    """Originals and reconstructions of a run, in two files of raw pixels until the picture is drawn."""
-
-    def __init__(self, work: Path, resolution: int):
-        self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
-        self._shape = (resolution, resolution, 3)
-        self._files: list[Any] = []
-        self._squares, self._count = 0, 0
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Opens both files for `add`."""
-        with contextlib.ExitStack() as stack:
-            self._files = [stack.enter_context(open(path, "wb")) for path in self._paths]
-            yield
-
-    def add(self, original: np.ndarray, reconstruction: np.ndarray) -> None:
-        """Appends a block of each."""
-        for file, frames in zip(self._files, (original, reconstruction), strict=True):
-            file.write(np.ascontiguousarray(frames).data)
-        difference = original.astype(np.int32) - reconstruction
-        self._squares += int(np.sum(np.square(difference), dtype=np.int64))
-        self._count += original.size
-
-    @property
-    def psnr(self) -> float:
-        """PSNR in dB of all frames so far."""
-        return psnr_of_mse(self._squares / self._count * (2 / 255) ** 2)
-
-    def read(self) -> tuple[Iterable[np.ndarray], Iterable[np.ndarray]]:
-        """Originals and reconstructions, frame by frame."""
-        original, reconstruction = (self._read(path) for path in self._paths)
-        return original, reconstruction
-
-    def _read(self, path: Path) -> Iterator[np.ndarray]:
-        size = int(np.prod(self._shape))
-        with open(path, "rb") as file:
-            while pixels := file.read(size):
-                yield np.frombuffer(pixels, np.uint8).reshape(self._shape)
-
-    def remove(self) -> None:
-        """Deletes both files."""
-        for path in self._paths:
-            path.unlink()
-
-
-def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool) -> None:
-    """The picture or video of original, reconstruction and tokens used."""
-    originals, reconstructions = frames.read()
-    if tokens.is_image:
-        (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks
-        picture = report.strip_picture(
-            original,
-            reconstruction,
-            count=block.num_kept,
-            tokens_per_block=tokens.tokens_per_block,
-            loss=block.loss,
-            met=block.met_threshold,
-        )
-        media.write_image(work / PICTURE, picture)
-        return
-    drawn = report.strip_frames(
-        originals,
-        reconstructions,
-        counts=tokens.counts,
-        tokens_per_block=tokens.tokens_per_block,
-        frames_per_block=tokens.frames_per_block,
-        losses=[block.loss for block in tokens.blocks],
-        met=[block.met_threshold for block in tokens.blocks],
-        rate=tokens.rate,
-    )
-    bar = tqdm(
-        drawn, total=tokens.num_frames, desc=VIDEO, unit="frame", leave=False, disable=not progress
-    )
-    media.write_video(work / VIDEO, bar, tokens.rate)
-
-
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a folder for the results.")
-    present = [name for name in RESULTS if (folder / name).exists()]
-    if present and not overwrite:
-        raise ValueError(
-            f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
-            "out --overwrite=False."
         )
 
 

@@ -219,13 +219,18 @@ def replaced_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
     try:
         yield work
         folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if (work / name).exists():
-                os.replace(work / name, folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        take_places(work, folder, names)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def take_places(work: Path, folder: Path, names: Collection[str]) -> None:
+    """Moves the files `names` from `work` to `folder`; those that are not in `work` are an earlier run's, and are removed."""
+    for name in names:
+        if (work / name).exists():
+            os.replace(work / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ TABLE = """
     encoding
     tokenizer
     report
+    jobs
     runs
     evaluation_records
     evaluation

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elastic import cli, media, metrics, runs
+from elastic import cli, jobs, media, metrics, runs
 from elastic.config import ElasticTokConfig
 from elastic.patches import pad_block, patchify
 from elastic.search import make_search, run_search
@@ -386,12 +386,12 @@ def test_a_run_reads_its_frames_one_block_after_the_other(
 ):
     held = []
 
-    class Frames(runs._Frames):
+    class Frames(jobs._Frames):
         def add(self, original, reconstruction):
             held.append(len(original))
             super().add(original, reconstruction)
 
-    monkeypatch.setattr(runs, "_Frames", Frames)
+    monkeypatch.setattr(jobs, "_Frames", Frames)
     runs.tokenize_file(
         tokenizers["fsq"],
         golden / "media" / CLIP,

@@ -1,0 +1,258 @@
+"""One file on its way to a folder of results: what is written while it is tokenized, and what an interrupted run goes on from."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from elastic import media, report
+from elastic.blocks import BlockResult
+from elastic.encoding import Encoding
+from elastic.metrics import psnr_of_mse
+from elastic.recording import RecordingError
+from elastic.tensor_file import take_places
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import TokenizedClip
+
+log = logging.getLogger(__name__)
+
+TOKENS, REPORT, PLOT = "tokens.npz", "report.json", "plot.png"
+VIDEO, PICTURE = "viz.mp4", "viz.png"
+RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every name that a run may write
+UNFINISHED, PART = "unfinished", "tokens.part"
+
+
+class Run(NamedTuple):
+    """One finished run."""
+
+    source: Path
+    folder: Path
+    files: tuple[Path, ...]
+    report: dict[str, Any]
+
+
+class Job:
+    """One file and its folder.
+
+    Args:
+      overwrite: False refuses a folder that holds results.
+      resume: False begins anew where a run was interrupted.
+      viz: draw the picture or the video, for which the frames are kept until then.
+    """
+
+    def __init__(self, source: Path, folder: Path, *, overwrite: bool, resume: bool, viz: bool):
+        self.source, self._folder, self._work = source, folder, folder / UNFINISHED
+        self._overwrite, self._resume, self._viz = overwrite, resume, viz
+        self._stack = contextlib.ExitStack()
+        self._made: list[Path] = []
+        self._locked = False
+        self._encoding: Encoding | None = None
+        self._frames: _Frames | None = None
+        self._spent: list[dict[str, Any]] = []
+        self._squares, self._earlier = 0, 0.0
+        self._started = time.perf_counter()
+
+    def begin(self, tokenizer: ElasticTokenizer, options: dict[str, Any]) -> Encoding:
+        """Opens the file and the folder, and says which blocks are still to be done.
+
+        Raises:
+          ValueError: the file or the options are no good, or another process is at work in the folder.
+          OSError: the folder cannot be written to.
+        """
+        # What is wrong with the file or the options is known before anything is written.
+        encoding = tokenizer.stream(self.source, **options)
+        self._check_folder()
+        self._make_folders()
+        self._lock()
+        if not self._resume:
+            self._clear()
+        if not encoding.has_budget:
+            encoding = self._recorded(tokenizer, options)
+        self._encoding = encoding
+        for about in encoding.recorded:
+            self._note(about["passes"], about["seconds"], about["squares"])
+            self._earlier += about["seconds"]
+        if encoding.num_recorded:
+            log.info("%s goes on after block %d.", self.source, encoding.num_recorded)
+        if self._viz:
+            self._frames = _Frames(self._work, tokenizer.config.resolution)
+            first_frame = encoding.first_block * tokenizer.config.frames_per_block
+            self._stack.enter_context(self._frames.writing(first_frame))
+        self._started = time.perf_counter()
+        return encoding
+
+    def add(self, block: BlockResult) -> None:
+        """Takes the next block."""
+        if self._frames is not None:
+            self._frames.add(block.frames, block.reconstruction)
+        self._note(block.passes, block.seconds, block.squares)
+
+    def finish(self, *, progress: bool = True) -> Run:
+        """Writes the results."""
+        assert self._encoding is not None
+        seconds = time.perf_counter() - self._started + self._earlier
+        tokens = self._encoding.tokens()
+        tokens.save(self._work / TOKENS)
+        values = tokens.num_frames * tokens.resolution**2 * 3
+        psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
+        totals = {"seconds": seconds, "psnr": psnr}
+        found = report.build_report(tokens, per_block=self._spent, totals=totals)
+        report.write_json(self._work / REPORT, found)
+        report.plot_report(found, self._work / PLOT)
+        if self._frames is not None:
+            self._frames.flush()
+            _draw(tokens, self._frames, self._work, progress=progress)
+        files = tuple(self._folder / name for name in RESULTS if (self._work / name).exists())
+        take_places(self._work, self._folder, RESULTS)
+        self._stack.close()
+        shutil.rmtree(self._work, ignore_errors=True)
+        return Run(self.source, self._folder, files, found)
+
+    def discard(self) -> None:
+        """Removes what was begun: the file is no good."""
+        self.close()
+        if self._locked:
+            shutil.rmtree(self._work, ignore_errors=True)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # something else has come to lie there
+                folder.rmdir()
+
+    def close(self) -> None:
+        """Leaves what was begun for a later run."""
+        if self._encoding is not None:
+            self._encoding.close()
+        self._stack.close()
+
+    def _recorded(self, tokenizer: ElasticTokenizer, options: dict[str, Any]) -> Encoding:
+        """The encoding with a recording, that of an interrupted run if it fits."""
+        encoding = tokenizer.stream(self.source, **options, record=self._work / PART)
+        try:
+            encoding.open_record()
+        except RecordingError as error:
+            log.warning("%s begins anew: %s", self.source, error)
+            encoding.close()
+            self._clear()
+            encoding = tokenizer.stream(self.source, **options, record=self._work / PART)
+            encoding.open_record()
+        return encoding
+
+    def _note(self, passes: int, seconds: float, squares: int) -> None:
+        self._spent.append({"passes": passes, "seconds": seconds})
+        self._squares += squares
+
+    def _check_folder(self) -> None:
+        folder = self._folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; name a folder for the results.")
+        present = [name for name in RESULTS if (folder / name).exists()]
+        if present and not self._overwrite:
+            raise ValueError(
+                f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
+                "out --overwrite=False."
+            )
+
+    def _make_folders(self) -> None:
+        for place in reversed([self._work, *self._work.parents]):
+            if not place.exists():
+                place.mkdir(exist_ok=True)
+                self._made.append(place)
+
+    def _lock(self) -> None:
+        file = open(self._work / ".lock", "ab")  # noqa: SIM115
+        self._stack.enter_context(file)
+        try:  # the lock ends with the process, however that ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is writing into {self._folder}; wait for it, or choose another output_folder."
+            ) from error
+        self._locked = True
+
+    def _clear(self) -> None:
+        for path in self._work.iterdir():
+            if path.name != ".lock":
+                path.unlink()
+
+
+class _Frames:
+    """Originals and reconstructions of a run, in two files of raw pixels until the picture is drawn."""
+
+    def __init__(self, work: Path, resolution: int):
+        self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
+        self._shape = (resolution, resolution, 3)
+        self._files: list[Any] = []
+
+    @contextlib.contextmanager
+    def writing(self, num_frames: int) -> Iterator[None]:
+        """Opens both files for `add`, after the first `num_frames` frames that an earlier run wrote."""
+        with contextlib.ExitStack() as stack:
+            for path in self._paths:
+                path.touch()
+                file = stack.enter_context(open(path, "r+b"))
+                file.truncate(num_frames * self._frame_bytes)
+                file.seek(0, os.SEEK_END)
+                self._files.append(file)
+            yield
+
+    def add(self, original: np.ndarray, reconstruction: np.ndarray) -> None:
+        """Appends a block of each."""
+        for file, frames in zip(self._files, (original, reconstruction), strict=True):
+            file.write(np.ascontiguousarray(frames).data)
+
+    def flush(self) -> None:
+        """Makes both files readable."""
+        for file in self._files:
+            file.flush()
+
+    def read(self) -> tuple[Iterable[np.ndarray], Iterable[np.ndarray]]:
+        """Originals and reconstructions, frame by frame."""
+        original, reconstruction = (self._read(path) for path in self._paths)
+        return original, reconstruction
+
+    @property
+    def _frame_bytes(self) -> int:
+        return int(np.prod(self._shape))
+
+    def _read(self, path: Path) -> Iterator[np.ndarray]:
+        with open(path, "rb") as file:
+            while pixels := file.read(self._frame_bytes):
+                yield np.frombuffer(pixels, np.uint8).reshape(self._shape)
+
+
+def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool) -> None:
+    """The picture or video of original, reconstruction and tokens used."""
+    originals, reconstructions = frames.read()
+    if tokens.is_image:
+        (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks
+        picture = report.strip_picture(
+            original,
+            reconstruction,
+            count=block.num_kept,
+            tokens_per_block=tokens.tokens_per_block,
+            loss=block.loss,
+            met=block.met_threshold,
+        )
+        media.write_image(work / PICTURE, picture)
+        return
+    drawn = report.strip_frames(
+        originals,
+        reconstructions,
+        counts=tokens.counts,
+        tokens_per_block=tokens.tokens_per_block,
+        frames_per_block=tokens.frames_per_block,
+        losses=[block.loss for block in tokens.blocks],
+        met=[block.met_threshold for block in tokens.blocks],
+        rate=tokens.rate,
+    )
+    bar = tqdm(
+        drawn, total=tokens.num_frames, desc=VIDEO, unit="frame", leave=False, disable=not progress
+    )
+    media.write_video(work / VIDEO, bar, tokens.rate)
