@@ -71,6 +71,7 @@ TABLE = """
     train
     aot
     cli_flags
+    cli_flags_train
     cli
     train_flags
 """
