@@ -39,7 +39,7 @@ TABLE = """
     media_read
     media_write
     media
-    data_index
+    data_index dataset_plan
     data_plan
     data_read
     data_workers
@@ -53,12 +53,12 @@ TABLE = """
     codec
     token_file
     tokens
-    blocks
-    budgeting
+    blocks token_shards
+    budgeting token_batches
     tokenizer
     report
-    runs
-    evaluation_records
+    runs dataset_summary
+    evaluation_records dataset_run
     evaluation
     evaluation_files
     optim linear_start
