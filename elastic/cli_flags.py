@@ -235,3 +235,53 @@ DECODE = Script(
         "Other": OTHER,
     },
 )
+
+_SHARING = dict(
+    initialize_jax_distributed="find the other processes as in training; one that dies then ends all. Needed on a TPU "
+    "pod; elsewhere num_processes and process_id alone will do",
+    num_processes="processes that share the files",
+    process_id="number of this one, from 0",
+)
+_SHARED = {flag.name: flag for flag in INFERENCE.flags}
+
+DATASET = Script(
+    name="scripts/tokenize_dataset.py",
+    usage="--input_path=FOLDER --output_folder=FOLDER --load_checkpoint=MODEL --threshold=ERROR",
+    description=(
+        "Tokenizes a data set: every image and video becomes a row of a shard (Parquet, one row a clip). Writes into the "
+        "output folder: shard-00000.parquet and so on, the numbers of each (.json), plan.json (files, model and options, which "
+        "every process and every restart must share), and when all is done summary.json, summary.png (tokens per block) and "
+        "bad.jsonl (files that could not be read: they are listed, and change no exit code unless all are bad). Ctrl-C "
+        "and SIGTERM leave with exit code 130 and 143; the same command goes on from there, also after a crash, and with "
+        "another number of processes."
+    ),
+    groups={
+        "Input and output": (
+            Flag(
+                "input_path",
+                "",
+                "a folder of images and videos, or a list of them (.txt, a name a line)",
+                required=True,
+            ),
+            Flag(
+                "output_folder", "", "the folder of the shards, shared by all hosts", required=True
+            ),
+            Flag("files_per_shard", 64, "files that share a shard"),
+            _SHARED["fps"],
+            _SHARED["max_frames"],
+            _SHARED["resolution"],
+        ),
+        "Model": INFERENCE.groups["Model"],
+        "How many tokens": INFERENCE.groups["How many tokens"],
+        "Context": INFERENCE.groups["Context"],
+        "Computation": (
+            dataclasses.replace(MESH, help=f"{MESH.help}; of this process alone"),
+            DTYPE,
+            *(
+                dataclasses.replace(flag, help=_SHARING.get(flag.name.split(".")[1], flag.help))
+                for flag in DISTRIBUTED
+            ),
+        ),
+        "Other": OTHER,
+    },
+)
