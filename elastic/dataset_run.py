@@ -272,6 +272,11 @@ def _tokenize(
                 pass
         except MediaError as error:
             yield number, error
+        except ValueError as error:
+            if options.get("bitrate") is None:
+                raise
+            # The clip's rate makes it too few tokens, or too many: that is this file's fault alone.
+            yield number, MediaError(f"{str(file)!r} cannot have this bitrate: {error}")
         else:
             yield number, encoding.tokens()
 
@@ -295,14 +300,18 @@ def _check_options(
     tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: Mapping[str, Any]
 ) -> None:
     """Refuses what no file could be tokenized with, before a plan is written."""
-    size = tokenizer.config.resolution
-    tokenizer.encode_stream(np.zeros((1, size, size, 3), np.uint8), **options)
     images = [name for name in inputs if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if options.get("bitrate") is not None and images:
         raise ValueError(
             f"bitrate={options['bitrate']} needs videos, but {len(images)} files are images, such as {images[0]!r}; "
             "give another target, or leave the images out."
         )
+    trial = dict(options)
+    if options.get("bitrate") is not None and options.get("avg_tokens") is None:
+        # How many tokens it is depends on the rate of each clip.
+        trial |= dict(bitrate=None, avg_tokens=tokenizer.config.min_toks)
+    size = tokenizer.config.resolution
+    tokenizer.encode_stream(np.zeros((1, size, size, 3), np.uint8), **trial)
 
 
 def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Hosts:
       initialize_jax_distributed: join the others before the first use of a device.
       coordinator_address: where the first process listens, as 'host:port'; '' asks the environment: a
         Cloud TPU, SLURM, Kubernetes or Open MPI job says itself who takes part.
-      num_processes, process_id: how many there are, and which one this is; with an address only.
+      num_processes, process_id: how many there are, and which one this is; with an address, or independent.
       local_device_ids: devices of this process, as '0,1'; '' takes all that it sees.
       independent: the processes share work and need not talk: without initialize_jax_distributed their
         number and this one's are enough, and one that dies takes no other along.

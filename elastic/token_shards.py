@@ -18,6 +18,7 @@ What all rows share is JSON in the file's metadata, under the key `elastictok`. 
 import collections
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import operator
@@ -36,7 +37,7 @@ from elastic.token_file import TokenFileError
 from elastic.tokens import BlockTokens, TokenizedClip
 
 FORMAT, VERSION = "elastictok-shard", 1
-KEY = b"elastictok"
+KEY, DIGEST_KEY = b"elastictok", b"elastictok.sha256"
 # Fields of a clip that all rows of a shard share, and of which shards read together must agree.
 _SHARED = (
     "model_id config_hash bottleneck_type codebook_size tokens_per_block frames_per_block resolution search threshold "
@@ -67,7 +68,9 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
     if first is None:
         raise ValueError(f"{path}: a shard needs at least one clip.")
     header = _header_of(first[1])
-    schema = _schema(header).with_metadata({KEY: json.dumps(header, allow_nan=False).encode()})
+    text = json.dumps(header, allow_nan=False).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    schema = _schema(header).with_metadata({KEY: text, DIGEST_KEY: digest})
     seen: set[str] = set()
     group: list[tuple[str, TokenizedClip]] = []
     waiting = 0
@@ -363,13 +366,17 @@ def _open(path: Path) -> _Shard:
         with _parquet(path) as file:
             found, facts = file.schema_arrow, file.metadata
             sizes = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
-        header = json.loads((found.metadata or {}).get(KEY, b"{}"))
+        text = (found.metadata or {}).get(KEY, b"{}")
+        header = json.loads(text)
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise ValueError(f"it does not say {FORMAT!r}")
         if header.get("version") != VERSION:
             raise ValueError(
                 f"it is of version {header.get('version')!r}, this package reads {VERSION}"
             )
+        # Parquet guards its pages, and not what stands at its end.
+        if hashlib.sha256(text).hexdigest().encode() != found.metadata.get(DIGEST_KEY):
+            raise ValueError("its header is damaged")
         missing = {*_SHARED, "vector_width"} - set(header)
         if missing or not found.equals(_schema(header)):
             raise ValueError(
