@@ -91,6 +91,40 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def check_target(values: Values) -> None:
+    """Refuses a command line that does not say how many tokens a block may have, or how good it must be.
+
+    Raises:
+      ValueError: no target is given.
+    """
+    targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
+    if values["threshold"] is None and not any(values[name] for name in targets):
+        raise ValueError(
+            "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
+            "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
+        )
+
+
+def encode_options(values: Values) -> dict[str, Any]:
+    """The flags of inference that say what is read of a clip, and how its tokens are chosen: `ElasticTokenizer.encode`'s options."""
+    return dict(
+        threshold=values["threshold"],
+        psnr=values["psnr"],
+        metric=values["metric"],
+        avg_tokens=values["avg_tokens"] or None,
+        bitrate=values["bitrate"] or None,
+        delay_blocks=values["delay_blocks"],
+        budget_counts=values["budget_counts"],
+        num_tokens=values["n_codes"] or None,
+        search=values["search_alg"],
+        rate=values["fps"] or None,
+        max_frames=values["max_frames"] or None,
+        max_fraction=values["max_prop_codes"],
+        fallback_fraction=values["default_prop_codes"],
+        num_counts=values["num_counts"],
+    )
+
+
 def help_text(script: Script) -> str:
     """What `--help` prints: the flags by group, with their defaults."""
     lines = [f"usage: python3 {script.name} {script.usage}", "", _wrap(script.description, 0), ""]

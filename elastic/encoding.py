@@ -19,7 +19,7 @@ from elastic.curve_prior import CurvePrior
 from elastic.curves import Memory, memory_from_plain, memory_to_plain
 from elastic.lanes import Lanes
 from elastic.media import MediaError
-from elastic.recording import Recording, RecordingError
+from elastic.recording import Recording, RecordingError, remove_recording
 from elastic.search import Search, make_search
 from elastic.tokens import BlockTokens, TokenizedClip
 
@@ -68,7 +68,6 @@ class Encoding:
         *,
         budget: Budget | None = None,
         metric: tuple[str, Metric | None] = ("mse", None),
-        record: str | os.PathLike | None = None,
     ):
         self._setting, self._clip, self._search, self._budget = setting, clip, search, budget
         self._metric_name, self.metric = metric
@@ -76,7 +75,6 @@ class Encoding:
         self.num_frames = clip.num_frames
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
-        self._record_path = record
         self._recording: Recording | None = None
         self._past: Any = None
         self._memory: Memory | None = None
@@ -85,10 +83,6 @@ class Encoding:
         self._finished = False
         if budget is None:  # what cannot be searched for is refused before the first frame is read
             make_search(**search)
-        elif record is not None:
-            raise ValueError(
-                f"record={str(record)!r} needs a threshold or num_tokens: a budget is not split block by block."
-            )
 
     @property
     def num_blocks(self) -> int | None:
@@ -135,26 +129,40 @@ class Encoding:
         """Blocks that an earlier run recorded."""
         return 0 if self._recording is None else len(self._recording.blocks)
 
-    def open_record(self) -> None:
-        """Opens the recording, so that `first_block` is known; iterating does it otherwise.
+    def open_record(self, path: str | os.PathLike) -> None:
+        """Records to `path` from now on; goes on from what an earlier run left there, so that `first_block` is known.
 
         Raises:
-          RecordingError: there is one of another run.
+          RecordingError: there is a recording of another run.
+          ValueError: a budget is not spent block by block.
         """
-        if self._record_path is None or self._recording is not None:
-            return
-        setting = self._setting
-        self._recording = Recording(self._record_path, self._about(), self._header())
-        found = self._recording.load_past(setting.codec)
+        if self._budget is not None:
+            raise ValueError(
+                f"record={str(path)!r} needs a threshold or num_tokens: a budget is not spent block by block."
+            )
+        if self._clip.identity() is None and os.path.exists(path):
+            raise RecordingError(
+                f"{path} is there already, and frames that come cannot be gone through again; give another record."
+            )
+        self._recording = Recording(path, self._about(), self._header())
+        found = self._recording.load_past(self._setting.codec)
         if found is not None and found[0]:
             self.first_block, self._past = found
             before = self._recording.blocks[: self.first_block]
             self._memory = memory_from_plain(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
+    def open_fitting_record(self, path: str | os.PathLike) -> None:
+        """The same; a recording of another run is removed, and the log says so."""
+        try:
+            self.open_record(path)
+        except RecordingError as error:
+            log.warning("Begins anew: %s", error)
+            remove_recording(path)
+            self.open_record(path)
+
     def begin(self, lanes: Lanes, lane: int) -> Iterator[np.ndarray]:
         """The blocks to tokenize, `lane` ready for the first."""
-        self.open_record()
         lanes.forget(lane)
         self._blocks, self._seen_frames = [], 0
         if self._recording is not None:
@@ -248,7 +256,7 @@ class Encoding:
     def _about(self) -> dict[str, Any]:
         """All that the result depends on."""
         setting = self._setting
-        about = {
+        return {
             "clip": self._clip.identity(),
             "model": [setting.codec.config.config_hash(), setting.weights_crc],
             "prior": None if setting.prior is None else setting.prior.to_json(),
@@ -257,11 +265,6 @@ class Encoding:
             "metric": self._metric_name,
             "search": self._search,
         }
-        if about["clip"] is None and self._record_path and os.path.exists(self._record_path):
-            raise RecordingError(
-                f"{self._record_path} is there already, and frames that come cannot be gone through again; give another record."
-            )
-        return about
 
     def _header(self) -> dict[str, Any]:
         """The fields of `TokenizedClip` but for its blocks."""

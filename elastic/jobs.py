@@ -1,7 +1,6 @@
 """One file on its way to a folder of results: what is written while it is tokenized, and what an interrupted run goes on from."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -17,8 +16,8 @@ from elastic import media, report
 from elastic.blocks import BlockResult
 from elastic.encoding import Encoding
 from elastic.metrics import psnr_of_mse
-from elastic.recording import RecordingError
-from elastic.tensor_file import take_places
+from elastic.recording import remove_recording
+from elastic.tensor_file import locked, take_places
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenizedClip
 
@@ -60,6 +59,11 @@ class Job:
         self._squares, self._earlier = 0, 0.0
         self._started = time.perf_counter()
 
+    @property
+    def is_short(self) -> bool:
+        """Whether there is nothing to go on from: one block, or none begun."""
+        return self._encoding is None or self._encoding.num_blocks == 1
+
     def begin(self, tokenizer: ElasticTokenizer, options: dict[str, Any]) -> Encoding:
         """Opens the file and the folder, and says which blocks are still to be done.
 
@@ -72,10 +76,11 @@ class Job:
         self._check_folder()
         self._make_folders()
         self._lock()
+        record = self._work / PART
         if not self._resume:
-            self._clear()
+            remove_recording(record)
         if not encoding.has_budget:
-            encoding = self._recorded(tokenizer, options)
+            encoding.open_fitting_record(record)
         self._encoding = encoding
         for about in encoding.recorded:
             self._note(about["passes"], about["seconds"], about["squares"])
@@ -131,19 +136,6 @@ class Job:
             self._encoding.close()
         self._stack.close()
 
-    def _recorded(self, tokenizer: ElasticTokenizer, options: dict[str, Any]) -> Encoding:
-        """The encoding with a recording, that of an interrupted run if it fits."""
-        encoding = tokenizer.stream(self.source, **options, record=self._work / PART)
-        try:
-            encoding.open_record()
-        except RecordingError as error:
-            log.warning("%s begins anew: %s", self.source, error)
-            encoding.close()
-            self._clear()
-            encoding = tokenizer.stream(self.source, **options, record=self._work / PART)
-            encoding.open_record()
-        return encoding
-
     def _note(self, passes: int, seconds: float, squares: int) -> None:
         self._spent.append({"passes": passes, "seconds": seconds})
         self._squares += squares
@@ -166,20 +158,11 @@ class Job:
                 self._made.append(place)
 
     def _lock(self) -> None:
-        file = open(self._work / ".lock", "ab")  # noqa: SIM115
-        self._stack.enter_context(file)
-        try:  # the lock ends with the process, however that ends
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        self._locked = self._stack.enter_context(locked(self._work / ".lock"))
+        if not self._locked:
             raise ValueError(
                 f"Another process is writing into {self._folder}; wait for it, or choose another output_folder."
-            ) from error
-        self._locked = True
-
-    def _clear(self) -> None:
-        for path in self._work.iterdir():
-            if path.name != ".lock":
-                path.unlink()
+            )
 
 
 class _Frames:

@@ -82,8 +82,10 @@ class Hosts:
       initialize_jax_distributed: join the others before the first use of a device.
       coordinator_address: where the first process listens, as 'host:port'; '' asks the environment: a
         Cloud TPU, SLURM, Kubernetes or Open MPI job says itself who takes part.
-      num_processes, process_id: how many there are, and which one this is; with an address only.
+      num_processes, process_id: how many there are, and which one this is; with an address, or independent.
       local_device_ids: devices of this process, as '0,1'; '' takes all that it sees.
+      independent: the processes share work and need not talk: without initialize_jax_distributed their
+        number and this one's are enough, and one that dies takes no other along.
 
     Raises:
       ValueError: the options contradict each other.
@@ -94,27 +96,45 @@ class Hosts:
     num_processes: int = 1
     process_id: int = 0
     local_device_ids: str = ""
+    independent: bool = False
 
     def __post_init__(self):
-        if not self.initialize_jax_distributed:
+        if self.independent and not self.initialize_jax_distributed:
+            self._check_independent()
+        elif not self.initialize_jax_distributed:
             if self.coordinator_address or self.num_processes != 1:
                 raise ValueError(
                     "--jax_distributed options are given, but --jax_distributed.initialize_jax_distributed=True "
                     "is not; add it to join other processes."
                 )
-            return
-        if self.coordinator_address and not 0 <= self.process_id < self.num_processes:
+        else:
+            self._check_joined()
+
+    def _check_independent(self) -> None:
+        if self.coordinator_address or self.local_device_ids:
             raise ValueError(
-                f"process_id={self.process_id} must lie in 0 to {self.num_processes - 1}, below "
-                f"num_processes={self.num_processes}."
+                "--jax_distributed.coordinator_address and local_device_ids need --jax_distributed.initialize_jax_distributed=True; "
+                "processes that only share work need num_processes and process_id (CUDA_VISIBLE_DEVICES gives each its GPU)."
             )
-        if not self.coordinator_address and self.num_processes != 1:
+        self._check_number()
+
+    def _check_joined(self) -> None:
+        if self.coordinator_address:
+            self._check_number()
+        elif self.num_processes != 1:
             raise ValueError(
                 f"num_processes={self.num_processes} needs --jax_distributed.coordinator_address=HOST:PORT, the same for all."
             )
         if not all(part.strip().isdigit() for part in self.local_device_ids.split(",") if part):
             raise ValueError(
                 f"local_device_ids={self.local_device_ids!r} must be numbers such as '0,1'."
+            )
+
+    def _check_number(self) -> None:
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"process_id={self.process_id} must lie in 0 to {self.num_processes - 1}, below "
+                f"num_processes={self.num_processes}."
             )
 
 
@@ -135,6 +155,10 @@ def join_hosts(hosts: Hosts) -> None:
         )
     if hosts.local_device_ids:
         options["local_device_ids"] = [int(part) for part in hosts.local_device_ids.split(",")]
+    if (
+        hosts.independent
+    ):  # there is no step to stop at together, and the service would keep SIGTERM from this process
+        jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
     except (ValueError, RuntimeError) as error:
@@ -144,6 +168,13 @@ def join_hosts(hosts: Hosts) -> None:
             "Kubernetes job that sets them."
         ) from error
     log.info("Process %d of %d has joined.", jax.process_index(), jax.process_count())
+
+
+def host_share(hosts: Hosts) -> tuple[int, int]:
+    """Which share of independent work is this process's: its number, of how many. Call it after `join_hosts`."""
+    if hosts.initialize_jax_distributed:
+        return jax.process_index(), jax.process_count()
+    return hosts.process_id, hosts.num_processes
 
 
 def is_first_host() -> bool:

@@ -34,6 +34,12 @@ class RecordingError(ValueError):
     """A recording that does not belong to this run; says which and why."""
 
 
+def remove_recording(path: str | os.PathLike) -> None:
+    """Removes the files of a recording, where there are any."""
+    for file in _files(pathlib.Path(path)):
+        file.unlink(missing_ok=True)
+
+
 class Recording:
     """The files of one tokenization.
 
@@ -52,7 +58,7 @@ class Recording:
 
     def __init__(self, path: str | os.PathLike, about: dict[str, Any], header: dict[str, Any]):
         self.path = pathlib.Path(path)
-        self._past_path = self.path.with_name(self.path.name + ".past")
+        _, self._past_path = _files(self.path)
         self.blocks: list[Recorded] = []
         self._copied, self._wait = time.monotonic(), _COPY_SECONDS
         if not self.path.exists() or not self.path.stat().st_size:
@@ -130,6 +136,11 @@ class Recording:
     def close(self) -> None:
         """Leaves the files for a later run."""
         self._writer.close()
+
+
+def _files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The token stream, and the copy of the past."""
+    return path, path.with_name(path.name + ".past")
 
 
 def _named(past: Past) -> dict[str, Any]:

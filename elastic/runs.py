@@ -127,7 +127,7 @@ def tokenize_file(
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
-      OSError: the folder cannot be written to; what was found so far stays in `unfinished`.
+      OSError: the folder cannot be written to; of a clip of several blocks, what was found so far stays in `unfinished`.
     """
     job = Job(Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz)
     try:
@@ -145,8 +145,9 @@ def tokenize_file(
                 bar.set_postfix_str(f"{block.tokens.num_kept} tokens", refresh=False)
                 bar.update()
         return job.finish(progress=progress)
-    except ValueError:
-        job.discard()
+    except BaseException as error:
+        if isinstance(error, ValueError) or job.is_short:
+            job.discard()
         raise
     finally:
         job.close()

@@ -8,6 +8,7 @@ before anything is loaded. Data is little-endian, as are the machines this runs 
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import secrets
@@ -254,3 +255,19 @@ def written_beside(target: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     finally:
         beside.unlink(missing_ok=True)  # gone already when it was renamed
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock that ends with the process, however that ends; gives whether it was to be had.
+
+    Raises:
+      OSError: the file cannot be made.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

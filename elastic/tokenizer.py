@@ -4,7 +4,7 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -107,6 +107,7 @@ class ElasticTokenizer:
         *,
         config: ElasticTokConfig | None = None,
         mesh_dim: str = "!1,1,-1,1",
+        mesh: Mesh | None = None,
         model_id: str | None = None,
         **options: Any,
     ) -> "ElasticTokenizer":
@@ -114,6 +115,7 @@ class ElasticTokenizer:
 
         Args:
           config: needed where no config.json lies beside the weights.
+          mesh_dim: how all devices are laid out; `mesh` says it of some.
           options: those of the class.
 
         Raises:
@@ -128,9 +130,8 @@ class ElasticTokenizer:
         params = checkpoint.load_params(spec, config)
         name = spec.rsplit("::", 1)[-1].rstrip("/")
         options = {"prior": load_prior(name)} | options
-        return cls(
-            config, params, mesh=meshes.make_mesh(mesh_dim), model_id=model_id or name, **options
-        )
+        mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
+        return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
 
     def encode(self, source: Source, **options: Any) -> TokenizedClip:
         """Tokens of a clip: a path, uint8 frames [frames, height, width, 3], or a picture [height, width, 3].
@@ -148,13 +149,19 @@ class ElasticTokenizer:
         return Reconstruction(frames, encoding.tokens())
 
     def encode_many(
-        self, sources: Iterable[Source], *, batch: int = 1, **options: Any
+        self,
+        sources: Iterable[Source],
+        *,
+        batch: int = 1,
+        record: Callable[[int], str | os.PathLike] | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
         """The tokens of several clips as they are finished, each with its number; of one that cannot be read, the error.
 
         Args:
           batch: clips that go through the model at once: as many as fill the device. Each has its own past and its own search, and
             one that ends makes room for the next.
+          record: names each clip's file of `stream`; what is there of another run is removed.
           options: those of `stream`, for every clip.
 
         Raises:
@@ -167,6 +174,8 @@ class ElasticTokenizer:
             for number, source in enumerate(sources):
                 try:
                     encoding = self.stream(source, **options)
+                    if record is not None and not encoding.has_budget:
+                        encoding.open_fitting_record(record(number))
                 except MediaError as error:
                     bad.append((number, error))
                     continue
@@ -298,9 +307,10 @@ class ElasticTokenizer:
                 delay_blocks=delay_blocks,
                 num_counts=budget_counts,
             )
-        return Encoding(
-            self._setting, clip, options, budget=budget, metric=make_metric(metric), record=record
-        )
+        encoding = Encoding(self._setting, clip, options, budget=budget, metric=make_metric(metric))
+        if record is not None:
+            encoding.open_record(record)
+        return encoding
 
     def decode(self, tokens: TokenizedClip) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """The frames of a token record; a picture is a clip of one frame."""

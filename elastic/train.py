@@ -8,7 +8,6 @@ same devices.
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import pathlib
 import signal
@@ -38,6 +37,7 @@ from elastic.mesh import global_array, is_first_host, local_rows, make_mesh, wai
 from elastic.model import ElasticTok
 from elastic.optim import make_optimizer
 from elastic.sharding import fitting_spec
+from elastic.tensor_file import locked
 from elastic.train_config import TrainConfig
 from elastic.train_eval import Evaluator
 from elastic.train_log import Recorder
@@ -96,13 +96,11 @@ def _alone_in(folder: pathlib.Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as file:  # the lock ends with the process, however that ends
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with locked(folder / ".lock") as alone:
+        if not alone:
             raise ValueError(
                 f"Another process trains in {folder}, or is still saving; wait for it, or choose another output_dir."
-            ) from error
+            )
         yield
 
 

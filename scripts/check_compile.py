@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from elastic import cli, targets  # noqa: E402
-from elastic.cli_flags import TRAIN, Flag, Script  # noqa: E402
+from elastic.cli_flags import Flag, Script  # noqa: E402
+from elastic.cli_flags_train import TRAIN  # noqa: E402
 from elastic.config import parse_dict  # noqa: E402
 
 DOES_NOT_FIT = 2

@@ -12,9 +12,8 @@ from elastic.cli_flags import DECODE
 def decode(flags: cli.Values) -> int:
     """Loads tokens and model, and writes the clip."""
     from elastic import mesh, runs
-    from elastic.tokens import TokenizedClip
 
-    tokens = TokenizedClip.load(flags["input_path"])
+    tokens = runs.open_tokens(flags["input_path"])
     runs.check_decoded_name(flags["output_path"], tokens)
     mesh.use_all_cpu_cores()
     spec = flags["load_checkpoint"] or runs.model_of(tokens)
@@ -30,7 +29,7 @@ def decode(flags: cli.Values) -> int:
         window_blocks=tokens.window_blocks,
     )
     cli.log.info("%s", runs.describe(tokenizer))
-    runs.decode_to_file(tokenizer, tokens, flags["output_path"])
+    runs.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
     cli.log.info("%s -> %s", tokens, flags["output_path"])
     return 0
 

@@ -12,12 +12,7 @@ from elastic.cli_flags import INFERENCE
 
 def tokenize(flags: cli.Values) -> int:
     """Loads the model, tokenizes the input, prints a table for each file."""
-    targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
-    if flags["threshold"] is None and not any(flags[name] for name in targets):
-        raise ValueError(
-            "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
-            "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
-        )
+    cli.check_target(flags)
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
@@ -46,20 +41,10 @@ def tokenize(flags: cli.Values) -> int:
         inputs,
         flags["output_folder"],
         overwrite=flags["overwrite"],
-        threshold=flags["threshold"],
-        psnr=flags["psnr"],
-        metric=flags["metric"],
-        avg_tokens=flags["avg_tokens"] or None,
-        bitrate=flags["bitrate"] or None,
-        delay_blocks=flags["delay_blocks"],
-        budget_counts=flags["budget_counts"],
-        num_tokens=flags["n_codes"] or None,
-        search=flags["search_alg"],
-        rate=flags["fps"] or None,
-        max_frames=flags["max_frames"] or None,
-        max_fraction=flags["max_prop_codes"],
-        fallback_fraction=flags["default_prop_codes"],
-        num_counts=flags["num_counts"],
+        resume=flags["resume"],
+        viz=flags["viz"],
+        batch=flags["batch"],
+        **cli.encode_options(flags),
     )
     if bad:
         raise ValueError(

@@ -6,7 +6,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic import cli
-from elastic.cli_flags import TRAIN
+from elastic.cli_flags_train import TRAIN
 
 
 def train(flags: cli.Values) -> int:

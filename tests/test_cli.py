@@ -10,10 +10,13 @@ import sys
 import pytest
 
 from elastic import cli
-from elastic.cli_flags import DECODE, INFERENCE, TRAIN, Flag, Script
+from elastic.cli_flags import DATASET, DECODE, INFERENCE, Flag, Script
+from elastic.cli_flags_train import TRAIN
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = pytest.mark.parametrize("script", [INFERENCE, DECODE, TRAIN], ids=lambda s: s.name)
+SCRIPTS = pytest.mark.parametrize(
+    "script", [INFERENCE, DECODE, TRAIN, DATASET], ids=lambda s: s.name
+)
 SMALL = Script(
     name="scripts/small.py",
     usage="",

@@ -13,7 +13,7 @@ import pytest
 from tiny_run import MODELS, make_clips, numbers, settings
 
 from elastic import checkpoint
-from elastic.mesh import Hosts, local_rows, make_mesh
+from elastic.mesh import Hosts, host_share, local_rows, make_mesh
 from elastic.train import train
 
 MESHES = ("2,4,1,1", "1,2,2,2", "1,1,2,4")
@@ -121,8 +121,15 @@ def test_a_device_holds_its_rows_and_all_devices_hold_all(mesh_dim, rows):
             "process_id=2 must lie in 0 to 1",
         ),
         (dict(initialize_jax_distributed=True, local_device_ids="a"), "local_device_ids='a'"),
+        (dict(independent=True, num_processes=2, process_id=2), "process_id=2 must lie in 0 to 1"),
+        (dict(independent=True, coordinator_address="a:1", num_processes=2), "only share work"),
     ],
 )
 def test_hosts_that_cannot_find_each_other_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Hosts(**given)
+
+
+def test_processes_that_only_share_work_need_no_coordinator():
+    assert host_share(Hosts(independent=True, num_processes=3, process_id=2)) == (2, 3)
+    assert host_share(Hosts(independent=True)) == (0, 1)

@@ -39,7 +39,7 @@ TABLE = """
     media_read
     media_write
     media
-    data_index
+    data_index dataset_plan
     data_plan
     data_read
     data_workers
@@ -55,15 +55,15 @@ TABLE = """
     tokens
     token_stream
     recording clips
-    blocks
-    lanes
+    blocks token_shards
+    lanes token_batches
     budgeting
     encoding
     tokenizer
     report
     jobs
-    runs
-    evaluation_records
+    runs dataset_summary
+    evaluation_records dataset_run
     evaluation
     evaluation_files
     optim linear_start
@@ -76,6 +76,7 @@ TABLE = """
     train
     aot
     cli_flags
+    cli_flags_train
     cli
     train_flags
 """

@@ -246,7 +246,7 @@ def test_a_clip_cut_off_leaves_nothing(tokenizers, tmp_path, golden):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("earlier", [True, False])
-def test_what_stops_midway_leaves_the_folder_as_it_was(
+def test_a_picture_that_stops_midway_leaves_the_folder_as_it_was(
     tokenizers, golden, tmp_path, monkeypatch, error, earlier
 ):
     if earlier:
@@ -258,7 +258,7 @@ def test_what_stops_midway_leaves_the_folder_as_it_was(
         assert any("unfinished" in name for name in names(tmp_path))
         raise error
 
-    monkeypatch.setattr(runs.report, "plot_report", stop)
+    monkeypatch.setattr(jobs.report, "plot_report", stop)
     with pytest.raises((KeyboardInterrupt, OSError)):
         runs.tokenize_file(
             tokenizers["fsq"],

@@ -26,6 +26,9 @@ SETTINGS = (
     "total_steps",
     "eval_path",
     "distributed",
+    "threshold",
+    "num_processes",
+    "process_id",
 )
 
 # Stands for Python: says yes to the probes, and writes down what it is asked to run.
@@ -146,6 +149,16 @@ def test_decoding_needs_only_the_tokens_and_the_model(run):
         "--output_path=v.mp4",
         "--load_checkpoint=example/fsq",
     ]
+
+
+def test_a_data_set_takes_its_share_and_another_target(run):
+    flags = flags_of(run("run_tokenize_dataset.sh", num_processes="8", process_id="3"))
+    assert flags["--jax_distributed.num_processes"] == "8"
+    assert flags["--jax_distributed.process_id"] == "3"
+    assert (flags["--load_checkpoint"], flags["--threshold"]) == ("example/fsq", "0.03")
+    assert "--threshold" not in flags_of(
+        run("run_tokenize_dataset.sh", "--n_codes=9", threshold="")
+    )
 
 
 def test_training_without_data_is_refused_at_once(run):

@@ -1,0 +1,71 @@
+"""Tokenizes a data set into shards, in one process or many; `--help` lists the flags."""
+
+import pathlib
+import sys
+
+# So that the documented command runs wherever the requirements are installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from elastic import cli
+from elastic.cli_flags import DATASET
+
+
+def tokenize(flags: cli.Values) -> int:
+    """Loads the model, does this process's shards, prints a table when all are finished."""
+    cli.check_target(flags)
+    if flags["files_per_shard"] < 1:
+        raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
+    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
+        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+
+    from elastic import mesh
+
+    hosts = mesh.Hosts(**flags.under("jax_distributed"), independent=True)
+    mesh.use_all_cpu_cores()
+    mesh.join_hosts(hosts)
+
+    import jax
+
+    from elastic import dataset_run, dataset_summary, runs
+
+    spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
+    inputs = dataset_run.list_inputs(flags["input_path"], folder)
+    config = runs.model_config(
+        spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
+    )
+    runs.check_resolution(flags["resolution"], config)
+    index, count = mesh.host_share(hosts)
+    tokenizer = runs.ElasticTokenizer.from_pretrained(
+        spec,
+        config=config,
+        dtype=flags["dtype"],
+        mesh=mesh.make_mesh(flags["mesh_dim"], jax.local_devices()),
+        window_blocks=flags["max_blocks_per_chunk"] or None,
+        context=flags["context"],
+        search_width=flags["search_width"],
+    )
+    cli.log.info("%s", runs.describe(tokenizer))
+    cli.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
+    outcome = dataset_run.tokenize_dataset(
+        tokenizer,
+        inputs,
+        folder,
+        files_per_shard=flags["files_per_shard"],
+        batch=flags["batch"],
+        process_index=index,
+        process_count=count,
+        # Processes that have joined must leave together: the first one to go would end the others.
+        wait=hosts.initialize_jax_distributed,
+        **cli.encode_options(flags),
+    )
+    if outcome.summary is not None:
+        print(dataset_summary.describe(outcome.summary, folder))
+        if not outcome.summary["totals"]["clips"]:
+            raise ValueError(
+                f"None of the {len(inputs)} files could be read; {folder / dataset_summary.BAD} says why."
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(DATASET, tokenize))
