@@ -18,9 +18,7 @@ from elastic.ops.feedforward import SAVED as GATES
 from elastic.ops.local import SAVED as ATTENTION
 from elastic.sharding import constrain
 
-_FAR = (
-    1 << 17
-)  # positions; a training sequence of 128K tokens is turned as the released code turns it
+_FAR = 1 << 20  # positions: a million tokens are turned as the released code turns them
 
 # A layer's keys and values, for a cache: [batch, heads, length, head_dim] each.
 KeysValues = tuple[Array, Array]
@@ -96,7 +94,7 @@ def rope_angles(
     """Cosine and sine of `position * theta^(-2 i / d)` in float32, one for each pair of channels (Su et al. 2021, eq. 15).
 
     Positions are int32. From `_FAR` on, what lies before the last multiple of it is turned in 32-bit fixed point: in float32 the product
-    would be off by 0.03 rad at a million and by 60 at the end, and an endless video gets there. Below, nothing is added.
+    would be off by more the farther it goes, up to whole turns, and an endless video gets there. Below, nothing is added.
     """
     # By NumPy: at position 10^6 an accelerator's rounding of the power would turn by a visible angle.
     frequency = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)

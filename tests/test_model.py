@@ -337,3 +337,16 @@ def test_ids_left_out_mean_one_sequence():
     batch = released.batch("vae")
     (recon, _), _ = forward("vae", True, "blockwise")(Batch(batch.patches, batch.kept))
     assert error(recon, released.arrays("vae", "forward")["dense/plain/recon"]) < TOLERANCE
+
+
+def test_angles_of_far_positions_are_exact():
+    """What an endless video gets to; up to a million tokens they are the released ones, to the bit."""
+    positions = np.array([0, 5, 2**20 - 1, 2**20, 3_000_003, 2**30 + 12_345, 2**31 - 1], np.int32)
+    cos, sin = rope_angles(jnp.asarray(positions)[None], 128, 5e7)
+    frequency = 1.0 / 5e7 ** (np.arange(0, 128, 2, dtype=np.float32) / 128)
+    exact = positions[:, None].astype(np.float64) * frequency.astype(np.float64)
+    np.testing.assert_allclose(np.asarray(cos)[0, :, 0], np.cos(exact), atol=0.07)
+    np.testing.assert_allclose(np.asarray(sin)[0, :, 0], np.sin(exact), atol=0.07)
+    near = jnp.arange(0, 2**20, 997)
+    released = near[:, None].astype(jnp.float32) * frequency[None]
+    np.testing.assert_array_equal(rope_angles(near[None], 128, 5e7)[0][0, :, 0], jnp.cos(released))
