@@ -4,6 +4,7 @@ One *pass* is one run of encoder and decoder over one block for one candidate co
 computed (new keys and values, codes, pixels), so that committing a candidate moves them into the past instead of computing them again.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -113,6 +114,14 @@ class Codec:
     def past_bytes(self, batch: int = 1) -> int:
         """Bytes of the whole past of encoder and decoder."""
         return (self.window_blocks - 1) * self.trial_bytes(batch)
+
+    def past_shards(self, batch: int = 1) -> int:
+        """Parts that the past is split in, over the devices of the mesh."""
+        cache_at, _ = self._places(batch)
+        if cache_at is None:
+            return 1
+        shape = (1, batch, self.config.num_attention_heads, self.config.tokens_per_block, 1)
+        return math.prod(shape) // math.prod(cache_at.shard_shape(shape))
 
     def trial_bytes(self, candidates: int = 1) -> int:
         """Bytes of the keys and values that a trial of so many candidates keeps."""

@@ -87,6 +87,7 @@ class Memory:
     Attributes:
       curve: as far as it is known from the last blocks; None before the first.
       tokens: kept in all blocks so far.
+      blocks, passes: searched so far, and the counts that were tried for them.
       spread: how far first guesses lay from the count kept, in log counts; recent blocks weigh most.
       excess: those of them that the search knew it could perhaps have saved, and left for speed.
       expected: the curve that a prior gave for the block that `curve` is of; None: there is no prior.
@@ -96,6 +97,8 @@ class Memory:
     tokens: int = 0
     excess: int = 0
     spread: float = 0.25
+    blocks: int = 0
+    passes: int = 0
     expected: Curve | None = None
 
 

@@ -56,6 +56,7 @@ class Encoding:
     Attributes:
       num_frames, num_blocks: of the clip; None while frames are still coming.
       is_image, rate, source: as in `TokenizedClip`.
+      num_done: blocks that are tokenized.
       first_block: the first that will be handed out. Above 0 where a recording goes on: `recorded` has those before.
       recorded: numbers of the blocks before `first_block`: `passes`, `seconds` and `squares` of each.
     """
@@ -78,8 +79,9 @@ class Encoding:
         self._recording: Recording | None = None
         self._past: Any = None
         self._memory: Memory | None = None
-        self._blocks: list[BlockTokens] = []
+        self.num_done = 0  # blocks that are tokenized
         self._seen_frames = 0
+        self._blocks: list[BlockTokens] = []  # these; with a recording they are there instead
         self._finished = False
         if budget is None:  # what cannot be searched for is refused before the first frame is read
             make_search(**search)
@@ -95,11 +97,6 @@ class Encoding:
         """Whether the counts come from a budget instead of a search."""
         return self._budget is not None
 
-    @property
-    def num_done(self) -> int:
-        """Blocks that are tokenized."""
-        return len(self._blocks)
-
     def __iter__(self) -> Iterator[BlockResult]:
         if self._budget is None:
             for _, result in tokenize_side_by_side(self._setting, [self]):
@@ -108,7 +105,7 @@ class Encoding:
                 if result is not None:
                     yield result
             return
-        self._blocks, self._seen_frames = [], 0
+        self._reset()
         results = spend(
             self._setting.codec,
             self._setting.weights,
@@ -119,8 +116,7 @@ class Encoding:
             metric=self.metric,
         )
         for result in results:
-            self._blocks.append(result.tokens)
-            self._seen_frames += len(result.frames)
+            self._count(result)
             yield result
         self._end()
 
@@ -129,8 +125,12 @@ class Encoding:
         """Blocks that an earlier run recorded."""
         return 0 if self._recording is None else len(self._recording.blocks)
 
-    def open_record(self, path: str | os.PathLike) -> None:
+    def open_record(self, path: str | os.PathLike, *, alone: bool = True) -> None:
         """Records to `path` from now on; goes on from what an earlier run left there, so that `first_block` is known.
+
+        Args:
+          alone: no other clip goes through the model beside this one. Else its past is one of several and is not copied, so that
+            recorded blocks go through the model once more.
 
         Raises:
           RecordingError: there is a recording of another run.
@@ -145,42 +145,34 @@ class Encoding:
                 f"{path} is there already, and frames that come cannot be gone through again; give another record."
             )
         self._recording = Recording(path, self._about(), self._header())
-        found = self._recording.load_past(self._setting.codec)
+        found = self._recording.load_past(self._setting.codec) if alone else None
         if found is not None and found[0]:
             self.first_block, self._past = found
             before = self._recording.blocks[: self.first_block]
             self._memory = memory_from_plain(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
-    def open_fitting_record(self, path: str | os.PathLike) -> None:
+    def open_fitting_record(self, path: str | os.PathLike, *, alone: bool = True) -> None:
         """The same; a recording of another run is removed, and the log says so."""
         try:
-            self.open_record(path)
+            self.open_record(path, alone=alone)
         except RecordingError as error:
             log.warning("Begins anew: %s", error)
             remove_recording(path)
-            self.open_record(path)
+            self.open_record(path, alone=alone)
 
     def begin(self, lanes: Lanes, lane: int) -> Iterator[np.ndarray]:
         """The blocks to tokenize, `lane` ready for the first."""
         lanes.forget(lane)
-        self._blocks, self._seen_frames = [], 0
-        if self._recording is not None:
-            before = self._recording.blocks[: self.first_block]
-            self._blocks = [block.tokens for block in before]
-            self._seen_frames = sum(block.num_frames for block in before)
+        self._reset()
         if self._past is not None:
-            if lanes.batch == 1:
-                lanes.past, self._past = self._past, None
-            else:  # a copy is of one clip: the blocks go through the model once more
-                self.first_block, self._past, self._memory = 0, None, None
-                self._blocks, self._seen_frames, self.recorded = [], 0, []
+            lanes.past, self._past = self._past, None
         frames_per_block = self._setting.codec.config.frames_per_block
         return ahead(self._clip.blocks(frames_per_block, self.first_block), _AHEAD)
 
     def next_search(self, frames: np.ndarray) -> Search:
         """The search of the next block."""
-        number, prior = len(self._blocks), self._setting.prior
+        number, prior = self.num_done, self._setting.prior
         if self._recording is not None and number < len(self._recording.blocks):
             count = self._recording.blocks[number].tokens.num_kept
             return make_search(**self._search | {"name": "fixed", "num_tokens": count})
@@ -192,7 +184,7 @@ class Encoding:
 
     def take(self, result: BlockResult, lanes: Lanes) -> BlockResult:
         """Notes what the next block has become."""
-        number, recording = len(self._blocks), self._recording
+        number, recording = self.num_done, self._recording
         if recording is not None and number < len(recording.blocks):
             result = self._repeated(result, number)
         elif recording is not None:
@@ -205,9 +197,8 @@ class Encoding:
                 squares=result.squares,
                 memory=memory,
             )
-        self._blocks.append(result.tokens)
-        self._seen_frames += len(result.frames)
-        if recording is not None and lanes.batch == 1 and len(self._blocks) > len(recording.blocks):
+        self._count(result)
+        if recording is not None and lanes.batch == 1 and self.num_done > len(recording.blocks):
             recording.copy_past(lanes.past)
         return result
 
@@ -230,11 +221,22 @@ class Encoding:
         """
         if not self._finished:
             of = "" if self.num_blocks is None else f" of {self.num_blocks}"
-            raise ValueError(
-                f"{len(self._blocks)}{of} blocks are tokenized; iterate to the end first."
-            )
+            raise ValueError(f"{self.num_done}{of} blocks are tokenized; iterate to the end first.")
         header: dict[str, Any] = self._header() | {"num_frames": self._seen_frames}
-        return TokenizedClip(blocks=tuple(self._blocks), **header)
+        blocks = self._blocks if self._recording is None else self._recording.tokens()
+        return TokenizedClip(blocks=tuple(blocks), **header)
+
+    def _reset(self) -> None:
+        """Back to the first block that is to be tokenized."""
+        before = [] if self._recording is None else self._recording.blocks[: self.first_block]
+        self.num_done, self._blocks = len(before), []
+        self._seen_frames = sum(block.num_frames for block in before)
+
+    def _count(self, result: BlockResult) -> None:
+        if self._recording is None:
+            self._blocks.append(result.tokens)
+        self.num_done += 1
+        self._seen_frames += len(result.frames)
 
     def _repeated(self, result: BlockResult, number: int) -> BlockResult:
         """The result of a block that was recorded, after it went through the model with its count."""

@@ -64,8 +64,13 @@ class Job:
         """Whether there is nothing to go on from: one block, or none begun."""
         return self._encoding is None or self._encoding.num_blocks == 1
 
-    def begin(self, tokenizer: ElasticTokenizer, options: dict[str, Any]) -> Encoding:
+    def begin(
+        self, tokenizer: ElasticTokenizer, options: dict[str, Any], *, alone: bool = True
+    ) -> Encoding:
         """Opens the file and the folder, and says which blocks are still to be done.
+
+        Args:
+          alone: no other file goes through the model beside this one.
 
         Raises:
           ValueError: the file or the options are no good, or another process is at work in the folder.
@@ -80,7 +85,7 @@ class Job:
         if not self._resume:
             remove_recording(record)
         if not encoding.has_budget:
-            encoding.open_fitting_record(record)
+            encoding.open_fitting_record(record, alone=alone)
         self._encoding = encoding
         for about in encoding.recorded:
             self._note(about["passes"], about["seconds"], about["squares"])

@@ -213,6 +213,16 @@ def platform_of(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
+def memory_limit(mesh: Mesh) -> int | None:
+    """Bytes that the programs of this process may have on one of the mesh's devices; on a CPU the machine's. None: not known."""
+    if platform_of(mesh) == "cpu":
+        names = getattr(os, "sysconf_names", {})
+        if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():
+            return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
 def use_all_cpu_cores() -> None:
     """Makes one CPU device per core, up to 8, unless the user decided otherwise. Call before jax starts its backends.
 

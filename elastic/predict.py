@@ -17,6 +17,8 @@ _DOUBT = 0.06  # share of the way from the nearest measured count to the guess t
 _CREDIT = 2  # blocks ahead (this one too) of which a block may use what may be left unsaved: first ones are dear
 _SNAP = 0.02  # a guess this near (in log counts) to an end of the range means the end
 _MOST_EXCESS = 0.06  # share of one block's tokens that may be left unsaved
+_AIM = 2.2  # passes a block; below, less is left unsaved
+_CLOSER = 0.6  # this share of it
 _DOUBTS = 3  # how far to each side of a guess several counts reach, in such doubts
 _LEAST_STEP = 0.03  # of log counts, where steps double
 GUESSES = 8  # calls before halving takes over
@@ -50,7 +52,10 @@ def predict(
         best = _crossing_count(curve, level, state)
         if state.found is not None and best is not None:
             excess = state.found - best
-            allowed = tolerance * (memory.tokens + _CREDIT * state.found) - memory.excess
+            # A clip that goes well can afford to look closer.
+            cheap = memory.passes + len(losses) < _AIM * (memory.blocks + 1)
+            share = tolerance * (_CLOSER if cheap else 1)
+            allowed = share * (memory.tokens + _CREDIT * state.found) - memory.excess
             if excess < 1 or excess <= min(allowed, _MOST_EXCESS * state.found):
                 break
         if calls < GUESSES:
@@ -70,6 +75,7 @@ def predict(
     missed = abs(math.log(kept) - (math.log(largest) if first is None else first))
     memory.spread = 0.5 * memory.spread + 0.5 * missed
     memory.curve, memory.tokens = curve.near(math.log(kept)), memory.tokens + kept
+    memory.passes, memory.blocks = memory.passes + len(losses), memory.blocks + 1
 
 
 class _Bracket:

@@ -9,6 +9,7 @@ import logging
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -108,6 +109,10 @@ class Recording:
             log.warning("The copy of the past beside %s is of no use: %s", self.path, error)
             return None
         return number, jax.tree.unflatten(jax.tree.structure(empty), past)
+
+    def tokens(self) -> Iterator[BlockTokens]:
+        """The tokens of every block so far."""
+        return (block.tokens for block in read_token_stream(self.path)[1])
 
     def append(self, tokens: BlockTokens, num_frames: int, **about: Any) -> None:
         """Records one block more."""

@@ -50,7 +50,7 @@ def check_resolution(resolution: int, config: ElasticTokConfig) -> None:
 
 def describe(tokenizer: ElasticTokenizer) -> str:
     """One line: the model, the devices and the kernel."""
-    config, mesh = tokenizer.config, tokenizer.mesh
+    config, mesh, codec = tokenizer.config, tokenizer.mesh, tokenizer.codec
     sizes = [np.size(leaf) for leaf in _leaves(tokenizer.weights)]
     axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
     devices = mesh.devices.flat
@@ -64,7 +64,8 @@ def describe(tokenizer: ElasticTokenizer) -> str:
         f"Model {tokenizer.model_id}: {config.bottleneck_type}, {sum(sizes) / 1e6:.1f} M parameters, "
         f"{config.min_toks} to {config.max_toks} tokens per block of {config.frames_per_block} "
         f"frames at {config.resolution}x{config.resolution}; {tokenizer.window_blocks} blocks of "
-        f"context; {mesh.size} x {devices[0].device_kind} ({axes}); attention {kernel!r}, "
+        f"context, whose past takes {codec.past_bytes() / 1e6:,.0f} MB ({codec.trial_bytes() / 1e6:,.1f} MB a block); "
+        f"{mesh.size} x {devices[0].device_kind} ({axes}); attention {kernel!r}, "
         f"{tokenizer.codec.dtype} products."
     )
 
@@ -218,7 +219,7 @@ def _side_by_side(
         for file, name in inputs.items():
             job = Job(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
             try:
-                encoding = job.begin(tokenizer, options)
+                encoding = job.begin(tokenizer, options, alone=False)
             except media.MediaError as error:
                 leave_out(job, error)
                 continue

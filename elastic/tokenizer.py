@@ -79,6 +79,7 @@ class ElasticTokenizer:
         self.codec = Codec(
             config, dtype=parse_dtype(dtype), mesh=self.mesh, window_blocks=self.window_blocks
         )
+        self._check_memory()
         # As the codec's programs take them.
         self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
 
@@ -175,7 +176,7 @@ class ElasticTokenizer:
                 try:
                     encoding = self.stream(source, **options)
                     if record is not None and not encoding.has_budget:
-                        encoding.open_fitting_record(record(number))
+                        encoding.open_fitting_record(record(number), alone=batch == 1)
                 except MediaError as error:
                     bad.append((number, error))
                     continue
@@ -369,6 +370,17 @@ class ElasticTokenizer:
             size = (config.resolution, config.resolution)
             frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
             yield frames[:num_frames]
+
+    def _check_memory(self) -> None:
+        """Refuses a past that cannot fit, before it is allocated."""
+        shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.past_shards()
+        needed, limit = self.codec.past_bytes() // shards, meshes.memory_limit(self.mesh)
+        if limit is not None and needed > limit:
+            most = 1 + int((self.window_blocks - 1) * limit / needed)
+            raise ValueError(
+                f"A past of {self.window_blocks - 1} blocks takes {needed / 1e9:.1f} GB, and there are {limit / 1e9:.1f}; hold "
+                f"fewer than {most} blocks (window_blocks=, on the command line --max_blocks_per_chunk), or split it over more devices."
+            )
 
     @functools.cached_property
     def _setting(self) -> Setting:

@@ -79,14 +79,14 @@ def test_the_calls_of_a_block_are_bounded(clip):
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1e9, 0.0])
-def test_a_clip_that_stands_still_costs_one_pass_a_block(scale):
+def test_a_clip_that_stands_still_soon_costs_one_pass_a_block(scale):
     """In the middle of the range, at its least count, and where nothing meets the threshold."""
     counts = range(256, 4097)
     results = search_clip(
         [power_law(scale, 0.8, counts)] * 10, min_kept=256, max_kept=4096, threshold=0.01
     )
-    assert all(len(found.tried) == 1 for found in results[2:])
-    kept = [found.num_kept for found in results[2:]]
+    assert all(len(found.tried) == 1 for found in results[5:])
+    kept = [found.num_kept for found in results[5:]]
     assert max(kept) <= 1.02 * min(kept)
 
 
