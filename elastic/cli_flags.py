@@ -257,8 +257,8 @@ DECODE = Script(
 )
 
 _SHARING = dict(
-    initialize_jax_distributed="find the other processes as in training; one that dies then ends all. Needed on a TPU "
-    "pod; elsewhere num_processes and process_id alone will do",
+    initialize_jax_distributed="find the other processes as in training; all are lost with the first one. Needed on a TPU "
+    "pod; elsewhere num_processes and process_id alone will do, and no process needs another",
     num_processes="processes that share the files",
     process_id="number of this one, from 0",
 )

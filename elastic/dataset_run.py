@@ -43,7 +43,7 @@ __all__ = ["Outcome", "list_inputs", "shard_name", "tokenize_dataset"]
 
 log = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 2.0
+_WAIT_SECONDS, _QUIET_WAITS = 1.0, 5  # between two shards a process holds none for a moment
 
 
 class Outcome(NamedTuple):
@@ -79,7 +79,7 @@ def tokenize_dataset(
     Args:
       inputs: {id: file}, as `list_inputs` gives them.
       batch: clips that go through the model together.
-      wait: return only when all shards of the run are finished.
+      wait: return only when all shards of the run are finished, or no process works on those that are not.
       progress: show a bar with rate and estimate.
       options: those of `ElasticTokenizer.stream`.
 
@@ -107,8 +107,8 @@ def tokenize_dataset(
         except (KeyboardInterrupt, SystemExit):
             log.warning("Stopped; the same command goes on from here.")
             raise
-    while wait and work.unfinished():
-        time.sleep(_WAIT_SECONDS)
+    if wait:
+        work.wait()
     if left := work.unfinished():
         names = tuple(shard_name(shard) for shard in left)
         log.info(
@@ -169,11 +169,28 @@ class _Work:
             return len(self.plan.names(shard))
         return sum(1 for _ in self.place(shard).glob("*.json"))
 
+    def wait(self) -> None:
+        """Returns when no other process has an unfinished shard in hand."""
+        quiet = 0
+        while (left := self.unfinished()) and quiet < _QUIET_WAITS:
+            time.sleep(_WAIT_SECONDS)
+            quiet = 0 if any(map(self._held_by_another, left)) else quiet + 1
+
+    def _held_by_another(self, shard: int) -> bool:
+        lock = self._lock(shard)
+        if not lock.exists():
+            return False
+        with locked(lock) as held:
+            return not held
+
+    def _lock(self, shard: int) -> Path:
+        return self._folder / f".{shard_name(shard)}.lock"
+
     def do(self, shard: int, bar: "_Progress") -> bool:
         """Finishes a shard; False: another process has it in hand."""
         if self.finished(shard) and not self.place(shard).exists():
             return True
-        lock = self._folder / f".{shard_name(shard)}.lock"
+        lock = self._lock(shard)
         with locked(lock) as held:
             if not held:
                 return False

@@ -85,7 +85,7 @@ class Hosts:
       num_processes, process_id: how many there are, and which one this is; with an address, or independent.
       local_device_ids: devices of this process, as '0,1'; '' takes all that it sees.
       independent: the processes share work and need not talk: without initialize_jax_distributed their
-        number and this one's are enough, and one that dies takes no other along.
+        number and this one's are enough, and one that dies takes no other along; with it only the first one does.
 
     Raises:
       ValueError: the options contradict each other.
@@ -155,9 +155,10 @@ def join_hosts(hosts: Hosts) -> None:
         )
     if hosts.local_device_ids:
         options["local_device_ids"] = [int(part) for part in hosts.local_device_ids.split(",")]
-    if (
-        hosts.independent
-    ):  # there is no step to stop at together, and the service would keep SIGTERM from this process
+    if hosts.independent:
+        # One that ends early leaves at once, and the others go on (unless it is the first, whom they have joined).
+        jax.config.update("jax_enable_recoverability", True)
+        # It would keep SIGTERM from this process.
         jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)

@@ -54,7 +54,7 @@ def tokenize(flags: cli.Values) -> int:
         batch=flags["batch"],
         process_index=index,
         process_count=count,
-        # Processes that have joined must leave together: the first one to go would end the others.
+        # The others are lost when the first one goes, whom they have joined.
         wait=hosts.initialize_jax_distributed,
         **cli.encode_options(flags),
     )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -175,14 +176,30 @@ def test_a_damaged_token_file_is_made_again(
 
 
 def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
-    undisturbed, tokenizer, clips, tmp_path
+    undisturbed, tokenizer, clips, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(dataset_run, "_WAIT_SECONDS", 0.02)
     inputs = list_inputs(clips, tmp_path)
     with locked(tmp_path / ".shard-00001.lock") as held:
         assert held
         outcome = tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
         assert outcome == (None, ("shard-00001",))
         assert not (tmp_path / "summary.json").exists()
+    # Who is to wait does so while somebody works on it, and no longer.
+    let_go = threading.Event()
+
+    def hold():
+        with locked(tmp_path / ".shard-00001.lock"):
+            let_go.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    threading.Timer(0.5, let_go.set).start()
+    started = time.perf_counter()
+    options = OPTIONS | dict(process_count=2, wait=True)
+    assert tokenize_dataset(tokenizer, inputs, tmp_path, **options).unfinished == ("shard-00001",)
+    assert time.perf_counter() - started > 0.5
+    other.join()
     # Another number of processes takes over; its first one has nothing to do.
     outcome = tokenize_dataset(tokenizer, inputs, tmp_path, process_count=2, **OPTIONS)
     assert outcome.unfinished == ("shard-00001",)
