@@ -7,7 +7,6 @@ How a shard comes to be: (1) its process takes the shard's lock; (2) each file b
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -33,7 +32,7 @@ from elastic.dataset_summary import Tally, write_summary
 from elastic.media import IMAGE_SUFFIXES, MediaError
 from elastic.recording import remove_recording
 from elastic.report import write_json
-from elastic.tensor_file import flatten, locked
+from elastic.tensor_file import locked
 from elastic.token_file import TokenFileError
 from elastic.token_shards import write_shard
 from elastic.tokenizer import ElasticTokenizer
@@ -319,15 +318,10 @@ def _check_options(
 
 def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     """What names a model, to the last bit of its weights."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(tokenizer.params).items()):
-        array = np.asarray(leaf)
-        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return {
         "model_id": tokenizer.model_id,
         "config_hash": tokenizer.config.config_hash(),
-        "weights": digest.hexdigest(),
+        "weights": tokenizer.weights_digest,
         "tokens_per_block": tokenizer.config.tokens_per_block,
     }
 

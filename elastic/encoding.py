@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from elastic.blocks import BlockResult, Metric
@@ -21,6 +20,7 @@ from elastic.lanes import Lanes
 from elastic.media import MediaError
 from elastic.recording import Recording, RecordingError, remove_recording
 from elastic.search import Search, make_search
+from elastic.tensor_file import flatten
 from elastic.tokens import BlockTokens, TokenizedClip
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,14 @@ class Setting:
     prior: CurvePrior | None = None
 
     @functools.cached_property
-    def weights_crc(self) -> int:
-        """A checksum of all parameters."""
-        crc = 0
-        for leaf in jax.tree.leaves(self.weights):
-            crc = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8).data, crc)
-        return crc
+    def weights_digest(self) -> str:
+        """SHA-256 of all parameters, by name, type and shape, to the last bit."""
+        digest = hashlib.sha256()
+        for path, leaf in sorted(flatten(self.weights).items()):
+            array = np.asarray(leaf)
+            digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
 
 
 class Encoding:
@@ -260,7 +262,7 @@ class Encoding:
         setting = self._setting
         return {
             "clip": self._clip.identity(),
-            "model": [setting.codec.config.config_hash(), setting.weights_crc],
+            "model": [setting.codec.config.config_hash(), setting.weights_digest],
             "prior": None if setting.prior is None else setting.prior.to_json(),
             "dtype": str(setting.codec.dtype),
             "window": [setting.codec.window_blocks, setting.context],

@@ -97,6 +97,11 @@ class ElasticTokenizer:
         return other
 
     @property
+    def weights_digest(self) -> str:
+        """SHA-256 of all parameters: what tells two models of one shape apart."""
+        return self._setting.weights_digest
+
+    @property
     def params(self) -> dict[str, Any]:
         """The parameter tree, in the types it was given in."""
         return jax.tree.map(bits.show, self.weights)

@@ -206,20 +206,41 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
 
 
 def search(tokenizer: Any, frames: Any, repeats: int) -> dict[str, Any]:
-    """A whole tokenization of the frames with the binary search, at the median loss of half of the tokens."""
-    config = tokenizer.config
+    """Whole tokenizations of the frames at the median loss of half of the tokens, by every search, and by a fixed count as large.
+
+    The example's own clip with its own model; noise with random weights, whose curves no search can guess.
+    """
+    config, clip = tokenizer.config, frames
+    if tokenizer.prior is not None:
+        from elastic import media
+
+        with media.open_clip(
+            ROOT / "example" / "video.mp4", resolution=config.resolution, max_frames=48
+        ) as reader:
+            clip = reader.read()
     losses = [
-        block.loss for block in tokenizer.encode(frames, num_tokens=config.max_toks // 2).blocks
+        block.loss for block in tokenizer.encode(clip, num_tokens=config.max_toks // 2).blocks
     ]
     threshold = statistics.median(losses)
-    results = list(tokenizer.stream(frames, threshold=threshold))
-    seconds = median_seconds(lambda: tokenizer.encode(frames, threshold=threshold), repeats)
-    return {
-        "frames": len(frames),
-        "seconds": round(seconds, 4),
-        "frames_per_second": round(len(frames) / seconds, 1),
-        "passes_per_block": sum(result.passes for result in results) / len(results),
-    }
+    found: dict[str, Any] = {"frames": len(clip), "threshold": threshold}
+    mean = config.max_toks // 2
+    for name in ("predict", "binary", "fixed"):
+        options: dict[str, Any] = dict(threshold=threshold, search=name)
+        if name == "fixed":
+            options = dict(num_tokens=mean)
+        results = list(tokenizer.stream(clip, **options))
+        tokens = [result.tokens.num_kept for result in results]
+        if name == "predict":
+            mean = round(statistics.mean(tokens))
+        seconds = median_seconds(functools.partial(tokenizer.encode, clip, **options), repeats)
+        found[name] = {
+            "seconds": round(seconds, 4),
+            "frames_per_second": round(len(clip) / seconds, 1),
+            "passes_per_block": round(statistics.mean(r.passes for r in results), 3),
+            "mean_tokens": round(statistics.mean(tokens), 1),
+            "blocks_met": sum(result.tokens.met_threshold for result in results),
+        }
+    return found
 
 
 def peak_memory_mb() -> int:
