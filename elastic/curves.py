@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 _SLOPE = 0.7  # of log loss by log count, where nothing is known; fitted on recorded curves
 _SAME = 0.03  # a remembered point this near (in log counts) to a new one gives way to it
+_TILT = 0.5  # share of the slope of moves that is expected to go on
 _MOST_POINTS = 16
 _TINY = 1e-30  # losses below are as good as zero, which has no logarithm
 
@@ -43,12 +44,15 @@ class Curve:
         return _between(self.points, x)
 
     def through(self, measured: list[Point]) -> "Curve":
-        """This curve moved through the points of another block; between two of them by a mix of both moves."""
+        """This curve moved through the points of another block; between two of them by a mix of both moves.
+
+        Beyond them half of the difference between the last two moves goes on: on a plateau the next count down is good, too.
+        """
         if not measured:
             return self
         moves = sorted(Point(p.x, p.y - self.at(p.x)) for p in measured)
         kept = [p for p in self.points if all(abs(p.x - m.x) > _SAME for m in moves)]
-        return Curve([*measured, *(Point(p.x, p.y + _between(moves, p.x)) for p in kept)])
+        return Curve([*measured, *(Point(p.x, p.y + _tilted(moves, p.x)) for p in kept)])
 
     def crossing(self, level: float, low: float, high: float) -> float | None:
         """The smallest log count from `low` to `high` at which the log loss is down to `level`; None: nowhere there."""
@@ -117,6 +121,17 @@ def memory_from_plain(plain: Mapping[str, Any]) -> Memory:
         return Curve(Point(*point) for point in x) if isinstance(x, list) else x
 
     return Memory(**{name: value(x) for name, x in plain.items()})
+
+
+def _tilted(moves: list[Point], x: float) -> float:
+    """Straight interpolation; before the first and after the last point with part of the slope there."""
+    if len(moves) == 1 or moves[0].x <= x <= moves[-1].x:
+        return _between(moves, x)
+    (near, next_one) = (moves[0], moves[1]) if x < moves[0].x else (moves[-1], moves[-2])
+    slope = (next_one.y - near.y) / math.copysign(
+        max(abs(next_one.x - near.x), _SAME), next_one.x - near.x
+    )
+    return near.y + _TILT * min(max(slope, -_SLOPE), _SLOPE) * (x - near.x)
 
 
 def _between(points: list[Point], x: float) -> float:
