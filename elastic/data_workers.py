@@ -231,14 +231,19 @@ def _fit(ahead: int, batch_bytes: int) -> tuple[int, bool]:
     return max(1, most), most < 1
 
 
-def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) -> Any:
-    import grain  # takes a second, and only training needs it
+def answer_grain() -> None:
+    """Grain asks for its own flags, which raises where nobody has parsed the command line. Call it after its import."""
     from absl import flags
 
-    # Grain asks for its own flags, which raises where nobody has parsed the command line.
     for name in flags.FLAGS:
         if name.startswith("grain_") and not flags.FLAGS.is_parsed():
             flags.FLAGS[name].present = 1
+
+
+def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) -> Any:
+    import grain  # takes a second, and only training needs it
+
+    answer_grain()
     data = grain.MapDataset.source(source)  # type: ignore[arg-type]
     if workers == 0:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, ahead))

@@ -24,6 +24,7 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Bool, Float, Int
 
+from elastic.data_workers import answer_grain
 from elastic.token_shards import TokenShards
 from elastic.tokens import BlockTokens, TokenizedClip
 
@@ -185,7 +186,8 @@ def token_batches(
       num_epochs: None repeats for ever, with full batches; else the last one may have fewer sequences.
       packing_bins: sequences that are filled at the same time: more of them waste less, and take more memory.
       process_index, process_count: which share of the pieces this process takes. All use one seed.
-      workers: processes that read and pack ahead; 0: threads of this one.
+      workers: processes that read and pack ahead, each a part of the pieces; 0: threads of this one. With them, close
+        the iterator at the end.
 
     Raises:
       ValueError: a block does not fit a sequence, or there are fewer pieces than processes.
@@ -208,6 +210,7 @@ def token_batches(
     )
     batches = packed.map(_finish).batch(batch_size, drop_remainder=num_epochs is None)
     if workers:
+        answer_grain()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return batches
 
