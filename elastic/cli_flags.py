@@ -182,9 +182,9 @@ INFERENCE = Script(
             Flag(
                 "search_alg",
                 None,
-                "how a block's count is found; without it binary, or fixed where n_codes is given",
+                "how a block's count is found; without it predict, or fixed where n_codes is given",
                 kind=str,
-                choices=("binary", "predict", "linear", "fixed"),
+                choices=("predict", "binary", "linear", "fixed"),
             ),
             Flag("n_codes", 0, "tokens of every block, for the fixed search"),
             Flag("max_prop_codes", 1.0, "share of a block's tokens that may be tried"),

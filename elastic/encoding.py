@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -93,6 +94,11 @@ class Encoding:
         """Blocks of the clip; None while frames are still coming."""
         frames = self._setting.codec.config.frames_per_block
         return None if self.num_frames is None else -(-self.num_frames // frames)
+
+    @property
+    def width(self) -> int:
+        """Counts tried in one call."""
+        return self._search["width"]
 
     @property
     def has_budget(self) -> bool:
@@ -309,8 +315,12 @@ def tokenize_side_by_side(
     Args:
       batch: clips that go through the model at once. One that ends makes room for the next.
     """
-    lanes = Lanes(setting.codec, setting.weights, batch=batch, width=setting.width)
     waiting = iter(encodings)
+    first = next(waiting, None)
+    if first is None:
+        return
+    lanes = Lanes(setting.codec, setting.weights, batch=batch, width=first.width)
+    waiting = itertools.chain([first], waiting)
     in_lane: dict[int, tuple[Encoding, Iterator[np.ndarray]]] = {}
     try:
         while True:
@@ -340,6 +350,10 @@ def _fill(
             encoding = next(waiting, None)
             if encoding is None:
                 return
+            if encoding.width != lanes.width:
+                raise ValueError(
+                    f"Clips that try {encoding.width} and {lanes.width} counts in a call cannot share one; give all the same options."
+                )
             in_lane[lane] = encoding, encoding.begin(lanes, lane)
         encoding, blocks = in_lane[lane]
         try:

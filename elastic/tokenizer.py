@@ -262,7 +262,7 @@ class ElasticTokenizer:
             reconstruction (uint8, real frames only) that gives 0 or above, less being better.
           delay_blocks: with a budget, blocks that are held and split it; what comes later is not foreseen.
           budget_counts: with a budget, counts of each block that are measured to decide.
-          search: 'binary', 'predict', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'binary'.
+          search: 'predict', 'binary', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'predict'.
           rate: frames per second to read from a file, and the rate of an array; None keeps a file's own.
           max_frames: read no more frames than this.
           fallback_fraction: share of a block's tokens kept when no count meets the threshold.
@@ -287,10 +287,8 @@ class ElasticTokenizer:
             raise ValueError(f"psnr={psnr} is of squared errors; give threshold= with {metric=}.")
         if psnr is not None:
             threshold = threshold_of_psnr(psnr)
-        if bitrate is not None:
-            avg_tokens = tokens_of_bitrate(bitrate, clip.rate, self.config)
         options = dict(
-            name=search or ("binary" if num_tokens is None else "fixed"),
+            name=search or ("predict" if num_tokens is None else "fixed"),
             min_kept=min(self.config.min_toks, num_tokens or self.config.min_toks),
             max_kept=self.config.max_toks,
             threshold=threshold,
@@ -300,19 +298,25 @@ class ElasticTokenizer:
             num_counts=num_counts,
             width=self.search_width if num_tokens is None else 1,
         )
-        budget = None
-        if avg_tokens is not None:
-            budget = Budget(
-                avg_tokens=avg_tokens,
-                smallest=self.config.min_toks,
-                largest=SearchOptions(
-                    min_kept=self.config.min_toks,
-                    max_kept=self.config.max_toks,
-                    max_fraction=max_fraction,
-                ).largest,
+        limits = SearchOptions(
+            min_kept=self.config.min_toks, max_kept=self.config.max_toks, max_fraction=max_fraction
+        )
+
+        def make_budget(mean: float) -> Budget:
+            return Budget(
+                avg_tokens=mean,
+                smallest=limits.min_kept,
+                largest=limits.largest,
                 delay_blocks=delay_blocks,
                 num_counts=budget_counts,
             )
+
+        budget = None if avg_tokens is None else make_budget(avg_tokens)
+        if bitrate is not None:
+            try:  # the same bitrate may be too low for one clip and right for another
+                budget = make_budget(tokens_of_bitrate(bitrate, clip.rate, self.config))
+            except ValueError as error:
+                raise MediaError(f"{_name(source)} cannot have {bitrate=}: {error}") from error
         encoding = Encoding(self._setting, clip, options, budget=budget, metric=make_metric(metric))
         if record is not None:
             encoding.open_record(record)
@@ -392,3 +396,8 @@ class ElasticTokenizer:
         return Setting(
             self.codec, self.weights, self.model_id, self.context, self.search_width, self.prior
         )
+
+
+def _name(source: Source) -> str:
+    """What a message calls a clip."""
+    return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "The clip"
