@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -133,12 +134,12 @@ class Encoding:
         """Blocks that an earlier run recorded."""
         return 0 if self._recording is None else len(self._recording.blocks)
 
-    def open_record(self, path: str | os.PathLike, *, alone: bool = True) -> None:
+    def open_record(self, path: str | os.PathLike, *, most_copied: float = math.inf) -> None:
         """Records to `path` from now on; goes on from what an earlier run left there, so that `first_block` is known.
 
         Args:
-          alone: no other clip goes through the model beside this one. Else its past is one of several and is not copied, so that
-            recorded blocks go through the model once more.
+          most_copied: blocks after which a copy of the past may be used, at most; 0: none, because other clips will go through the
+            model beside this one. Recorded blocks after the copy go through the model once more.
 
         Raises:
           RecordingError: there is a recording of another run.
@@ -153,21 +154,23 @@ class Encoding:
                 f"{path} is there already, and frames that come cannot be gone through again; give another record."
             )
         self._recording = Recording(path, self._about(), self._header())
-        found = self._recording.load_past(self._setting.codec) if alone else None
-        if found is not None and found[0]:
+        found = self._recording.load_past(self._setting.codec) if most_copied else None
+        if found is not None and 0 < found[0] <= most_copied:
             self.first_block, self._past = found
             before = self._recording.blocks[: self.first_block]
             self._memory = memory_from_plain(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
-    def open_fitting_record(self, path: str | os.PathLike, *, alone: bool = True) -> None:
+    def open_fitting_record(
+        self, path: str | os.PathLike, *, most_copied: float = math.inf
+    ) -> None:
         """The same; a recording of another run is removed, and the log says so."""
         try:
-            self.open_record(path, alone=alone)
+            self.open_record(path, most_copied=most_copied)
         except RecordingError as error:
             log.warning("Begins anew: %s", error)
             remove_recording(path)
-            self.open_record(path, alone=alone)
+            self.open_record(path, most_copied=most_copied)
 
     def begin(self, lanes: Lanes, lane: int) -> Iterator[np.ndarray]:
         """The blocks to tokenize, `lane` ready for the first."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from elastic import media, report
 from elastic.blocks import BlockResult
+from elastic.config import ElasticTokConfig
 from elastic.encoding import Encoding
 from elastic.metrics import psnr_of_mse
 from elastic.recording import remove_recording
@@ -84,18 +86,19 @@ class Job:
         record = self._work / PART
         if not self._resume:
             remove_recording(record)
+        if self._viz:
+            self._frames = _Frames(self._work, tokenizer.config)
         if not encoding.has_budget:
-            encoding.open_fitting_record(record, alone=alone)
+            drawn = math.inf if self._frames is None else self._frames.num_blocks
+            encoding.open_fitting_record(record, most_copied=drawn if alone else 0)
         self._encoding = encoding
         for about in encoding.recorded:
             self._note(about["passes"], about["seconds"], about["squares"])
             self._earlier += about["seconds"]
         if encoding.num_recorded:
             log.info("%s goes on after block %d.", self.source, encoding.num_recorded)
-        if self._viz:
-            self._frames = _Frames(self._work, tokenizer.config.resolution)
-            first_frame = encoding.first_block * tokenizer.config.frames_per_block
-            self._stack.enter_context(self._frames.writing(first_frame))
+        if self._frames is not None:
+            self._stack.enter_context(self._frames.writing(encoding.first_block))
         self._started = time.perf_counter()
         return encoding
 
@@ -173,19 +176,20 @@ class Job:
 class _Frames:
     """Originals and reconstructions of a run, in two files of raw pixels until the picture is drawn."""
 
-    def __init__(self, work: Path, resolution: int):
+    def __init__(self, work: Path, config: ElasticTokConfig):
         self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
-        self._shape = (resolution, resolution, 3)
+        self._shape = (config.resolution, config.resolution, 3)
+        self._block_bytes = self._frame_bytes * config.frames_per_block
         self._files: list[Any] = []
 
     @contextlib.contextmanager
-    def writing(self, num_frames: int) -> Iterator[None]:
-        """Opens both files for `add`, after the first `num_frames` frames that an earlier run wrote."""
+    def writing(self, num_blocks: int) -> Iterator[None]:
+        """Opens both files for `add`, after the first `num_blocks` whole blocks that an earlier run wrote."""
         with contextlib.ExitStack() as stack:
             for path in self._paths:
                 path.touch()
                 file = stack.enter_context(open(path, "r+b"))
-                file.truncate(num_frames * self._frame_bytes)
+                file.truncate(num_blocks * self._block_bytes)
                 file.seek(0, os.SEEK_END)
                 self._files.append(file)
             yield
@@ -194,6 +198,12 @@ class _Frames:
         """Appends a block of each."""
         for file, frames in zip(self._files, (original, reconstruction), strict=True):
             file.write(np.ascontiguousarray(frames).data)
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that are in both files."""
+        sizes = [path.stat().st_size if path.exists() else 0 for path in self._paths]
+        return min(sizes) // self._block_bytes
 
     def flush(self) -> None:
         """Makes both files readable."""

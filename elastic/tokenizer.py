@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, cast
@@ -181,7 +182,9 @@ class ElasticTokenizer:
                 try:
                     encoding = self.stream(source, **options)
                     if record is not None and not encoding.has_budget:
-                        encoding.open_fitting_record(record(number), alone=batch == 1)
+                        encoding.open_fitting_record(
+                            record(number), most_copied=math.inf if batch == 1 else 0
+                        )
                 except MediaError as error:
                     bad.append((number, error))
                     continue

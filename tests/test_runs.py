@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elastic import cli, jobs, media, metrics, runs
+from elastic import cli, jobs, media, metrics, recording, runs
 from elastic.config import ElasticTokConfig
 from elastic.patches import pad_block, patchify
 from elastic.search import make_search, run_search
+from elastic.tensor_file import locked
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenizedClip
 from scripts import decode as decode_script
@@ -402,3 +403,93 @@ def test_a_run_reads_its_frames_one_block_after_the_other(
         progress=False,
     )
     assert held == [2, 2, 1]
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("stage", ["after the third block", "drawing"])
+def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
+    tokenizers, golden, tmp_path, monkeypatch, stage, copies
+):
+    """Also where the disk was full while the results were written; an earlier run's results stay until then."""
+    monkeypatch.setattr(recording, "_COPY_SECONDS", 0.0 if copies else 1e9)
+    monkeypatch.setattr(recording, "_COPY_SHARE", 0)
+    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    source = golden / "media" / CLIP
+    whole = runs.tokenize_file(tokenizers["fsq"], source, tmp_path / "whole", **how)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokens.npz").write_text("of an earlier run")
+    with monkeypatch.context() as patched:
+        if stage == "drawing":
+            patched.setattr(jobs.report, "plot_report", _raise(OSError(28, "No space left")))
+        else:
+            add = jobs.Job.add
+            patched.setattr(
+                jobs.Job,
+                "add",
+                lambda job, block: (
+                    _raise(KeyboardInterrupt)() if len(job._spent) == 3 else add(job, block)
+                ),
+            )
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+    assert (out / "tokens.npz").read_text() == "of an earlier run"
+    assert names(out) == sorted(
+        ["tokens.npz", "unfinished"]
+        + [f"unfinished/{name}" for name in (".lock", "original.rgb", "reconstruction.rgb")]
+        + ["unfinished/tokens.part"]
+        + ["unfinished/tokens.part.past"] * copies
+        + (["unfinished/tokens.npz", "unfinished/report.json"] if stage == "drawing" else [])
+    )
+    part = runs.open_tokens(out / "unfinished" / "tokens.part")
+    runs.decode_to_file(tokenizers["fsq"], part, tmp_path / "so_far.mp4", progress=False)
+    with media.open_clip(tmp_path / "so_far.mp4", resolution=32, rate=None) as clip:
+        assert clip.num_frames == (11 if stage == "drawing" else 8)
+    again = runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+    assert names(out) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]
+    assert TokenizedClip.load(out / "tokens.npz") == TokenizedClip.load(whole.folder / "tokens.npz")
+    for run in (whole, again):  # what took time is not the same
+        run.report["totals"].pop("seconds"), run.report["totals"].pop("frames_per_second")
+        for block in run.report["blocks"]:
+            block.pop("seconds")
+    assert again.report == whole.report
+    assert (out / "viz.mp4").read_bytes() == (whole.folder / "viz.mp4").read_bytes()
+
+
+def _raise(error):
+    def stop(*_, **__):
+        raise error
+
+    return stop
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(tokenizers, golden, tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    with locked(tmp_path / "unfinished" / ".lock"):
+        with pytest.raises(ValueError, match="Another process is writing into"):
+            runs.tokenize_file(
+                tokenizers["fsq"], golden / "media" / PHOTO, tmp_path, num_tokens=8, progress=False
+            )
+        assert names(tmp_path) == ["unfinished", "unfinished/.lock"]
+
+
+def test_files_side_by_side_give_the_results_of_files_one_by_one(tokenizers, golden, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in (CLIP, PHOTO):
+        (source / name).write_bytes((golden / "media" / name).read_bytes())
+    (source / "bad.mp4").write_bytes(b"no video")
+    inputs = runs.find_inputs(source)
+    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    found = {}
+    for batch in (1, 2):
+        done, bad = runs.tokenize_files(
+            tokenizers["fsq"], inputs, tmp_path / str(batch), batch=batch, **how
+        )
+        assert [path.name for path in bad] == ["bad.mp4"]
+        found[batch] = {
+            run.source.name: TokenizedClip.load(run.folder / "tokens.npz").counts.tolist()
+            for run in done
+        }
+    assert found[1] == found[2] and len(found[1]) == 2
+    assert names(tmp_path / "1") == names(tmp_path / "2")
