@@ -44,10 +44,6 @@ def unbroken(tokenizer, frames, options):
     return tokenizer.encode(frames[:27], **options)
 
 
-class Cut(BaseException):
-    """A process that ends."""
-
-
 def interrupted(tokenizer, frames, options, path, blocks):
     """Tokenizes so many blocks and ends."""
     for number, _ in enumerate(tokenizer.stream(frames, **options, record=path), 1):
@@ -103,7 +99,7 @@ def test_a_recording_of_another_run_is_refused(tokenizer, frames, options, tmp_p
     assert path.read_bytes() == before and not (tmp_path / "b.part").exists()
 
 
-def test_frames_that_come_one_by_one_are_a_clip(tokenizer, frames, options, unbroken):
+def test_frames_that_come_one_by_one_are_a_clip(tokenizer, frames, options, unbroken, golden):
     """No more frames are taken than the blocks that were asked for need, and two blocks ahead."""
     taken = itertools.count()
     coming = (frame for frame, _ in zip(frames[:27], taken, strict=False))
@@ -114,6 +110,9 @@ def test_frames_that_come_one_by_one_are_a_clip(tokenizer, frames, options, unbr
     assert next(taken) <= 5 * tokenizer.config.frames_per_block + 2
     list(blocks)
     assert encoding.tokens().counts.tolist() == unbroken.counts.tolist()
+    path = golden / "media" / "clip_160x120_30fps_97f.mp4"
+    reader = media.open_clip(path, resolution=32, max_frames=27, rate=30)
+    assert list(tokenizer.stream(reader, **options))[-1].tokens.num_kept == unbroken.counts[-1]
     odd = [frames[0], frames[1][:-1]]
     with pytest.raises(ValueError, match="all of one size"):
         list(tokenizer.stream(iter(odd), **options))
