@@ -1,12 +1,16 @@
-"""How many tokens each block of a clip gets of a budget for all: where they lower the error most. Plain Python."""
+"""How many tokens each block of a clip gets of a budget for all: where they lower the error most."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from elastic.curves import Curve, points_of
 
-_STEPS = 64  # counts at which a measured curve is read off, geometrically spaced
+_STEPS = 128  # counts at which a measured curve is read off, geometrically spaced
+_MOST_BINS = (
+    1 << 16
+)  # in which a budget is counted; a larger one is counted in units of several tokens
 
 
 def allocate(
@@ -19,8 +23,8 @@ def allocate(
 ) -> list[int]:
     """The counts that give the least sum of errors for at most `budget` tokens in all.
 
-    Each curve's convex hull is a run of steps, each so much error less for so many tokens; taking the steepest steps of all blocks first is
-    optimal on the hulls. On the curves themselves the equal split may still be better, where one is far from convex: then it is taken.
+    The multiple-choice knapsack over the curves, by dynamic programming, so that curves may have cliffs and plateaus: optimal among
+    the counts that are read off, which is `_STEPS` over the range and all measured ones; what is left goes where it buys most.
 
     Args:
       curves: for each block, measured losses by count; between them a curve runs straight in logarithms.
@@ -39,24 +43,53 @@ def allocate(
             raise ValueError(f"Block {number} has no finite loss among {dict(curve)}.")
     weights = [1.0] * len(curves) if weights is None else weights
     known = [Curve(points_of(curve)) for curve in curves]
-    steps = []
-    for block, (curve, weight) in enumerate(zip(known, weights, strict=True)):
-        hull = _hull(_read_off(curve, smallest, largest))
-        for (n0, y0), (n1, y1) in itertools.pairwise(hull):
-            steps.append((weight * (y0 - y1) / (n1 - n0), -block, n1 - n0))
-    counts = [smallest] * len(curves)
-    left = budget - sum(counts)
-    for _, block, length in sorted(steps, reverse=True):
-        taken = min(length, left)  # of a step that the budget cuts short, a part
-        counts[-block] += taken
-        left -= taken
-    equal = split_equally(budget, len(curves), largest=largest)
+    options = [
+        _falling([(n, weight * y) for n, y in _read_off(curve, smallest, largest)])
+        for curve, weight in zip(known, weights, strict=True)
+    ]
+    counts = _knapsack(options, budget)
 
     def error(split: list[int]) -> float:
         parts = zip(split, known, weights, strict=True)
         return math.fsum(weight * _loss(curve, count) for count, curve, weight in parts)
 
+    def gain(block: int, more: int) -> float:
+        curve, count = known[block], counts[block]
+        return weights[block] * (_loss(curve, count) - _loss(curve, count + more))
+
+    left = budget - sum(counts)
+    room = [min(left, largest - count) for count in counts]
+    best = max(range(len(counts)), key=lambda block: gain(block, room[block]))
+    if gain(best, room[best]) > 0:
+        counts[best] += room[best]
+    equal = split_equally(budget, len(curves), largest=largest)
     return counts if error(counts) <= error(equal) else equal
+
+
+def _knapsack(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:
+    """One count of each block, so that the sum of the losses is least; each block's options are (count, loss), the first is affordable."""
+    least = [choices[0][0] for choices in options]
+    unit = max(1, -(-(budget - sum(least)) // _MOST_BINS))
+    room = (budget - sum(least)) // unit  # in units; costs are rounded up
+    best = np.zeros(room + 1)  # least loss of the blocks so far, by what they may spend
+    chosen = np.zeros((len(options), room + 1), np.int16)
+    for block, choices in enumerate(options):
+        longer = np.full(room + 1, np.inf)
+        for number, (count, loss) in enumerate(choices):
+            cost = -(-(count - least[block]) // unit)
+            if cost > room:
+                break
+            candidate = best[: room + 1 - cost] + loss
+            better = candidate < longer[cost:]
+            longer[cost:][better] = candidate[better]
+            chosen[block, cost:][better] = number
+        best = longer
+    counts, left = [], room
+    for block in reversed(range(len(options))):
+        count = options[block][chosen[block, left]][0]
+        counts.append(count)
+        left -= -(-(count - least[block]) // unit)
+    return counts[::-1]
 
 
 def split_equally(budget: int, num_blocks: int, *, largest: int) -> list[int]:
@@ -77,17 +110,10 @@ def _read_off(curve: Curve, smallest: int, largest: int) -> list[tuple[int, floa
     return [(n, _loss(curve, n)) for n in sorted(counts) if smallest <= n <= largest]
 
 
-def _hull(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The lower convex hull up to its lowest point: beyond, tokens buy nothing."""
-    hull: list[tuple[int, float]] = []
+def _falling(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points that no smaller count is as good as."""
+    kept: list[tuple[int, float]] = []
     for n, y in points:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], (n, y)):
-            hull.pop()
-        hull.append((n, y))
-    while len(hull) > 1 and hull[-1][1] >= hull[-2][1]:
-        hull.pop()
-    return hull
-
-
-def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
+        if not kept or y < kept[-1][1]:
+            kept.append((n, y))
+    return kept

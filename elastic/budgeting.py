@@ -6,8 +6,10 @@ curves are a forecast; where the error came out higher than that of equal counts
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -24,6 +26,8 @@ from elastic.lanes import Lanes
 from elastic.metrics import mse_of_psnr
 from elastic.search import geometric_counts, make_search
 
+_SPREAD = 7  # counts of a block that are measured first, over the whole range
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -34,7 +38,7 @@ class Budget:
       smallest, largest: the range of a block's count.
       delay_blocks: blocks in a stretch: so many are held in memory, and so late may a block's tokens come. What a
         stretch leaves over, the next one may spend.
-      num_counts: counts of a block that are measured to decide, spread geometrically over the range. More find the best
+      num_counts: counts of a block that are measured to decide, most of them where the loss falls. More find the best
         split more exactly; each costs a pass.
 
     Raises:
@@ -173,12 +177,10 @@ class _Walk:
     ) -> tuple[list[BlockResult], list[dict[int, float]], Past]:
         """Every block with the equal count, and what other counts would give in its place."""
         results, curves = [], []
-        counts = geometric_counts(budget.smallest, budget.largest, budget.num_counts)
-        counts = [count for count in counts if count != budget.equal]
         lanes = self._lanes(past)
         for number, frames in enumerate(self.stretch, self.first):
             self._put(lanes, number, frames, budget.equal)
-            curve = lanes.losses_of(0, counts)
+            curve = _sampled(functools.partial(lanes.losses_of, 0), budget, self.width)
             ((_, result),) = lanes.step()
             results.append(result)
             curves.append(curve | result.tried)
@@ -205,6 +207,32 @@ class _Walk:
         most = self.codec.config.tokens_per_block
         search = make_search("fixed", min_kept=1, max_kept=most, num_tokens=count, width=self.width)
         lanes.put(0, frames, search, metric=self.metric)
+
+
+def _sampled(
+    losses_of: Callable[[list[int]], dict[int, float]], budget: Budget, width: int
+) -> dict[int, float]:
+    """A block's losses at `num_counts` counts but the equal one: a few spread over the range, the others where the loss falls most.
+
+    Between two counts lies a cliff or a slope; how much can be wrong there is the tokens between them times the loss between them.
+    """
+    spread = geometric_counts(
+        budget.smallest, budget.largest, max(2, min(_SPREAD, budget.num_counts))
+    )
+    curve = losses_of([count for count in spread if count != budget.equal])
+    while (wanted := budget.num_counts - len(curve)) > 0:
+        points = sorted(curve.items())
+        gaps = sorted(
+            ((y0 - y1) * (n1 - n0), n0, n1)
+            for (n0, y0), (n1, y1) in itertools.pairwise(points)
+            if n1 - n0 > 1
+        )
+        middles = {round(math.sqrt(n0 * n1)) for _, n0, n1 in gaps[-min(width, wanted) :]}
+        middles = [count for count in middles - curve.keys() if count != budget.equal]
+        if not middles:
+            break
+        curve |= losses_of(middles)
+    return curve
 
 
 def _error(results: list[BlockResult]) -> float:

@@ -1,6 +1,7 @@
 """Settings of the whole suite: 8 virtual CPU devices, and the released system's numbers as fixtures."""
 
 import pathlib
+import signal
 
 import jax
 import pytest
@@ -8,6 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes without hardware
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Started in the background, pytest may find Ctrl-C ignored, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
