@@ -47,6 +47,11 @@ def make_metric(metric: str | Metric) -> tuple[str, Metric | None]:
     if metric == "mse":
         return metric, None
     if metric == "lpips":
-        distance = functools.partial(lpips_of_frames, jax.device_put(load_lpips_weights()))
-        return metric, lambda a, b: np.mean(distance(a, b))
+        return metric, _lpips_metric()
     raise ValueError(f"metric={metric!r} must be 'mse', 'lpips' or a function of two clips.")
+
+
+@functools.cache  # the weights are read once, not for every clip
+def _lpips_metric() -> Metric:
+    distance = functools.partial(lpips_of_frames, jax.device_put(load_lpips_weights()))
+    return lambda a, b: np.mean(distance(a, b))

@@ -7,7 +7,7 @@ import os
 import pathlib
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,13 +107,11 @@ def open_clip(
         return Clip(image, source.rate, source.num_frames, size, source, None, resolution)
     own_rate = float(rate or 24.0)
     if isinstance(source, np.ndarray):
-        if source.ndim not in (3, 4):
-            _check(source, "[frames, height, width, 3], or [height, width, 3]")
-        is_image = source.ndim == 3
+        is_image = source.ndim != 4
         frames = (source[None] if is_image else source)[:max_frames]
         if not len(frames):
             raise ValueError("A clip of no frames cannot be tokenized.")
-        _check(frames[0], frames.shape[1:])
+        _check(frames[0])
         size = (frames.shape[2], frames.shape[1])
         return Clip(
             is_image, 0.0 if is_image else own_rate, len(frames), size, None, frames, resolution
@@ -123,7 +121,7 @@ def open_clip(
     if first is None:
         raise ValueError("No frame came; there is nothing to tokenize.")
     first = np.asarray(first)
-    _check(first, first.shape)
+    _check(first)
     frames = itertools.islice(itertools.chain([first], coming), max_frames)
     size = (first.shape[1], first.shape[0])
     return Clip(False, own_rate, None, size, None, frames, resolution)
@@ -141,15 +139,16 @@ def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
         finally:
             for future in coming:
                 future.cancel()
-            if isinstance(items, Iterator) and hasattr(items, "close"):
-                pool.submit(items.close)  # type: ignore[attr-defined]
+            if isinstance(items, Generator):
+                pool.submit(items.close)
 
 
-def _check(frame: np.ndarray, shape: Any) -> None:
+def _check(frame: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
+    """Refuses what is no frame, or is not of the shape."""
     if (
         frame.dtype != np.uint8
         or frame.ndim != 3
-        or frame.shape != shape
+        or shape not in (None, frame.shape)
         or 0 in frame.shape
         or frame.shape[-1] != 3
     ):

@@ -180,10 +180,10 @@ class Codec:
 
         What was held is used up.
         """
-        if held is None or elements.all():
+        if elements.all():
             held = None
-            if trial.losses.shape[1] == 1:
-                return trial
+        if held is None and trial.losses.shape[1] == 1:
+            return trial
         return self._hold(held, trial, choice, elements)
 
     def commit(
@@ -287,7 +287,8 @@ class Codec:
             decoder_new=decoder_new if keep else None,
         )
 
-    def _hold_impl(self, held: Trial | None, trial: Trial, choice, elements) -> Trial:
+    def _chosen(self, trial: Trial, choice) -> Trial:
+        """One candidate of each element."""
         num_candidates = trial.losses.shape[1]
 
         def chosen(x: Array, axis: int) -> Array:
@@ -302,7 +303,7 @@ class Codec:
         def layers(new: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
             return None if new is None else (chosen(new[0], 1), chosen(new[1], 1))
 
-        one = Trial(
+        return Trial(
             losses=losses(trial.losses),
             pixel_losses=losses(trial.pixel_losses),
             codes=chosen(trial.codes, 0),
@@ -310,6 +311,9 @@ class Codec:
             encoder_new=layers(trial.encoder_new),
             decoder_new=layers(trial.decoder_new),
         )
+
+    def _hold_impl(self, held: Trial | None, trial: Trial, choice, elements) -> Trial:
+        one = self._chosen(trial, choice)
         if held is None:
             return one
 
@@ -320,7 +324,7 @@ class Codec:
         return jax.tree.map(newer, held, one)
 
     def _commit_impl(self, past: Past, trial: Trial, choice, elements) -> tuple[Past, Committed]:
-        one = self._hold_impl(None, trial, choice, None)
+        one = self._chosen(trial, choice)
         encoder = self._append(past.encoder, one.encoder_new, past.num_blocks, elements)
         decoder = self._append(past.decoder, one.decoder_new, past.num_blocks, elements)
         new = self._counted(past, encoder, decoder, elements)

@@ -1,7 +1,6 @@
 """The numbers of a data set run: of each shard, and of all together, with a plot of tokens per block."""
 
 import dataclasses
-import io
 import json
 import math
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic.dataset_plan import Plan, clear_unfinished
-from elastic.report import write_json
+from elastic.report import new_figure, write_figure, write_json
 from elastic.token_file import write_atomically
 from elastic.tokens import TokenizedClip
 
@@ -151,12 +150,8 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
 
 def _plot(summary: Mapping[str, Any], path: Path) -> None:
     """The histogram of tokens per block as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     totals, histogram = summary["totals"], summary["tokens_per_block"]
-    figure = Figure(figsize=(8, 4.2), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.2)
     axes = figure.subplots()
     axes.stairs(histogram["blocks"], histogram["edges"], fill=True, color="#266cbc", alpha=0.75)
     label = f"mean {totals['mean_tokens']:.1f}"
@@ -167,6 +162,4 @@ def _plot(summary: Mapping[str, Any], path: Path) -> None:
     title = f"{totals['tokens']} tokens in {totals['blocks']} blocks of {totals['clips']} clips"
     axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    write_atomically(path, buffer.getvalue())
+    write_figure(figure, path)

@@ -38,7 +38,6 @@ class Setting:
     weights: dict[str, Any]
     model_id: str
     context: Literal["carry", "restart"]
-    width: int
     prior: CurvePrior | None = None
 
     @functools.cached_property
@@ -120,7 +119,7 @@ class Encoding:
             self._setting.weights,
             ahead(self._clip.blocks(self._setting.codec.config.frames_per_block), _AHEAD),
             self._budget,
-            width=self._setting.width,
+            width=self.width,
             restart=self._setting.context == "restart",
             metric=self.metric,
         )
@@ -149,11 +148,12 @@ class Encoding:
             raise ValueError(
                 f"record={str(path)!r} needs a threshold or num_tokens: a budget is not spent block by block."
             )
-        if self._clip.identity() is None and os.path.exists(path):
+        about = self._about()
+        if about["clip"] is None and os.path.exists(path):
             raise RecordingError(
                 f"{path} is there already, and frames that come cannot be gone through again; give another record."
             )
-        self._recording = Recording(path, self._about(), self._header())
+        self._recording = Recording(path, about, self._header())
         found = self._recording.load_past(self._setting.codec) if most_copied else None
         if found is not None and 0 < found[0] <= most_copied:
             self.first_block, self._past = found

@@ -223,11 +223,7 @@ def _cell(value: Any) -> str:
 
 def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
     """Draws, as PNG: how many blocks meet a threshold with how many tokens (the paper's Figure 4), and quality against tokens."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12.5, 5.6), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = report.new_figure(12.5, 5.6)
     left, right = figure.subplots(1, 2)
     _plot_thresholds(left, evaluations)
     second = _plot_quality(right, evaluations)
@@ -245,7 +241,7 @@ def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(axes is right and second)
     _label_bits(right, evaluations, ticks)
-    canvas.print_png(os.fspath(path))
+    report.write_figure(figure, path)
 
 
 def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:

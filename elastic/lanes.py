@@ -47,9 +47,6 @@ class Lanes:
       batch: how many lanes.
       width: counts of a block tried in one call.
       past: what the lanes remember; None: nothing yet. It is used up.
-
-    Attributes:
-      calls: of the model, so far.
     """
 
     def __init__(
@@ -62,7 +59,7 @@ class Lanes:
         past: Past | None = None,
     ):
         config = codec.config
-        self.codec, self.batch, self.width, self.calls = codec, batch, width, 0
+        self.codec, self.batch, self.width = codec, batch, width
         self.past = codec.new_past(batch) if past is None else past
         self._weights = weights
         self._work: list[_Work | None] = [None] * batch
@@ -153,7 +150,6 @@ class Lanes:
             num_frames=self._num_frames,
             keep=keep,
         )
-        self.calls += 1
         # Held against the threshold: the larger of both errors, so that decoded 8-bit frames keep the promise too.
         squares = np.maximum(trial.losses, trial.pixel_losses)
         losses = {}

@@ -118,11 +118,11 @@ class Recording:
         """Records one block more."""
         self._writer.append(tokens, num_frames, **about)
 
-    def copy_past(self, past: Past, *, now: bool = False) -> None:
-        """Copies the past if it is time to, or `now`. Where it cannot be written the log says so: going on then takes longer."""
+    def copy_past(self, past: Past) -> None:
+        """Copies the past if it is time to. Where it cannot be written the log says so: going on then takes longer."""
         started = time.monotonic()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(past))
-        if size > _MOST_COPY_BYTES or not (now or started - self._copied > self._wait):
+        if size > _MOST_COPY_BYTES or started - self._copied <= self._wait:
             return
         try:
             self._writer.sync()

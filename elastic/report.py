@@ -306,9 +306,6 @@ def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:
 
 def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Draws tokens and loss of each block over time as PNG, from what `build_report` gave."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     clip, totals, blocks = report["clip"], report["totals"], report["blocks"]
     edges = np.arange(len(blocks) + 1, dtype=float)
     if clip["rate"]:
@@ -317,8 +314,7 @@ def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     loss = np.array([_number(block["loss"]) for block in blocks])
     missed = np.array([clip["threshold"] is not None and not block["met"] for block in blocks])
 
-    figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(9, 5.2)
     tokens_axes, loss_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     met_colour, missed_colour = (tuple(c / 255 for c in rgb) for rgb in (_MET, _NOT_MET))
     tokens_axes.stairs(kept, edges, fill=True, color=met_colour, alpha=0.25)
@@ -355,8 +351,22 @@ def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
             axes.legend(
                 loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9
             )
+    write_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure of so many inches, which no window shows."""
+    from matplotlib.figure import Figure  # takes a second, and only plots need it
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def write_figure(figure: Any, path: str | os.PathLike) -> None:
+    """The figure as PNG; `path` is replaced as a whole or not touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    canvas.print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)
     write_atomically(path, buffer.getvalue())
 
 

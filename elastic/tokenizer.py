@@ -147,7 +147,10 @@ class ElasticTokenizer:
         `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most). For
         the other options see `stream`.
         """
-        return self.reconstruct(source, **options).tokens
+        encoding = self.stream(source, **options)
+        for _ in encoding:  # the frames are not held
+            pass
+        return encoding.tokens()
 
     def reconstruct(self, source: Source, **options: Any) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
@@ -301,11 +304,13 @@ class ElasticTokenizer:
             num_counts=num_counts,
             width=self.search_width if num_tokens is None else 1,
         )
-        limits = SearchOptions(
-            min_kept=self.config.min_toks, max_kept=self.config.max_toks, max_fraction=max_fraction
-        )
 
         def make_budget(mean: float) -> Budget:
+            limits = SearchOptions(
+                min_kept=self.config.min_toks,
+                max_kept=self.config.max_toks,
+                max_fraction=max_fraction,
+            )
             return Budget(
                 avg_tokens=mean,
                 smallest=limits.min_kept,
@@ -396,9 +401,7 @@ class ElasticTokenizer:
 
     @functools.cached_property
     def _setting(self) -> Setting:
-        return Setting(
-            self.codec, self.weights, self.model_id, self.context, self.search_width, self.prior
-        )
+        return Setting(self.codec, self.weights, self.model_id, self.context, self.prior)
 
 
 def _name(source: Source) -> str:

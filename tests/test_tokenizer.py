@@ -150,3 +150,9 @@ def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):
     checkpoint.save_params(tmp_path / "params", tokenizer.params)
     with pytest.raises(ValueError, match=r"no config.json beside it"):
         ElasticTokenizer.from_pretrained(f"params::{tmp_path}/params")
+
+
+def test_a_fixed_count_below_the_least_of_training_may_be_all_that_is_allowed(golden, clip):
+    """The range of a budget or a search is not that of a count that is given."""
+    tokens = load(golden, "fsq").encode(clip[:2], num_tokens=2, max_fraction=0.07)
+    assert tokens.counts.tolist() == [2]
