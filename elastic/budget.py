@@ -1,5 +1,6 @@
 """How many tokens each block of a clip gets of a budget for all: where they lower the error most."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ import numpy as np
 from elastic.curves import Curve, points_of
 
 _STEPS = 128  # counts at which a measured curve is read off, geometrically spaced
+_PRICES = 1e-12, 1e3  # of a token, in error: between them lies any that matters
 _MOST_BINS = (
     1 << 16
 )  # in which a budget is counted; a larger one is counted in units of several tokens
@@ -44,7 +46,7 @@ def allocate(
     weights = [1.0] * len(curves) if weights is None else weights
     known = [Curve(points_of(curve)) for curve in curves]
     options = [
-        _falling([(n, weight * y) for n, y in _read_off(curve, smallest, largest)])
+        _falling([(n, weight * y) for n, y in _table(curve, smallest, largest)])
         for curve, weight in zip(known, weights, strict=True)
     ]
     counts = _knapsack(options, budget)
@@ -64,6 +66,44 @@ def allocate(
         counts[best] += room[best]
     equal = split_equally(budget, len(curves), largest=largest)
     return counts if error(counts) <= error(equal) else equal
+
+
+def price_of(curves: Sequence[Mapping[int, float]], budget: float) -> float:
+    """What one more token is worth in error where these blocks share a budget well: the multiplier of Shoham and Gersho 1988, sec. III.
+
+    At this price, each block's cheapest count, in loss + price * count, sums to at most `budget`. Curves as `read_off` gives them.
+    """
+    tables = [(np.array([*curve]), np.array([*curve.values()])) for curve in curves]
+
+    def spent(price: float) -> int:
+        return sum(int(counts[np.argmin(losses + price * counts)]) for counts, losses in tables)
+
+    low, high = _PRICES
+    while high > low * 1.001:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    return high
+
+
+def counts_to_measure(curve: Mapping[int, float], price: float, most: int) -> list[int]:
+    """Up to `most` counts, one between two measured ones each, where the block could turn out cheaper by most.
+
+    At best the loss is down to the lesser of both ends just above the lower count. Empty: nothing can be cheaper than what is measured.
+    """
+    points = sorted(curve.items())
+    cost = min(loss + price * count for count, loss in points)
+    gains = [
+        (cost - (min(loss, next_loss) + price * (count + 1)), count, next_count)
+        for (count, loss), (next_count, next_loss) in itertools.pairwise(points)
+        if next_count - count > 1
+    ]
+    best = sorted((gain for gain in gains if gain[0] > 0), reverse=True)[:most]
+    return [max(round(math.sqrt(low * high)), low + 1) for _, low, high in best]
+
+
+def read_off(curve: Mapping[int, float], smallest: int, largest: int) -> dict[int, float]:
+    """A measured curve at counts over the whole range; at measured ones exactly."""
+    return dict(_table(Curve(points_of(curve)), smallest, largest))
 
 
 def _knapsack(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:
@@ -102,7 +142,7 @@ def _loss(curve: Curve, count: int) -> float:
     return math.exp(curve.at(math.log(count)))
 
 
-def _read_off(curve: Curve, smallest: int, largest: int) -> list[tuple[int, float]]:
+def _table(curve: Curve, smallest: int, largest: int) -> list[tuple[int, float]]:
     """The curve at counts over the whole range; at measured ones exactly."""
     ratio = largest / smallest
     counts = {round(smallest * ratio ** (i / _STEPS)) for i in range(_STEPS + 1)}

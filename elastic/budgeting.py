@@ -7,9 +7,8 @@ curves are a forecast; where the error came out higher than that of equal counts
 
 import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,13 +18,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic.blocks import BlockResult, Metric
-from elastic.budget import allocate
+from elastic.budget import allocate, counts_to_measure, price_of, read_off
 from elastic.codec import Codec, Past
 from elastic.config import ElasticTokConfig
 from elastic.lanes import Lanes
 from elastic.metrics import mse_of_psnr
 from elastic.search import geometric_counts, make_search
 
+_SHARING = 8  # blocks before, at most, that are taken to share a budget like the whole clip
 _SPREAD = 7  # counts of a block that are measured first, over the whole range
 
 
@@ -38,7 +38,7 @@ class Budget:
       smallest, largest: the range of a block's count.
       delay_blocks: blocks in a stretch: so many are held in memory, and so late may a block's tokens come. What a
         stretch leaves over, the next one may spend.
-      num_counts: counts of a block that are measured to decide, most of them where the loss falls. More find the best
+      num_counts: counts of a block that are measured to decide, most of them where it could end. More find the best
         split more exactly; each costs a pass.
 
     Raises:
@@ -49,7 +49,7 @@ class Budget:
     smallest: int
     largest: int
     delay_blocks: int = 64
-    num_counts: int = 16
+    num_counts: int = 24
 
     def __post_init__(self):
         if not self.smallest <= self.avg_tokens <= self.largest:
@@ -176,14 +176,15 @@ class _Walk:
         self, past: Past, budget: Budget
     ) -> tuple[list[BlockResult], list[dict[int, float]], Past]:
         """Every block with the equal count, and what other counts would give in its place."""
-        results, curves = [], []
+        results, curves, tables = [], [], []
         lanes = self._lanes(past)
         for number, frames in enumerate(self.stretch, self.first):
             self._put(lanes, number, frames, budget.equal)
-            curve = _sampled(functools.partial(lanes.losses_of, 0), budget, self.width)
+            curve = _sampled(functools.partial(lanes.losses_of, 0), budget, self.width, tables)
             ((_, result),) = lanes.step()
             results.append(result)
             curves.append(curve | result.tried)
+            tables.append(_read_off(curves[-1], budget))
         return results, curves, lanes.past
 
     def commit(self, past: Past, counts: list[int]) -> tuple[list[BlockResult], Past]:
@@ -210,29 +211,33 @@ class _Walk:
 
 
 def _sampled(
-    losses_of: Callable[[list[int]], dict[int, float]], budget: Budget, width: int
+    losses_of: Callable[[list[int]], dict[int, float]],
+    budget: Budget,
+    width: int,
+    earlier: Sequence[Mapping[int, float]],
 ) -> dict[int, float]:
-    """A block's losses at `num_counts` counts but the equal one: a few spread over the range, the others where the loss falls most.
+    """A block's losses at `num_counts` counts but the equal one.
 
-    Between two counts lies a cliff or a slope; how much can be wrong there is the tokens between them times the loss between them.
+    A few are spread over the range. With the curves of the blocks before they tell what a token is worth in this clip, and so where
+    this block could end: there lie the others.
     """
     spread = geometric_counts(
         budget.smallest, budget.largest, max(2, min(_SPREAD, budget.num_counts))
     )
     curve = losses_of([count for count in spread if count != budget.equal])
+    sharing = [*earlier[-_SHARING:], _read_off(curve, budget)]
+    price = price_of(sharing, budget.avg_tokens * len(sharing))
     while (wanted := budget.num_counts - len(curve)) > 0:
-        points = sorted(curve.items())
-        gaps = sorted(
-            ((y0 - y1) * (n1 - n0), n0, n1)
-            for (n0, y0), (n1, y1) in itertools.pairwise(points)
-            if n1 - n0 > 1
-        )
-        middles = {round(math.sqrt(n0 * n1)) for _, n0, n1 in gaps[-min(width, wanted) :]}
-        middles = [count for count in middles - curve.keys() if count != budget.equal]
-        if not middles:
+        counts = counts_to_measure(curve, price, min(width, wanted))
+        counts = [count for count in counts if count != budget.equal]
+        if not counts:
             break
-        curve |= losses_of(middles)
+        curve |= losses_of(counts)
     return curve
+
+
+def _read_off(curve: Mapping[int, float], budget: Budget) -> dict[int, float]:
+    return read_off(curve, budget.smallest, budget.largest)
 
 
 def _error(results: list[BlockResult]) -> float:

@@ -176,7 +176,7 @@ INFERENCE = Script(
             ),
             Flag(
                 "budget_counts",
-                16,
+                24,
                 "with avg_tokens or bitrate: counts of each block that are measured to decide",
             ),
             Flag(

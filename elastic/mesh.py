@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from elastic.host_memory import return_after_compiling
+
 log = logging.getLogger(__name__)
 
 AXES = ("dp", "fsdp", "tp", "sp")
@@ -224,12 +226,13 @@ def memory_limit(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def use_all_cpu_cores() -> None:
-    """Makes one CPU device per core, up to 8, unless the user decided otherwise. Call before jax starts its backends.
+def set_up_cpu() -> None:
+    """Makes one CPU device per core, up to 8, unless the user decided otherwise, and keeps memory small. Call before jax starts its backends.
 
     Elementwise work inside loops runs on one core per device, so that attention over heads on two devices takes about 60 %
     of the time of one (measured on two cores).
     """
+    return_after_compiling()
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return

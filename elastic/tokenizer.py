@@ -248,7 +248,7 @@ class ElasticTokenizer:
         bitrate: float | None = None,
         metric: str | Metric = "mse",
         delay_blocks: int = 64,
-        budget_counts: int = 16,
+        budget_counts: int = 24,
         search: str | None = None,
         rate: float | None = 24.0,
         max_frames: int | None = None,

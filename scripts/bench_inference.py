@@ -8,6 +8,7 @@ not depend on them, only the number of passes does.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import json
 import multiprocessing
@@ -84,14 +85,18 @@ def parse_cases(parser: argparse.ArgumentParser, cases: Collection[str]) -> argp
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, computed in a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def start_jax(num_devices: int) -> Any:
-    """jax with so many CPU devices, or whatever accelerator there is."""
+    """jax with so many CPU devices, or whatever accelerator there is; set up as the scripts do it otherwise."""
     import jax
 
+    from elastic.host_memory import return_after_compiling
+
+    return_after_compiling()
     jax.config.update("jax_num_cpu_devices", num_devices)
     return jax
 

@@ -15,7 +15,7 @@ def decode(flags: cli.Values) -> int:
 
     tokens = runs.open_tokens(flags["input_path"])
     runs.check_decoded_name(flags["output_path"], tokens)
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     spec = flags["load_checkpoint"] or runs.model_of(tokens)
     config = runs.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]

@@ -83,7 +83,7 @@ def evaluate(flags: cli.Values) -> int:
 
     from elastic import checkpoint, evaluation, evaluation_files, evaluation_records, mesh, runs
 
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     config = evaluation.EvaluationConfig(
         thresholds=tuple(float(threshold) for threshold in thresholds),
         num_tokens=tuple(counts),

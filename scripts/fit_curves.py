@@ -51,7 +51,7 @@ def fit_curves(flags: cli.Values) -> int:
     from elastic.search import geometric_counts, make_search
     from elastic.tensor_file import atomic_file
 
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     files = list(runs.find_inputs(flags["input_path"]))
     config = runs.model_config(str(folder))
     tokenizer = runs.ElasticTokenizer(

@@ -18,7 +18,7 @@ def tokenize(flags: cli.Values) -> int:
 
     from elastic import mesh, runs
 
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     inputs = runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
     config = runs.model_config(
         flags["load_checkpoint"],

@@ -21,7 +21,7 @@ def tokenize(flags: cli.Values) -> int:
     from elastic import mesh
 
     hosts = mesh.Hosts(**flags.under("jax_distributed"), independent=True)
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     mesh.join_hosts(hosts)
 
     import jax

@@ -14,7 +14,7 @@ def train(flags: cli.Values) -> int:
     from elastic import mesh
 
     hosts = mesh.Hosts(**flags.under("jax_distributed"))
-    mesh.use_all_cpu_cores()
+    mesh.set_up_cpu()
     mesh.join_hosts(hosts)
 
     from elastic import train as training
