@@ -20,7 +20,8 @@ def return_after_compiling() -> None:
     if trim is None:
         return
 
-    def listen(event: str, _: float, **__: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        del duration_secs
         if event == _COMPILED:
             trim(0)
 

@@ -227,7 +227,7 @@ def memory_limit(mesh: Mesh) -> int | None:
 
 
 def set_up_cpu() -> None:
-    """Makes one CPU device per core, up to 8, unless the user decided otherwise, and keeps memory small. Call before jax starts its backends.
+    """One CPU device per core, up to 8, unless the user decided otherwise, and small memory. Call before jax starts its backends.
 
     Elementwise work inside loops runs on one core per device, so that attention over heads on two devices takes about 60 %
     of the time of one (measured on two cores).
