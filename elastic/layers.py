@@ -200,8 +200,14 @@ class FeedForward(Compute):
 
         inner, outer = config.intermediate_size, config.hidden_size
         weights = weight("w1", outer, inner), weight("w2", inner, outer), weight("w3", outer, inner)
-        chunk_size = config.scan_mlp_chunk_size if config.scan_mlp else None
-        return ops.feedforward(x, *weights, dtype=self.dtype, chunk_size=chunk_size)
+        split = 1 if self.mesh is None else self.mesh.shape[ring.AXIS]
+        return ops.feedforward(
+            x,
+            *weights,
+            dtype=self.dtype,
+            chunk_size=config.scan_mlp_chunk_size if config.scan_mlp else None,
+            num_parts=split if x.shape[1] % split == 0 else 1,
+        )
 
 
 class Layer(Compute):

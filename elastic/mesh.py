@@ -13,11 +13,13 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from elastic.device_grid import ring_grid
 from elastic.host_memory import return_after_compiling
 
 log = logging.getLogger(__name__)
 
 AXES = ("dp", "fsdp", "tp", "sp")
+_FLAT = ("TPU v5 lite", "TPU v5e")  # slices without links from edge to edge
 
 
 def parse_mesh_dim(mesh_dim: str, num_devices: int) -> tuple[dict[str, int], bool]:
@@ -67,13 +69,21 @@ def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None)
     devices = list(jax.devices() if devices is None else devices)
     sizes, keep_order = parse_mesh_dim(mesh_dim, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
-    grid = (
-        np.asarray(devices).reshape(shape)
-        if keep_order
-        # An axis may take part of a physical one: a ring of 32 on a torus of 4 x 4 x 4 is no rare wish.
-        else mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    )
+    grid = np.asarray(devices).reshape(shape) if keep_order else _placed(devices, shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices where neighbours on an axis of the mesh are neighbours on the wire."""
+    if shape[-1] > 1 and devices[0].device_kind in _FLAT:
+        if (grid := ring_grid(devices, shape)) is not None:
+            return grid
+        log.warning(
+            "No ring of sp=%d devices fits into this slice so that each sends to a neighbour; its sends may not run beside the arithmetic.",
+            shape[-1],
+        )
+    # An axis may take part of a physical one: a ring of 32 on a torus of 4 x 4 x 4 is no rare wish.
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

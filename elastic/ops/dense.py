@@ -10,7 +10,7 @@ from elastic.ops import bits
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """The product of two matrices over axis `contract[0]` of a and `contract[1]` of b, summed in float32."""
+    """The product of two arrays over axis `contract[0]` of a and `contract[1]` of b, summed in float32."""
     return lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -21,14 +21,14 @@ def dense(
 ) -> Float[Array, "*b o"]:
     """`x @ kernel` with both operands rounded to `dtype` and a float32 result, gradients likewise.
 
-    Asking XLA:CPU for a bfloat16 result, as a linen Dense does, halves the rate; hence the float32 result on every device.
+    Asking XLA:CPU for a bfloat16 result, as a linen Dense does, halves the rate; hence the float32 result on every device. The axes of x
+    stay apart: rows of a batch and of a sequence that are both split over devices would have to be gathered to become one axis.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return _dense(rows, kernel, jnp.dtype(dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+    return _dense(x, kernel, jnp.dtype(dtype))
 
 
 def _product(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
-    return dot(x.astype(dtype), kernel.astype(dtype))
+    return dot(x.astype(dtype), kernel.astype(dtype), (x.ndim - 1, 0))
 
 
 _dense = jax.custom_vjp(_product, nondiff_argnums=(2,))
@@ -42,7 +42,7 @@ def _dense_fwd(x: Array, kernel: Array, dtype: jnp.dtype):
 def _dense_bwd(dtype: jnp.dtype, saved, gradient: Array):
     x, kernel, x_like = saved
     gradient = gradient.astype(dtype)
-    dx = dot(gradient, kernel.astype(dtype), (1, 1)).astype(x_like.dtype)
+    dx = dot(gradient, kernel.astype(dtype), (x.ndim - 1, 1)).astype(x_like.dtype)
     return dx, _weight_gradient(bits.show(x), gradient).astype(kernel.dtype)
 
 
@@ -50,13 +50,19 @@ _dense.defvjp(_dense_fwd, _dense_bwd)
 
 
 def _weight_gradient(x: Array, gradient: Array) -> Array:
-    """x^T @ gradient in float32."""
-    return lax.platform_dependent(
-        x,
-        gradient,
-        cpu=lambda x, gradient: dot(turned(x), gradient),
-        default=lambda x, gradient: dot(x, gradient, (0, 0)),
-    )
+    """x^T @ gradient over all axes but the last, in float32."""
+    rows = tuple(range(x.ndim - 1))
+
+    def at_once(x: Array, gradient: Array) -> Array:
+        return lax.dot_general(
+            x, gradient, ((rows, rows), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    def as_matrices(x: Array, gradient: Array) -> Array:
+        flat = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+        return dot(turned(next(flat)), next(flat))
+
+    return lax.platform_dependent(x, gradient, cpu=as_matrices, default=at_once)
 
 
 def turned(x: Float[Array, "a b"]) -> Float[Array, "b a"]:

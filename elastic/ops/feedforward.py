@@ -21,12 +21,15 @@ def feedforward(
     *,
     dtype: DTypeLike,
     chunk_size: int | None = None,
+    num_parts: int = 1,
 ) -> Float[Array, "b l d"]:
     """`w2(silu(w1 x) * w3 x)`.
 
     Args:
       dtype: type of the products' operands; sums are float32.
       chunk_size: tokens at a time, so that only `chunk_size x m` numbers are alive; the last chunk may be shorter. None: all at once.
+      num_parts: devices that the sequence is split over, evenly. Each works through chunks of its own part: one that lay on several
+        devices would be sent to all.
     """
 
     dtype = jnp.dtype(dtype)
@@ -34,15 +37,18 @@ def feedforward(
     def gated(x: Array) -> Array:
         return dense(_gate(dense(x, w1, dtype), dense(x, w3, dtype), dtype), w2, dtype)
 
-    length = x.shape[1]
+    batch, length, width = x.shape
+    length //= num_parts
     if chunk_size is None or chunk_size >= length:
         return gated(x)
+    parts = x.reshape(batch, num_parts, length, width)
     whole = length // chunk_size * chunk_size
-    chunks = x[:, :whole].reshape(x.shape[0], -1, chunk_size, x.shape[2]).swapaxes(0, 1)
-    out = (
-        lax.map(jax.checkpoint(gated), chunks).swapaxes(0, 1).reshape(x.shape[0], whole, x.shape[2])
-    )
-    return out if whole == length else jnp.concatenate([out, gated(x[:, whole:])], axis=1)
+    chunks = parts[:, :, :whole].reshape(batch, num_parts, -1, chunk_size, width)
+    out = lax.map(jax.checkpoint(gated), jnp.moveaxis(chunks, 2, 0))
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, num_parts, whole, width)
+    if whole < length:
+        out = jnp.concatenate([out, gated(parts[:, :, whole:])], axis=2)
+    return out.reshape(x.shape)
 
 
 def _silu_times(a: Array, b: Array, dtype: jnp.dtype) -> Array:
