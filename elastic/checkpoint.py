@@ -213,9 +213,20 @@ def load_config(
       ValueError: there is a config.json that is no configuration of ours.
       CheckpointError: there are no such weights.
     """
-    weights, _ = resolve(spec, revision=revision, local_files_only=local_files_only)
-    path = weights.with_name("config.json")
+    path = folder_of(spec, revision=revision, local_files_only=local_files_only) / "config.json"
     return read_config(str(path)) if path.is_file() else None
+
+
+def folder_of(
+    spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Where the weights that `spec` names lie, with what belongs to them; a repository's are fetched.
+
+    Raises:
+      CheckpointError: there are no such weights.
+    """
+    weights, _ = resolve(spec, revision=revision, local_files_only=local_files_only)
+    return weights.parent
 
 
 def _read(

@@ -22,6 +22,7 @@ PREFIXES = {
 }
 FILES = ("model.safetensors", "params", "streaming_params", "streaming_train_state")
 HUB_FILES = ("params", "model.safetensors")
+_COMPANIONS = ("config.json", "curves.json")  # come along with a download, where there are any
 
 
 def _split_prefix(spec: str) -> tuple[str | None, str]:
@@ -98,7 +99,7 @@ def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Pat
     """The weights of a repository, from the cache if they are there, else downloaded into it.
 
     Cached weights are used without asking the hub: released weights do not change, and the hub's client
-    waits half a minute before it gives up on a network. A config.json comes along with a download.
+    waits half a minute before it gives up on a network.
     """
     from huggingface_hub import errors, hf_hub_download
 
@@ -118,8 +119,9 @@ def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Pat
                 break  # the hub is out of reach
             except errors.EntryNotFoundError:
                 continue
-            with contextlib.suppress(errors.EntryNotFoundError):
-                fetch("config.json", local=False)
+            for companion in _COMPANIONS:
+                with contextlib.suppress(errors.EntryNotFoundError):
+                    fetch(companion, local=False)
             return weights
         else:
             if not local_files_only:

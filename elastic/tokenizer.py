@@ -136,7 +136,7 @@ class ElasticTokenizer:
             )
         params = checkpoint.load_params(spec, config)
         name = spec.rsplit("::", 1)[-1].rstrip("/")
-        options = {"prior": load_prior(name)} | options
+        options = {"prior": load_prior(checkpoint.folder_of(spec))} | options
         mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
         return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
 

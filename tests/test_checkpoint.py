@@ -26,6 +26,7 @@ from elastic import streaming, tensor_file
 from elastic.checkpoint import (
     CheckpointError,
     convert_layout,
+    folder_of,
     load_config,
     load_params,
     load_train_state,
@@ -561,6 +562,27 @@ def test_a_cached_repository_with_safetensors_brings_its_config(tmp_path, monkey
     assert load_config("LargeWorldModel/ElasticTok-FSQ") == FSQ
     found = flatten(load_params("LargeWorldModel/ElasticTok-FSQ", FSQ))
     assert found.keys() == flatten(file_tree()).keys()
+
+
+def test_a_download_brings_what_belongs_to_the_weights(tmp_path, monkeypatch):
+    """Its config and its curves lie beside it then; a repository without curves is none the worse."""
+    save_pretrained(tmp_path / "hub", FSQ, file_tree())
+    errors, asked = huggingface_hub.errors, []
+
+    def download(repo, name, *, revision, local_files_only):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        if not (tmp_path / "hub" / name).is_file():
+            raise errors.EntryNotFoundError(name)
+        asked.append(name)
+        return str(tmp_path / "hub" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert folder_of("hf::org/model") == tmp_path / "hub"
+    assert asked == ["model.safetensors", "config.json"]
+    (tmp_path / "hub" / "curves.json").write_text("{}")
+    folder_of("hf::org/model")
+    assert asked[2:] == ["model.safetensors", "config.json", "curves.json"]
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])
