@@ -85,13 +85,18 @@ class ElasticTokenizer:
         self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
 
     def with_params(
-        self, params: dict[str, Any], *, mask_type: str | None = None, model_id: str | None = None
+        self,
+        params: dict[str, Any],
+        *,
+        mask_type: str | None = None,
+        model_id: str | None = None,
+        prior: CurvePrior | None = None,
     ) -> "ElasticTokenizer":
-        """The same tokenizer with other weights: both share the compiled programs, which two made anew would not."""
+        """The same tokenizer with other weights, and their prior: both share the compiled programs, which two made anew would not."""
         other = copy.copy(self)
         other.__dict__.pop("_setting", None)
         other.config = self.config.replace(mask_type=mask_type or self.config.mask_type)
-        other.model_id, other.prior = model_id or self.model_id, None  # of these weights alone
+        other.model_id, other.prior = model_id or self.model_id, prior  # of these weights alone
         other.weights = jax.device_put(
             self.codec.stored(params), param_shardings(self.mesh, params)
         )

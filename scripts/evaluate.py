@@ -81,7 +81,15 @@ def evaluate(flags: cli.Values) -> int:
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic import checkpoint, evaluation, evaluation_files, evaluation_records, mesh, runs
+    from elastic import (
+        checkpoint,
+        curve_prior,
+        evaluation,
+        evaluation_files,
+        evaluation_records,
+        mesh,
+        runs,
+    )
 
     mesh.set_up_cpu()
     config = evaluation.EvaluationConfig(
@@ -112,9 +120,12 @@ def evaluate(flags: cli.Values) -> int:
     for name, spec in models.items():
         shape = shapes[name]
         params = checkpoint.load_params(spec, shape)
+        about: dict[str, Any] = dict(
+            model_id=spec, prior=curve_prior.load_prior(checkpoint.folder_of(spec))
+        )
         same = tokenizer and tokenizer.config == shape.replace(mask_type=tokenizer.config.mask_type)
         if tokenizer is not None and same:  # a baseline: the programs are compiled already
-            tokenizer = tokenizer.with_params(params, mask_type=shape.mask_type, model_id=spec)
+            tokenizer = tokenizer.with_params(params, mask_type=shape.mask_type, **about)
         else:
             tokenizer = runs.ElasticTokenizer(
                 shape,
@@ -124,7 +135,7 @@ def evaluate(flags: cli.Values) -> int:
                 window_blocks=flags["max_blocks_per_chunk"] or None,
                 context=flags["context"],
                 search_width=flags["search_width"],
-                model_id=spec,
+                **about,
             )
         cli.log.info("%s: %s", name, runs.describe(tokenizer))
         results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
