@@ -69,7 +69,7 @@ def allocate(
 
 
 def price_of(curves: Sequence[Mapping[int, float]], budget: float) -> float:
-    """What one more token is worth in error where these blocks share a budget well: the multiplier of Shoham and Gersho 1988, sec. III.
+    """What one more token is worth in error where these blocks share a budget well: the multiplier of Shoham and Gersho 1988.
 
     At this price, each block's cheapest count, in loss + price * count, sums to at most `budget`. Curves as `read_off` gives them.
     """

@@ -3,11 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.budget import allocate, split_equally
+from elastic.budget import allocate, counts_to_measure, price_of, split_equally
 
 LOSSES = st.lists(st.floats(0.001, 1), min_size=8, max_size=8)
 
@@ -59,6 +60,41 @@ def test_a_block_that_counts_more_gets_more():
 def test_tokens_that_buy_nothing_are_left():
     flat, falling = {4: 0.5, 8: 0.5, 16: 0.6}, {4: 0.5, 8: 0.1, 16: 0.05}
     assert allocate([flat, falling], 32, smallest=4, largest=16) == [4, 16]
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=40).map(lambda x: sorted(x, reverse=True)),
+    st.floats(1e-4, 1),
+    st.integers(1, 3),
+)
+def test_measuring_ends_at_the_cheapest_count_of_a_falling_curve(losses, price, most):
+    """Not all of it need be measured for that."""
+    curve = dict(enumerate(losses, 5))
+    measured = {count: curve[count] for count in (min(curve), max(curve))}
+    while counts := counts_to_measure(measured, price, most):
+        assert len(counts) <= most and not set(counts) & measured.keys()
+        measured |= {count: curve[count] for count in counts}
+
+    def cost(known):
+        return min(loss + price * count for count, loss in known.items())
+
+    assert cost(measured) == pytest.approx(cost(curve))
+
+
+def test_the_price_of_a_token_is_what_makes_blocks_spend_the_budget():
+    rng = np.random.default_rng(0)
+    counts = range(1, 33)
+    curves = [
+        {count: scale * count**-power for count in counts}
+        for scale, power in zip(rng.uniform(0.1, 1, 20), rng.uniform(0.3, 2, 20), strict=True)
+    ]
+
+    def spent(price):
+        return sum(min(curve, key=lambda n: curve[n] + price * n) for curve in curves)
+
+    for budget in (40, 100, 400):
+        price = price_of(curves, budget)
+        assert spent(price) <= budget < spent(price / 1.01) + 1
 
 
 def test_what_cannot_be_split_is_refused():

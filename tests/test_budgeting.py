@@ -1,6 +1,7 @@
 """A clip under a budget: never worse than the same count for every block, and never above the mean."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -142,3 +143,19 @@ def test_metrics_that_are_none_are_refused(tokenizer, clip):
         tokenizer.encode(clip, psnr=20.0, metric="lpips")
     with pytest.raises(ValueError, match="The metric gave -1"):
         tokenizer.encode(clip, num_tokens=12, metric=lambda a, b: -1)
+
+
+def test_a_budget_is_split_by_what_is_finite_of_a_metric(tokenizer, clip):
+    """A block of which no count can be measured is refused by number, not searched for ever."""
+
+    def unknown(original, reconstruction):
+        return math.inf
+
+    def often_unknown(original, reconstruction):
+        error = np.mean(np.abs(original.astype(float) - reconstruction))
+        return math.inf if error % 2 < 0.5 else error
+
+    tokens = tokenizer.encode(clip, avg_tokens=16, metric=often_unknown, budget_counts=6)
+    assert tokens.mean_tokens <= 16
+    with pytest.raises(ValueError, match="Block 0 has no finite loss"):
+        tokenizer.encode(clip, avg_tokens=16, metric=unknown, budget_counts=6)
