@@ -88,10 +88,11 @@ def price_of(curves: Sequence[Mapping[int, float]], budget: float) -> float:
 def counts_to_measure(curve: Mapping[int, float], price: float, most: int) -> list[int]:
     """Up to `most` counts, one between two measured ones each, where the block could turn out cheaper by most.
 
-    At best the loss is down to the lesser of both ends just above the lower count. Empty: nothing can be cheaper than what is measured.
+    At best the loss is down to the lesser of both ends just above the lower count. Losses that are not finite say nothing. Empty: nothing
+    can be cheaper than what is measured.
     """
-    points = sorted(curve.items())
-    cost = min(loss + price * count for count, loss in points)
+    points = sorted(item for item in curve.items() if math.isfinite(item[1]))
+    cost = min((loss + price * count for count, loss in points), default=math.inf)
     gains = [
         (cost - (min(loss, next_loss) + price * (count + 1)), count, next_count)
         for (count, loss), (next_count, next_loss) in itertools.pairwise(points)
@@ -102,8 +103,9 @@ def counts_to_measure(curve: Mapping[int, float], price: float, most: int) -> li
 
 
 def read_off(curve: Mapping[int, float], smallest: int, largest: int) -> dict[int, float]:
-    """A measured curve at counts over the whole range; at measured ones exactly."""
-    return dict(_table(Curve(points_of(curve)), smallest, largest))
+    """A measured curve at counts over the whole range; at measured ones exactly. Empty where no loss is finite."""
+    points = points_of(curve)
+    return dict(_table(Curve(points), smallest, largest)) if points else {}
 
 
 def _knapsack(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:

@@ -184,7 +184,7 @@ class _Walk:
             ((_, result),) = lanes.step()
             results.append(result)
             curves.append(curve | result.tried)
-            tables.append(_read_off(curves[-1], budget))
+            tables.append(read_off(curves[-1], budget.smallest, budget.largest))
         return results, curves, lanes.past
 
     def commit(self, past: Past, counts: list[int]) -> tuple[list[BlockResult], Past]:
@@ -225,27 +225,17 @@ def _sampled(
         budget.smallest, budget.largest, max(2, min(_SPREAD, budget.num_counts))
     )
     curve = losses_of([count for count in spread if count != budget.equal])
-    table = _read_off(curve, budget)
-    sharing = [one for one in (*earlier[-_SHARING:], table) if one]
+    tables = (*earlier[-_SHARING:], read_off(curve, budget.smallest, budget.largest))
+    sharing = [table for table in tables if table]
     price = price_of(sharing, budget.avg_tokens * len(sharing))
-    while table and (wanted := budget.num_counts - len(curve)) > 0:
-        counts = counts_to_measure(_finite(curve), price, min(width, wanted))
+    while (wanted := budget.num_counts - len(curve)) > 0:
+        counts = counts_to_measure(curve, price, min(width, wanted))
         # Beside the equal count, which is measured anyway.
         counts = {count + (count == budget.equal) for count in counts} - curve.keys()
         if not counts:
             break
         curve |= losses_of(sorted(counts))
     return curve
-
-
-def _read_off(curve: Mapping[int, float], budget: Budget) -> dict[int, float]:
-    """The curve over the whole range; empty where nothing measured is finite."""
-    finite = _finite(curve)
-    return read_off(finite, budget.smallest, budget.largest) if finite else {}
-
-
-def _finite(curve: Mapping[int, float]) -> dict[int, float]:
-    return {count: loss for count, loss in curve.items() if math.isfinite(loss)}
 
 
 def _error(results: list[BlockResult]) -> float:

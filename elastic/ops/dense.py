@@ -59,8 +59,8 @@ def _weight_gradient(x: Array, gradient: Array) -> Array:
         )
 
     def as_matrices(x: Array, gradient: Array) -> Array:
-        flat = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
-        return dot(turned(next(flat)), next(flat))
+        x, gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
+        return dot(turned(x), gradient)
 
     return lax.platform_dependent(x, gradient, cpu=as_matrices, default=at_once)
 
