@@ -1,16 +1,12 @@
 """Checkpoint files: the released format to the byte, both layouts, and refusal by name."""
 
-import functools
 import json
 import math
 import os
-import pickle
 import tracemalloc
 import warnings
-from pathlib import Path
 
 import flax.serialization
-import huggingface_hub
 import jax
 import ml_dtypes
 import msgpack
@@ -18,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.flax
+from checkpoint_cases import FSQ, FSQ_NUMBERED, assert_same, file_tree, golden_config
 from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +23,6 @@ from elastic import streaming, tensor_file
 from elastic.checkpoint import (
     CheckpointError,
     convert_layout,
-    folder_of,
     load_config,
     load_params,
     load_train_state,
@@ -44,37 +40,10 @@ PARAM_FILES = [f"params_{a}_{b}" for a in ("scan", "unscan") for b in ("fp32", "
 STATE_FILES = ["trainstate_scan_fp32", "trainstate_scan_bf16", "trainstate_unscan_bf16"]
 
 
-def golden_config(case: str, *, scan_layers: bool = True) -> ElasticTokConfig:
-    fsq = case == "fsq"
-    return ElasticTokConfig(
-        hidden_size=64, intermediate_size=96, num_attention_heads=2, num_encoder_layers=2,
-        num_decoder_layers=2, max_toks=32, min_toks=4, max_sequence_length=128,
-        frames_per_block=2 if fsq else 4, patch_size=(1, 8, 8) if fsq else (2, 8, 8),
-        bottleneck_type=case, scan_layers=scan_layers,
-    )  # fmt: skip
-
-
-FSQ, FSQ_NUMBERED = golden_config("fsq"), golden_config("fsq", scan_layers=False)
-
-
-def assert_same(found, expected):
-    """Equal names in equal order, equal dtypes, equal bits."""
-    found, expected = flatten(found), flatten(expected)
-    assert list(found) == list(expected)
-    for path, leaf in expected.items():
-        assert found[path].dtype == leaf.dtype and found[path].shape == leaf.shape, path
-        assert found[path].tobytes() == leaf.tobytes(), path
-
-
 def reference_stream(tree) -> bytes:
     """What the released system writes: msgpack pairs of key path and flax bytes."""
     records = flatten(tree).items()
     return b"".join(msgpack.packb((path, flax.serialization.to_bytes(x))) for path, x in records)
-
-
-@functools.cache
-def file_tree() -> dict:
-    return load_params(f"params::{Path(__file__).parent}/golden/fsq/ckpt/params_scan_fp32", FSQ)
 
 
 # The released files
@@ -262,70 +231,6 @@ def test_twelve_layers_keep_their_order(tmp_path):
         convert_layout(numbered, scan_layers=True)
 
 
-# What a checkpoint may be called
-
-
-def test_every_spelling_of_a_source_gives_the_same_parameters(golden, tmp_path, monkeypatch):
-    file = golden / "fsq/ckpt/params_scan_fp32"
-    blob = tmp_path / "blob"
-    blob.write_bytes(flax.serialization.to_bytes(file_tree()))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/params").write_bytes(file.read_bytes())
-    save_params(tmp_path / "variables", {"params": file_tree()})
-    for spec in (file, f"params::{file}", f"flax_params::{blob}", blob, tmp_path / "folder"):
-        assert_same(load_params(spec, FSQ), file_tree())
-    assert_same(load_params(tmp_path / "variables", FSQ), file_tree())
-    with pytest.warns(UserWarning, match="more than one prefix; it is read as params::"):
-        assert_same(load_params(f"params::params::{file}", FSQ), file_tree())
-    state = golden / "fsq/ckpt/trainstate_scan_fp32/streaming_train_state"
-    with pytest.warns(UserWarning, match="it is read as trainstate_params::"):
-        load_params(f"params::trainstate_params::{state}", FSQ)
-    assert load_config(file) is None
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("parms::FILE", r"unknown prefix 'parms'.*Did you mean 'params'\?"),
-        ("pickle::FILE", "unknown prefix 'pickle'; known are params, "),
-        ("params::", "names no file"),
-        ("params::FOLDER", "is a folder, not a checkpoint file; it holds params"),
-        ("EMPTY_FOLDER", "is a folder, not a checkpoint file; it holds none of"),
-        ("params::FOLDER/prams", r"There is no checkpoint .*Did you mean '.*/params'\?"),
-        ("params::EMPTY_FOLDER/nested/params", "Its folder does not exist either; .*empty_folder"),
-        ("params::STATE", "holds a train state, not a parameter tree; load it as trainstate_par"),
-        ("trainstate::FILE", "holds a parameter tree, not a train state; load it as params::"),
-        ("TEXT", "is a text file, not a checkpoint"),
-        ("params::TEXT", "is a text file, not a checkpoint"),
-        ("LFS", "git-lfs pointer"),
-        ("HTML", "web page"),
-        ("PICKLE", r"a Python pickle .* never opened"),
-        ("EMPTY", "is empty"),
-        ("hf::no such/repo/name", "neither a file here nor 'org/name'"),
-    ],
-)
-def test_what_is_no_checkpoint_is_refused_with_a_way_out(golden, tmp_path, spec, message):
-    places = {name: tmp_path / name.lower() for name in ("TEXT", "LFS", "HTML", "PICKLE", "EMPTY")}
-    for name, content in {
-        "TEXT": b"hello, I am no checkpoint\n",
-        "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-        "HTML": b"<!DOCTYPE html><html><body>404</body></html>",
-        "PICKLE": pickle.dumps({"a": 1}),
-        "EMPTY": b"",
-    }.items():
-        places[name].write_bytes(content)
-    for name in ("FOLDER", "EMPTY_FOLDER"):
-        (tmp_path / name.lower()).mkdir()
-        spec = spec.replace(name, str(tmp_path / name.lower())) if name in spec.split("::")[-1].split("/") else spec  # fmt: skip
-    (tmp_path / "folder/params").write_bytes(b"")
-    places["FILE"] = golden / "fsq/ckpt/params_scan_fp32"
-    places["STATE"] = golden / "fsq/ckpt/trainstate_scan_bf16/streaming_train_state"
-    prefix, separator, rest = spec.rpartition("::")
-    spec = f"{prefix}{separator}{places.get(rest, rest)}"
-    with pytest.raises(CheckpointError, match=message):
-        load_params(spec, FSQ)
-
-
 # Files that do not fit or are damaged
 
 
@@ -490,7 +395,7 @@ def test_a_train_state_without_its_parts_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# safetensors and the hub
+# safetensors
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
@@ -533,76 +438,6 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, change, message):
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(CheckpointError, match=message):
         load_params(file, FSQ)
-
-
-def fake_cache(monkeypatch, tmp_path, files: dict[str, bytes]) -> None:
-    """A Hugging Face cache in `tmp_path` that holds LargeWorldModel/ElasticTok-FSQ."""
-    repo, commit = tmp_path / "models--LargeWorldModel--ElasticTok-FSQ", "0" * 40
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs/main").write_text(commit)
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    for name, content in files.items():
-        (repo / "snapshots" / commit / name).write_bytes(content)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-
-
-def test_a_cached_repository_loads_without_the_network(golden, tmp_path, monkeypatch):
-    content = (golden / "fsq/ckpt/params_scan_bf16").read_bytes()
-    fake_cache(monkeypatch, tmp_path, {"params": content})
-    for spec in ("hf::LargeWorldModel/ElasticTok-FSQ", "LargeWorldModel/ElasticTok-FSQ"):
-        expected = load_params(golden / "fsq/ckpt/params_scan_bf16", FSQ)
-        assert_same(load_params(spec, FSQ), expected)
-        assert load_config(spec, local_files_only=True) is None
-
-
-def test_a_cached_repository_with_safetensors_brings_its_config(tmp_path, monkeypatch):
-    save_pretrained(tmp_path / "saved", FSQ, file_tree())
-    files = {entry.name: entry.read_bytes() for entry in (tmp_path / "saved").iterdir()}
-    fake_cache(monkeypatch, tmp_path / "cache", files)
-    assert load_config("LargeWorldModel/ElasticTok-FSQ") == FSQ
-    found = flatten(load_params("LargeWorldModel/ElasticTok-FSQ", FSQ))
-    assert found.keys() == flatten(file_tree()).keys()
-
-
-def test_a_download_brings_what_belongs_to_the_weights(tmp_path, monkeypatch):
-    """Its config and its curves lie beside it then; a repository without curves is none the worse."""
-    save_pretrained(tmp_path / "hub", FSQ, file_tree())
-    errors, asked = huggingface_hub.errors, []
-
-    def download(repo, name, *, revision, local_files_only):
-        if local_files_only:
-            raise errors.LocalEntryNotFoundError("not cached")
-        if not (tmp_path / "hub" / name).is_file():
-            raise errors.EntryNotFoundError(name)
-        asked.append(name)
-        return str(tmp_path / "hub" / name)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert folder_of("hf::org/model") == tmp_path / "hub"
-    assert asked == ["model.safetensors", "config.json"]
-    (tmp_path / "hub" / "curves.json").write_text("{}")
-    folder_of("hf::org/model")
-    assert asked[2:] == ["model.safetensors", "config.json", "curves.json"]
-
-
-@pytest.mark.parametrize("local_files_only", [True, False])
-def test_an_uncached_repository_without_a_network_says_the_way_out(
-    tmp_path, monkeypatch, local_files_only
-):
-    fake_cache(monkeypatch, tmp_path, {})
-    asked = []
-
-    def unreachable(repo, name, *, revision, local_files_only):
-        asked.append((name, local_files_only))
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(CheckpointError) as error:
-        load_params("LargeWorldModel/ElasticTok-VAE", FSQ, local_files_only=local_files_only)
-    assert "'LargeWorldModel/ElasticTok-VAE' is not in the Hugging Face cache, and" in str(error.value)  # fmt: skip
-    assert "`hf download LargeWorldModel/ElasticTok-VAE params --local-dir DIR`" in str(error.value)
-    assert "params::DIR/params" in str(error.value)
-    assert asked.count(("params", False)) == (not local_files_only)  # one wait is enough
 
 
 def test_loading_says_nothing_when_all_is_well(golden, capfd):
