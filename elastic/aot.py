@@ -237,7 +237,7 @@ def tiles(
         from elastic.ops import pallas_tpu
 
         return pallas_tpu.tiles(num_queries=num_queries, num_keys=num_keys, **shape)
-    if name.startswith("pallas_gpu"):
+    if name in ("gpu", "pallas_gpu"):
         from elastic.ops import pallas_gpu
 
         found = pallas_gpu.tiles("forward", lengths=(num_queries, num_keys), **shape)

@@ -9,7 +9,7 @@ import re
 from typing import NamedTuple
 
 # Our kernels, as the compilers name them: Mosaic on TPU, Triton and Mosaic on GPU.
-KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu")
+KERNEL_TARGETS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "__cudnn$fmha", "mosaic_gpu")
 
 _HEADER = re.compile(r"(?:ENTRY )?%?([\w.$-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.$-]+) = (.*)$")

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from elastic.ops import reference, ring
-from elastic.ops.kernels import choose_implementation, kernel_of
-from elastic.ops.local import Options, Scope, attend_rows
+from elastic.ops.kernels import choose_implementation, heads_kernel_of, kernel_of
+from elastic.ops.local import Options, Scope, attend_heads, attend_rows
 from elastic.sharding import fitting_spec
 
 Q_TILE, KV_TILE = 1024, 512
@@ -163,6 +163,9 @@ def on_device(call: Call, how: How) -> tuple[Array, Array]:
         )
     start, heads = jnp.int32(0), q.shape[2]
     scope = Scope(q_start, start, kv_length, start, q_segments, kv_segments, valid)
+    in_place = heads_kernel_of(how.name)
+    if in_place is not None:
+        return attend_heads(q, k, v, scope, how.options(heads), in_place)
     out, lse = attend_rows(
         rows(q), rows(k), rows(v), scope, how.options(heads), kernel_of(how.name)
     )

@@ -15,17 +15,19 @@ from elastic.ops.local import Kernel
 log = logging.getLogger(__name__)
 
 # 'reference' is no kernel but the definition, an array of queries x keys in plain jax.numpy. The interpreted ones are the same
-# source as the Pallas kernels, run slowly by jax on any device: to prove them and to debug.
+# source as the Pallas kernels, run slowly by jax on any device: to prove them and to debug. 'gpu' is cuDNN for what it can serve and
+# 'pallas_gpu' for the rest (cudnn.py says which is which).
 IMPLEMENTATIONS = (
     "reference",
     "blockwise",
     "pallas_tpu",
+    "gpu",
     "pallas_gpu",
     "pallas_tpu_interpret",
     "pallas_gpu_interpret",
 )
-_PLATFORM = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # the others run anywhere
-_BEST = {platform: name for name, platform in _PLATFORM.items()}
+_PLATFORM = {"pallas_tpu": "tpu", "gpu": "gpu", "pallas_gpu": "gpu"}  # the others run anywhere
+_BEST = {"tpu": "pallas_tpu", "gpu": "gpu"}
 
 
 def choose_implementation(
@@ -57,7 +59,7 @@ def choose_implementation(
     if needs != platform:
         raise ValueError(
             f"attention implementation {name!r} runs on {needs}, and the device is {platform}; leave it empty for "
-            f"{_BEST.get(platform, 'blockwise')!r}, or take '{name}_interpret' to run the same source slowly anywhere."
+            f"{_BEST.get(platform, 'blockwise')!r}, or take 'pallas_{needs}_interpret' to run the same source slowly anywhere."
         )
     _kernel(name)[1](head_dim, dtype)
     return name
@@ -66,6 +68,15 @@ def choose_implementation(
 def kernel_of(name: str) -> Kernel:
     """The kernel of an implementation other than 'reference'."""
     return _kernel(name)[0]
+
+
+def heads_kernel_of(name: str) -> Kernel | None:
+    """The same for `local.attend_heads`, where the implementation has one: it saves the move of heads to rows and back."""
+    if name != "gpu":
+        return None
+    from elastic.ops import cudnn
+
+    return cudnn.HEADS_KERNEL
 
 
 @functools.cache
@@ -85,9 +96,11 @@ def _kernel(name: str) -> tuple[Kernel, Callable[[int, Any], None]]:
     """A kernel, and what raises ValueError for a head_dim or a dtype that it cannot serve."""
     if name.startswith("pallas_tpu"):
         from elastic.ops import pallas_tpu as module
+    elif name == "gpu":
+        from elastic.ops import cudnn as module
     elif name.startswith("pallas_gpu"):
         from elastic.ops import pallas_gpu as module
     else:
         return blockwise.KERNEL, lambda head_dim, dtype: None
     interpreted = name.endswith("_interpret")
-    return module.INTERPRET_KERNEL if interpreted else module.KERNEL, module.check
+    return getattr(module, "INTERPRET_KERNEL" if interpreted else "KERNEL"), module.check

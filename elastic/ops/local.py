@@ -60,6 +60,7 @@ class Forward(Protocol):
         v_MKD: Float[Array, "M K D"],
         scope: Scope,
         options: Options,
+        /,
     ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]: ...
 
 
@@ -80,6 +81,7 @@ class Backward(Protocol):
         delta_NQ: Float[Array, "N Q"],
         scope: Scope,
         options: Options,
+        /,
     ) -> tuple[Float[Array, "N Q D"], Float[Array, "N K D"], Float[Array, "N K D"]]: ...
 
 
@@ -103,6 +105,18 @@ def attend_rows(
     `blockwise` also takes keys and values as the bits of bfloat16 (see bits.py).
     """
     return _attend(q_NQD, k_MKD, v_MKD, scope, options, kernel)
+
+
+def attend_heads(
+    q: Float[Array, "b Q h D"],
+    k: Float[Array, "b K h D"],
+    v: Float[Array, "b K h D"],
+    scope: Scope,
+    options: Options,
+    kernel: Kernel,
+) -> tuple[Float[Array, "b Q h D"], Float[Array, "b h Q"]]:
+    """The same by a kernel that takes heads where they lie."""
+    return _attend(q, k, v, scope, options, kernel)
 
 
 def _forward(

@@ -71,7 +71,7 @@ def tiles(
     """
     width = _width(head_dim)
     if jnp.dtype(dtype).itemsize == 2 and width <= 128:
-        chosen = {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 2), "dkv": (64, 128, 8, 2)}
+        chosen = {"forward": (128, 64, 4, 3), "dq": (128, 128, 8, 2), "dkv": (64, 128, 8, 3)}
     elif jnp.dtype(dtype).itemsize == 2:
         chosen = {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkv": (32, 64, 8, 2)}
     elif width <= 128:

@@ -61,8 +61,8 @@ def attention_with_past(
     """One new block that sees itself and all of `past` in layer `layer`.
 
     There may be several candidates of each block: n = batch * candidates, the candidates of one element side by side. They share
-    its past, which is read in place. Both parts are attended to apart and merged by their logsumexp. The cost follows the longest
-    past of a batch.
+    its past, which is read in place. Both parts are attended to apart and merged by their logsumexp. The cost follows each
+    element's own past.
 
     Over a mesh the block's own keys travel round sp. The past, which may be a thousand times longer than the block, stays where it is:
     the queries visit every part of it, and what they found is merged.
@@ -112,9 +112,7 @@ def _with_past(
     # Candidates side by side: one long query against the past that they share, all of which it sees.
     length = q.shape[1]
     queries = rearrange(q, "(b n) l h d -> b (n l) h d", b=batch)
-    out, lse = _past_alone(
-        queries, past_keys, past_values, past_length // ring_size, layer, how._replace(block_size=1)
-    )
+    out, lse = _past_alone(queries, past_keys, past_values, past_length // ring_size, layer, how)
     out = rearrange(out, "b (n l) h d -> (b n) l h d", l=length)
     lse = rearrange(lse, "b h (n l) -> (b n) l h", l=length)
     if ring_size > 1:
@@ -125,22 +123,32 @@ def _with_past(
 def _past_alone(
     q: Array, past_keys: Array, past_values: Array, past_length: Array, layer: Array, how: How
 ) -> tuple[Array, Array]:
-    """Queries [b, q, h, d] that see all of their past, `past_length` [b], in one layer."""
+    """Queries [b, q, h, d] that see all of their past, `past_length` [b], in one layer; each element reads its own past and no more."""
     _, batch, heads, capacity, _ = past_keys.shape
-    q_start = jnp.int32(capacity)  # after every key
-    longest = jnp.max(past_length)
-    valid = None if batch == 1 else jnp.arange(capacity)[None] < past_length[:, None]
+    # Queries and keys as if they lay in one block, which therefore sees all of itself.
+    start, how = jnp.int32(0), how._replace(block_size=max(q.shape[1], capacity))
     if how.name != "blockwise":  # which slices bits; the others take numbers
         past_keys, past_values = bits.show(past_keys), bits.show(past_values)
     if how.name == "reference":
         keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
-        return on_device(Call(q, keys, values, q_start, longest, valid=valid), how)
-    first_row = (layer * batch * heads).astype(jnp.int32)
-    scope = Scope(q_start, jnp.int32(0), longest, first_row, valid=valid)
+        valid = jnp.arange(capacity)[None] < past_length[:, None]
+        return on_device(Call(q, keys, values, start, jnp.int32(capacity), valid=valid), how)
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
     kernel = kernel_of(how.name)
-    out, lse = attend_rows(rows(q), keys, values, scope, how.options(heads), kernel)
-    return from_rows(out, lse, heads)
+
+    def of_element(element: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        q, length, number = element
+        first_row = ((layer * batch + number) * heads).astype(jnp.int32)
+        scope = Scope(start, start, length, first_row)
+        found = attend_rows(rows(q[None]), keys, values, scope, how.options(heads), kernel)
+        out, lse = from_rows(*found, heads)
+        return out[0], lse[0]
+
+    elements = (q, past_length, jnp.arange(batch))
+    if batch > 1:
+        return lax.map(of_element, elements)
+    out, lse = of_element(jax.tree.map(lambda x: x[0], elements))
+    return out[None], lse[None]
 
 
 def _merge_parts(out: Array, lse: Array) -> tuple[Array, Array]:

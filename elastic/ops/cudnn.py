@@ -1,0 +1,255 @@
+"""Block-causal attention for NVIDIA GPUs by cuDNN where it can serve, and by our Pallas kernels (pallas_gpu.py) everywhere else.
+
+cuDNN knows no blocks, but the queries of one block all see the same keys, the first so many of them: one call for each chunk of
+queries, on all keys as they lie, told when it runs how many it may read. It reads no further, so the cost follows the mask. Its
+gradient takes the logsumexp as an input, which may count keys of other devices, as a ring needs. Measured on one H100 in bfloat16
+(README, "Long context"), it is a quarter faster than our own kernels; it takes 16-bit numbers only, and no segments.
+
+Which of the two runs is known when the program is compiled, but for one thing: packed sequences carry segment ids, and whether all
+are of one file is seen when they are there. Then both are compiled and one runs.
+
+jax.nn.dot_product_attention does not hand the logsumexp to the gradient, so this calls what it calls, by `_FORWARD` and `_BACKWARD`:
+internal names of jax, which tests/test_cudnn.py holds to their form.
+
+Shapes as in local.py, or with heads in place: q [b, Q, h, D], k and v [b, K, h, D], logsumexp [b, h, Q].
+"""
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from elastic.ops import pallas_gpu
+from elastic.ops.local import Kernel, Options, Scope
+
+_SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
+_NOTHING = 1e30  # a logsumexp beside which every weight is 0, finite
+
+
+def serves(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
+    """Whether cuDNN takes such heads, forward and backward, on sm_80 and later."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
+
+
+class Library(Protocol):
+    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, all of which each of them sees."""
+
+    def forward(self, q: Array, k: Array, v: Array, kv_length: Array) -> tuple[Array, Array]:
+        """Output in the type of q, and natural logsumexp in float32; both 0 where there is no key."""
+        ...
+
+    def backward(
+        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of q, k and v in their type; of keys that are not seen, 0."""
+        ...
+
+
+class _Cudnn(NamedTuple):
+    """cuDNN's fused attention through jax's primitives; `heads_in_place` as the module's docstring says."""
+
+    heads_in_place: bool
+
+    def forward(self, q: Array, k: Array, v: Array, kv_length: Array) -> tuple[Array, Array]:
+        out, lse = _primitive("fwd").bind(
+            *self._batched(q, k, v), *self._lengths(q, kv_length), **self._settings(q), is_training=True
+        )  # fmt: skip
+        return self._plain(out), self._plain(lse)
+
+    def backward(
+        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array
+    ) -> tuple[Array, Array, Array]:
+        lse, out, dout = self._batched(lse, out, dout)
+        dq, dk, dv = _primitive("bwd").bind(
+            *self._batched(q, k, v), *self._lengths(q, kv_length), lse, out, dout, **self._settings(q)
+        )  # fmt: skip
+        return self._plain(dq), self._plain(dk), self._plain(dv)
+
+    def _batched(self, *arrays: Array) -> tuple[Array, ...]:
+        """Rows are the heads of one batch element."""
+        return arrays if self.heads_in_place else tuple(x[None] for x in arrays)
+
+    def _plain(self, x: Array) -> Array:
+        return x if self.heads_in_place else x[0]
+
+    def _lengths(self, q: Array, kv_length: Array) -> tuple[Array, ...]:
+        """Bias, lengths of queries and keys, and four things for packed and paged keys, which there are not."""
+        batch, absent = len(q) if self.heads_in_place else 1, jnp.zeros(0, q.dtype)
+        lengths = (jnp.full(batch, x, jnp.int32) for x in (q.shape[1], kv_length))
+        return (absent, *lengths, *(absent,) * 4)
+
+    def _settings(self, q: Array) -> dict[str, Any]:
+        from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
+
+        layout = AttentionLayout.BTNH if self.heads_in_place else AttentionLayout.BNTH
+        return dict(
+            scale=q.shape[-1] ** -0.5,
+            seed=0,
+            dropout_rate=0.0,
+            variadic_args=(False, False),  # no bias, no gradient of one
+            mask_type=MaskType.PADDING,
+            layout=layout.value,
+            sliding_window_length=None,
+        )
+
+
+def _primitive(direction: str) -> Any:
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return getattr(fused_attention_stablehlo, f"_dot_product_attention_{direction}_p_wrapper")
+
+
+class _Chunks(NamedTuple):
+    """The queries of one call in chunks of `size`, each of which sees the first so many keys."""
+
+    size: int
+    num_keys: Int[Array, " n"]
+    even: Bool[
+        Array, ""
+    ]  # whether all queries of a chunk see the same keys, as they do where none crosses a block
+
+    def __len__(self) -> int:
+        return len(self.num_keys)
+
+    def of(self, x: Array, number: Array | int, axis: int = 1) -> Array:
+        """A chunk's part of an array."""
+        return lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis)
+
+    def put(self, x: Array, part: Array, number: Array | int, axis: int = 1) -> Array:
+        """The array with a chunk's part written."""
+        return lax.dynamic_update_slice_in_dim(x, part, number * self.size, axis)
+
+
+def _chunks(scope: Scope, options: Options, num_queries: int, num_keys: int) -> _Chunks:
+    size = math.gcd(options.block_size, num_queries)
+    if size < min(_SMALLEST_CHUNK, num_queries):
+        size = num_queries
+    limit = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
+
+    def seen_until(query: int) -> Array:
+        block = lax.div(scope.q_start + query, jnp.int32(options.block_size))
+        return jnp.clip((block + 1) * options.block_size - scope.kv_start, 0, limit)
+
+    found, even = [], jnp.bool_(True)
+    for first in range(0, num_queries, size):
+        found.append(seen_until(first))
+        even &= found[-1] == seen_until(first + size - 1)
+    return _Chunks(size, jnp.stack(found), even)
+
+
+def _one_segment(scope: Scope) -> Array:
+    """Whether every key may be seen by every query, as far as segments and hidden keys go."""
+    one = jnp.bool_(True)
+    if scope.kv_segments is not None and scope.q_segments is not None:
+        first = scope.kv_segments[:, :1]
+        one &= jnp.all(scope.kv_segments == first) & jnp.all(scope.q_segments == first)
+    if scope.valid is not None:
+        one &= jnp.all(scope.valid)
+    return one
+
+
+class Chunked(NamedTuple):
+    """A kernel that gives chunks of queries to a library, and to another kernel what the library cannot serve."""
+
+    library: Library
+    other: Kernel
+    heads_in_place: bool
+
+    def forward(
+        self, q: Array, k: Array, v: Array, scope: Scope, options: Options
+    ) -> tuple[Array, Array]:
+        """As `local.Forward`."""
+        chunks = _chunks(scope, options, q.shape[1], k.shape[1])
+
+        def by_library() -> tuple[Array, Array]:
+            keys, values = (self._own_rows(x, q, scope) for x in (k, v))
+
+            def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+                out, lse = self.library.forward(chunks.of(q, i), keys, values, chunks.num_keys[i])
+                lse = jnp.where(chunks.num_keys[i] > 0, lse, -jnp.inf)
+                return chunks.put(found[0], out, i), chunks.put(found[1], lse, i, axis=-1)
+
+            nothing = jnp.zeros_like(q), jnp.zeros(self._lse_shape(q), jnp.float32)
+            out, lse = lax.fori_loop(0, len(chunks), step, nothing)
+            return out.astype(jnp.float32), lse
+
+        def by_other() -> tuple[Array, Array]:
+            q_NQD, k_MKD, v_MKD = (self._rows(x) for x in (q, k, v))
+            out, lse = self.other.forward(q_NQD, k_MKD, v_MKD, scope, options)
+            return self._from_rows(out, q), lse.reshape(self._lse_shape(q))
+
+        return self._either(q, scope, chunks.even, by_library, by_other)
+
+    def backward(
+        self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scope: Scope, options: Options
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """As `local.Backward`."""
+        chunks = _chunks(scope, options, q.shape[1], k.shape[1])
+        dout = dout.astype(q.dtype)
+
+        def by_library() -> tuple[Array, Array, Array]:
+            # The library makes delta by itself, the sum of output * dout. Any output with that sum will do: here dout, scaled.
+            wide = dout.astype(jnp.float32)
+            power = jnp.sum(jnp.square(wide), axis=-1)
+            share = jnp.where(power > 0, delta / jnp.where(power > 0, power, 1.0), 0.0)
+            out = (wide * share[..., None]).astype(q.dtype)
+            weighed = jnp.where(jnp.isneginf(lse), _NOTHING, lse)
+
+            def step(i: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                part, dpart, opart = (chunks.of(x, i) for x in (q, dout, out))
+                more_q, more_k, more_v = self.library.backward(
+                    part, k, v, dpart, opart, chunks.of(weighed, i, axis=-1), chunks.num_keys[i]
+                )
+                return chunks.put(found[0], more_q, i), found[1] + more_k, found[2] + more_v
+
+            sums = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+            dq, dk, dv = lax.fori_loop(0, len(chunks), step, (jnp.zeros_like(q), *sums))
+            return dq.astype(jnp.float32), dk, dv
+
+        def by_other() -> tuple[Array, Array, Array]:
+            q_NQD, k_NKD, v_NKD, dout_NQD = (self._rows(x) for x in (q, k, v, dout))
+            lse_NQ = lse.reshape(-1, q.shape[1])
+            delta_NQ = self._rows(delta[..., None])[..., 0]
+            found = self.other.backward(
+                q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ, scope, options
+            )
+            dq, dk, dv = (
+                self._from_rows(x, like) for x, like in zip(found, (q, k, v), strict=True)
+            )
+            return dq, dk, dv
+
+        return self._either(q, scope, chunks.even, by_library, by_other)
+
+    def _either(self, q: Array, scope: Scope, even: Array, by_library: Any, by_other: Any) -> Any:
+        if not serves(q.shape[-1], q.dtype):
+            return by_other()
+        return lax.cond(even & _one_segment(scope), by_library, by_other)
+
+    def _own_rows(self, x: Array, q: Array, scope: Scope) -> Array:
+        """The rows of keys that the queries attend to: all, or some of a cache, which are copied."""
+        return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, scope.first_row, len(q))
+
+    def _rows(self, x: Array) -> Array:
+        return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) if self.heads_in_place else x
+
+    def _from_rows(self, x: Array, like: Array) -> Array:
+        if not self.heads_in_place:
+            return x
+        batch, length, heads, dim = like.shape
+        return x.reshape(batch, heads, length, dim).swapaxes(1, 2)
+
+    def _lse_shape(self, q: Array) -> tuple[int, ...]:
+        return (q.shape[0], q.shape[2], q.shape[1]) if self.heads_in_place else q.shape[:2]
+
+
+def _kernel(*, heads_in_place: bool) -> Kernel:
+    chunked = Chunked(_Cudnn(heads_in_place), pallas_gpu.KERNEL, heads_in_place)
+    return Kernel(chunked.forward, chunked.backward)
+
+
+KERNEL = _kernel(heads_in_place=False)
+HEADS_KERNEL = _kernel(heads_in_place=True)
+check = pallas_gpu.check
