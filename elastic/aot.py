@@ -91,7 +91,8 @@ def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Tr
         )
     step: Any = step_program(config, model, optimizer, shardings)
     arguments = (_placed(like, shardings), sequences, vgg)
-    return Traced(step.lower(*arguments), arguments)
+    with targets.described(mesh.devices.flat[0]):
+        return Traced(step.lower(*arguments), arguments)
 
 
 def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int) -> Traced:
@@ -117,7 +118,8 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
         whole((1, 1), jnp.int32),
         whole((1,), jnp.int32),
     )
-    return Traced(codec._try.lower(*arguments, keep=True), arguments)
+    with targets.described(mesh.devices.flat[0]):
+        return Traced(codec._try.lower(*arguments, keep=True), arguments)
 
 
 def _plain(elastic: ElasticTokConfig) -> ElasticTokConfig:

@@ -3,6 +3,7 @@
 Import this before jax: `prepare` sets what the compilers read from the environment.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -169,6 +170,18 @@ def devices(target: Target) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=str(target), **options)
     return list(topology.devices)
+
+
+def described(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context to trace in: from jax 0.11 on a Pallas kernel for a GPU asks it what it is compiled for, as there is no GPU to ask."""
+    import jax
+
+    if device.platform != "gpu":
+        return contextlib.nullcontext()
+    abstract = jax.sharding.AbstractDevice(device.device_kind, None, device.platform)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    )
 
 
 def _hopper(chip: Chip) -> str:

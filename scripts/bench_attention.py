@@ -5,8 +5,11 @@
 
 Block-causal self-attention (forward; forward and backward), and one block on a cached past that is filled to 1, 4 and 16 of 16
 blocks. GFLOP/s count visible pairs of queries and keys alone: 4 d for each forward, 14 d for forward and backward. Where PyTorch is
-installed its scaled_dot_product_attention, called once for each row of blocks, runs beside ours on the CPU. `--implementations` also takes
-`jax.nn-xla` and `jax.nn-cudnn` (on a GPU): jax.nn's attention, called the same way. Each case runs in a process of its own.
+installed, it runs beside ours: on the CPU its scaled_dot_product_attention, called once for each row of blocks, on a GPU FlexAttention
+with a mask of blocks. `--implementations` also takes others' for comparison: `jax.nn-xla` and `jax.nn-cudnn`, called once for each row
+of blocks, and, where tokamax is installed, `tokamax-mosaic_gpu` and `tokamax-triton`.
+
+Each case runs in a process of its own; with --together those of one implementation share one, which saves starts on a GPU.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from elastic.flops import visible_pairs
 from scripts.bench_inference import (
     hardware,
     in_new_process,
+    median_of_runs,
     median_seconds,
     peak_memory_mb,
     start_jax,
@@ -46,6 +50,9 @@ def main() -> None:
     )
     parser.add_argument("--devices", default="1", help="virtual CPU devices to share the heads")
     parser.add_argument("--tiles", default="1024x512", help="queries x keys, comma-separated")
+    parser.add_argument(
+        "--together", action="store_true", help="one process for all lengths of an implementation"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs; the median is printed")
     arguments = parser.parse_args()
 
@@ -54,25 +61,40 @@ def main() -> None:
 
     results: dict[str, Any] = {"hardware": in_new_process(hardware, 1), "cases": []}
     rates = results["hardware"]["matrix_gflops"]
+    lengths = numbers(arguments.lengths)
     for dtype in arguments.dtypes.split(","):
-        for length in numbers(arguments.lengths):
-            runs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
-                (ours, (length, arguments.block, dtype, name, devices, tiles, arguments.repeats))
-                for name in arguments.implementations.split(",")
-                for devices in numbers(arguments.devices)
-                for tiles in arguments.tiles.split(",")
-            ]
-            if importlib.util.find_spec("torch"):
-                runs.append((pytorch, (length, arguments.block, dtype, arguments.repeats)))
-            for function, values in runs:
-                case = in_new_process(function, *values)
-                for name in ("forward", "forward_backward"):
-                    if name in case:
-                        case[f"{name}_share_of_matrix_rate"] = round(
-                            case[name]["gflops"] / rates[dtype], 3
-                        )
-                results["cases"].append(case)
+        runs: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+            (ours, (arguments.block, dtype, name, devices, tiles, arguments.repeats))
+            for name in arguments.implementations.split(",")
+            for devices in numbers(arguments.devices)
+            for tiles in arguments.tiles.split(",")
+        ]
+        if importlib.util.find_spec("torch"):
+            runs.append((pytorch, (arguments.block, dtype, arguments.repeats)))
+        for function, values in runs:
+            for group in [lengths] if arguments.together else [[length] for length in lengths]:
+                for case in in_new_process(of_lengths, function, group, values):
+                    for name in ("forward", "forward_backward"):
+                        if name in case:
+                            case[f"{name}_share_of_matrix_rate"] = round(
+                                case[name]["gflops"] / rates[dtype], 3
+                            )
+                    results["cases"].append(case)
+                    print(json.dumps(case), file=sys.stderr, flush=True)
     print(json.dumps(results, indent=2))
+
+
+def of_lengths(
+    function: Callable[..., dict[str, Any]], lengths: list[int], values: tuple[Any, ...]
+) -> list[dict[str, Any]]:
+    """The function's cases; of one that the machine or a library refuses, the reason."""
+    cases = []
+    for length in lengths:
+        try:
+            cases.append(function(length, *values))
+        except Exception as error:  # noqa: BLE001 - others' libraries, any of theirs
+            cases.append({"length": length, "of": values, "error": f"{error!r:.300}"})
+    return cases
 
 
 def figures(seconds: float, flops: float) -> dict[str, float]:
@@ -99,18 +121,12 @@ def ours(
     shape = (1, length, HEADS, HEAD_DIM)
     q, k, v = (jax.random.normal(key, shape, DTYPES[dtype]) for key in keys)
 
-    def attend(q, k, v):
-        if name.startswith("jax.nn-"):
-            call = functools.partial(
-                jax.nn.dot_product_attention, implementation=name.removeprefix("jax.nn-")
-            )
-            rows = [
-                call(q[:, at : at + block], k[:, : at + block], v[:, : at + block])
-                for at in range(0, length, block)
-            ]
-            return jnp.concatenate(rows, axis=1)
-        return ops.attention(q, k, v, block_size=block, **options)
-
+    foreign = name.startswith(("jax.nn-", "tokamax-"))
+    attend = (
+        others(name, length, block)
+        if foreign
+        else functools.partial(ops.attention, block_size=block, **options)
+    )
     forward = jax.jit(attend)
     both = jax.jit(
         jax.grad(lambda *qkv: jnp.sum(jnp.square(attend(*qkv).astype(jnp.float32))), (0, 1, 2))
@@ -118,9 +134,8 @@ def ours(
     flops = 4.0 * visible_pairs(length, block) * HEADS * HEAD_DIM
 
     def timed(run: Callable[..., Any]) -> float:
-        return median_seconds(lambda: jax.block_until_ready(run(q, k, v)), repeats)
+        return median_seconds(lambda: run(q, k, v), repeats)
 
-    foreign = name.startswith("jax.nn-")
     result: dict[str, Any] = {
         "implementation": name if foreign else ops.choose_implementation(name, mesh=mesh),
         "dtype": dtype, "length": length, "block": block, "devices": mesh.size, "tiles": tiles,
@@ -131,6 +146,33 @@ def ours(
     if not foreign:
         result["cached_past"] = cached_past(block, DTYPES[dtype], options, repeats)
     return result
+
+
+def others(name: str, length: int, block: int) -> Callable[..., Any]:
+    """Another library's attention with the same rule."""
+    import jax
+    import jax.numpy as jnp
+
+    library, implementation = name.split("-", 1)
+    if library == "tokamax":
+        from tokamax._src.ops.attention import api, base  # pyright: ignore[reportMissingImports]
+
+        ends = (jnp.arange(length, dtype=jnp.int32) // block + 1) * block
+        mask = base.Mask(k_end=ends[None, None])  # its public function knows no such mask
+        return functools.partial(
+            api.IMPLEMENTATIONS[implementation], mask=mask, logits_scale=HEAD_DIM**-0.5
+        )
+
+    def by_rows_of_blocks(q, k, v):
+        attention: Any = jax.nn.dot_product_attention
+        call = functools.partial(attention, implementation=implementation)
+        rows = [
+            call(q[:, at : at + block], k[:, : at + block], v[:, : at + block])
+            for at in range(0, length, block)
+        ]
+        return jnp.concatenate(rows, axis=1)
+
+    return by_rows_of_blocks
 
 
 def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -152,7 +194,7 @@ def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -
 
     def timed(filled: int) -> float:
         past = ops.Past(cache, cache, jnp.full(1, filled * block, jnp.int32))
-        return median_seconds(lambda: attend(q, past).block_until_ready(), repeats)
+        return median_seconds(lambda: attend(q, past), repeats)
 
     seconds = {filled: timed(filled) for filled in (1, 4, 16)}
     per_block = {  # the block itself counts as one more
@@ -168,13 +210,18 @@ def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -
 
 
 def pytorch(length: int, block: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """PyTorch's attention on the CPU, exact, one call for each row of blocks."""
+    """PyTorch's attention, exact: on the CPU one call for each row of blocks, on a GPU FlexAttention."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    kind = getattr(torch, DTYPES[dtype])
-    q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM).to(kind).requires_grad_() for _ in range(3))
+    cuda = torch.cuda.is_available()
+    kind, device = getattr(torch, DTYPES[dtype]), "cuda" if cuda else "cpu"
+    q, k, v, dout = (
+        torch.randn(1, HEADS, length, HEAD_DIM, device=device).to(kind) for _ in range(4)
+    )
+    for x in (q, k, v):
+        x.requires_grad_()
 
-    def attend() -> Any:
+    def by_rows_of_blocks(q: Any, k: Any, v: Any) -> Any:
         attention = torch.nn.functional.scaled_dot_product_attention
         rows = [
             attention(q[:, :, at : at + block], k[:, :, : at + block], v[:, :, : at + block])
@@ -182,20 +229,42 @@ def pytorch(length: int, block: int, dtype: str, repeats: int) -> dict[str, Any]
         ]
         return torch.cat(rows, dim=2)
 
+    attend = flex_attention(length, block) if cuda else by_rows_of_blocks
+
     def forward() -> None:
         with torch.no_grad():
-            attend()
+            attend(q, k, v)
+
+    def both() -> None:
+        q.grad = k.grad = v.grad = None
+        attend(q, k, v).backward(dout)
+
+    def timed(run: Callable[[], None]) -> float:
+        def wait(_: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+
+        return median_of_runs(run, wait, repeats, queued=cuda)
 
     flops = 4.0 * visible_pairs(length, block) * HEADS * HEAD_DIM
     return {
-        "implementation": f"torch {torch.__version__}",
+        "implementation": f"torch {torch.__version__}{' FlexAttention' if cuda else ''}",
         "dtype": dtype, "length": length, "block": block, "devices": 1,
-        "forward": figures(median_seconds(forward, repeats), flops),
-        "forward_backward": figures(
-            median_seconds(lambda: attend().float().square().sum().backward(), repeats), 3.5 * flops
-        ),
+        "forward": figures(timed(forward), flops),
+        "forward_backward": figures(timed(both), 3.5 * flops),
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
+
+
+def flex_attention(length: int, block: int) -> Callable[..., Any]:
+    """FlexAttention, compiled, with a mask of blocks."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
+
+    mask = flex.create_block_mask(
+        lambda b, h, i, j: j // block <= i // block, None, None, length, length, device="cuda"
+    )
+    return functools.partial(torch.compile(flex.flex_attention, dynamic=False), block_mask=mask)
 
 
 if __name__ == "__main__":
