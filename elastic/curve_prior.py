@@ -7,6 +7,7 @@ costs passes and nothing else.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def features(
     """
     video = frames.astype(np.float32) / 127.5 - 1
     motion = float(np.abs(np.diff(video, axis=0)).mean()) if len(video) > 1 else 0.0
-    powers = [float(np.square(_boxes(video, size)).mean()) for size in _BOXES]
+    powers = _powers(video)
     details = [a - b for a, b in zip(powers, [*powers[1:], 0.0], strict=True)]
     tails = _tails(video, patch_size, counts)
     return np.log(
@@ -217,39 +218,62 @@ def _probes(counts: Sequence[int]) -> Sequence[int]:
     return counts[::3]
 
 
-def _boxes(video: np.ndarray, size: int) -> np.ndarray:
-    """Means over boxes of `size` x `size` pixels; what does not fill a box at the edge is left out."""
-    rows, columns = (max(n // size, 1) * min(size, n) for n in video.shape[1:3])
-    tall, wide = min(size, video.shape[1]), min(size, video.shape[2])
-    cut = video[:, :rows, :columns]
-    cut = cut.reshape(len(video), rows // tall, tall, columns // wide, wide, -1)
-    return cut.mean((2, 4))
+def _powers(video: np.ndarray) -> list[float]:
+    """Mean squares of means over boxes of every size; what does not fill a box at the edge is left out."""
+    found = []
+    for size in _BOXES:
+        if size > 1:  # boxes of boxes
+            tall, wide = (min(n, 2) for n in video.shape[1:3])
+            video = _sums(video, tall, wide) / np.float32(tall * wide)
+        found.append(float(np.square(video).mean()))
+    return found
+
+
+def _sums(video: np.ndarray, tall: int, wide: int) -> np.ndarray:
+    """Sums over boxes of `tall` x `wide` pixels, [n, boxes down, boxes across, c]."""
+    num_frames, rows, columns, channels = video.shape
+    down, across = rows // tall, columns // wide
+    video = video[:, : down * tall].reshape(num_frames, down, tall, columns, channels).sum(2)
+    video = video[:, :, : across * wide].reshape(num_frames, down, across, wide, channels)
+    return video.sum(3)
 
 
 def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[float]:
-    """Mean squared errors of both naive decoders: of the first for each count, then of the second."""
+    """Mean squared errors of both naive decoders: of the first for each count, then of the second.
+
+    A count keeps some groups of frames whole and the first patches of the next; what is lost there and after it is summed patch by
+    patch, once for all counts.
+    """
     pt, ph, pw = patch_size
-    num_frames, rows, columns, _ = video.shape
-    grid = (rows // ph, columns // pw)
-    per_group = grid[0] * grid[1]
-    grey: list[float] = []
-    before: list[float] = []
+    num_frames, channels = len(video), video.shape[-1]
+    sums = _sums(video, ph, pw).reshape(num_frames, -1, channels)
+    per_group = sums.shape[1]
+
+    def energy(x: np.ndarray) -> np.ndarray:
+        """Sums of squares, [frames, patches]."""
+        return _sums(np.square(x), ph, pw).sum(-1, dtype=np.float64).reshape(len(x), per_group)
+
+    grey, change = energy(video), functools.cache(lambda frame: energy(video - video[frame]))
+    found: list[tuple[float, float]] = []
     for count in counts:
-        errors = np.zeros((2, num_frames))
-        shown = np.zeros(())
-        for start in range(0, num_frames, pt):
-            here = min(max(count - start // pt * per_group, 0), per_group)
-            kept = np.zeros(per_group, bool)
-            kept[:here] = True
-            mask = np.repeat(np.repeat(kept.reshape(grid), ph, 0), pw, 1)[..., None]
-            group = video[start : start + pt, : grid[0] * ph, : grid[1] * pw]
-            if start == 0:
-                first = group[:, mask[..., 0]]
-                shown = first.mean((0, 1)) if here else np.zeros(group.shape[-1])
-            lost = ~mask * (group - shown)
-            errors[0, start : start + pt] = np.square(~mask * group).mean((1, 2, 3))
-            errors[1, start : start + pt] = np.square(lost).mean((1, 2, 3))
-            shown = np.where(mask, group[-1], shown)
-        grey.append(float(errors[0].mean()))
-        before.append(float(errors[1].mean()))
-    return [*grey, *before]
+        group, here = divmod(count, per_group)
+        start, end = group * pt, min((group + 1) * pt, num_frames)
+        if start >= num_frames:
+            found.append((0.0, 0.0))
+            continue
+        if group:
+            lost = change(start - 1)
+        else:
+            kept = sums[:end, :here]
+            mean = kept.sum((0, 1)) / max(end * here * ph * pw, 1)
+            lost = grey - 2 * sums @ mean + ph * pw * np.square(mean).sum()
+        later = change(end - 1)[end:, :here] if here else np.zeros(())
+        found.append(
+            (
+                grey[start:end, here:].sum() + grey[end:].sum(),
+                lost[start:, here:].sum() + later.sum(),
+            )
+        )
+    scale = num_frames * per_group * ph * pw * channels
+    first, second = zip(*found, strict=True)
+    return [max(float(total), 0.0) / scale for total in (*first, *second)]
