@@ -230,12 +230,13 @@ def _powers(video: np.ndarray) -> list[float]:
 
 
 def _sums(video: np.ndarray, tall: int, wide: int) -> np.ndarray:
-    """Sums over boxes of `tall` x `wide` pixels, [n, boxes down, boxes across, c]."""
-    num_frames, rows, columns, channels = video.shape
-    down, across = rows // tall, columns // wide
-    video = video[:, : down * tall].reshape(num_frames, down, tall, columns, channels).sum(2)
-    video = video[:, :, : across * wide].reshape(num_frames, down, across, wide, channels)
-    return video.sum(3)
+    """Sums over boxes of `tall` x `wide` pixels, [n, boxes down, boxes across, c].
+
+    As sums of every `tall`-th row and `wide`-th column: NumPy's own sum over short axes takes five times as long.
+    """
+    down, across = video.shape[1] // tall, video.shape[2] // wide
+    rows = functools.reduce(np.add, [video[:, i : down * tall : tall] for i in range(tall)])
+    return functools.reduce(np.add, [rows[:, :, i : across * wide : wide] for i in range(wide)])
 
 
 def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[float]:
@@ -253,7 +254,12 @@ def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[
         """Sums of squares, [frames, patches]."""
         return _sums(np.square(x), ph, pw).sum(-1, dtype=np.float64).reshape(len(x), per_group)
 
-    grey, change = energy(video), functools.cache(lambda frame: energy(video - video[frame]))
+    @functools.cache
+    def change(frame: int) -> np.ndarray:
+        """Of later frames' difference from a frame."""
+        return energy(video[frame + 1 :] - video[frame])
+
+    grey = energy(video)
     found: list[tuple[float, float]] = []
     for count in counts:
         group, here = divmod(count, per_group)
@@ -267,11 +273,11 @@ def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[
             kept = sums[:end, :here]
             mean = kept.sum((0, 1)) / max(end * here * ph * pw, 1)
             lost = grey - 2 * sums @ mean + ph * pw * np.square(mean).sum()
-        later = change(end - 1)[end:, :here] if here else np.zeros(())
+        later = change(end - 1)[:, :here] if here else np.zeros(())
         found.append(
             (
                 grey[start:end, here:].sum() + grey[end:].sum(),
-                lost[start:, here:].sum() + later.sum(),
+                lost[:, here:].sum() + later.sum(),
             )
         )
     scale = num_frames * per_group * ph * pw * channels

@@ -1,7 +1,7 @@
 """What is around cuDNN: chunks, lengths, the logsumexp, delta, and what is left to the other kernel.
 
-cuDNN itself needs a GPU. In its place stands a library of the same contract in plain jax.numpy, whose answer to no keys is the one
-that was seen of cuDNN (0 and 0); how cuDNN is called is held by lowering for CUDA.
+cuDNN itself needs a GPU. In its place stands a library of the same contract in plain jax.numpy, which writes nan wherever cuDNN
+leaves memory as it is; how cuDNN is called is held by lowering for CUDA.
 """
 
 import functools
@@ -21,15 +21,17 @@ class Plain:
 
     def forward(self, q, k, v, kv_length):
         logits = jnp.einsum("nqd,nkd->nqk", q, k, preferred_element_type=jnp.float32)
+        kv_length = k.shape[1] if kv_length is None else kv_length
         seen = (jnp.arange(k.shape[1]) < kv_length)[None, None]
         logits = jnp.where(seen, logits * q.shape[-1] ** -0.5, -jnp.inf)
-        lse = jnp.where(kv_length > 0, jax.nn.logsumexp(logits, axis=-1), 0.0)
+        lse = jax.nn.logsumexp(logits, axis=-1)
         weights = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
-        return jnp.einsum("nqk,nkd->nqd", weights, v.astype(jnp.float32)).astype(q.dtype), lse
+        out = jnp.einsum("nqk,nkd->nqd", weights, v.astype(jnp.float32)).astype(q.dtype)
+        return tuple(jnp.where(kv_length > 0, x, jnp.nan) for x in (out, lse))
 
     def backward(self, q, k, v, dout, out, lse, kv_length):
         q32, k32, v32, dout32, out32 = (x.astype(jnp.float32) for x in (q, k, v, dout, out))
-        scale = q.shape[-1] ** -0.5
+        scale, kv_length = q.shape[-1] ** -0.5, k.shape[1] if kv_length is None else kv_length
         logits = jnp.einsum("nqd,nkd->nqk", q32, k32) * scale
         seen = (jnp.arange(k.shape[1]) < kv_length)[None, None]
         weights = jnp.where(seen, jnp.exp(logits - lse[..., None]), 0.0)
@@ -40,7 +42,11 @@ class Plain:
             jnp.einsum("nqk,nqd->nkd", dlogits, q32),
             jnp.einsum("nqk,nqd->nkd", weights, dout32),
         )
-        return tuple(x.astype(q.dtype) for x in found)
+        there = (jnp.arange(k.shape[1]) < kv_length)[None, :, None]
+        written = jnp.bool_(True) & (kv_length > 0), there, there
+        return tuple(
+            jnp.where(x, y, jnp.nan).astype(q.dtype) for x, y in zip(written, found, strict=True)
+        )
 
 
 def by_rows(method, q, k, v, *rest):
@@ -53,7 +59,8 @@ def by_rows(method, q, k, v, *rest):
         return x.reshape(len(q), -1, *x.shape[1:]).swapaxes(1, 2)
 
     rest = [
-        x if x.ndim == 0 else rows(x) if x.ndim == 4 else x.reshape(-1, x.shape[-1]) for x in rest
+        x if x is None or x.ndim == 0 else rows(x) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
+        for x in rest
     ]
     found = method(*map(rows, (q, k, v)), *rest)
     if len(found) == 2:
@@ -101,6 +108,7 @@ PIECES = {
         dict(queries=256, keys=128, dim=32, block=128, kv_start=128),
         True,
     ),
+    "more chunks than calls": (dict(queries=2304, keys=2304, dim=32, block=128), True),
     "few queries": (dict(queries=40, keys=90, dim=32, block=90), True),
     "chunks would cross blocks": (
         dict(queries=256, keys=256, dim=32, block=128, q_start=64),
@@ -140,10 +148,11 @@ def test_the_library_and_the_other_kernel_share_the_work_and_the_numbers(name):
         np.testing.assert_allclose(got, wanted, atol=2e-2, rtol=2e-2)
 
 
-def test_heads_in_place_give_what_rows_give():
+@pytest.mark.parametrize("whole", [False, True])
+def test_heads_in_place_give_what_rows_give(whole):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 3, 32)), jnp.bfloat16) for _ in range(3))
-    options = Options(128, 64, 64, rows_per_batch=3)
+    options = Options(128, 64, 64, rows_per_batch=3, whole=whole)
 
     def results(scope, *parts):
         def loss(q, k, v):

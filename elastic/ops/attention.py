@@ -58,13 +58,14 @@ def attention(
         raise ValueError(
             f"q {q.shape}, k {k.shape} and v {v.shape} must agree in batch, heads and head_dim, k and v in length too."
         )
+    whole = isinstance(q_start, int) and q_start == 0 and kv_length is None and q.shape == k.shape
     q_start = jnp.asarray(q_start, jnp.int32)
     kv_length = jnp.asarray(k.shape[1] if kv_length is None else kv_length, jnp.int32)
     q_segments = segment_ids
     if segment_ids is not None and q.shape[1] != k.shape[1]:
         q_segments = lax.dynamic_slice_in_dim(segment_ids, q_start, q.shape[1], 1)
     call = Call(q, k, v, q_start, kv_length, q_segments, segment_ids, valid)
-    how = How(name, block_size, q_tile, kv_tile)
+    how = How(name, block_size, q_tile, kv_tile, whole)
     if mesh is None or mesh.size == 1:
         return on_device(call, how)[0].astype(q.dtype)
     return _on_mesh(call, how, mesh, layout).astype(q.dtype)
@@ -90,6 +91,9 @@ class How(NamedTuple):
     block_size: int
     q_tile: int
     kv_tile: int
+    whole: bool = (
+        False  # the call is of one whole sequence: q_start is 0, kv_length is that of the keys
+    )
 
     def options(self, heads: int) -> Options:
         """The same for a kernel, whose rows are heads."""
@@ -165,7 +169,8 @@ def on_device(call: Call, how: How) -> tuple[Array, Array]:
     scope = Scope(q_start, start, kv_length, start, q_segments, kv_segments, valid)
     in_place = heads_kernel_of(how.name)
     if in_place is not None:
-        return attend_heads(q, k, v, scope, how.options(heads), in_place)
+        options = how.options(heads)._replace(whole=how.whole)
+        return attend_heads(q, k, v, scope, options, in_place)
     out, lse = attend_rows(
         rows(q), rows(k), rows(v), scope, how.options(heads), kernel_of(how.name)
     )

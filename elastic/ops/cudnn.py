@@ -20,12 +20,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from elastic.ops import pallas_gpu
 from elastic.ops.local import Kernel, Options, Scope
 
 _SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
+_MOST_CALLS = 16
 _NOTHING = 1e30  # a logsumexp beside which every weight is 0, finite
 
 
@@ -35,16 +36,16 @@ def serves(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
 
 
 class Library(Protocol):
-    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, all of which each of them sees."""
+    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, or with None to all, each of which all of them see."""
 
-    def forward(self, q: Array, k: Array, v: Array, kv_length: Array) -> tuple[Array, Array]:
-        """Output in the type of q, and natural logsumexp in float32; both 0 where there is no key."""
+    def forward(self, q: Array, k: Array, v: Array, kv_length: Array | None) -> tuple[Array, Array]:
+        """Output in the type of q, and natural logsumexp in float32; where there is no key, anything."""
         ...
 
     def backward(
-        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array
-    ) -> tuple[Array, Array, Array]:
-        """Gradients of q, k and v in their type; of keys that are not seen, 0."""
+        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array | None
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Gradients of q, k and v in their type; of keys from `kv_length` on, and where there is no key, anything."""
         ...
 
 
@@ -53,19 +54,21 @@ class _Cudnn(NamedTuple):
 
     heads_in_place: bool
 
-    def forward(self, q: Array, k: Array, v: Array, kv_length: Array) -> tuple[Array, Array]:
+    def forward(self, q: Array, k: Array, v: Array, kv_length: Array | None) -> tuple[Array, Array]:
+        settings = self._settings(q, kv_length)
         out, lse = _primitive("fwd").bind(
-            *self._batched(q, k, v), *self._lengths(q, kv_length), **self._settings(q), is_training=True
-        )  # fmt: skip
+            *self._batched(q, k, v), *self._lengths(q, kv_length), **settings, is_training=True
+        )
         return self._plain(out), self._plain(lse)
 
     def backward(
-        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array
-    ) -> tuple[Array, Array, Array]:
+        self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array | None
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        settings = self._settings(q, kv_length)
         lse, out, dout = self._batched(lse, out, dout)
         dq, dk, dv = _primitive("bwd").bind(
-            *self._batched(q, k, v), *self._lengths(q, kv_length), lse, out, dout, **self._settings(q)
-        )  # fmt: skip
+            *self._batched(q, k, v), *self._lengths(q, kv_length), lse, out, dout, **settings
+        )
         return self._plain(dq), self._plain(dk), self._plain(dv)
 
     def _batched(self, *arrays: Array) -> tuple[Array, ...]:
@@ -75,13 +78,16 @@ class _Cudnn(NamedTuple):
     def _plain(self, x: Array) -> Array:
         return x if self.heads_in_place else x[0]
 
-    def _lengths(self, q: Array, kv_length: Array) -> tuple[Array, ...]:
-        """Bias, lengths of queries and keys, and four things for packed and paged keys, which there are not."""
-        batch, absent = len(q) if self.heads_in_place else 1, jnp.zeros(0, q.dtype)
+    def _lengths(self, q: Array, kv_length: Array | None) -> tuple[Array, ...]:
+        """Bias, lengths of queries and keys, and four things for packed and paged keys; what there is not has no elements."""
+        absent = jnp.zeros(0, q.dtype)
+        if kv_length is None:
+            return (absent,) * 7
+        batch = len(q) if self.heads_in_place else 1
         lengths = (jnp.full(batch, x, jnp.int32) for x in (q.shape[1], kv_length))
         return (absent, *lengths, *(absent,) * 4)
 
-    def _settings(self, q: Array) -> dict[str, Any]:
+    def _settings(self, q: Array, kv_length: Array | None) -> dict[str, Any]:
         from jax._src.cudnn.fused_attention_stablehlo import AttentionLayout, MaskType
 
         layout = AttentionLayout.BTNH if self.heads_in_place else AttentionLayout.BNTH
@@ -90,7 +96,7 @@ class _Cudnn(NamedTuple):
             seed=0,
             dropout_rate=0.0,
             variadic_args=(False, False),  # no bias, no gradient of one
-            mask_type=MaskType.PADDING,
+            mask_type=MaskType.NO_MASK if kv_length is None else MaskType.PADDING,
             layout=layout.value,
             sliding_window_length=None,
         )
@@ -103,45 +109,61 @@ def _primitive(direction: str) -> Any:
 
 
 class _Chunks(NamedTuple):
-    """The queries of one call in chunks of `size`, each of which sees the first so many keys."""
+    """The queries of a call in chunks of `size`, each of which sees the first so many keys: a number, or an array read from the scope."""
 
     size: int
-    num_keys: Int[Array, " n"]
-    even: Bool[
-        Array, ""
-    ]  # whether all queries of a chunk see the same keys, as they do where none crosses a block
-
-    def __len__(self) -> int:
-        return len(self.num_keys)
+    num_keys: list[int] | list[Array]
+    even: (
+        bool | Array
+    )  # whether all queries of a chunk see the same keys, as they do where none crosses a block
 
     def of(self, x: Array, number: Array | int, axis: int = 1) -> Array:
         """A chunk's part of an array."""
+        if isinstance(number, int):
+            return lax.slice_in_dim(x, number * self.size, (number + 1) * self.size, axis=axis)
         return lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis)
 
-    def put(self, x: Array, part: Array, number: Array | int, axis: int = 1) -> Array:
+    def put(self, x: Array, part: Array, number: Array, axis: int = 1) -> Array:
         """The array with a chunk's part written."""
         return lax.dynamic_update_slice_in_dim(x, part, number * self.size, axis)
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether chunks are few enough to be calls of their own, which saves copies; else one call is compiled, in a loop."""
+        return len(self.num_keys) <= _MOST_CALLS
+
 
 def _chunks(scope: Scope, options: Options, num_queries: int, num_keys: int) -> _Chunks:
-    size = math.gcd(options.block_size, num_queries)
+    block, size = options.block_size, math.gcd(options.block_size, num_queries)
     if size < min(_SMALLEST_CHUNK, num_queries):
         size = num_queries
+    firsts = range(0, num_queries, size)
+    if options.whole:
+        until = [min((first // block + 1) * block, num_keys) for first in firsts]
+        return _Chunks(size, until, size <= block)
     limit = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
 
     def seen_until(query: int) -> Array:
-        block = lax.div(scope.q_start + query, jnp.int32(options.block_size))
-        return jnp.clip((block + 1) * options.block_size - scope.kv_start, 0, limit)
+        own = lax.div(scope.q_start + query, jnp.int32(block))
+        return jnp.clip((own + 1) * block - scope.kv_start, 0, limit)
 
     found, even = [], jnp.bool_(True)
-    for first in range(0, num_queries, size):
+    for first in firsts:
         found.append(seen_until(first))
         even &= found[-1] == seen_until(first + size - 1)
-    return _Chunks(size, jnp.stack(found), even)
+    return _Chunks(size, found, even)
 
 
-def _one_segment(scope: Scope) -> Array:
+def _there(x: Array, num_keys: Array) -> Array:
+    """What a library wrote of keys that it was given; it does not write the rest."""
+    there = jnp.arange(x.shape[1]) < num_keys
+    return jnp.where(there.reshape(1, -1, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def _one_segment(scope: Scope) -> bool | Array:
     """Whether every key may be seen by every query, as far as segments and hidden keys go."""
+    if not scope.always_masked:
+        return True
     one = jnp.bool_(True)
     if scope.kv_segments is not None and scope.q_segments is not None:
         first = scope.kv_segments[:, :1]
@@ -167,13 +189,29 @@ class Chunked(NamedTuple):
         def by_library() -> tuple[Array, Array]:
             keys, values = (self._own_rows(x, q, scope) for x in (k, v))
 
+            def of_chunk(i: Any, num_keys: int | Array) -> tuple[Array, Array]:
+                if isinstance(num_keys, int):
+                    seen = slice(0, num_keys)
+                    return self.library.forward(
+                        chunks.of(q, i), keys[:, seen], values[:, seen], None
+                    )
+                out, lse = self.library.forward(chunks.of(q, i), keys, values, num_keys)
+                any_key = num_keys > 0
+                return jnp.where(any_key, out, 0), jnp.where(any_key, lse, -jnp.inf)
+
+            if chunks.unrolled:
+                found = [of_chunk(i, num_keys) for i, num_keys in enumerate(chunks.num_keys)]
+                outs, lses = zip(*found, strict=True)
+                out, lse = jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=-1)
+                return out.astype(jnp.float32), lse
+            num_keys = jnp.asarray(chunks.num_keys)
+
             def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-                out, lse = self.library.forward(chunks.of(q, i), keys, values, chunks.num_keys[i])
-                lse = jnp.where(chunks.num_keys[i] > 0, lse, -jnp.inf)
+                out, lse = of_chunk(i, num_keys[i])
                 return chunks.put(found[0], out, i), chunks.put(found[1], lse, i, axis=-1)
 
             nothing = jnp.zeros_like(q), jnp.zeros(self._lse_shape(q), jnp.float32)
-            out, lse = lax.fori_loop(0, len(chunks), step, nothing)
+            out, lse = lax.fori_loop(0, len(chunks.num_keys), step, nothing)
             return out.astype(jnp.float32), lse
 
         def by_other() -> tuple[Array, Array]:
@@ -198,15 +236,32 @@ class Chunked(NamedTuple):
             out = (wide * share[..., None]).astype(q.dtype)
             weighed = jnp.where(jnp.isneginf(lse), _NOTHING, lse)
 
-            def step(i: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-                part, dpart, opart = (chunks.of(x, i) for x in (q, dout, out))
-                more_q, more_k, more_v = self.library.backward(
-                    part, k, v, dpart, opart, chunks.of(weighed, i, axis=-1), chunks.num_keys[i]
-                )
-                return chunks.put(found[0], more_q, i), found[1] + more_k, found[2] + more_v
+            def of_chunk(i: Any, num_keys: int | Array) -> tuple[Array, Array, Array]:
+                q_part, dout_part, out_part = (chunks.of(x, i) for x in (q, dout, out))
+                parts = dout_part, out_part, chunks.of(weighed, i, axis=-1)
+                if isinstance(num_keys, int):
+                    seen = slice(0, num_keys)
+                    return self.library.backward(q_part, k[:, seen], v[:, seen], *parts, None)
+                dq, dk, dv = self.library.backward(q_part, k, v, *parts, num_keys)
+                return jnp.where(num_keys > 0, dq, 0), _there(dk, num_keys), _there(dv, num_keys)
 
-            sums = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-            dq, dk, dv = lax.fori_loop(0, len(chunks), step, (jnp.zeros_like(q), *sums))
+            dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+            if chunks.unrolled:
+                dqs = []
+                for i, num_keys in enumerate(chunks.num_keys):
+                    dq, more_k, more_v = of_chunk(i, num_keys)
+                    dqs.append(dq)
+                    seen = slice(0, more_k.shape[1])
+                    dk, dv = dk.at[:, seen].add(more_k), dv.at[:, seen].add(more_v)
+                return jnp.concatenate(dqs, axis=1).astype(jnp.float32), dk, dv
+            num_keys = jnp.asarray(chunks.num_keys)
+
+            def step(i: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                dq, more_k, more_v = of_chunk(i, num_keys[i])
+                return chunks.put(found[0], dq, i), found[1] + more_k, found[2] + more_v
+
+            start = jnp.zeros_like(q), dk, dv
+            dq, dk, dv = lax.fori_loop(0, len(chunks.num_keys), step, start)
             return dq.astype(jnp.float32), dk, dv
 
         def by_other() -> tuple[Array, Array, Array]:
@@ -223,10 +278,13 @@ class Chunked(NamedTuple):
 
         return self._either(q, scope, chunks.even, by_library, by_other)
 
-    def _either(self, q: Array, scope: Scope, even: Array, by_library: Any, by_other: Any) -> Any:
-        if not serves(q.shape[-1], q.dtype):
+    def _either(
+        self, q: Array, scope: Scope, even: bool | Array, by_library: Any, by_other: Any
+    ) -> Any:
+        if even is False or not serves(q.shape[-1], q.dtype):
             return by_other()
-        return lax.cond(even & _one_segment(scope), by_library, by_other)
+        served = even & _one_segment(scope)
+        return by_library() if served is True else lax.cond(served, by_library, by_other)
 
     def _own_rows(self, x: Array, q: Array, scope: Scope) -> Array:
         """The rows of keys that the queries attend to: all, or some of a cache, which are copied."""

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     q_tile: int
     kv_tile: int
     rows_per_batch: int  # heads: row n belongs to batch element n // rows_per_batch
+    whole: bool = False  # queries are those of the keys: both begin at 0, and every key is there
 
 
 class Scope(NamedTuple):

@@ -103,7 +103,7 @@ def _with_past(
     batch, capacity = past_keys.shape[1], past_keys.shape[3]
     call = Call(q, k, v, jnp.int32(0), jnp.int32(how.block_size))
     if ring_size == 1:
-        own_out, own_lse = on_device(call, how)
+        own_out, own_lse = on_device(call, how._replace(whole=True))
     else:
         own_out, own_lse = on_ring(call, how, ring_size, "plain")
         q = lax.all_gather(q, ring.AXIS, axis=1, tiled=True)
