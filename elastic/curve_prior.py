@@ -106,16 +106,14 @@ class CurvePrior:
             for count, loss in zip(self.counts, losses, strict=True)
         )
 
-    def memory(
-        self, frames: UInt8[np.ndarray, "n rows columns c"], before: Memory | None = None
-    ) -> Memory:
-        """What to search the block `frames` with, in place of `Memory()`: by squared error, not by another metric.
+    def memory(self, expected: Curve, before: Memory | None = None) -> Memory:
+        """What to search a block with, in place of `Memory()`: by squared error, not by another metric.
 
         Args:
+          expected: the block's `curve_of`.
           before: the memory that the clip's last block was searched with; None: this is its first. Its curve moves by what
             the pixels of both blocks say of their difference, so that a cut does not mislead.
         """
-        expected = self.curve_of(frames)
         if before is None or before.curve is None:
             return Memory(curve=expected, spread=self.spread, expected=expected)
         curve, old = before.curve, before.expected

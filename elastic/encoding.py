@@ -8,16 +8,17 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from elastic.blocks import BlockResult, Metric
 from elastic.budgeting import Budget, spend
 from elastic.clips import Clip, ahead
 from elastic.codec import Codec
 from elastic.curve_prior import CurvePrior
-from elastic.curves import Memory, memory_from_plain, memory_to_plain
+from elastic.curves import Curve, Memory, memory_from_plain, memory_to_plain
 from elastic.lanes import Lanes
 from elastic.media import MediaError
 from elastic.recording import Recording, RecordingError, remove_recording
@@ -49,6 +50,13 @@ class Setting:
             digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.hexdigest()
+
+
+class Waiting(NamedTuple):
+    """A block that is to be tokenized."""
+
+    frames: UInt8[np.ndarray, "n rows columns 3"]
+    expected: Curve | None  # what its pixels say of its curve, where the search asks
 
 
 class Encoding:
@@ -172,23 +180,30 @@ class Encoding:
             remove_recording(path)
             self.open_record(path, most_copied=most_copied)
 
-    def begin(self, lanes: Lanes, lane: int) -> Iterator[np.ndarray]:
-        """The blocks to tokenize, `lane` ready for the first."""
+    def begin(self, lanes: Lanes, lane: int) -> Iterator[Waiting]:
+        """The blocks to tokenize, `lane` ready for the first. They are read, and their curves guessed, while the model works."""
         lanes.forget(lane)
         self._reset()
         if self._past is not None:
             lanes.past, self._past = self._past, None
         frames_per_block = self._setting.codec.config.frames_per_block
-        return ahead(self._clip.blocks(frames_per_block, self.first_block), _AHEAD)
+        prior = self._setting.prior
+        guesses = self._search["name"] == "predict" and self.metric is None and prior is not None
 
-    def next_search(self, frames: np.ndarray) -> Search:
+        def blocks() -> Iterator[Waiting]:
+            for frames in self._clip.blocks(frames_per_block, self.first_block):
+                yield Waiting(frames, prior.curve_of(frames) if guesses and prior else None)
+
+        return ahead(blocks(), _AHEAD)
+
+    def next_search(self, block: Waiting) -> Search:
         """The search of the next block."""
         number, prior = self.num_done, self._setting.prior
         if self._recording is not None and number < len(self._recording.blocks):
             count = self._recording.blocks[number].tokens.num_kept
             return make_search(**self._search | {"name": "fixed", "num_tokens": count})
-        if self._search["name"] == "predict" and prior is not None and self.metric is None:
-            self._memory = prior.memory(frames, self._memory)
+        if block.expected is not None and prior is not None:
+            self._memory = prior.memory(block.expected, self._memory)
         elif self._memory is None:  # of this clip alone, so that its tokens do not depend on others
             self._memory = Memory()
         return make_search(memory=self._memory, **self._search)
@@ -324,7 +339,7 @@ def tokenize_side_by_side(
         return
     lanes = Lanes(setting.codec, setting.weights, batch=batch, width=first.width)
     waiting = itertools.chain([first], waiting)
-    in_lane: dict[int, tuple[Encoding, Iterator[np.ndarray]]] = {}
+    in_lane: dict[int, tuple[Encoding, Iterator[Waiting]]] = {}
     try:
         while True:
             for lane in lanes.free:
@@ -344,7 +359,7 @@ def _fill(
     setting: Setting,
     lanes: Lanes,
     lane: int,
-    in_lane: dict[int, tuple[Encoding, Iterator[np.ndarray]]],
+    in_lane: dict[int, tuple[Encoding, Iterator[Waiting]]],
     waiting: Iterator[Any],
 ) -> Iterator[Progress]:
     """Gives a free lane its clip's next block, or the first one of another clip, if there is one."""
@@ -360,18 +375,19 @@ def _fill(
             in_lane[lane] = encoding, encoding.begin(lanes, lane)
         encoding, blocks = in_lane[lane]
         try:
-            frames = next(blocks, None)
+            block = next(blocks, None)
         except MediaError as error:
             del in_lane[lane]
             encoding.close()
             yield encoding, error
             continue
-        if frames is not None:
+        if block is not None:
             number = encoding.num_done
             window = setting.codec.window_blocks
             if setting.context == "restart" and number % window == 0:
                 lanes.forget(lane)
-            lanes.put(lane, frames, encoding.next_search(frames), metric=encoding.metric)
+            search = encoding.next_search(block)
+            lanes.put(lane, block.frames, search, metric=encoding.metric)
             return
         del in_lane[lane]
         encoding.end()

@@ -9,16 +9,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
 from elastic.blocks import BlockResult, Metric
 from elastic.codec import Codec, Past, Trial
+from elastic.mesh import memory_limit, platform_of
 from elastic.patches import pad_block, patchify, unpatchify
 from elastic.search import Search, SearchResult
 from elastic.tokens import BlockTokens
 
-_KEEP_BYTES = 2 << 30  # trials larger than this are not kept: committing then costs one more pass
+# Trials larger than this are not kept, or on an accelerator than this share of its memory: committing then costs one more pass.
+_KEEP_BYTES = 2 << 30
+_KEEP_SHARE = 1 / 8
 
 
 @dataclasses.dataclass
@@ -63,7 +67,7 @@ class Lanes:
         self.past = codec.new_past(batch) if past is None else past
         self._weights = weights
         self._work: list[_Work | None] = [None] * batch
-        self._keep = codec.trial_bytes(batch * (width + 1)) <= _KEEP_BYTES
+        self._keep = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
         # The candidates to be committed: in one lane where the trial has them, in several gathered.
         self._held: tuple[Trial, np.ndarray] | None = None
         shape = (batch, config.tokens_per_block, config.patch_dim)
@@ -151,7 +155,7 @@ class Lanes:
             keep=keep,
         )
         # Held against the threshold: the larger of both errors, so that decoded 8-bit frames keep the promise too.
-        squares = np.maximum(trial.losses, trial.pixel_losses)
+        squares = np.maximum(*jax.device_get((trial.losses, trial.pixel_losses)))
         losses = {}
         for lane, group in groups.items():
             work = self._work[lane]
@@ -200,6 +204,8 @@ class Lanes:
         if self.batch == 1:
             self._held = None
         results = []
+        if self.batch == 1:  # a whole array comes sooner than a part, which is a program of its own
+            committed = jax.device_get(committed)
         for lane, result in finished.items():
             work = self._work[lane]
             assert work is not None
@@ -226,3 +232,11 @@ class Lanes:
             seconds=time.perf_counter() - work.started,
             tried=result.tried,
         )
+
+
+def _most_kept(codec: Codec) -> float:
+    """Bytes that kept trials may take."""
+    limit = None
+    if codec.mesh is not None and platform_of(codec.mesh) != "cpu":
+        limit = memory_limit(codec.mesh)
+    return max(_KEEP_BYTES, _KEEP_SHARE * (limit or 0))

@@ -56,23 +56,25 @@ def test_a_fitted_prior_knows_the_curves_of_other_blocks_and_saves_passes(prior)
         for count in COUNTS:
             assert curve.at(math.log(count)) == pytest.approx(math.log(law(frames, count)), abs=0.2)
         threshold = law(frames, 20)
-        passes["prior"] += len(search(frames, prior.memory(frames), threshold).tried)
+        passes["prior"] += len(
+            search(frames, prior.memory(prior.curve_of(frames)), threshold).tried
+        )
         passes["none"] += len(search(frames, Memory(), threshold).tried)
     assert passes["prior"] <= 0.6 * passes["none"]
 
 
 def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
     quiet, loud = sorted((block(seed) for seed in range(200, 220)), key=np.std)[::19]
-    memory = prior.memory(quiet)
+    memory = prior.memory(prior.curve_of(quiet))
     search(quiet, memory, law(quiet, 20))
-    moved = prior.memory(loud, memory)
+    moved = prior.memory(prior.curve_of(loud), memory)
     truth = math.log(law(loud, 20))
     assert memory.curve is not None and moved.curve is not None
     assert abs(moved.curve.at(math.log(20)) - truth) < 0.4 * abs(
         memory.curve.at(math.log(20)) - truth
     )
     assert moved.tokens == memory.tokens > 0
-    same = prior.memory(quiet, memory).curve  # nothing differs, nothing moves
+    same = prior.memory(prior.curve_of(quiet), memory).curve  # nothing differs, nothing moves
     assert same is not None and np.allclose(same.points, memory.curve.points)
 
 

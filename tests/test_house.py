@@ -21,6 +21,7 @@ TABLE = """
     ops.dense
     ops.local
     ops.reference ops.blockwise ops.pallas_tpu ops.pallas_gpu ops.feedforward
+    ops.cudnn
     ops.kernels
     ops.ring
     ops.attention
