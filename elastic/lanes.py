@@ -73,6 +73,7 @@ class Lanes:
         shape = (batch, config.tokens_per_block, config.patch_dim)
         self._patches = np.zeros(shape, np.uint8)
         self._num_frames = np.full(batch, config.frames_per_block, np.int32)
+        self._given = False
 
     @property
     def free(self) -> list[int]:
@@ -94,10 +95,10 @@ class Lanes:
         """Gives a free lane its next block; only a clip's last one may be short. `metric` None: squared error."""
         config = self.codec.config
         padded = pad_block(frames, config.frames_per_block)
-        # A new array: what a call was given may still be read.
-        self._patches = self._patches.copy()
+        if self._given:  # what a call was given may still be read
+            self._patches, self._num_frames = self._patches.copy(), self._num_frames.copy()
+            self._given = False
         self._patches[lane] = patchify(padded, config.patch_size)
-        self._num_frames = self._num_frames.copy()
         self._num_frames[lane] = len(frames)
         self._work[lane] = _Work(frames, search, metric, time.perf_counter())
 
@@ -146,6 +147,7 @@ class Lanes:
         counts = np.ones((self.batch, self.width), np.int32)
         for lane, group in groups.items():
             counts[lane] = group + group[-1:] * (self.width - len(group))
+        self._given = True
         trial = self.codec.try_counts(
             self._weights,
             self.past,
@@ -204,7 +206,7 @@ class Lanes:
         if self.batch == 1:
             self._held = None
         results = []
-        if self.batch == 1:  # a whole array comes sooner than a part, which is a program of its own
+        if 2 * len(finished) > self.batch:  # all come sooner than each, by a program of its own
             committed = jax.device_get(committed)
         for lane, result in finished.items():
             work = self._work[lane]

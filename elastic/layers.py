@@ -299,14 +299,15 @@ class LayerStack(Compute):
         return x, None if past is None else jax.tree.map(lambda *layers: jnp.stack(layers), *new)
 
     def _layer_class(self) -> Any:
-        """`Layer`, recomputed in the backward pass as the config says; where it says nothing, a CPU keeps what is dear to make.
+        """`Layer`, recomputed in the backward pass as the config says; where it says nothing, what is dear to make is kept, on a TPU all.
 
-        On a CPU memory moves slowly and products take long: the products' results that the backward pass needs are kept, rounded as
-        they were multiplied, and what lies between is made again. In float32 the gates, half of it all, are made again too.
+        On a CPU and a GPU moving an array costs as much as making many a one: the products' results that the backward pass needs are
+        kept, rounded as they were multiplied, and what lies between is made again. In float32 the gates, half of it all, are made
+        again too.
         """
         config = self.config
         asked = config.remat_block or config.remat_attention or config.remat_mlp
-        if asked or platform_of(self.mesh) != "cpu":
+        if asked or platform_of(self.mesh) == "tpu":
             return _remat(Layer, config.remat_block, in_scan=config.scan_layers)
         names = (ATTENTION,) if jnp.dtype(self.dtype) == jnp.float32 else (ATTENTION, GATES)
         policy = jax.checkpoint_policies.save_only_these_names(*names)

@@ -191,6 +191,29 @@ def reference(q, k, v, segments):
     return jax.grad(loss, (0, 1, 2), has_aux=True)(*(x.astype(jnp.float32) for x in (q, k, v)))
 
 
+def test_elements_with_pasts_of_their_own_share_a_call():
+    rng = np.random.default_rng(2)
+    shapes = ((6, 40, 32), (6, 96, 32), (6, 96, 32))
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+    lengths = jnp.array([96, 0, 33])
+
+    class OfElements:
+        def forward(self, q, k, v, kv_length):
+            parts = [
+                Plain().forward(*(x[2 * i : 2 * i + 2] for x in (q, k, v)), n)
+                for i, n in enumerate(kv_length)
+            ]
+            return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
+
+    ours = cudnn.Chunked(OfElements(), NO_OTHER, False).prefixes(q, k, v, lengths)
+    for i, length in enumerate(lengths):
+        own = slice(2 * i, 2 * i + 2)
+        scope = Scope(*map(jnp.int32, (0, 0, length, 0)))
+        expected = blockwise.KERNEL.forward(q[own], k[own], v[own], scope, Options(96, 64, 64, 2))
+        for got, wanted in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(got[own], wanted, atol=2e-2)
+
+
 def test_keys_lie_in_a_cache_of_more_rows():
     (q, k, v, _), scope, options = piece(queries=128, keys=128, dim=32, block=128)
     q = q.astype(jnp.bfloat16)
@@ -209,21 +232,21 @@ def test_cudnn_is_called_as_this_jax_knows_it(heads):
     shape = (2, 256, 3, 64) if heads else (6, 256, 64)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     lse = jax.ShapeDtypeStruct((2, 3, 256) if heads else (6, 256), jnp.float32)
-    length = jax.ShapeDtypeStruct((), jnp.int32)
+    lengths = {"PADDING": (), "NO_MASK": None} | ({} if heads else {"PADDING of each": (2,)})
 
     def lowered(function, *shapes):
         traced = jax.jit(function).trace(*shapes)
-        assert [y.shape for y in jax.tree.leaves(traced.out_info)][: len(shapes) - 1]
+        shown = [y.shape for y in jax.tree.leaves(traced.out_info)]
+        assert shown == [shape, lse.shape] or shown == [shape] * 3
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    forward = lowered(library.forward, x, x, x, length)
-    backward = lowered(library.backward, x, x, x, x, x, lse, length)
-    for text, target in (
-        (forward, "__cudnn$fmhaSoftmax"),
-        (backward, "__cudnn$fmhaSoftmaxBackward"),
-    ):
-        assert text.count(f"@{target}(") == 1
-        assert '"mask_type": "PADDING"' in text.replace("\\22", '"')
+    for mask, length in lengths.items():
+        given = None if length is None else jax.ShapeDtypeStruct(length, jnp.int32)
+        forward = lowered(library.forward, x, x, x, given)
+        backward = lowered(library.backward, x, x, x, x, x, lse, given)
+        for text, target in ((forward, "fmhaSoftmax"), (backward, "fmhaSoftmaxBackward")):
+            assert text.count(f"@__cudnn${target}(") == 1
+            assert f'"mask_type": "{mask.split()[0]}"' in text.replace("\\22", '"')
 
 
 def test_what_cudnn_serves():

@@ -36,7 +36,10 @@ def serves(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
 
 
 class Library(Protocol):
-    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, or with None to all, each of which all of them see."""
+    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, or with None to all, each of which all of them see.
+
+    A `kv_length` [b] is of the rows of b batch elements, which lie side by side.
+    """
 
     def forward(self, q: Array, k: Array, v: Array, kv_length: Array | None) -> tuple[Array, Array]:
         """Output in the type of q, and natural logsumexp in float32; where there is no key, anything."""
@@ -57,7 +60,10 @@ class _Cudnn(NamedTuple):
     def forward(self, q: Array, k: Array, v: Array, kv_length: Array | None) -> tuple[Array, Array]:
         settings = self._settings(q, kv_length)
         out, lse = _primitive("fwd").bind(
-            *self._batched(q, k, v), *self._lengths(q, kv_length), **settings, is_training=True
+            *self._batched(kv_length, q, k, v),
+            *self._lengths(q, kv_length),
+            **settings,
+            is_training=True,
         )
         return self._plain(out), self._plain(lse)
 
@@ -65,25 +71,33 @@ class _Cudnn(NamedTuple):
         self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array | None
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         settings = self._settings(q, kv_length)
-        lse, out, dout = self._batched(lse, out, dout)
+        lse, out, dout = self._batched(kv_length, lse, out, dout)
         dq, dk, dv = _primitive("bwd").bind(
-            *self._batched(q, k, v), *self._lengths(q, kv_length), lse, out, dout, **settings
+            *self._batched(kv_length, q, k, v),
+            *self._lengths(q, kv_length),
+            lse,
+            out,
+            dout,
+            **settings,
         )
         return self._plain(dq), self._plain(dk), self._plain(dv)
 
-    def _batched(self, *arrays: Array) -> tuple[Array, ...]:
-        """Rows are the heads of one batch element."""
-        return arrays if self.heads_in_place else tuple(x[None] for x in arrays)
+    def _batched(self, kv_length: Array | None, *arrays: Array) -> tuple[Array, ...]:
+        """Rows are the heads of one batch element, or of as many as there are lengths."""
+        if self.heads_in_place:
+            return arrays
+        batch = 1 if kv_length is None else kv_length.size
+        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in arrays)
 
     def _plain(self, x: Array) -> Array:
-        return x if self.heads_in_place else x[0]
+        return x if self.heads_in_place else x.reshape(-1, *x.shape[2:])
 
     def _lengths(self, q: Array, kv_length: Array | None) -> tuple[Array, ...]:
         """Bias, lengths of queries and keys, and four things for packed and paged keys; what there is not has no elements."""
         absent = jnp.zeros(0, q.dtype)
         if kv_length is None:
             return (absent,) * 7
-        batch = len(q) if self.heads_in_place else 1
+        batch = len(q) if self.heads_in_place else kv_length.size
         lengths = (jnp.full(batch, x, jnp.int32) for x in (q.shape[1], kv_length))
         return (absent, *lengths, *(absent,) * 4)
 
@@ -278,6 +292,13 @@ class Chunked(NamedTuple):
 
         return self._either(q, scope, chunks.even, by_library, by_other)
 
+    def prefixes(self, q: Array, k: Array, v: Array, lengths: Array) -> tuple[Array, Array]:
+        """As `local.Forward`, of b batch elements at once, each of which sees its own first `lengths` [b] keys; by the library alone."""
+        out, lse = self.library.forward(q, k, v, lengths)
+        any_key = jnp.repeat(lengths > 0, len(q) // len(lengths))[:, None]
+        out = jnp.where(any_key[..., None], out, 0).astype(jnp.float32)
+        return out, jnp.where(any_key, lse, -jnp.inf)
+
     def _either(
         self, q: Array, scope: Scope, even: bool | Array, by_library: Any, by_other: Any
     ) -> Any:
@@ -303,11 +324,9 @@ class Chunked(NamedTuple):
         return (q.shape[0], q.shape[2], q.shape[1]) if self.heads_in_place else q.shape[:2]
 
 
-def _kernel(*, heads_in_place: bool) -> Kernel:
-    chunked = Chunked(_Cudnn(heads_in_place), pallas_gpu.KERNEL, heads_in_place)
-    return Kernel(chunked.forward, chunked.backward)
+_ROWS, _HEADS = (Chunked(_Cudnn(there), pallas_gpu.KERNEL, there) for there in (False, True))
 
-
-KERNEL = _kernel(heads_in_place=False)
-HEADS_KERNEL = _kernel(heads_in_place=True)
+KERNEL = Kernel(_ROWS.forward, _ROWS.backward)
+HEADS_KERNEL = Kernel(_HEADS.forward, _HEADS.backward)
+attend_prefixes = _ROWS.prefixes
 check = pallas_gpu.check

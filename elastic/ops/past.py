@@ -22,7 +22,7 @@ from elastic.ops.attention import (
     on_ring,
     rows,
 )
-from elastic.ops.kernels import choose_implementation, kernel_of
+from elastic.ops.kernels import choose_implementation, kernel_of, prefix_kernel_of
 from elastic.ops.local import Scope, attend_rows
 from elastic.sharding import fitting_spec
 
@@ -134,12 +134,16 @@ def _past_alone(
         valid = jnp.arange(capacity)[None] < past_length[:, None]
         return on_device(Call(q, keys, values, start, jnp.int32(capacity), valid=valid), how)
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
+    first_row = (layer * batch * heads).astype(jnp.int32)
+    together = prefix_kernel_of(how.name, q.shape[-1], q.dtype)
+    if together is not None and batch > 1:
+        own = (lax.dynamic_slice_in_dim(x, first_row, batch * heads) for x in (keys, values))
+        return from_rows(*together(rows(q), *own, past_length), heads)
     kernel = kernel_of(how.name)
 
     def of_element(element: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, length, number = element
-        first_row = ((layer * batch + number) * heads).astype(jnp.int32)
-        scope = Scope(start, start, length, first_row)
+        scope = Scope(start, start, length, first_row + number * heads)
         found = attend_rows(rows(q[None]), keys, values, scope, how.options(heads), kernel)
         out, lse = from_rows(*found, heads)
         return out[0], lse[0]
