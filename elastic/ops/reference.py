@@ -25,9 +25,7 @@ def attend(
 
     A query that sees no key gives 0 and -inf (the released code averages over keys it must not see).
     """
-    logits = (
-        jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
-    )
+    logits = _product("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     j = jnp.arange(k.shape[1])
     seen = (
         masks.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size)
@@ -45,8 +43,12 @@ def attend(
     weights = jnp.where(seen, jnp.exp(logits - top), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum(
-        "bhqk,bkhd->bqhd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    out = _product("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
     log_total = jnp.log(jnp.where(total > 0, total, 1.0))
     return out, jnp.where(total > 0, top + log_total, -jnp.inf)[..., 0]
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+    """In float32, where products of 16-bit numbers are exact."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(subscripts, a, b, precision="highest")
