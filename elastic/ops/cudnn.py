@@ -174,6 +174,12 @@ def _there(x: Array, num_keys: Array) -> Array:
     return jnp.where(there.reshape(1, -1, *(1,) * (x.ndim - 2)), x, 0)
 
 
+def _plus(x: Array, first: Array) -> Array:
+    """The array with something added to its first positions. (As `x.at[].add`, a scatter, XLA crashes with several GPUs.)"""
+    length = first.shape[1]
+    return x + first if length == x.shape[1] else x.at[:, :length].set(x[:, :length] + first)
+
+
 def _one_segment(scope: Scope) -> bool | Array:
     """Whether every key may be seen by every query, as far as segments and hidden keys go."""
     if not scope.always_masked:
@@ -265,8 +271,7 @@ class Chunked(NamedTuple):
                 for i, num_keys in enumerate(chunks.num_keys):
                     dq, more_k, more_v = of_chunk(i, num_keys)
                     dqs.append(dq)
-                    seen = slice(0, more_k.shape[1])
-                    dk, dv = dk.at[:, seen].add(more_k), dv.at[:, seen].add(more_v)
+                    dk, dv = _plus(dk, more_k), _plus(dv, more_v)
                 return jnp.concatenate(dqs, axis=1).astype(jnp.float32), dk, dv
             num_keys = jnp.asarray(chunks.num_keys)
 
