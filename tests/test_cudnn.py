@@ -256,6 +256,18 @@ def test_what_cudnn_serves():
     assert not cudnn.serves(100, jnp.bfloat16)
 
 
+def test_a_jax_without_the_parts_is_refused_and_pallas_chosen(monkeypatch, caplog):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.delattr(fused_attention_stablehlo, "_dot_product_attention_bwd_p_wrapper")
+    with pytest.raises(ValueError, match=r"no '_dot_product_attention_bwd_p_wrapper'.*pallas_gpu"):
+        cudnn.check(128, jnp.bfloat16)
+    assert kernels._best.__wrapped__("gpu", 128, jnp.dtype("bfloat16")) == "pallas_gpu"
+    assert "does not run as 'gpu'" in caplog.text
+    monkeypatch.undo()
+    assert kernels._best.__wrapped__("gpu", 128, jnp.dtype("bfloat16")) == "gpu"
+
+
 def test_gpu_by_name_is_refused_on_a_cpu():
     with pytest.raises(ValueError, match=r"'gpu' runs on gpu.*pallas_gpu_interpret"):
         kernels.choose_implementation("gpu")

@@ -3,13 +3,13 @@
 cuDNN knows no blocks, but the queries of one block all see the same keys, the first so many of them: one call for each chunk of
 queries, on all keys as they lie, told when it runs how many it may read. It reads no further, so the cost follows the mask. Its
 gradient takes the logsumexp as an input, which may count keys of other devices, as a ring needs. Measured on one H100 in bfloat16
-(README, "Long context"), it is a quarter faster than our own kernels; it takes 16-bit numbers only, and no segments.
+(README, "On one H100"), it is a third faster than our own kernels; it takes 16-bit numbers only, and no segments.
 
 Which of the two runs is known when the program is compiled, but for one thing: packed sequences carry segment ids, and whether all
 are of one file is seen when they are there. Then both are compiled and one runs.
 
-jax.nn.dot_product_attention does not hand the logsumexp to the gradient, so this calls what it calls, by `_FORWARD` and `_BACKWARD`:
-internal names of jax, which tests/test_cudnn.py holds to their form.
+jax.nn.dot_product_attention takes no logsumexp for the gradient, so this calls what it calls (`_primitive`): internal names of jax,
+which `check` looks for and tests/test_cudnn.py holds to their form.
 
 Shapes as in local.py, or with heads in place: q [b, Q, h, D], k and v [b, K, h, D], logsumexp [b, h, Q].
 """
@@ -334,4 +334,16 @@ _ROWS, _HEADS = (Chunked(_Cudnn(there), pallas_gpu.KERNEL, there) for there in (
 KERNEL = Kernel(_ROWS.forward, _ROWS.backward)
 HEADS_KERNEL = Kernel(_HEADS.forward, _HEADS.backward)
 attend_prefixes = _ROWS.prefixes
-check = pallas_gpu.check
+
+
+def check(head_dim: int, dtype: jax.typing.DTypeLike) -> None:
+    """Raises ValueError for what neither part can do, and where this jax does not have what cuDNN is called by."""
+    pallas_gpu.check(head_dim, dtype)
+    try:
+        for direction in ("fwd", "bwd"):
+            _primitive(direction)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"jax {jax.__version__} has no {error.name!r}, by which attention calls cuDNN; use "
+            "attention_implementation='pallas_gpu', or jax 0.10 or 0.11."
+        ) from error

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = (
     "pallas_gpu_interpret",
 )
 _PLATFORM = {"pallas_tpu": "tpu", "gpu": "gpu", "pallas_gpu": "gpu"}  # the others run anywhere
-_BEST = {"tpu": "pallas_tpu", "gpu": "gpu"}
+_BEST = {"tpu": ("pallas_tpu",), "gpu": ("gpu", "pallas_gpu")}  # the first that can serve
 
 
 def choose_implementation(
@@ -59,7 +59,7 @@ def choose_implementation(
     if needs != platform:
         raise ValueError(
             f"attention implementation {name!r} runs on {needs}, and the device is {platform}; leave it empty for "
-            f"{_BEST.get(platform, 'blockwise')!r}, or take 'pallas_{needs}_interpret' to run the same source slowly anywhere."
+            f"{_BEST.get(platform, ('blockwise',))[0]!r}, or take 'pallas_{needs}_interpret' to run the same source slowly anywhere."
         )
     _kernel(name)[1](head_dim, dtype)
     return name
@@ -90,14 +90,15 @@ def prefix_kernel_of(name: str, head_dim: int, dtype: Any) -> Callable[..., tupl
 
 @functools.cache
 def _best(platform: str, head_dim: int, dtype: jnp.dtype) -> str:
-    name = _BEST.get(platform, "blockwise")
-    try:
-        _kernel(name)[1](head_dim, dtype)
-    except ValueError as error:
-        log.warning("Attention runs as 'blockwise' on %s: %s", platform, error)
-        return "blockwise"
-    log.info("Attention runs as %r on %s.", name, platform)
-    return name
+    for name in (*_BEST.get(platform, ()), "blockwise"):
+        try:
+            _kernel(name)[1](head_dim, dtype)
+        except ValueError as error:
+            log.warning("Attention does not run as %r on %s: %s", name, platform, error)
+            continue
+        log.info("Attention runs as %r on %s.", name, platform)
+        return name
+    raise AssertionError("'blockwise' serves everything")
 
 
 @functools.cache
