@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import released
 from test_pallas_gpu import piece
 
 from elastic.ops import blockwise, cudnn, kernels
@@ -123,7 +124,7 @@ PIECES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(released.quick_jit, static_argnums=(0, 3))
 def run(kernel, arrays, scope, options, elsewhere):
     """Output, logsumexp and gradients; queries have seen `elsewhere` besides, as in a ring."""
     q, k, v, dout = arrays
@@ -159,7 +160,7 @@ def test_heads_in_place_give_what_rows_give(whole):
             out, lse = attend_heads(q, k, v, scope, options, chunked(*parts, heads=True))
             return jnp.sum(jnp.sin(out)), (out, lse)
 
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return released.quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     scope = Scope(*map(jnp.int32, (0, 0, 256, 0)))
     one, two = jnp.zeros((2, 256), jnp.int32), jnp.arange(256)[None].repeat(2, 0) // 128
