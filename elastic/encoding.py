@@ -187,12 +187,12 @@ class Encoding:
         if self._past is not None:
             lanes.past, self._past = self._past, None
         frames_per_block = self._setting.codec.config.frames_per_block
-        prior = self._setting.prior
-        guesses = self._search["name"] == "predict" and self.metric is None and prior is not None
+        guesses = self._search["name"] == "predict" and self.metric is None
+        prior = self._setting.prior if guesses else None
 
         def blocks() -> Iterator[Waiting]:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
-                yield Waiting(frames, prior.curve_of(frames) if guesses and prior else None)
+                yield Waiting(frames, None if prior is None else prior.curve_of(frames))
 
         return ahead(blocks(), _AHEAD)
 

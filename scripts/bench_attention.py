@@ -166,13 +166,15 @@ def others(name: str, length: int, block: int) -> Callable[..., Any]:
     def by_rows_of_blocks(q, k, v):
         attention: Any = jax.nn.dot_product_attention
         call = functools.partial(attention, implementation=implementation)
-        rows = [
-            call(q[:, at : at + block], k[:, : at + block], v[:, : at + block])
-            for at in range(0, length, block)
-        ]
+        rows = [call(q[:, own], k[:, seen], v[:, seen]) for own, seen in blocks_of(length, block)]
         return jnp.concatenate(rows, axis=1)
 
     return by_rows_of_blocks
+
+
+def blocks_of(length: int, block: int) -> list[tuple[slice, slice]]:
+    """The queries of each block, and the keys that they see."""
+    return [(slice(at, at + block), slice(0, at + block)) for at in range(0, length, block)]
 
 
 def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -> dict[str, Any]:
@@ -224,8 +226,8 @@ def pytorch(length: int, block: int, dtype: str, repeats: int) -> dict[str, Any]
     def by_rows_of_blocks(q: Any, k: Any, v: Any) -> Any:
         attention = torch.nn.functional.scaled_dot_product_attention
         rows = [
-            attention(q[:, :, at : at + block], k[:, :, : at + block], v[:, :, : at + block])
-            for at in range(0, length, block)
+            attention(q[:, :, own], k[:, :, seen], v[:, :, seen])
+            for own, seen in blocks_of(length, block)
         ]
         return torch.cat(rows, dim=2)
 

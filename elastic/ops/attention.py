@@ -4,15 +4,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from elastic.ops import reference, ring
-from elastic.ops.kernels import choose_implementation, heads_kernel_of, kernel_of
-from elastic.ops.local import Options, Scope, attend_heads, attend_rows
+from elastic.ops.kernels import choose_implementation, kernel_of
+from elastic.ops.local import Options, Scope, attend_heads, attend_rows, from_rows, rows
 from elastic.sharding import fitting_spec
 
 Q_TILE, KV_TILE = 1024, 512
@@ -167,26 +166,8 @@ def on_device(call: Call, how: How) -> tuple[Array, Array]:
         )
     start, heads = jnp.int32(0), q.shape[2]
     scope = Scope(q_start, start, kv_length, start, q_segments, kv_segments, valid)
-    in_place = heads_kernel_of(how.name)
-    if in_place is not None:
-        options = how.options(heads)._replace(whole=how.whole)
-        return attend_heads(q, k, v, scope, options, in_place)
-    out, lse = attend_rows(
-        rows(q), rows(k), rows(v), scope, how.options(heads), kernel_of(how.name)
-    )
+    options, kernel = how.options(heads)._replace(whole=how.whole), kernel_of(how.name)
+    if kernel.in_place is not None:
+        return attend_heads(q, k, v, scope, options, kernel.in_place)
+    out, lse = attend_rows(rows(q), rows(k), rows(v), scope, options, kernel)
     return from_rows(out, lse, heads)
-
-
-def rows(x: Float[Array, "b l h d"]) -> Float[Array, "n l d"]:
-    """Heads as rows, those of one batch element side by side."""
-    return rearrange(x, "b l h d -> (b h) l d")
-
-
-def from_rows(
-    out: Float[Array, "n l d"], lse: Float[Array, "n l"], heads: int
-) -> tuple[Float[Array, "b l h d"], Float[Array, "b h l"]]:
-    """The inverse of `rows` for a kernel's results."""
-    return (
-        rearrange(out, "(b h) l d -> b l h d", h=heads),
-        rearrange(lse, "(b h) l -> b h l", h=heads),
-    )

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array
 
 from elastic.ops import pallas_gpu
-from elastic.ops.local import Kernel, Options, Scope
+from elastic.ops.local import Kernel, Options, Scope, from_rows, heads_of, rows
 
 _SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
 _MOST_CALLS = 16
@@ -35,7 +35,7 @@ def serves(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
 
 
-class Library(Protocol):
+class Fused(Protocol):
     """What is asked of cuDNN: attention of queries to the first `kv_length` keys, or with None to all, each of which all of them see.
 
     A `kv_length` [b] is of the rows of b batch elements, which lie side by side.
@@ -180,6 +180,11 @@ def _plus(x: Array, first: Array) -> Array:
     return x + first if length == x.shape[1] else x.at[:, :length].set(x[:, :length] + first)
 
 
+def _own_rows(x: Array, q: Array, first_row: Array) -> Array:
+    """The rows of keys that the queries attend to: all, or some of a cache, which are copied."""
+    return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, first_row, len(q))
+
+
 def _one_segment(scope: Scope) -> bool | Array:
     """Whether every key may be seen by every query, as far as segments and hidden keys go."""
     if not scope.always_masked:
@@ -196,7 +201,7 @@ def _one_segment(scope: Scope) -> bool | Array:
 class Chunked(NamedTuple):
     """A kernel that gives chunks of queries to a library, and to another kernel what the library cannot serve."""
 
-    library: Library
+    fused: Fused
     other: Kernel
     heads_in_place: bool
 
@@ -206,16 +211,14 @@ class Chunked(NamedTuple):
         """As `local.Forward`."""
         chunks = _chunks(scope, options, q.shape[1], k.shape[1])
 
-        def by_library() -> tuple[Array, Array]:
-            keys, values = (self._own_rows(x, q, scope) for x in (k, v))
+        def by_fused() -> tuple[Array, Array]:
+            keys, values = (_own_rows(x, q, scope.first_row) for x in (k, v))
 
             def of_chunk(i: Any, num_keys: int | Array) -> tuple[Array, Array]:
                 if isinstance(num_keys, int):
                     seen = slice(0, num_keys)
-                    return self.library.forward(
-                        chunks.of(q, i), keys[:, seen], values[:, seen], None
-                    )
-                out, lse = self.library.forward(chunks.of(q, i), keys, values, num_keys)
+                    return self.fused.forward(chunks.of(q, i), keys[:, seen], values[:, seen], None)
+                out, lse = self.fused.forward(chunks.of(q, i), keys, values, num_keys)
                 any_key = num_keys > 0
                 return jnp.where(any_key, out, 0), jnp.where(any_key, lse, -jnp.inf)
 
@@ -237,9 +240,9 @@ class Chunked(NamedTuple):
         def by_other() -> tuple[Array, Array]:
             q_NQD, k_MKD, v_MKD = (self._rows(x) for x in (q, k, v))
             out, lse = self.other.forward(q_NQD, k_MKD, v_MKD, scope, options)
-            return self._from_rows(out, q), lse.reshape(self._lse_shape(q))
+            return from_rows(out, lse, q.shape[2]) if self.heads_in_place else (out, lse)
 
-        return self._either(q, scope, chunks.even, by_library, by_other)
+        return self._either(q, scope, chunks.even, by_fused, by_other)
 
     def backward(
         self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scope: Scope, options: Options
@@ -248,7 +251,7 @@ class Chunked(NamedTuple):
         chunks = _chunks(scope, options, q.shape[1], k.shape[1])
         dout = dout.astype(q.dtype)
 
-        def by_library() -> tuple[Array, Array, Array]:
+        def by_fused() -> tuple[Array, Array, Array]:
             # The library makes delta by itself, the sum of output * dout. Any output with that sum will do: here dout, scaled.
             wide = dout.astype(jnp.float32)
             power = jnp.sum(jnp.square(wide), axis=-1)
@@ -261,8 +264,8 @@ class Chunked(NamedTuple):
                 parts = dout_part, out_part, chunks.of(weighed, i, axis=-1)
                 if isinstance(num_keys, int):
                     seen = slice(0, num_keys)
-                    return self.library.backward(q_part, k[:, seen], v[:, seen], *parts, None)
-                dq, dk, dv = self.library.backward(q_part, k, v, *parts, num_keys)
+                    return self.fused.backward(q_part, k[:, seen], v[:, seen], *parts, None)
+                dq, dk, dv = self.fused.backward(q_part, k, v, *parts, num_keys)
                 return jnp.where(num_keys > 0, dq, 0), _there(dk, num_keys), _there(dv, num_keys)
 
             dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
@@ -290,40 +293,35 @@ class Chunked(NamedTuple):
             found = self.other.backward(
                 q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ, scope, options
             )
-            dq, dk, dv = (
-                self._from_rows(x, like) for x, like in zip(found, (q, k, v), strict=True)
-            )
+            if self.heads_in_place:
+                found = [heads_of(x, q.shape[2]) for x in found]
+            dq, dk, dv = found
             return dq, dk, dv
 
-        return self._either(q, scope, chunks.even, by_library, by_other)
+        return self._either(q, scope, chunks.even, by_fused, by_other)
 
-    def prefixes(self, q: Array, k: Array, v: Array, lengths: Array) -> tuple[Array, Array]:
-        """As `local.Forward`, of b batch elements at once, each of which sees its own first `lengths` [b] keys; by the library alone."""
-        out, lse = self.library.forward(q, k, v, lengths)
+    def prefixes(
+        self, q: Array, k: Array, v: Array, first_row: Array, lengths: Array
+    ) -> tuple[Array, Array] | None:
+        """As `local.Prefixes`, by the library alone."""
+        if not serves(q.shape[-1], q.dtype):
+            return None
+        keys, values = (_own_rows(x, q, first_row) for x in (k, v))
+        out, lse = self.fused.forward(q, keys, values, lengths)
         any_key = jnp.repeat(lengths > 0, len(q) // len(lengths))[:, None]
         out = jnp.where(any_key[..., None], out, 0).astype(jnp.float32)
         return out, jnp.where(any_key, lse, -jnp.inf)
 
     def _either(
-        self, q: Array, scope: Scope, even: bool | Array, by_library: Any, by_other: Any
+        self, q: Array, scope: Scope, even: bool | Array, by_fused: Any, by_other: Any
     ) -> Any:
         if even is False or not serves(q.shape[-1], q.dtype):
             return by_other()
         served = even & _one_segment(scope)
-        return by_library() if served is True else lax.cond(served, by_library, by_other)
-
-    def _own_rows(self, x: Array, q: Array, scope: Scope) -> Array:
-        """The rows of keys that the queries attend to: all, or some of a cache, which are copied."""
-        return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, scope.first_row, len(q))
+        return by_fused() if served is True else lax.cond(served, by_fused, by_other)
 
     def _rows(self, x: Array) -> Array:
-        return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) if self.heads_in_place else x
-
-    def _from_rows(self, x: Array, like: Array) -> Array:
-        if not self.heads_in_place:
-            return x
-        batch, length, heads, dim = like.shape
-        return x.reshape(batch, heads, length, dim).swapaxes(1, 2)
+        return rows(x) if self.heads_in_place else x
 
     def _lse_shape(self, q: Array) -> tuple[int, ...]:
         return (q.shape[0], q.shape[2], q.shape[1]) if self.heads_in_place else q.shape[:2]
@@ -331,9 +329,9 @@ class Chunked(NamedTuple):
 
 _ROWS, _HEADS = (Chunked(_Cudnn(there), pallas_gpu.KERNEL, there) for there in (False, True))
 
-KERNEL = Kernel(_ROWS.forward, _ROWS.backward)
-HEADS_KERNEL = Kernel(_HEADS.forward, _HEADS.backward)
-attend_prefixes = _ROWS.prefixes
+KERNEL = Kernel(
+    _ROWS.forward, _ROWS.backward, Kernel(_HEADS.forward, _HEADS.backward), _ROWS.prefixes
+)
 
 
 def check(head_dim: int, dtype: jax.typing.DTypeLike) -> None:

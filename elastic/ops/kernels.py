@@ -70,24 +70,6 @@ def kernel_of(name: str) -> Kernel:
     return _kernel(name)[0]
 
 
-def heads_kernel_of(name: str) -> Kernel | None:
-    """The same for `local.attend_heads`, where the implementation has one: it saves the move of heads to rows and back."""
-    if name != "gpu":
-        return None
-    from elastic.ops import cudnn
-
-    return cudnn.HEADS_KERNEL
-
-
-def prefix_kernel_of(name: str, head_dim: int, dtype: Any) -> Callable[..., tuple[Any, Any]] | None:
-    """`cudnn.attend_prefixes` where the implementation has it for such heads: batch elements with pasts of their own in one call."""
-    if name != "gpu":
-        return None
-    from elastic.ops import cudnn
-
-    return cudnn.attend_prefixes if cudnn.serves(head_dim, dtype) else None
-
-
 @functools.cache
 def _best(platform: str, head_dim: int, dtype: jnp.dtype) -> str:
     for name in (*_BEST.get(platform, ()), "blockwise"):

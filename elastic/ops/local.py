@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -86,11 +87,32 @@ class Backward(Protocol):
     ) -> tuple[Float[Array, "N Q D"], Float[Array, "N K D"], Float[Array, "N K D"]]: ...
 
 
+class Prefixes(Protocol):
+    """The forward pass of b batch elements at once, N = b * heads, each of which sees the first `lengths` keys of its own rows.
+
+    The queries attend to the rows from `first_row` on. None for heads and types that it cannot serve.
+    """
+
+    def __call__(
+        self,
+        q_NQD: Float[Array, "N Q D"],
+        k_MKD: Float[Array, "M K D"],
+        v_MKD: Float[Array, "M K D"],
+        first_row: Int[Array, ""],
+        lengths: Int[Array, " b"],
+        /,
+    ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]] | None: ...
+
+
 class Kernel(NamedTuple):
     """One implementation of attention on one device."""
 
     forward: Forward
     backward: Backward
+    in_place: "Kernel | None" = (
+        None  # for `attend_heads`; it saves the move of heads to rows and back
+    )
+    prefixes: Prefixes | None = None
 
 
 def attend_rows(
@@ -164,3 +186,20 @@ def _attend_bwd(options: Options, kernel: Kernel, residuals, gradients):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def rows(x: Float[Array, "b l h d"]) -> Float[Array, "n l d"]:
+    """Heads as rows, those of one batch element side by side."""
+    return rearrange(x, "b l h d -> (b h) l d")
+
+
+def heads_of(x: Float[Array, "n l d"], heads: int) -> Float[Array, "b l h d"]:
+    """The inverse of `rows`."""
+    return rearrange(x, "(b h) l d -> b l h d", h=heads)
+
+
+def from_rows(
+    out: Float[Array, "n l d"], lse: Float[Array, "n l"], heads: int
+) -> tuple[Float[Array, "b l h d"], Float[Array, "b h l"]]:
+    """The same for a kernel's results."""
+    return heads_of(out, heads), rearrange(lse, "(b h) l -> b h l", h=heads)

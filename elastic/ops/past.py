@@ -17,13 +17,11 @@ from elastic.ops.attention import (
     Q_TILE,
     Call,
     How,
-    from_rows,
     on_device,
     on_ring,
-    rows,
 )
-from elastic.ops.kernels import choose_implementation, kernel_of, prefix_kernel_of
-from elastic.ops.local import Scope, attend_rows
+from elastic.ops.kernels import choose_implementation, kernel_of
+from elastic.ops.local import Scope, attend_rows, from_rows, rows
 from elastic.sharding import fitting_spec
 
 
@@ -135,11 +133,11 @@ def _past_alone(
         return on_device(Call(q, keys, values, start, jnp.int32(capacity), valid=valid), how)
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
     first_row = (layer * batch * heads).astype(jnp.int32)
-    together = prefix_kernel_of(how.name, q.shape[-1], q.dtype)
-    if together is not None and batch > 1:
-        own = (lax.dynamic_slice_in_dim(x, first_row, batch * heads) for x in (keys, values))
-        return from_rows(*together(rows(q), *own, past_length), heads)
     kernel = kernel_of(how.name)
+    if kernel.prefixes is not None and batch > 1:
+        found = kernel.prefixes(rows(q), keys, values, first_row, past_length)
+        if found is not None:
+            return from_rows(*found, heads)
 
     def of_element(element: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, length, number = element
