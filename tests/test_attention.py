@@ -163,6 +163,20 @@ def test_keys_that_the_mask_rules_out_are_never_read(implementation):
 
 
 @pytest.mark.parametrize("implementation", FAST)
+def test_keys_of_other_segments_are_never_read(implementation):
+    """A packed sequence costs what its files cost: forward, and in both passes of the gradient."""
+    options = dict(length=96, block_size=32, segments=(64, 32), q_tile=16, kv_tile=16)
+    (q, k, v), cotangent, scope, static = make_case(jnp.float32, **options)
+    scope["segment_ids"] = scope["segment_ids"].at[1].set(scope["segment_ids"][0])
+    expected = run(implementation, (q, k, v), cotangent, scope, static)
+    # What is not a number in the first file may show there alone, and likewise a cotangent that is none.
+    q, k, v = (x.at[:, :64].set(jnp.nan) for x in (q, k, v))
+    ours = run(implementation, (q, k, v), cotangent.at[:, :64].set(jnp.nan), scope, static)
+    for x, y in zip(ours, expected, strict=True):
+        assert (x[:, 64:] == y[:, 64:]).all()
+
+
+@pytest.mark.parametrize("implementation", FAST)
 def test_no_array_of_queries_by_keys_is_made(implementation):
     length = 4096
     q = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)

@@ -20,6 +20,7 @@ TABLE = """
     ops.bits
     ops.dense
     ops.local
+    ops.visits
     ops.reference ops.blockwise ops.pallas_tpu ops.pallas_gpu ops.feedforward
     ops.cudnn
     ops.kernels

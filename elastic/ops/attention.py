@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from elastic.ops import reference, ring
+from elastic.ops import reference, ring, visits
 from elastic.ops.kernels import choose_implementation, kernel_of
 from elastic.ops.local import Options, Scope, attend_heads, attend_rows, from_rows, rows
 from elastic.sharding import fitting_spec
@@ -82,6 +82,12 @@ class Call(NamedTuple):
     kv_segments: Array | None = None  # [b, k]
     valid: Array | None = None  # [b, k]
 
+    def scope(self) -> Scope:
+        """The same for a kernel: keys begin at 0, as do their rows."""
+        start = jnp.int32(0)
+        seen = self.q_segments, self.kv_segments, self.valid
+        return Scope(self.q_start, start, self.kv_length, start, *seen)
+
 
 class How(NamedTuple):
     """What is known when the program is compiled."""
@@ -130,7 +136,7 @@ def on_ring(call: Call, how: How, size: int, layout: ring.Layout) -> tuple[Array
         rows(call.k),
         rows(call.v),
         ring.Places(call.q_start, call.kv_length),
-        ring.Ids(call.q_segments, call.kv_segments, call.valid),
+        visits.ids_of(call.scope(), call.q.shape[1]),
         ring.Ring(size, layout, kernel_of(how.name), how.options(heads)),
     )
     return from_rows(out, lse, heads)
@@ -164,8 +170,7 @@ def on_device(call: Call, how: How) -> tuple[Array, Array]:
             kv_segments=kv_segments,
             valid=valid,
         )
-    start, heads = jnp.int32(0), q.shape[2]
-    scope = Scope(q_start, start, kv_length, start, q_segments, kv_segments, valid)
+    scope, heads = call.scope(), q.shape[2]
     options, kernel = how.options(heads)._replace(whole=how.whole), kernel_of(how.name)
     if kernel.in_place is not None:
         return attend_heads(q, k, v, scope, options, kernel.in_place)

@@ -5,13 +5,11 @@ ones slowly. Tiles that the mask rules out are never visited, and tiles that it 
 Shapes below: N rows of queries, M rows of keys, Q and K positions, D channels; t marks a tile.
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from elastic.ops import bits
+from elastic.ops import bits, visits
 from elastic.ops.dense import dot, turned
 from elastic.ops.local import Kernel, Options, Scope
 
@@ -21,7 +19,7 @@ _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 
 def _padded(
     q_NQD: Array, k_MKD: Array, scope: Scope, options: Options
 ) -> tuple[Array, Scope, Options]:
-    """Tiles no longer than the arrays, and queries that fill theirs; those added see no segment."""
+    """Tiles no longer than the arrays, and queries that fill theirs."""
     length = q_NQD.shape[1]
     options = options._replace(
         q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1])
@@ -30,9 +28,8 @@ def _padded(
     if padding:
         q_NQD = _pad_rows(q_NQD, padding)
         if scope.q_segments is not None:
-            scope = scope._replace(
-                q_segments=jnp.pad(scope.q_segments, ((0, 0), (0, padding)), constant_values=-1)
-            )
+            widths = ((0, 0), (0, padding))
+            scope = scope._replace(q_segments=jnp.pad(scope.q_segments, widths, mode="edge"))
     return q_NQD, scope, options
 
 
@@ -54,6 +51,8 @@ def _forward(
     num_rows, length, dim = q_NQD.shape
     q_tile = options.q_tile
     q_NQD = _scaled(q_NQD)
+    ids = visits.ids_of(scope, length)
+    meetings = visits.of_queries(scope, length, k_MKD.shape[1], options)
 
     def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
         row = scope.first_row + n
@@ -69,7 +68,7 @@ def _forward(
             )
             logits_ts = dot(q_tD, k_sD, (1, 1))
             if masked:
-                seen_ts = _seen(n, i, j, start, scope, options)
+                seen_ts = _seen(n, i, j, k_MKD, scope, ids, options)
                 logits_ts = jnp.where(seen_ts, logits_ts, _NEVER)
             new_top_t = jnp.maximum(top_t, jnp.max(logits_ts, axis=-1))
             weights_ts = jnp.exp(logits_ts - new_top_t[:, None])
@@ -81,11 +80,7 @@ def _forward(
             return new_top_t, total_t, out_tD
 
         carry = (jnp.full(q_tile, _NEVER), jnp.zeros(q_tile), jnp.zeros((q_tile, dim)))
-        num_plain, num_tiles = _tiles_seen(i, k_MKD.shape[1], scope, options)
-        carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
-        top_t, total_t, out_tD = lax.fori_loop(
-            num_plain, num_tiles, functools.partial(visit, masked=True), carry
-        )
+        top_t, total_t, out_tD = meetings.at(n // options.rows_per_batch, i).fold(visit, carry)
         safe_t = jnp.where(total_t > 0, total_t, 1.0)
         return out_tD / safe_t[:, None], jnp.where(total_t > 0, top_t + jnp.log(safe_t), -jnp.inf)
 
@@ -119,7 +114,9 @@ def _backward(
     lse_NQ = jnp.where(jnp.isneginf(lse_NQ), jnp.inf, lse_NQ)
     dout_NQD, delta_NQ = (_pad_rows(x, padding) for x in (dout_NQD, delta_NQ))
     lse_NQ = _pad_rows(lse_NQ, padding, jnp.inf)
-    num_q_tiles, kv_length = q_NQD.shape[1] // options.q_tile, k_NKD.shape[1]
+    num_q_tiles = q_NQD.shape[1] // options.q_tile
+    ids = visits.ids_of(scope, q_NQD.shape[1])
+    meetings = visits.of_queries(scope, q_NQD.shape[1], k_NKD.shape[1], options)
 
     def one_row(item):
         n, q_QD, k_KD, v_KD, dout_QD, lse_Q, delta_Q = item
@@ -146,7 +143,8 @@ def _backward(
                 logits_st = dot(k_sD, q_tD, (1, 1))
                 weights_st = jnp.exp(logits_st - lse_t[None, :])
                 if masked:
-                    weights_st = jnp.where(_seen(n, i, j, start, scope, options).T, weights_st, 0.0)
+                    seen_ts = _seen(n, i, j, k_NKD, scope, ids, options)
+                    weights_st = jnp.where(seen_ts.T, weights_st, 0.0)
                 dweights_st = dot(v_sD, dout_tD, (1, 1))
                 dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
                 dq_tD = dq_tD + dot(turned(dlogits_st), k_sD)
@@ -155,12 +153,8 @@ def _backward(
                 return dq_tD, dk_KD, dv_KD
 
             dq_QD, dk_KD, dv_KD = grads
-            num_plain, num_tiles = _tiles_seen(i, kv_length, scope, options)
             carry = (jnp.zeros((options.q_tile, dim)), dk_KD, dv_KD)
-            carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
-            dq_tD, dk_KD, dv_KD = lax.fori_loop(
-                num_plain, num_tiles, functools.partial(visit, masked=True), carry
-            )
+            dq_tD, dk_KD, dv_KD = meetings.at(n // options.rows_per_batch, i).fold(visit, carry)
             return lax.dynamic_update_slice_in_dim(dq_QD, dq_tD * scale, at, 0), dk_KD, dv_KD
 
         zeros = (jnp.zeros(q_QD.shape), jnp.zeros(k_KD.shape), jnp.zeros(v_KD.shape))
@@ -174,46 +168,24 @@ def _backward(
 KERNEL = Kernel(_forward, _backward)
 
 
-def _tiles_seen(i: Array, num_keys: int, scope: Scope, options: Options) -> tuple[Array, Array]:
-    """For tile i of the queries: how many tiles of keys all its queries see whole, and how many any of them sees at all."""
-    first = scope.q_start + i * options.q_tile
-    last = first + options.q_tile - 1
-    limit = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
-    seen_by_first, seen_by_last = (
-        jnp.clip(
-            (position // options.block_size + 1) * options.block_size - scope.kv_start, 0, limit
-        )
-        for position in (first, last)
-    )
-    num_tiles = (seen_by_last + options.kv_tile - 1) // options.kv_tile
-    return (
-        jnp.zeros_like(num_tiles) if scope.always_masked else seen_by_first // options.kv_tile
-    ), num_tiles
-
-
 def _tile_start(j: Array, keys: Array, options: Options) -> Array:
     """Where tile j of the keys begins. The last one moves back to end with the keys, and `_seen` hides what it reads twice."""
     return jnp.minimum(j * options.kv_tile, keys.shape[1] - options.kv_tile)
 
 
 def _seen(
-    n: Array, i: Array, j: Array, start: Array, scope: Scope, options: Options
-) -> Bool[Array, "t s"]:
+    n: Array, i: Array, j: Array, keys: Array, scope: Scope, ids: visits.Ids | None, options: Options
+) -> Bool[Array, "t s"]:  # fmt: skip
     """The mask of one tile of logits."""
-    q_position = i * options.q_tile + jnp.arange(options.q_tile)
+    at, start = i * options.q_tile, _tile_start(j, keys, options)
     kv_position = start + jnp.arange(options.kv_tile)
-    bound = ((scope.q_start + q_position) // options.block_size + 1) * options.block_size
-    bound = jnp.minimum(bound, scope.kv_length) - scope.kv_start
-    seen = (kv_position[None, :] < bound[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
-    batch = n // options.rows_per_batch
-    if scope.q_segments is not None and scope.kv_segments is not None:
-        q_segment = lax.dynamic_slice(
-            scope.q_segments, (batch, i * options.q_tile), (1, options.q_tile)
-        )[0]
-        kv_segment = lax.dynamic_slice(scope.kv_segments, (batch, start), (1, options.kv_tile))[0]
-        seen &= q_segment[:, None] == kv_segment[None, :]
-    if scope.valid is not None:
-        seen &= lax.dynamic_slice(scope.valid, (batch, start), (1, options.kv_tile))
+    until = visits.seen_until(at + jnp.arange(options.q_tile), scope, keys.shape[1], options)
+    seen = (kv_position[None, :] < until[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
+    if ids is not None:
+        batch = n // options.rows_per_batch
+        q_ids = lax.dynamic_slice(ids.queries, (batch, at), (1, options.q_tile))[0]
+        kv_ids = lax.dynamic_slice(ids.keys, (batch, start), (1, options.kv_tile))[0]
+        seen &= q_ids[:, None] == kv_ids[None, :]
     return seen
 
 

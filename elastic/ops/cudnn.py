@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from elastic.ops import pallas_gpu
+from elastic.ops import pallas_gpu, visits
 from elastic.ops.local import Kernel, Options, Scope, from_rows, heads_of, rows
 
 _SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
@@ -185,17 +185,13 @@ def _own_rows(x: Array, q: Array, first_row: Array) -> Array:
     return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, first_row, len(q))
 
 
-def _one_segment(scope: Scope) -> bool | Array:
+def _one_segment(scope: Scope, num_queries: int) -> bool | Array:
     """Whether every key may be seen by every query, as far as segments and hidden keys go."""
-    if not scope.always_masked:
+    ids = visits.ids_of(scope, num_queries)
+    if ids is None:
         return True
-    one = jnp.bool_(True)
-    if scope.kv_segments is not None and scope.q_segments is not None:
-        first = scope.kv_segments[:, :1]
-        one &= jnp.all(scope.kv_segments == first) & jnp.all(scope.q_segments == first)
-    if scope.valid is not None:
-        one &= jnp.all(scope.valid)
-    return one
+    first = ids.queries[:, :1]
+    return jnp.all(ids.queries == first) & jnp.all(ids.keys == first)
 
 
 class Chunked(NamedTuple):
@@ -317,7 +313,7 @@ class Chunked(NamedTuple):
     ) -> Any:
         if even is False or not serves(q.shape[-1], q.dtype):
             return by_other()
-        served = even & _one_segment(scope)
+        served = even & _one_segment(scope, q.shape[1])
         return by_fused() if served is True else lax.cond(served, by_fused, by_other)
 
     def _rows(self, x: Array) -> Array:

@@ -42,11 +42,6 @@ class Scope(NamedTuple):
     kv_segments: Int[Array, "b K"] | None = None
     valid: Bool[Array, "b K"] | None = None
 
-    @property
-    def always_masked(self) -> bool:
-        """Whether every tile needs a mask."""
-        return self.q_segments is not None or self.valid is not None
-
 
 class Forward(Protocol):
     """Output and natural logsumexp of each query, in float32; 0 and -inf for one that sees no key.

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
+from elastic.ops import visits
 from elastic.ops.local import Kernel, Options, Scope
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
-_NOBODY = -(2**31)  # the segment of a key that is not valid: no id of a segment in use
 _LOG2_E = math.log2(math.e)
 _SMALLEST_TILE = 16  # of a matrix product in Triton
 
@@ -134,6 +134,10 @@ def _read_numbers(numbers_ref: Any, sizes: _Sizes) -> _Numbers:
     return _Numbers(q_start, kv_start, first_row, jnp.minimum(kv_length - kv_start, sizes.num_keys))
 
 
+def _read_tiles(tiles_ref: Any) -> visits.Visits:
+    return visits.Visits(*(tiles_ref[i] for i in range(4)))
+
+
 def _load(ref: Any, sizes: _Sizes, there: Array | None, other: float | int = 0) -> Array:
     """A tile, with `other` for rows that are not there and for channels that are added; neither is read."""
     mask = _mask(ref.shape, sizes, there)
@@ -183,20 +187,9 @@ def _seen_from(key: Array, numbers: _Numbers, sizes: _Sizes) -> Array:
     return jnp.maximum(block * sizes.options.block_size - numbers.q_start, 0)
 
 
-def _over_keys(visit: Any, carry: Any, first: Array, numbers: _Numbers, sizes: _Sizes, ids: Any):
-    """`visit(j, carry, masked=...)` for every tile of keys that the queries of the tile at `first` may see."""
-    last = jnp.minimum(first + sizes.q_tile, sizes.num_queries) - 1
-    num_tiles = lax.div(_seen_until(last, numbers, sizes) + (sizes.kv_tile - 1), sizes.kv_tile)
-    if ids is not None:
-        return lax.fori_loop(0, num_tiles, functools.partial(visit, masked=True), carry)
-    num_plain = lax.div(_seen_until(first, numbers, sizes), sizes.kv_tile)
-    carry = lax.fori_loop(0, num_plain, functools.partial(visit, masked=False), carry)
-    return lax.fori_loop(num_plain, num_tiles, functools.partial(visit, masked=True), carry)
-
-
 def _forward_kernel(
-    numbers_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ids: Any, out_ref: Any, lse_ref: Any,
-    *, sizes: _Sizes, tile_of: Any,
+    numbers_ref: Any, tiles_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, ids: Any, out_ref: Any,
+    lse_ref: Any, *, sizes: _Sizes, tile_of: Any,
 ) -> None:  # fmt: skip
     """One tile of queries against all keys that they see, with an online softmax."""
     numbers = _read_numbers(numbers_ref, sizes)
@@ -226,7 +219,7 @@ def _forward_kernel(
     shape = q_tD.shape
     carry = (jnp.full(shape[:1], _NEVER, jnp.float32), jnp.zeros(shape[:1], jnp.float32),
              jnp.zeros(shape, jnp.float32))  # fmt: skip
-    top_t, total_t, out_tD = _over_keys(visit, carry, first, numbers, sizes, ids)
+    top_t, total_t, out_tD = _read_tiles(tiles_ref).fold(visit, carry)
     any_t = total_t > 0
     total_t = jnp.where(any_t, total_t, 1.0)
     lse_t = jnp.where(any_t, top_t / _LOG2_E + jnp.log(total_t), -jnp.inf)
@@ -258,7 +251,7 @@ def _seen_tile(
 
 
 def _dq_kernel(
-    numbers_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, dout_ref: Any, lse_ref: Any,
+    numbers_ref: Any, tiles_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, dout_ref: Any, lse_ref: Any,
     delta_ref: Any, ids: Any, dq_ref: Any, *, sizes: _Sizes, tile_of: Any,
 ) -> None:  # fmt: skip
     """The gradient of one tile of queries."""
@@ -282,12 +275,12 @@ def _dq_kernel(
         dlogits_ts = weights_ts * (dweights_ts - delta_t[:, None])
         return dq_tD + _dot(dlogits_ts.astype(k_sD.dtype), k_sD)
 
-    dq_tD = _over_keys(visit, jnp.zeros(q_tD.shape, jnp.float32), first, numbers, sizes, ids)
+    dq_tD = _read_tiles(tiles_ref).fold(visit, jnp.zeros(q_tD.shape, jnp.float32))
     _store(dq_ref, dq_tD * sizes.head_dim**-0.5, sizes, there_t)
 
 
 def _dkv_kernel(
-    numbers_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, dout_ref: Any, lse_ref: Any,
+    numbers_ref: Any, tiles_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, dout_ref: Any, lse_ref: Any,
     delta_ref: Any, ids: Any, dk_ref: Any, dv_ref: Any, *, sizes: _Sizes, tile_of: Any,
 ) -> None:  # fmt: skip
     """The gradients of one tile of keys and values, from all queries that see it."""
@@ -325,36 +318,12 @@ def _dkv_kernel(
         dk_sD += _dot(dlogits_st.astype(q_tD.dtype), q_tD)
         return dk_sD, dv_sD
 
-    # None for a tile that is not there (a select between two constants does not lower in jax 0.10.2).
-    num_tiles = pl.cdiv(sizes.num_queries, sizes.q_tile) * (first < numbers.limit).astype(jnp.int32)
-    last = jnp.minimum(first + sizes.kv_tile, numbers.limit) - 1
-    begin = lax.div(_seen_from(first, numbers, sizes), sizes.q_tile)
     carry = (jnp.zeros(k_sD.shape, jnp.float32), jnp.zeros(k_sD.shape, jnp.float32))
-    masked = functools.partial(visit, masked=True)
-    if ids is not None:
-        dk_sD, dv_sD = lax.fori_loop(begin, num_tiles, masked, carry)
-    else:
-        plain = lax.div(_seen_from(last, numbers, sizes) + (sizes.q_tile - 1), sizes.q_tile)
-        carry = lax.fori_loop(begin, jnp.minimum(plain, num_tiles), masked, carry)
-        plain_visit = functools.partial(visit, masked=False)
-        dk_sD, dv_sD = lax.fori_loop(plain, num_tiles, plain_visit, carry)
+    dk_sD, dv_sD = _read_tiles(tiles_ref).fold(visit, carry)
     # Keys that are not there were read as zeros and not masked: theirs is what is left out here.
     in_array = None if sizes.num_keys % sizes.kv_tile == 0 else key_s < sizes.num_keys
     _store(dk_ref, jnp.where(there_s[:, None], dk_sD * sizes.head_dim**-0.5, 0.0), sizes, in_array)
     _store(dv_ref, jnp.where(there_s[:, None], dv_sD, 0.0), sizes, in_array)
-
-
-def _segments(scope: Scope, num_queries: int) -> tuple[Array, Array] | None:
-    """Segments of queries and keys, a key that is not valid in one of its own, so that one comparison tells both."""
-    q_ids, kv_ids = scope.q_segments, scope.kv_segments
-    if scope.valid is not None:
-        if q_ids is None or kv_ids is None:
-            q_ids = jnp.zeros((len(scope.valid), num_queries), jnp.int32)
-            kv_ids = jnp.zeros(scope.valid.shape, jnp.int32)
-        kv_ids = jnp.where(scope.valid, kv_ids.astype(jnp.int32), _NOBODY)
-    if q_ids is None or kv_ids is None:
-        return None
-    return q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
 
 
 def _launch(
@@ -389,20 +358,29 @@ def _launch(
         return pl.BlockSpec((*shape, _width(sizes.head_dim))[:rank], lambda *at: index(*at)[:rank])
 
     numbers = (scope.q_start, scope.kv_start, scope.kv_length, scope.first_row)
-    ids = _segments(scope, lengths[0])
+    by = visits.of_keys if step == "dkv" else visits.of_queries
+    meetings = by(scope, *lengths, options._replace(q_tile=cut.q_tile, kv_tile=cut.kv_tile))
+    rows_alike = len(q_NQD) // len(meetings.end)
+    ids = visits.ids_of(scope, lengths[0])
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes, tile_of=tile_of),
         results,
         grid=(num_tiles, len(q_NQD)),
         in_specs=(
             pl.BlockSpec((4,), lambda i, n: (0,)),
+            pl.BlockSpec((None, None, 4), lambda i, n: (lax.div(n, rows_alike), tile_of(i), 0)),
             *map(spec, arrays, places),
             jax.tree.map(functools.partial(spec, place="a"), ids),
         ),
         out_specs=tuple(spec(x, "t") for x in results),
         compiler_params=plgpu.CompilerParams(num_warps=cut.num_warps, num_stages=cut.num_stages),
         interpret=interpret,
-    )(jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers]), *arrays, ids)
+    )(
+        jnp.stack([jnp.asarray(x, jnp.int32) for x in numbers]),
+        jnp.stack(meetings, axis=-1),
+        *arrays,
+        ids,
+    )
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

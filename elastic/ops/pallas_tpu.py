@@ -4,8 +4,9 @@ Everything is transposed: a tile of logits is keys x queries. What belongs to a 
 what it sees) is then one vector along lanes: [rows, 1, Q] in memory, not the 128 copies of itself that a column takes, and sums over
 keys are additions of registers rather than rotations inside them.
 
-The kernels know no rule but this one: query t sees the keys below `bound_t`. XLA makes the bounds (4 bytes a query) and, from
-them, what each tile visits; those few numbers reach the scalar core before a kernel starts. So all of `Scope` may be traced.
+The kernels know no rule but this one: query t sees the keys below `bound_t`, of its own id where there are ids. XLA makes the bounds
+(4 bytes a query) and what each tile visits (visits.py); those few numbers reach the scalar core before a kernel starts. So all of
+`Scope` may be traced.
 
 Logits are in base 2 inside, which saves a multiplication each: log2(e) is part of the scale of q.
 Shapes: N rows of queries, M rows of keys, Q and K positions, D channels, B batch elements; s a tile of keys, t a tile of queries.
@@ -22,8 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
+from elastic.ops import visits
 from elastic.ops.local import Kernel, Options, Scope
 
 _LANES, _INTERPRETED_LANES = 128, 8  # fewer where tests want several tiles of a short array
@@ -32,7 +34,6 @@ _VMEM_BYTES = 15 << 20  # a kernel gets 16 MiB unless told otherwise, on v4 ther
 _LOG2_E = math.log2(math.e)
 # Finite, so that a query that sees nothing gives no nan. Tops begin higher: exp2(_NEVER - _LOWEST) is 0, without a second mask.
 _NEVER, _LOWEST = -1e30, -1e29
-_HIDDEN = -(2**31)  # the id of a key that nobody sees
 
 
 def check(head_dim: int, dtype: DTypeLike) -> None:
@@ -84,43 +85,29 @@ def tiles(
 
 
 class _Plan(NamedTuple):
-    """What is visited, in int32, for the scalar core. Tiles of keys that a tile of queries sees are always its first ones."""
+    """What the scalar core reads, in int32: which tiles an outer tile visits, batch element by batch element where they differ."""
 
-    row_and_end: Int[Array, "2"]  # the first row of the keys; how many there are, rubbish behind
-    plain: Int[Array, "q_tiles"]  # tiles of keys that all of these queries see whole
-    visits: Int[Array, "outer"]  # inner tiles that an outer tile meets
+    row_and_end: Any  # [2]: the first row of the keys; how many there are, rubbish behind
+    first: Any  # these four: [b * outer], as in visits.Visits
+    plain: Any
+    plain_end: Any
+    end: Any
 
 
-def _plan(
-    num_queries: int, num_keys: int, scope: Scope, options: Options
-) -> tuple[Array, _Plan, _Plan]:
-    """The bounds [1, 1, Q], and the plans of the kernels whose outer tiles are of queries and of keys."""
-    q_tile, kv_tile, block = options.q_tile, options.kv_tile, options.block_size
+def _plan(num_keys: int, scope: Scope, tiles: visits.Visits) -> _Plan:
     end = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
-
-    def bound(index: Array) -> Array:
-        return jnp.clip(((scope.q_start + index) // block + 1) * block - scope.kv_start, 0, end)
-
-    first = jnp.arange(0, num_queries, q_tile)
-    plain = jnp.zeros_like(first) if scope.always_masked else bound(first) // kv_tile
-    visits = pl.cdiv(bound(jnp.minimum(first + q_tile, num_queries) - 1), kv_tile)
-    # Later queries see more, so the queries that meet a tile of keys are the last ones.
-    kv_visits = jnp.sum(visits[None, :] > jnp.arange(pl.cdiv(num_keys, kv_tile))[:, None], axis=1)
-    row_and_end = jnp.stack([scope.first_row, end])
-
-    def plan(visits: Array) -> _Plan:
-        return _Plan(*(x.astype(jnp.int32) for x in (row_and_end, plain, visits)))
-
-    bounds = bound(jnp.arange(num_queries)).astype(jnp.int32)
-    return bounds[None, None], plan(visits), plan(kv_visits)
+    row_and_end = jnp.stack([scope.first_row, end]).astype(jnp.int32)
+    return _Plan(row_and_end, *(x.reshape(-1) for x in tiles))
 
 
 class _Step(NamedTuple):
     """Where a step of the grid is."""
 
     outer: Array  # the tile that stays
-    inner: Array  # counts its visits, from 0
-    visits: Array  # how many there are
+    inner: Array  # the one that it visits: after its last visit the same again, so that nothing is fetched
+    starts: Array
+    live: Array  # whether it is a visit
+    plain: Array  # and needs no mask
     last: Array
 
 
@@ -131,37 +118,59 @@ class _Step(NamedTuple):
 # from one outer tile to the next.)
 
 
-def _num_steps(visits: Int[Array, "outer"]) -> Array:
-    visits = jnp.maximum(visits, 1)  # even a tile without visits must write its zeros
-    index = jnp.arange(visits.size)
-    return jnp.max(visits + jnp.where(index == index[::-1], 0, visits[::-1]))
+def _num_steps(tiles: visits.Visits) -> Array:
+    count = jnp.maximum(
+        tiles.end - tiles.first, 1
+    )  # even a tile without visits must write its zeros
+    index = jnp.arange(count.shape[1])[None]
+    return jnp.max(count + jnp.where(index == index[:, ::-1], 0, count[:, ::-1]))
 
 
-def _step(p: Array, step: Array, plan: _Plan) -> _Step:
-    num_outer = plan.visits.shape[0]
-    partner = num_outer - 1 - p
-    num_first = jnp.maximum(plan.visits[p], 1)
-    in_first = (step < num_first) | (partner == p)
-    outer = jnp.where(in_first, p, partner)
-    inner = jnp.where(in_first, step, step - num_first)
-    visits = plan.visits[outer]
-    return _Step(outer, inner, visits, inner == jnp.maximum(visits, 1) - 1)
+class _Grid(NamedTuple):
+    """What a kernel knows of its steps when it is compiled."""
+
+    num_outer: int
+    rows_per_batch: int  # rows that share their visits
+
+    def step(self, n: Array, p: Array, at: Array, plan: _Plan) -> _Step:
+        """Step `at` of the p-th pair of outer tiles in row n."""
+
+        def index(tile: Array) -> Array:
+            return _quotient(n, self.rows_per_batch) * self.num_outer + tile
+
+        def visits_of(tile: Array) -> Array:
+            return plan.end[index(tile)] - plan.first[index(tile)]
+
+        partner = self.num_outer - 1 - p
+        num_first = jnp.maximum(visits_of(p), 1)
+        in_first = (at < num_first) | (partner == p)
+        outer = jnp.where(in_first, p, partner)
+        count = jnp.where(in_first, at, at - num_first)
+        num_visits = visits_of(outer)
+        final = jnp.maximum(num_visits, 1) - 1
+        inner = plan.first[index(outer)] + jnp.minimum(count, final)
+        plain = (plan.plain[index(outer)] <= inner) & (inner < plan.plain_end[index(outer)])
+        return _Step(outer, inner, count == 0, count < num_visits, plain, count == final)
 
 
-def _specs(program: "_Program", options: Options, dim: int) -> dict[str, pl.BlockSpec]:
+def _quotient(n: Array, divisor: int) -> Array:
+    """`//` asks the default device for its kind, which there need not be when compiling ahead of time."""
+    return lax.div(n, jnp.int32(divisor))
+
+
+def _specs(program: "_Program", grid: _Grid, options: Options, dim: int) -> dict[str, pl.BlockSpec]:
     """Which block of an array a step wants."""
     q_tile, kv_tile = options.q_tile, options.kv_tile
 
     def spec(shape: tuple[int, int, int], index: Any) -> pl.BlockSpec:
         def block(n: Array, p: Array, at: Array, *refs: Any):
             plan = _Plan(*refs)
-            return index(n, *program.tiles_of(_step(p, at, plan), plan), plan.row_and_end[0])
+            return index(n, *program.tiles_of(grid.step(n, p, at, plan)), plan.row_and_end[0])
 
         return pl.BlockSpec(shape, block)
 
     def batch(n: Array) -> Array:
-        # `//` asks the default device for its kind, which there need not be when compiling ahead of time.
-        return lax.div(n, jnp.int32(options.rows_per_batch))
+        return _quotient(n, options.rows_per_batch)
 
     return {
         "queries": spec((1, q_tile, dim), lambda n, i, j, first_row: (n, i, 0)),
@@ -173,29 +182,14 @@ def _specs(program: "_Program", options: Options, dim: int) -> dict[str, pl.Bloc
     }
 
 
-def _tiles_by_queries(step: _Step, plan: _Plan) -> tuple[Array, Array]:
-    """Tiles of queries and of keys that meet: those first in line. After the last visit the same again, so that nothing is fetched."""
-    return step.outer, jnp.minimum(step.inner, jnp.maximum(step.visits, 1) - 1)
+def _tiles_by_queries(step: _Step) -> tuple[Array, Array]:
+    """The tiles of queries and of keys that meet, where the tile of queries stays."""
+    return step.outer, step.inner
 
 
-def _tiles_by_keys(step: _Step, plan: _Plan) -> tuple[Array, Array]:
-    """Likewise where the tile of keys stays: it meets the last tiles of queries."""
-    visits = jnp.maximum(step.visits, 1)
-    return plan.plain.shape[0] - visits + jnp.minimum(step.inner, visits - 1), step.outer
-
-
-def _ids(scope: Scope, num_rows: int, num_queries: int, options: Options) -> dict[str, Array]:
-    """Ids of queries [B, 1, Q] and of keys [B, 1, K], equal where one may see the other; none if all may."""
-    q_ids, kv_ids = scope.q_segments, scope.kv_segments
-    if q_ids is None or kv_ids is None:
-        if scope.valid is None:
-            return {}
-        q_ids = jnp.zeros((num_rows // options.rows_per_batch, num_queries), jnp.int32)
-        kv_ids = jnp.zeros(scope.valid.shape, jnp.int32)
-    q_ids, kv_ids = q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
-    if scope.valid is not None:
-        kv_ids = jnp.where(scope.valid, kv_ids, _HIDDEN)
-    return {"q_ids": q_ids[:, None], "kv_ids": kv_ids[:, None]}
+def _tiles_by_keys(step: _Step) -> tuple[Array, Array]:
+    """Likewise where the tile of keys stays."""
+    return step.inner, step.outer
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -223,11 +217,10 @@ def _without_rubbish(x_sD: Array, j: Array, plan: _Plan) -> Array:
     return jnp.where(position < plan.row_and_end[1], x_sD, jnp.zeros_like(x_sD))
 
 
-def _on_visit(step: _Step, plain: Array, visit: Any) -> None:
+def _on_visit(step: _Step, visit: Any) -> None:
     """Runs `visit(masked)` if this step is a visit. Most tiles are seen whole and cost no mask."""
-    live = step.inner < step.visits
-    pl.when(live & plain)(functools.partial(visit, False))
-    pl.when(live & ~plain)(functools.partial(visit, True))
+    pl.when(step.live & step.plain)(functools.partial(visit, False))
+    pl.when(step.live & ~step.plain)(functools.partial(visit, True))
 
 
 class _Refs(NamedTuple):
@@ -257,7 +250,7 @@ def _forward_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
         total[...] = total[...] * rescale_1t + jnp.sum(weights_st, axis=0, keepdims=True)
         sum_Dt[...] = sum_Dt[...] * rescale_1t + _dot(v_sD, weights_st.astype(v_sD.dtype), (0, 0))
 
-    _on_visit(step, j < plan.plain[step.outer], visit)
+    _on_visit(step, visit)
 
     @pl.when(step.last)
     def _():
@@ -289,7 +282,7 @@ def _dq_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
         _, k_sD, _, _, dlogits_st = _tile_again(refs, step.inner, plan, masked)
         dq_Dt[...] += _dot(k_sD, dlogits_st, (0, 0))
 
-    _on_visit(step, step.inner < plan.plain[step.outer], visit)
+    _on_visit(step, visit)
 
     @pl.when(step.last)
     def _():
@@ -298,14 +291,13 @@ def _dq_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
 
 def _dkv_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
     (dk, dv), (dk_sD, dv_sD) = refs.outputs, refs.scratch
-    i, j = _tiles_by_keys(step, plan)
 
     def visit(masked: bool) -> None:
-        q_tD, _, dout_tD, weights_st, dlogits_st = _tile_again(refs, j, plan, masked)
+        q_tD, _, dout_tD, weights_st, dlogits_st = _tile_again(refs, step.outer, plan, masked)
         dv_sD[...] += _dot(weights_st, dout_tD, (1, 0))
         dk_sD[...] += _dot(dlogits_st, q_tD, (1, 0))
 
-    _on_visit(step, j < plan.plain[i], visit)
+    _on_visit(step, visit)
 
     @pl.when(step.last)
     def _():
@@ -345,9 +337,15 @@ def _run(
 ) -> Sequence[Array]:
     """Runs a kernel on (rows, pairs of outer tiles, steps)."""
     (num_rows, num_queries, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
-    bounds, by_queries, by_keys = _plan(num_queries, num_keys, scope, options)
-    plan = by_keys if program.tiles_of is _tiles_by_keys else by_queries
-    masks = {"bounds": bounds, **_ids(scope, num_rows, num_queries, options)}
+    by = visits.of_keys if program.tiles_of is _tiles_by_keys else visits.of_queries
+    meetings = by(scope, num_queries, num_keys, options)
+    num_alike, num_outer = meetings.end.shape
+    plan, grid = _plan(num_keys, scope, meetings), _Grid(num_outer, num_rows // num_alike)
+    bounds = visits.seen_until(jnp.arange(num_queries), scope, num_keys, options)
+    masks = {"bounds": bounds.astype(jnp.int32)[None, None]}
+    ids = visits.ids_of(scope, num_queries)
+    if ids is not None:
+        masks |= {"q_ids": ids.queries[:, None], "kv_ids": ids.keys[:, None]}
 
     def body(*refs: Any) -> None:
         parts, at = [], 0
@@ -355,16 +353,17 @@ def _run(
             parts.append(refs[at : at + len(part)])
             at += len(part)
         numbers = _Plan(*parts[0])
-        step, refs = _step(pl.program_id(1), pl.program_id(2), numbers), _Refs(*parts[1:])
+        step = grid.step(pl.program_id(0), pl.program_id(1), pl.program_id(2), numbers)
+        refs = _Refs(*parts[1:])
 
-        @pl.when(step.inner == 0)
+        @pl.when(step.starts)
         def _():
             for ref, (_, start) in zip(refs.scratch, program.scratch, strict=True):
                 ref[...] = jnp.full(ref.shape, start, ref.dtype)
 
         program.kernel(step, numbers, refs)
 
-    specs = _specs(program, options, dim)
+    specs = _specs(program, grid, options, dim)
     sizes = {"1": 1, "t": options.q_tile, "s": options.kv_tile, "D": dim}
     scratch = [tuple(sizes[letter] for letter in letters) for letters, _ in program.scratch]
     queries, numbers = (num_rows, num_queries, dim), (num_rows, 1, num_queries)
@@ -375,7 +374,7 @@ def _run(
         out_shape=[jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in program.outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
-            grid=(num_rows, pl.cdiv(plan.visits.size, 2), _num_steps(plan.visits)),
+            grid=(num_rows, pl.cdiv(num_outer, 2), _num_steps(meetings)),
             in_specs=[specs[x] for x in (*program.inputs, *masks)],
             out_specs=[specs[x] for x in program.outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],

@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.ops.local import Kernel, Options, Scope, save
+from elastic.ops.visits import Ids, any_meet
 from elastic.sharding import fitting_spec
 
 AXIS = "sp"
 Layout = Literal["plain", "balanced"]
 LAYOUTS = ("plain", "balanced")
-_NOBODYS = -(2**31) + 1  # the segment of keys that are hidden
 
 
 class Ring(NamedTuple):
@@ -50,29 +50,11 @@ class Places(NamedTuple):
     kv_length: Int[Array, ""]
 
 
-class Ids(NamedTuple):
-    """What lies beside the tokens of one device, where it is given."""
-
-    q_segments: Int[Array, "b Q"] | None = None
-    kv_segments: Int[Array, "b K"] | None = None
-    valid: Bool[Array, "b K"] | None = None
-
-    def without_valid(self) -> "Ids":
-        """The same with hidden keys in a segment that no query has, so that only one array has to travel."""
-        if self.valid is None:
-            return self
-        q_segments, kv_segments = self.q_segments, self.kv_segments
-        if q_segments is None or kv_segments is None:
-            zeros = jnp.zeros_like(self.valid, jnp.int32)
-            q_segments, kv_segments = zeros, zeros
-        return Ids(q_segments, jnp.where(self.valid, kv_segments, _NOBODYS))
-
-
 class _Keys(NamedTuple):
     """What travels. Keys and values are one array: a TPU has two sends under way at a time, and the sums want one."""
 
     kv_2NKD: Array
-    segments: Array | None
+    ids: Array | None
 
 
 def ring_attend(
@@ -80,20 +62,21 @@ def ring_attend(
     k_NKD: Float[Array, "N K D"],
     v_NKD: Float[Array, "N K D"],
     places: Places,
-    ids: Ids,
+    ids: Ids | None,
     ring: Ring,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
     """Output and logsumexp (float32) of this device's queries over the keys of all devices. Call it inside `shard_map`.
 
+    `ids` are those of this device's queries and keys.
     Differentiable in q, k and v through the output.
     """
     return _attend(q_NQD, k_NKD, v_NKD, places, ids, ring)
 
 
 def _forward(
-    q_NQD: Array, k_NKD: Array, v_NKD: Array, places: Places, ids: Ids, ring: Ring
+    q_NQD: Array, k_NKD: Array, v_NKD: Array, places: Places, ids: Ids | None, ring: Ring
 ) -> tuple[Array, Array]:
-    own, ids = lax.axis_index(AXIS), ids.without_valid()
+    own = lax.axis_index(AXIS)
 
     def step(s: Array, carry):
         keys, out, lse = carry
@@ -107,7 +90,7 @@ def _forward(
         return arriving, jnp.concatenate(outs, axis=1), jnp.concatenate(lses, axis=1)
 
     rows, length, dim = q_NQD.shape
-    keys = _Keys(jnp.stack([k_NKD, v_NKD]), ids.kv_segments)
+    keys = _Keys(jnp.stack([k_NKD, v_NKD]), None if ids is None else ids.keys)
     start = keys, jnp.zeros((rows, length, dim)), jnp.full((rows, length), -jnp.inf)
     _, out, lse = lax.fori_loop(0, ring.size, step, start)
     return out, lse
@@ -116,7 +99,7 @@ def _forward(
 _attend = jax.custom_vjp(_forward, nondiff_argnums=(5,))
 
 
-def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids, ring: Ring):
+def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids | None, ring: Ring):
     saved, out = save(q, k, v, *_attend(q, k, v, places, ids, ring))
     return (out, saved.lse), (saved, places, ids)
 
@@ -132,7 +115,7 @@ def _attend_bwd(ring: Ring, residuals, gradients):
     q_NQD, k_NKD, v_NKD, out, lse = saved.shown()
     dout = gradients[0]
     delta = jnp.sum(out.astype(dout.dtype) * dout, axis=-1)
-    own, ids = lax.axis_index(AXIS), ids.without_valid()
+    own = lax.axis_index(AXIS)
     # What products take, rounded once and not in every step.
     douts, lses, deltas = (_pieces(x, ring) for x in (dout.astype(q_NQD.dtype), lse, delta))
 
@@ -158,7 +141,7 @@ def _attend_bwd(ring: Ring, residuals, gradients):
         found, dq = add((own - s) % ring.size, keys, range(ring.pieces), dq)
         return arriving, arriving_sums + found, dq
 
-    own_keys = _Keys(jnp.stack([k_NKD, v_NKD]), ids.kv_segments)
+    own_keys = _Keys(jnp.stack([k_NKD, v_NKD]), None if ids is None else ids.keys)
     arriving = _send(own_keys)
     early, dq = add(own, own_keys, range(1), jnp.zeros(q_NQD.shape))
     nothing = jnp.zeros(own_keys.kv_2NKD.shape)
@@ -184,7 +167,7 @@ class _Piece(NamedTuple):
 
 
 def _visible_pairs(
-    own: Array, owner: Array, q: Array, keys: _Keys, places: Places, ids: Ids, ring: Ring
+    own: Array, owner: Array, q: Array, keys: _Keys, places: Places, ids: Ids | None, ring: Ring
 ) -> Iterator[tuple[int, _Piece]]:
     """Every pair of pieces, with the number of the piece of queries."""
 
@@ -192,7 +175,7 @@ def _visible_pairs(
         return [None] * ring.pieces if x is None else _pieces(x, ring)
 
     qs, ks, vs = cut(q), cut(keys.kv_2NKD[0]), cut(keys.kv_2NKD[1])
-    q_segments, kv_segments = cut(ids.q_segments), cut(keys.segments)
+    q_ids, kv_ids = cut(None if ids is None else ids.queries), cut(keys.ids)
     q_starts = _starts(own, qs[0].shape[1], ring)
     kv_starts = _starts(owner, ks[0].shape[1], ring)
     block = ring.options.block_size
@@ -201,8 +184,10 @@ def _visible_pairs(
         sees_until = ((q_start + qs[i].shape[1] - 1) // block + 1) * block
         for j in range(ring.pieces):
             seen = kv_starts[j] < jnp.minimum(sees_until, places.kv_length)
+            if ids is not None:
+                seen &= any_meet(q_ids[i], kv_ids[j])
             scope = Scope(
-                q_start, kv_starts[j], places.kv_length, jnp.int32(0), q_segments[i], kv_segments[j]
+                q_start, kv_starts[j], places.kv_length, jnp.int32(0), q_ids[i], kv_ids[j]
             )
             yield i, _Piece(j, seen, qs[i], ks[j], vs[j], scope)
 
