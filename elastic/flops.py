@@ -40,28 +40,36 @@ def visible_pairs(length: int, block_size: int) -> int:
     return block_size**2 * blocks * (blocks + 1) // 2 + rest * length
 
 
-def forward_flops(config: ElasticTokConfig, length: int, *, past: int = 0) -> int:
+def forward_flops(
+    config: ElasticTokConfig, length: int, *, past: int = 0, visible_blocks: float | None = None
+) -> int:
     """FLOPs of encoder and decoder over one sequence.
 
     Args:
       length: tokens of the sequence.
       past: cached tokens that every query sees besides.
+      visible_blocks: how many blocks of the sequence a token sees, its own among them, in the mean; None: as if one clip filled it.
     """
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
     weights = layers * (4 * width**2 + 3 * width * config.intermediate_size)
     weights += width * (2 * config.patch_dim + latents + config.code_dim)
-    pairs = visible_pairs(length, config.tokens_per_block) + length * past
-    return 2 * length * weights + 4 * layers * pairs * width
+    if visible_blocks is None:
+        pairs = visible_pairs(length, config.tokens_per_block)
+    else:
+        pairs = round(length * visible_blocks * config.tokens_per_block)
+    return 2 * length * weights + 4 * layers * (pairs + length * past) * width
 
 
-def training_flops(config: ElasticTokConfig, length: int) -> int:
+def training_flops(
+    config: ElasticTokConfig, length: int, *, visible_blocks: float | None = None
+) -> int:
     """FLOPs of one sequence in a training step: three times the forward pass.
 
     What rematerialization and the attention's gradient compute again is not counted: it is a
     choice, and no progress.
     """
-    return 3 * forward_flops(config, length)
+    return 3 * forward_flops(config, length, visible_blocks=visible_blocks)
 
 
 def _num_latents(config: ElasticTokConfig) -> int:

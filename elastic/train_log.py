@@ -35,9 +35,8 @@ class Recorder:
         self._config, self._data = config, data
         self._step, self._time = first_step, time.perf_counter()
         self._waited = 0.0
-        length = sequence_length(config.data, elastic)
-        self._tokens = config.data.batch_size * length
-        self._flops = config.data.batch_size * flops.training_flops(elastic, length)
+        self._elastic, self._length = elastic, sequence_length(config.data, elastic)
+        self._rows = config.data.batch_size
         self._peak = device_peak(config.dtype) * devices
 
     def waited(self, seconds: float, terms: dict[str, Any] | None) -> None:
@@ -65,12 +64,16 @@ class Recorder:
             )
         now = time.perf_counter()
         steps, seconds = step - self._step, now - self._time
+        # Of this step's files: short ones see less, and cost less.
+        visible = record["visible_blocks"]
+        work = flops.training_flops(self._elastic, self._length, visible_blocks=visible)
+        rate = steps * self._rows * work / seconds
         record["psnr"] = metrics.psnr_of_mse(record["recon_loss"])
         record |= {
             "seconds_per_step": seconds / steps,
-            "tokens_per_second": steps * self._tokens / seconds,
-            "model_flops_per_second": steps * self._flops / seconds,
-            "model_flops_utilization": steps * self._flops / seconds / self._peak,
+            "tokens_per_second": steps * self._rows * self._length / seconds,
+            "model_flops_per_second": rate,
+            "model_flops_utilization": rate / self._peak,
             "memory_gigabytes": memory_in_use() / 1e9,
             "data_wait": min(1.0, self._waited / seconds),
             "epoch": self._data.epoch_of(step),

@@ -175,7 +175,10 @@ def step_program(
         if lpips_weights is not None:
             perceptual = dict(perceptual=lpips_weights, frame_key=frame_key)
         rate = jnp.asarray(schedule(num_updates(state.opt_state)))
-        kept = jnp.sum(batch.kept) / jnp.maximum(jnp.sum(sequences.filled), 1)
+        about_data = {
+            "kept_tokens": jnp.sum(batch.kept) / jnp.maximum(jnp.sum(sequences.filled), 1),
+            "visible_blocks": jnp.mean(jnp.asarray(sequences.block_index) + 1.0),
+        }
         state, terms = train_step(
             model,
             optimizer,
@@ -185,7 +188,7 @@ def step_program(
             ema_decay=config.ema_decay,
             **perceptual,
         )
-        return state, terms | {"learning_rate": rate, "kept_tokens": kept}
+        return state, terms | {"learning_rate": rate} | about_data
 
     # A state comes out as it went in, so that the second step does not compile anew.
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))

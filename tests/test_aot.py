@@ -166,6 +166,11 @@ def test_counted_flops_are_those_of_the_traced_products(bottleneck):
     step = products(jax.make_jaxpr(jax.grad(loss))(params, batch).jaxpr)
     counted = flops.training_flops(config, config.tokens_per_block)
     assert counted - 2 * config.patch_dim * config.hidden_size * shape[1] <= step <= counted
+    # Three blocks of one clip see 2 blocks in the mean; three images see themselves, and cost what they cost alone.
+    length = 3 * config.tokens_per_block
+    whole = flops.training_flops(config, length)
+    assert flops.training_flops(config, length, visible_blocks=2.0) == whole
+    assert flops.training_flops(config, length, visible_blocks=1.0) == 3 * counted
 
 
 @settings(deadline=None)

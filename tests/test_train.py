@@ -95,6 +95,7 @@ def test_a_record_says_how_fast_how_full_and_how_long_data_was_waited_for(straig
             "skipped_steps", "epoch", "bad_files", "step"} <= record.keys()  # fmt: skip
     assert record["learning_rate"] == 0  # the rate that the step used: the warm-up begins at 0
     assert 2 < record["kept_tokens"] <= 16 and record["skipped_steps"] == 0
+    assert 1 <= record["visible_blocks"] <= 1.5  # of sequences of two blocks
 
 
 def test_an_exception_between_two_checkpoints_loses_no_number(
