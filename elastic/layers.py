@@ -16,6 +16,7 @@ from elastic.mesh import platform_of
 from elastic.ops import bits, ring
 from elastic.ops.feedforward import SAVED as GATES
 from elastic.ops.local import SAVED as ATTENTION
+from elastic.ops.local import VALUES
 from elastic.sharding import constrain
 
 _FAR = 1 << 20  # positions: a million tokens are turned as the released code turns them
@@ -309,7 +310,8 @@ class LayerStack(Compute):
         asked = config.remat_block or config.remat_attention or config.remat_mlp
         if asked or platform_of(self.mesh) == "tpu":
             return _remat(Layer, config.remat_block, in_scan=config.scan_layers)
-        names = (ATTENTION,) if jnp.dtype(self.dtype) == jnp.float32 else (ATTENTION, GATES)
+        dear = (ATTENTION,)
+        names = dear if jnp.dtype(self.dtype) == jnp.float32 else (*dear, VALUES, GATES)
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
 

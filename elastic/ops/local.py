@@ -14,7 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from elastic.ops import bits
 
-SAVED = "attention"  # what the backward pass needs, by the name that policies of jax.checkpoint know it under
+# What the backward pass needs, by the names that policies of jax.checkpoint know it under. Values are one product away from the
+# layer's input; queries and keys need their rotation besides.
+SAVED, VALUES = "attention", "attention_values"
 
 
 class Options(NamedTuple):
@@ -163,7 +165,8 @@ class Saved(NamedTuple):
 def save(q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Saved, Array]:
     """What to save, and the output made of it: so nothing computed before it is needed again."""
     arrays = (*(bits.hide(x) for x in (q, k, v, out.astype(q.dtype))), lse)
-    saved = Saved(*(checkpoint_name(x, SAVED) for x in arrays))
+    names = Saved(SAVED, SAVED, VALUES, SAVED, SAVED)
+    saved = Saved(*(checkpoint_name(x, name) for x, name in zip(arrays, names, strict=True)))
     return saved, bits.show(saved.out).astype(out.dtype)
 
 
