@@ -1,11 +1,14 @@
 """Two processes with four devices each train as one process with eight, and each reads the other's checkpoints."""
 
+import contextlib
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from elastic import checkpoint
 from elastic.mesh import Hosts, host_share, local_rows, make_mesh
 from elastic.train import train
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = ("2,4,1,1", "1,2,2,2", "1,1,2,4")
 
 
@@ -29,19 +33,19 @@ def options(clips, folder, mesh_dim, **changes):
     return settings(clips, folder, **(common | dict(total_steps=4) | changes))
 
 
-@pytest.fixture(scope="module")
-def joined(clips, tmp_path_factory):
-    """The folders of runs on two processes, one for each mesh."""
-    folder = tmp_path_factory.mktemp("joined")
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    tests = pathlib.Path(__file__).parent
-    command = [sys.executable, tests / "host_worker.py"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tests.parent)}
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def two_processes(command_of, **environment):
+    """Runs `command_of(process)` twice, and leaves none behind."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
     running = [
         subprocess.Popen(
-            [*command, str(process), str(port), clips, folder, *MESHES],
+            [sys.executable, *command_of(process)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,10 +54,19 @@ def joined(clips, tmp_path_factory):
         for process in range(2)
     ]
     try:
-        said = [process.communicate(timeout=300)[0] for process in running]
+        yield running
     finally:
         for process in running:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def joined(clips, tmp_path_factory):
+    """The folders of runs on two processes, one for each mesh."""
+    folder = tmp_path_factory.mktemp("joined")
+    worker, port = ROOT / "tests" / "host_worker.py", free_port()
+    with two_processes(lambda n: [worker, str(n), str(port), clips, folder, *MESHES]) as running:
+        said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)[-4000:]
     return folder
 
@@ -88,6 +101,33 @@ def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(whole.params), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_save(clips, tmp_path):
+    """As a pod's scheduler does it: the process that was not told learns of it."""
+    port = free_port()
+
+    def command(process):
+        return [
+            ROOT / "scripts" / "train.py", f"--train_dataset.vision_dataset.path={clips}",
+            "--train_dataset.vision_dataset.batch_size=2", "--train_dataset.vision_dataset.workers=0",
+            "--mesh_dim=2,1,1,1", "--total_steps=100000", "--log_freq=1", "--save_model_freq=100000",
+            "--load_elastic_config=debug", f"--update_elastic_config={MODELS['vae'].to_json_dict()}",
+            f"--logger.output_dir={tmp_path}", "--jax_distributed.initialize_jax_distributed=True",
+            f"--jax_distributed.coordinator_address=localhost:{port}",
+            "--jax_distributed.num_processes=2", f"--jax_distributed.process_id={process}",
+        ]  # fmt: skip
+
+    metrics, until = tmp_path / "metrics.jsonl", time.monotonic() + 200
+    with two_processes(command, JAX_NUM_CPU_DEVICES="1") as running:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert all(process.poll() is None for process in running) and time.monotonic() < until
+            time.sleep(0.1)
+        running[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=100)[0] for process in running]
+    assert [process.returncode for process in running] == [143, 143], "\n".join(said)[-4000:]
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert all(f"Stopped and saved at step {int(saved.name)};" in text for text in said)
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,8 @@ class _Step(NamedTuple):
 
 
 def _num_steps(tiles: visits.Visits) -> Array:
-    count = jnp.maximum(
-        tiles.end - tiles.first, 1
-    )  # even a tile without visits must write its zeros
+    # Even a tile without visits must write its zeros.
+    count = jnp.maximum(tiles.end - tiles.first, 1)
     index = jnp.arange(count.shape[1])[None]
     return jnp.max(count + jnp.where(index == index[:, ::-1], 0, count[:, ::-1]))
 

@@ -1,7 +1,7 @@
 """Which tiles of queries and of keys meet, so that a kernel visits no others, and which of these need no mask.
 
-Nothing here is longer than the number of tiles squared. What is found is exact for the rule of blocks; for segments it is exact where
-each is one run of a sequence, as packing makes them, and else a tile between two others that meet may be visited and masked as a whole.
+Nothing here is larger than the number of tiles squared. What is found is exact for the rule of blocks, and for segments whose ids ascend
+along the sequence, as packing numbers them; else a tile may be visited in vain, and masked.
 """
 
 from collections.abc import Callable
