@@ -165,7 +165,7 @@ class Saved(NamedTuple):
 def save(q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Saved, Array]:
     """What to save, and the output made of it: so nothing computed before it is needed again."""
     arrays = (*(bits.hide(x) for x in (q, k, v, out.astype(q.dtype))), lse)
-    names = Saved(SAVED, SAVED, VALUES, SAVED, SAVED)
+    names = (SAVED, SAVED, VALUES, SAVED, SAVED)
     saved = Saved(*(checkpoint_name(x, name) for x, name in zip(arrays, names, strict=True)))
     return saved, bits.show(saved.out).astype(out.dtype)
 
