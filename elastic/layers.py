@@ -303,15 +303,15 @@ class LayerStack(Compute):
         """`Layer`, recomputed in the backward pass as the config says; where it says nothing, what is dear to make is kept, on a TPU all.
 
         On a CPU and a GPU moving an array costs as much as making many a one: the products' results that the backward pass needs are
-        kept, rounded as they were multiplied, and what lies between is made again. In float32 the gates, half of it all, are made
-        again too.
+        kept, rounded as they were multiplied, and what lies between is made again. In float32 the gates, half of it all, and the values
+        are made again too.
         """
         config = self.config
         asked = config.remat_block or config.remat_attention or config.remat_mlp
         if asked or platform_of(self.mesh) == "tpu":
             return _remat(Layer, config.remat_block, in_scan=config.scan_layers)
-        dear = (ATTENTION,)
-        names = dear if jnp.dtype(self.dtype) == jnp.float32 else (*dear, VALUES, GATES)
+        wide = jnp.dtype(self.dtype) == jnp.float32
+        names = (ATTENTION,) if wide else (ATTENTION, VALUES, GATES)
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
 
