@@ -65,6 +65,11 @@ TRAIN = Script(
             ),
             Flag(f"{_DATA}.cache_gigabytes", 4.0, "memory of each process for decoded frames"),
             Flag(
+                f"{_DATA}.cache_path",
+                "",
+                "folder on a local disk where decoded frames are kept for all workers, epochs and runs, uncompressed; '' is none",
+            ),
+            Flag(
                 f"{_DATA}.resolution",
                 0,
                 "rows of a frame; only checked: the model decides, 0: whatever it is",

@@ -60,6 +60,8 @@ class DataConfig:
       random_crop: draw crop and mirroring of every piece anew in each epoch, and for a video's also a
         shift by less than a block. Otherwise files are shown as inference sees them.
       cache_gigabytes: memory of each worker for decoded frames; those used longest ago are dropped first.
+      cache_path: a folder on a local disk where decoded frames are kept for all workers, epochs and runs, uncompressed;
+        '' is none. For many epochs of a few thousand clips, where decoding would hold up a fast device.
 
     Raises:
       ValueError: an option is out of its range.
@@ -78,6 +80,7 @@ class DataConfig:
     image_blocks: int = 1
     random_crop: bool = False
     cache_gigabytes: float = 4.0
+    cache_path: str = ""
 
     def __post_init__(self):
         if not self.path:
@@ -163,6 +166,8 @@ class TrainingData:
             random_crop=data.random_crop,
             seed=data.seed,
             cache_bytes=data.cache_gigabytes * 1e9,
+            cache_path=data.cache_path,
+            stamps=[file.stamp for file in index.files],
             blocks_per_sequence=self.num_blocks,
         )
         self._reader = SequenceReader(self._pictures, self.plan)
@@ -261,7 +266,7 @@ class DataPosition:
     What follows is exact (the same blocks in the same batches) as long as the folder holds the same
     files and fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed and
     the global batch size are the same. The number of hosts and devices, workers, max_prefetch and
-    cache_gigabytes may change. `random_crop` changes what is shown of a block, not which comes when.
+    cache_gigabytes and cache_path may change. `random_crop` changes what is shown of a block, not which comes when.
     If anything else changes, training goes on at the same fraction of the epoch, with a warning.
 
     Attributes:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from elastic import media
 from elastic.data_plan import Piece, Plan
+from elastic.frame_cache import FrameCache
 from elastic.media_file import Place
 from elastic.patches import pad_block, patchify
 
@@ -58,6 +59,8 @@ class Pictures:
       random_crop: draw a crop, a flip and a small shift in time for each piece.
       seed: draws them.
       cache_bytes: memory for decoded frames.
+      cache_path: folder for decoded frames; '' is none.
+      stamps: what tells a file from a later one of its name.
       blocks_per_sequence: the longest piece.
     """
 
@@ -71,6 +74,8 @@ class Pictures:
     random_crop: bool
     seed: int
     cache_bytes: float
+    cache_path: str
+    stamps: Sequence[str]
     blocks_per_sequence: int
 
 
@@ -129,6 +134,8 @@ class SequenceReader:
             self.pictures.cache_bytes, lambda span: span.frames.nbytes + 1000
         )
         self._open: _Recent[int, media.ClipReader] = _Recent(_MAX_OPEN, lambda _: 1)
+        path = self.pictures.cache_path
+        self._files = FrameCache(path) if path and self._whole_spans else None
         self._bad: dict[str, str] = {}
         self.stopped: Callable[[], bool] = lambda: False
 
@@ -229,12 +236,28 @@ class SequenceReader:
             with self._lock:
                 span = self._spans.get(key)
             if span is None:
-                span = self._decode_anew(*key)
+                span = self._from_disk(*key)
                 with self._lock:
                     self._spans.put(key, span)
                     if span.error:
                         self._bad[str(self.pictures.places[file])] = span.error
             return span
+
+    def _from_disk(self, file: int, start: int, stop: int) -> _Span:
+        """The span as a process before left it; else decoded, and left there if it is whole."""
+        if self._files is None:
+            return self._decode_anew(file, start, stop)
+        pictures = self.pictures
+        key = (
+            str(pictures.places[file]), pictures.stamps[file], pictures.fps, self._side(file), start, stop,
+        )  # fmt: skip
+        frames = self._files.get(key)
+        if frames is not None and len(frames) == stop - start:
+            return _Span(frames, "")
+        span = self._decode_anew(file, start, stop)
+        if not span.error:
+            self._files.put(key, span.frames)
+        return span
 
     def _decode_anew(self, file: int, start: int, stop: int) -> _Span:
         place = self.pictures.places[file]
@@ -263,16 +286,21 @@ class SequenceReader:
 
     def _open_clip(self, file: int) -> media.ClipReader:
         pictures = self.pictures
+        return media.open_clip(
+            pictures.places[file],
+            resolution=self._side(file),
+            rate=pictures.fps,
+            tell_rate=False,
+        )
+
+    def _side(self, file: int) -> int:
+        """Rows and columns that a file's frames are held with."""
+        pictures = self.pictures
         is_image = pictures.num_frames[file] == 0
         margin = 1.0
         if pictures.random_crop or (is_image and pictures.image_blocks > 1):
             margin = _IMAGE_MARGIN if is_image else _VIDEO_MARGIN
-        return media.open_clip(
-            pictures.places[file],
-            resolution=round(pictures.resolution * margin),
-            rate=pictures.fps,
-            tell_rate=False,
-        )
+        return round(pictures.resolution * margin)
 
 
 def _shifted(

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -117,6 +119,45 @@ def test_memory_for_decoded_frames_changes_nothing_but_time(clips):
         for n in range(2 * roomy.num_sequences):
             assert_equal(tight.sequence(n), roomy.sequence(n))
         assert len(tight._reader._spans._held) == 1
+
+
+def test_kept_frames_change_nothing_and_spare_decoding(clips, tmp_path, monkeypatch):
+    """Also not where a kept file was cut short, or the clip has changed since."""
+    folder = tmp_path / "clips"
+    shutil.copytree(clips, folder)
+    options = dict(cache_path=str(tmp_path / "kept"), random_crop=True, image_blocks=2)
+    plain = open_data(folder, random_crop=True, image_blocks=2)
+    expected = [plain.sequence(n) for n in range(plain.num_sequences)]
+    opened = []
+    open_clip = media.open_clip
+
+    def decoded_by_a_new_reader():
+        data = open_data(folder, **options)
+        opened.clear()  # measuring the files is another matter
+        for n, row in enumerate(expected):
+            assert_equal(data.sequence(n), row)
+        return sorted(pathlib.Path(place).name for place in opened)
+
+    names = sorted(pathlib.Path(file.name).name for file in plain.index.files)
+    monkeypatch.setattr(
+        media, "open_clip", lambda *a, **k: opened.append(a[0]) or open_clip(*a, **k)
+    )
+    assert decoded_by_a_new_reader() == names
+    assert decoded_by_a_new_reader() == []
+    for kept in (tmp_path / "kept").rglob("*.npy"):
+        kept.write_bytes(kept.read_bytes()[:-1])
+    assert decoded_by_a_new_reader() == names
+    os.utime(folder / "clip0.mp4", (1, 1))
+    assert decoded_by_a_new_reader() == ["clip0.mp4"]
+
+
+def test_frames_that_cannot_be_kept_are_an_error_that_says_where(clips, tmp_path):
+    (tmp_path / "file").touch()
+    data = open_data(clips, cache_path=str(tmp_path / "file"))
+    with pytest.raises(
+        ValueError, match=r"cache_path='.*file' cannot take decoded frames: .*leave it out"
+    ):
+        data.sequence(0)
 
 
 def test_max_frames_uses_the_first_ones(clips):

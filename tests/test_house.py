@@ -43,6 +43,7 @@ TABLE = """
     media
     data_index dataset_plan
     data_plan
+    frame_cache
     data_read
     data_workers
     data
