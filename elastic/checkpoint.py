@@ -38,6 +38,7 @@ from elastic.layer_layout import convert_layout, stacked_homes
 from elastic.safetensor_file import write_safetensors
 from elastic.streaming import write_stream
 from elastic.tensor_file import (
+    FLOAT8,
     CheckpointError,
     KeyPath,
     Tensor,
@@ -62,6 +63,9 @@ __all__ = [
 ]
 
 _State = TypeVar("_State")
+_MOST_ROUNDING = (
+    0.05  # of a matrix stored in float8, root mean square; three bits of mantissa alone make 0.026
+)
 _PROGRESS_BYTES = 50e6  # smaller files load before a bar could be read
 _FLOAT_NAMES = {
     "fp16": np.float16,
@@ -88,7 +92,8 @@ def load_params(
     Args:
       spec: prefix and file, repository, folder or file.
       config: the model the parameters must fit; its `scan_layers` picks the layout of the result.
-      dtype: float type of the result (a dtype, 'bf16', 'fp32', ...); None keeps the stored one.
+      dtype: float type of the result (a dtype, 'bf16', 'fp32', ...); None keeps the stored one, of which only float8
+        becomes bfloat16, where its values are exact.
       revision: branch, tag or commit of a repository.
       local_files_only: look in the Hugging Face cache only.
       progress: show a bar for files above 50 MB.
@@ -247,7 +252,8 @@ def _read(
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with open(path, "rb") as file, _bar(path, total, progress) as bar:
         for name, tensor in tensors.items():
-            wanted = dtype if dtype is not None and is_float(tensor.dtype) else tensor.dtype
+            stored = np.dtype(ml_dtypes.bfloat16) if tensor.dtype == FLOAT8 else tensor.dtype
+            wanted = dtype if dtype is not None and is_float(tensor.dtype) else stored
             stack, layer = homes.get(name, (name, None))
             if stack not in flat:
                 flat[stack] = np.empty(
@@ -338,14 +344,43 @@ def save_pretrained(
     """Writes `config.json` and `model.safetensors` into a folder, for `load_config`, `load_params`.
 
     Both files are complete before either takes its place. Other files of the folder are left alone.
+
+    Args:
+      float_dtype: converts floats, None keeps them. 'fp8' takes half the room of 'bf16': the layers' matrices, nearly all of
+        a model, in float8 (e4m3), all else in bfloat16.
+
+    Raises:
+      CheckpointError: a matrix's values are too large or too small for float8.
     """
+    tree = _bare(params)
+    if float_dtype == "fp8":
+        tree, float_dtype = _in_float8(tree), None
     text = json.dumps(config.to_json_dict(), indent=2) + "\n"
     with (
         atomic_file(Path(folder) / "config.json") as config_file,
         atomic_file(Path(folder) / "model.safetensors") as weights_file,
     ):
         config_file.write(text.encode())
-        write_safetensors(weights_file, _bare(params), float_dtype=_float_dtype(float_dtype))
+        write_safetensors(weights_file, tree, float_dtype=_float_dtype(float_dtype))
+
+
+def _in_float8(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Matrices of attention and feed-forward in float8, all else in bfloat16."""
+    flat = {}
+    for path, leaf in flatten(tree).items():
+        values = np.asarray(leaf, np.float32)
+        stored = values.astype(ml_dtypes.bfloat16)
+        if not {"attention", "feed_forward"}.isdisjoint(path):
+            stored = values.astype(FLOAT8)
+            error = np.sqrt(np.mean(np.square(stored.astype(np.float32) - values)))
+            size = np.sqrt(np.mean(np.square(values)))
+            if not error <= _MOST_ROUNDING * size:  # NaN too: what is above 448
+                raise CheckpointError(
+                    f"'{show(path)}' would lose too much in float8, which holds 0.002 to 448: rounding changes it by "
+                    f"{error / size:.1%}, at most {_MOST_ROUNDING:.0%} is allowed; store it as 'bf16'."
+                )
+        flat[path] = stored
+    return unflatten(flat)
 
 
 def _bare(params: Any) -> dict[str, Any]:

@@ -140,12 +140,14 @@ def test_a_train_state_resumes_in_flax_and_optax_and_is_written_the_same(golden,
 
 def random_array(dtype: str, shape: list[int], seed: int) -> np.ndarray:
     values = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 100, shape)
-    return np.asarray(values).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+    return np.asarray(values).astype(getattr(ml_dtypes, dtype, dtype))
 
 
 arrays = st.builds(
     random_array,
-    st.sampled_from("float32 float16 bfloat16 int32 uint8 int64 bool float64".split()),
+    st.sampled_from(
+        "float32 float16 bfloat16 float8_e4m3fn int32 uint8 int64 bool float64".split()
+    ),
     st.lists(st.integers(0, 9), max_size=3),
     st.integers(0, 99),
 )
@@ -418,6 +420,43 @@ def test_a_pretrained_folder_comes_back_and_the_format_s_own_library_agrees(tmp_
     assert flatten(again).keys() == expected.keys()
     for path, leaf in flatten(again).items():
         assert leaf.tobytes() == expected[path].tobytes()
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_float8_is_half_the_size_and_comes_back_as_it_was_rounded(tmp_path, scan_layers):
+    """Every matrix of the layers in the format's own F8_E4M3, so that its own library reads it; all else in bfloat16."""
+    config = golden_config("fsq", scan_layers=scan_layers)
+    tree = convert_layout(file_tree(), scan_layers=scan_layers)
+    tree = {
+        key: jax.tree.map(lambda x: np.asarray(x, np.float32) * 4, part)
+        for key, part in tree.items()
+    }
+    save_pretrained(tmp_path, config, tree, float_dtype="fp8")
+    stored = dict(safetensors.deserialize((tmp_path / "model.safetensors").read_bytes()))
+    rounded = {}
+    for path, leaf in flatten(tree).items():
+        of_layer = "attention" in path or "feed_forward" in path
+        rounded[path] = leaf.astype(ml_dtypes.float8_e4m3fn if of_layer else BFLOAT16)
+        entry = stored[".".join(path)]
+        assert entry["dtype"] == ("F8_E4M3" if of_layer else "BF16")
+        assert bytes(entry["data"]) == rounded[path].tobytes()
+    for dtype in (None, "fp32"):
+        found = flatten(load_params(tmp_path, config, dtype=dtype))
+        assert {leaf.dtype for leaf in found.values()} == {
+            np.dtype(np.float32) if dtype else BFLOAT16
+        }
+        for path, leaf in rounded.items():
+            np.testing.assert_array_equal(found[path].astype(np.float32), leaf.astype(np.float32))
+
+
+@pytest.mark.parametrize(("factor", "change"), [(1e6, "nan%"), (1e-3, "100.0%")])
+def test_what_float8_cannot_hold_is_refused_by_name(tmp_path, factor, change):
+    tree = jax.tree.map(lambda x: np.asarray(x, np.float32) * factor, file_tree())
+    with pytest.raises(
+        CheckpointError, match=rf"/attention/w./kernel' would lose too much .*{change}"
+    ):
+        save_pretrained(tmp_path, FSQ, tree, float_dtype="fp8")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
