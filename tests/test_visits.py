@@ -59,10 +59,11 @@ def cases(draw):
     return scope, num_queries, num_keys, Options(*static, 1)
 
 
-BOTH = {
-    find: released.quick_jit(find, static_argnums=(1, 2, 3))
-    for find in (visits.of_queries, visits.of_keys)
-}
+def visited(find, scope, num_queries, num_keys, options):
+    return find(scope, visits.ids_of(scope, num_queries), num_queries, num_keys, options)
+
+
+FOUND = released.quick_jit(visited, static_argnums=(0, 2, 3, 4))
 
 
 @settings(max_examples=150, deadline=None)
@@ -72,17 +73,17 @@ def test_every_pair_that_is_seen_is_visited_and_what_is_plain_needs_no_mask(case
     seen = seen_pairs(scope, num_queries, num_keys, options.block_size)
     meet, all_seen = by_tiles(seen, options.q_tile, options.kv_tile)
     for find, turn in ((visits.of_queries, False), (visits.of_keys, True)):
-        found = BOTH[find](scope, num_queries, num_keys, options)
+        found = FOUND(find, scope, num_queries, num_keys, options)
         ours = [np.asarray(x) for x in found]
         some, full = ((x.swapaxes(1, 2) if turn else x) for x in (meet, all_seen))
         index = np.arange(some.shape[2])
         first, plain, plain_end, end = (x[..., None] for x in ours)
-        visited, unmasked = (first <= index) & (index < end), (plain <= index) & (index < plain_end)
-        visited, unmasked = (np.broadcast_to(x, some.shape) for x in (visited, unmasked))
-        assert (visited | ~some).all()  # nothing is forgotten
-        assert (full | ~unmasked).all() and (visited | ~unmasked).all()
+        met, unmasked = (first <= index) & (index < end), (plain <= index) & (index < plain_end)
+        met, unmasked = (np.broadcast_to(x, some.shape) for x in (met, unmasked))
+        assert (met | ~some).all()  # nothing is forgotten
+        assert (full | ~unmasked).all() and (met | ~unmasked).all()
         if scope.q_segments is None and scope.valid is None:
-            assert (visited == some).all() and (unmasked == full).all()
+            assert (met == some).all() and (unmasked == full).all()
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,12 @@ def test_a_packed_sequence_costs_what_its_files_cost():
     """Four files of four tiles each: within a file alone, whatever number they carry."""
     ids = jnp.repeat(jnp.array([[7, 2, 9, 4]]), 16, axis=1)
     scope = Scope(*map(jnp.int32, (0, 0, 64, 0)), q_segments=ids, kv_segments=ids)
-    found = visits.of_queries(scope, 64, 64, Options(4, 4, 4, 1))
+    found = visited(visits.of_queries, scope, 64, 64, Options(4, 4, 4, 1))
     tile = np.arange(16)
     assert (np.asarray(found.first[0]) == tile // 4 * 4).all()
     assert (np.asarray(found.end[0]) == tile + 1).all()
     assert (np.asarray(found.plain) == np.asarray(found.first)).all()
     assert (np.asarray(found.plain_end) == np.asarray(found.end)).all()
-    back = visits.of_keys(scope, 64, 64, Options(4, 4, 4, 1))
+    back = visited(visits.of_keys, scope, 64, 64, Options(4, 4, 4, 1))
     assert (np.asarray(back.first[0]) == tile).all()
     assert (np.asarray(back.end[0]) == tile // 4 * 4 + 4).all()

@@ -52,7 +52,7 @@ def _forward(
     q_tile = options.q_tile
     q_NQD = _scaled(q_NQD)
     ids = visits.ids_of(scope, length)
-    meetings = visits.of_queries(scope, length, k_MKD.shape[1], options)
+    meetings = visits.of_queries(scope, ids, length, k_MKD.shape[1], options)
 
     def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
         row = scope.first_row + n
@@ -116,7 +116,7 @@ def _backward(
     lse_NQ = _pad_rows(lse_NQ, padding, jnp.inf)
     num_q_tiles = q_NQD.shape[1] // options.q_tile
     ids = visits.ids_of(scope, q_NQD.shape[1])
-    meetings = visits.of_queries(scope, q_NQD.shape[1], k_NKD.shape[1], options)
+    meetings = visits.of_queries(scope, ids, q_NQD.shape[1], k_NKD.shape[1], options)
 
     def one_row(item):
         n, q_QD, k_KD, v_KD, dout_QD, lse_Q, delta_Q = item

@@ -359,9 +359,9 @@ def _launch(
 
     numbers = (scope.q_start, scope.kv_start, scope.kv_length, scope.first_row)
     by = visits.of_keys if step == "dkv" else visits.of_queries
-    meetings = by(scope, *lengths, options._replace(q_tile=cut.q_tile, kv_tile=cut.kv_tile))
-    rows_alike = len(q_NQD) // len(meetings.end)
     ids = visits.ids_of(scope, lengths[0])
+    meetings = by(scope, ids, *lengths, options._replace(q_tile=cut.q_tile, kv_tile=cut.kv_tile))
+    rows_alike = len(q_NQD) // len(meetings.end)
     return pl.pallas_call(
         functools.partial(kernel, sizes=sizes, tile_of=tile_of),
         results,

@@ -337,12 +337,12 @@ def _run(
     """Runs a kernel on (rows, pairs of outer tiles, steps)."""
     (num_rows, num_queries, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
     by = visits.of_keys if program.tiles_of is _tiles_by_keys else visits.of_queries
-    meetings = by(scope, num_queries, num_keys, options)
+    ids = visits.ids_of(scope, num_queries)
+    meetings = by(scope, ids, num_queries, num_keys, options)
     num_alike, num_outer = meetings.end.shape
     plan, grid = _plan(num_keys, scope, meetings), _Grid(num_outer, num_rows // num_alike)
     bounds = visits.seen_until(jnp.arange(num_queries), scope, num_keys, options)
     masks = {"bounds": bounds.astype(jnp.int32)[None, None]}
-    ids = visits.ids_of(scope, num_queries)
     if ids is not None:
         masks |= {"q_ids": ids.queries[:, None], "kv_ids": ids.keys[:, None]}
 

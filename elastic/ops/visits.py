@@ -68,14 +68,18 @@ def ids_of(scope: Scope, num_queries: int) -> Ids | None:
     return Ids(q_ids, kv_ids if scope.valid is None else jnp.where(scope.valid, kv_ids, HIDDEN))
 
 
-def of_queries(scope: Scope, num_queries: int, num_keys: int, options: Options) -> Visits:
-    """The tiles of keys that each tile of queries meets."""
-    return _ranges(*_meetings(scope, num_queries, num_keys, options))
+def of_queries(
+    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
+) -> Visits:
+    """The tiles of keys that each tile of queries meets; `ids` are those of the scope."""
+    return _ranges(*_meetings(scope, ids, num_queries, num_keys, options))
 
 
-def of_keys(scope: Scope, num_queries: int, num_keys: int, options: Options) -> Visits:
-    """The tiles of queries that each tile of keys meets."""
-    meet, plain = _meetings(scope, num_queries, num_keys, options)
+def of_keys(
+    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
+) -> Visits:
+    """The tiles of queries that each tile of keys meets; `ids` are those of the scope."""
+    meet, plain = _meetings(scope, ids, num_queries, num_keys, options)
     return _ranges(meet.swapaxes(1, 2), plain.swapaxes(1, 2))
 
 
@@ -94,7 +98,7 @@ def any_meet(q_ids: Int[Array, "b Q"], kv_ids: Int[Array, "b K"]) -> Bool[Array,
 
 
 def _meetings(
-    scope: Scope, num_queries: int, num_keys: int, options: Options
+    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
 ) -> tuple[Bool[Array, "b i j"], Bool[Array, "b i j"]]:
     """Of tiles i of queries and j of keys: whether they meet, and whether each query sees each key."""
     q_tile, kv_tile = options.q_tile, options.kv_tile
@@ -103,7 +107,6 @@ def _meetings(
     begin = jnp.arange(0, num_keys, kv_tile)[None, None, :]
     meet = begin < seen_until(last, scope, num_keys, options)[None, :, None]
     plain = begin + kv_tile <= seen_until(first, scope, num_keys, options)[None, :, None]
-    ids = ids_of(scope, num_queries)
     if ids is None:
         return meet, plain
     queries, keys = _span(ids.queries, q_tile), _span(ids.keys, kv_tile)
