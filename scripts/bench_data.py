@@ -1,6 +1,6 @@
 """How many frames a second the data path delivers, as JSON: by size, by length of sequences, by workers.
 
-    python3 -m scripts.bench_data FOLDER --seconds=20
+    python3 scripts/bench_data.py FOLDER --seconds=20
 
 The first epoch decodes the folder, as far as `--seconds` goes; later ones find it in the workers'
 memory, if it fits (`--warm` reads an epoch first, and then measures). What a training step takes is
@@ -12,11 +12,15 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import platform
 import resource
+import sys
 import tempfile
 import time
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 
 def cpu_seconds() -> float:

@@ -3,10 +3,10 @@
 Everything is placed by hand on a canvas of 128 x 74 units; the same input gives the same file.
 """
 
+import argparse
 import itertools
 import math
 import pathlib
-import sys
 from typing import Any
 
 import matplotlib
@@ -226,4 +226,8 @@ def draw(path: pathlib.Path):
 
 if __name__ == "__main__":
     default = pathlib.Path(__file__).resolve().parent.parent / "imgs" / "method.png"
-    draw(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    parser = argparse.ArgumentParser(description="Draws the picture of the method.")
+    parser.add_argument(
+        "output", nargs="?", type=pathlib.Path, default=default, help="[%(default)s]"
+    )
+    draw(parser.parse_args().output)

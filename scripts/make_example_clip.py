@@ -1,6 +1,6 @@
 """Renders example/video.mp4 and example/video.json: a short film whose need for tokens changes.
 
-    python3 -m scripts.make_example_clip
+    python3 scripts/make_example_clip.py
 
 Still shots, a slow pan, fast motion, a cut, fine texture, moving text and a fade, drawn with NumPy and
 Pillow alone from fixed seeds. Shots begin at multiples of 4 frames, so that no block straddles a cut,
@@ -11,10 +11,13 @@ import argparse
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.media import VideoWriter
 
