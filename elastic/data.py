@@ -171,6 +171,9 @@ class TrainingData:
             blocks_per_sequence=self.num_blocks,
         )
         self._reader = SequenceReader(self._pictures, self.plan)
+        if data.cache_path:
+            size = self._reader.decoded_bytes() / 1e9
+            log.info("Decoded frames are kept in %s, %.1f GB in all.", data.cache_path, size)
         self._started: list[Batches] = []
 
     @property

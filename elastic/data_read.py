@@ -174,6 +174,11 @@ class SequenceReader:
         ids = np.arange(size, dtype=np.int32)[None]
         return Sequences(patches, ids, 0 * ids, np.zeros((1, size), bool))
 
+    def decoded_bytes(self) -> int:
+        """What the frames of all files take once they are decoded."""
+        num_frames = np.maximum(self.pictures.num_frames, 1).tolist()
+        return sum(3 * n * self._side(file) ** 2 for file, n in enumerate(num_frames))
+
     def take_bad_files(self) -> dict[str, str]:
         """The files found bad since the last call, and why."""
         with self._lock:

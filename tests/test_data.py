@@ -144,7 +144,10 @@ def test_kept_frames_change_nothing_and_spare_decoding(clips, tmp_path, monkeypa
     )
     assert decoded_by_a_new_reader() == names
     assert decoded_by_a_new_reader() == []
-    for kept in (tmp_path / "kept").rglob("*.npy"):
+    files = list((tmp_path / "kept").rglob("*.npy"))
+    kept_bytes = sum(np.load(path).nbytes for path in files)
+    assert kept_bytes == open_data(folder, **options)._reader.decoded_bytes()
+    for kept in files:
         kept.write_bytes(kept.read_bytes()[:-1])
     assert decoded_by_a_new_reader() == names
     os.utime(folder / "clip0.mp4", (1, 1))
