@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
+from elastic import float8
 from elastic.checkpoint_fit import STATE_PARAMS, check_fit, check_not_cut, content, param_groups
 from elastic.checkpoint_source import (
     PARAMS,
@@ -63,9 +64,6 @@ __all__ = [
 ]
 
 _State = TypeVar("_State")
-_MOST_ROUNDING = (
-    0.05  # of a matrix stored in float8, root mean square; three bits of mantissa alone make 0.026
-)
 _PROGRESS_BYTES = 50e6  # smaller files load before a bar could be read
 _FLOAT_NAMES = {
     "fp16": np.float16,
@@ -346,15 +344,14 @@ def save_pretrained(
     Both files are complete before either takes its place. Other files of the folder are left alone.
 
     Args:
-      float_dtype: converts floats, None keeps them. 'fp8' takes half the room of 'bf16': the layers' matrices, nearly all of
-        a model, in float8 (e4m3), all else in bfloat16.
+      float_dtype: converts floats, None keeps them. 'fp8' takes half the room of 'bf16' (see elastic/float8.py).
 
     Raises:
       CheckpointError: a matrix's values are too large or too small for float8.
     """
     tree = _bare(params)
     if float_dtype == "fp8":
-        tree, float_dtype = _in_float8(tree), None
+        tree, float_dtype = float8.as_stored(tree), None
     text = json.dumps(config.to_json_dict(), indent=2) + "\n"
     with (
         atomic_file(Path(folder) / "config.json") as config_file,
@@ -362,25 +359,6 @@ def save_pretrained(
     ):
         config_file.write(text.encode())
         write_safetensors(weights_file, tree, float_dtype=_float_dtype(float_dtype))
-
-
-def _in_float8(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Matrices of attention and feed-forward in float8, all else in bfloat16."""
-    flat = {}
-    for path, leaf in flatten(tree).items():
-        values = np.asarray(leaf, np.float32)
-        stored = values.astype(ml_dtypes.bfloat16)
-        if not {"attention", "feed_forward"}.isdisjoint(path):
-            stored = values.astype(FLOAT8)
-            error = np.sqrt(np.mean(np.square(stored.astype(np.float32) - values)))
-            size = np.sqrt(np.mean(np.square(values)))
-            if not error <= _MOST_ROUNDING * size:  # NaN too: what is above 448
-                raise CheckpointError(
-                    f"'{show(path)}' would lose too much in float8, which holds 0.002 to 448: rounding changes it by "
-                    f"{error / size:.1%}, at most {_MOST_ROUNDING:.0%} is allowed; store it as 'bf16'."
-                )
-        flat[path] = stored
-    return unflatten(flat)
 
 
 def _bare(params: Any) -> dict[str, Any]:

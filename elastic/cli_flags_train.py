@@ -158,8 +158,9 @@ TRAIN = Script(
             Flag(
                 "checkpointer.float_dtype",
                 "bf16",
-                "float type of params and pretrained; what a run goes on from is always exact",
-                choices=("fp32", "bf16", "fp16"),
+                "float type of params and pretrained; what a run goes on from is always exact. fp8: pretrained takes half of "
+                "bf16's room, and the run trains with weights rounded like that",
+                choices=("fp32", "bf16", "fp16", "fp8"),
             ),
             Flag(
                 "checkpointer.save_optimizer_state",

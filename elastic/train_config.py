@@ -89,7 +89,8 @@ class SaveConfig:
       keep: how many of the others are kept, the newest.
       path: where they go: '' is `checkpoints` in the run's folder; may be in a bucket (gs://...).
       optimizer_state: whether milestones hold a `streaming_train_state` with the moments, besides `params`.
-      float_dtype: float type of `params` and `pretrained`. What a run goes on from is always exact.
+      float_dtype: float type of `params` and `pretrained`. What a run goes on from is always exact. 'fp8': `pretrained` in
+        float8 (see elastic/float8.py), `params` in bf16, and the run trains with the rounded weights.
 
     Raises:
       ValueError: an option is out of its range.
@@ -106,8 +107,15 @@ class SaveConfig:
         for name, least in (("freq", 0), ("milestone_freq", 0), ("keep", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"save {name}={getattr(self, name)} must be {least} or more.")
-        if self.float_dtype not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"float_dtype={self.float_dtype!r} must be one of fp32, bf16, fp16.")
+        if self.float_dtype not in ("fp32", "bf16", "fp16", "fp8"):
+            raise ValueError(
+                f"float_dtype={self.float_dtype!r} must be one of fp32, bf16, fp16, fp8."
+            )
+
+    @property
+    def in_float8(self) -> bool:
+        """Whether `pretrained` is stored in float8, and trained for it."""
+        return self.float_dtype == "fp8"
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is written after `step` updates."""

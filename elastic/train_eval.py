@@ -12,7 +12,7 @@ from elastic.logs import Logs
 from elastic.mesh import is_first_host, make_mesh, wait_for_hosts
 from elastic.tokenizer import ElasticTokenizer
 from elastic.train_config import TrainConfig
-from elastic.train_state import to_host
+from elastic.train_state import to_host, used_params
 from elastic.train_step import TrainState
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Evaluator:
 
     def __init__(self, config: TrainConfig, elastic: ElasticTokConfig):
         self._dtype, self._elastic = config.dtype, elastic
+        self._save = config.save
         self._folder = pathlib.Path(config.output_dir) / FOLDER
         wanted = config.evaluation
         found = media.find_media(wanted.path)
@@ -47,7 +48,7 @@ class Evaluator:
 
     def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:
         """Measures, and gives numbers and pictures to the logs. All hosts take part."""
-        params = to_host(state.best_params())
+        params = used_params(self._save, to_host(state.best_params()))
         if is_first_host() and logs is not None:
             found = evaluation.evaluate(
                 self._tokenizer_of(params, f"step {step}"),

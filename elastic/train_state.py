@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from elastic import checkpoint
+from elastic import checkpoint, float8
 from elastic.config import ElasticTokConfig, load_config
 from elastic.linear_start import linear_start
 from elastic.mesh import is_first_host
@@ -232,6 +232,11 @@ def _put(x: Any, leaf: Any, place: Any) -> Any:
     return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
 
+def used_params(save: SaveConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, NumPy arrays, that a run computes with: rounded, if float8 will store them."""
+    return jax.tree.map(np.asarray, float8.rounded(params)) if save.in_float8 else params
+
+
 def export(
     folder: pathlib.Path,
     config: TrainConfig,
@@ -256,8 +261,9 @@ def export(
     if not is_first_host():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    params = host.best_params()
-    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=save.float_dtype)
+    params = used_params(save, host.best_params())
+    released = "bf16" if save.in_float8 else save.float_dtype  # the released code reads no float8
+    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=released)
     if save.optimizer_state:
         checkpoint.save_train_state(folder / STATE_FILE, state_tree(host))
     write_config(folder, elastic)

@@ -9,7 +9,7 @@ import optax
 from einops import repeat
 from jaxtyping import Array, Float, Int, Shaped
 
-from elastic import masks
+from elastic import float8, masks
 from elastic.data import Sequences
 from elastic.losses import training_loss
 from elastic.model import Batch, ElasticTok
@@ -56,6 +56,7 @@ def train_step(
     key: Shaped[Array, "*k"] | None,
     *,
     ema_decay: float = 0.0,
+    in_float8: bool = False,
     **perceptual: Any,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update, and the terms of the loss.
@@ -65,11 +66,13 @@ def train_step(
 
     Args:
       key: draws the VAE's samples; None decodes the mean.
+      in_float8: compute with the weights that float8 will store.
       perceptual: what the perceptual loss needs, see `losses.training_loss`.
     """
 
     def loss(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        return training_loss(model, params, batch, key, **perceptual)
+        used = float8.rounded(params) if in_float8 else params
+        return training_loss(model, used, batch, key, **perceptual)
 
     (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     gradient_norm = optax.tree.norm(grads)
@@ -186,6 +189,7 @@ def step_program(
             batch,
             vae_key,
             ema_decay=config.ema_decay,
+            in_float8=config.save.in_float8,
             **perceptual,
         )
         return state, terms | {"learning_rate": rate} | about_data

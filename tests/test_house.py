@@ -32,6 +32,7 @@ TABLE = """
     bottleneck
     model
     tensor_file
+    float8
     streaming safetensor_file layer_layout
     checkpoint_source
     checkpoint_fit

@@ -12,16 +12,18 @@ import sys
 import time
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, numbers, records, settings
 
-from elastic import checkpoint, cli, train_state
+from elastic import checkpoint, cli, float8, train_state
 from elastic import train as training
 from elastic.config import load_config
 from elastic.data import DataPosition
 from elastic.mesh import make_mesh
 from elastic.optim import OptimizerConfig
+from elastic.tensor_file import flatten
 from elastic.tokenizer import ElasticTokenizer
 from elastic.train import Feed, train
 from elastic.train_config import EvalConfig
@@ -329,6 +331,34 @@ def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
     assert_equal_states(again, whole)
     differs = jax.tree.map(lambda a, b: bool((a != b).any()), state.ema, state.params)
     assert any(jax.tree.leaves(differs))
+
+
+def test_a_run_for_float8_trains_with_the_weights_that_it_stores(clips, tmp_path):
+    """Its loss is that of the rounded parameters, its gradient too, and what is rounded is what comes out."""
+    model = MODELS["fsq"]
+    train(settings(clips, tmp_path / "start", total_steps=1), model)
+    start = checkpoint.load_params(tmp_path / "start" / "params", model, dtype="fp32")
+    assert_equal_states(float8.rounded(float8.rounded(start)), float8.rounded(start))
+    checkpoint.save_params(tmp_path / "rounded_start", float8.rounded(start))
+    terms = {}
+    for name, options in {
+        "fp8": dict(
+            load_checkpoint=str(tmp_path / "start" / "params"), save=dict(float_dtype="fp8")
+        ),
+        "rounded": dict(load_checkpoint=str(tmp_path / "rounded_start")),
+        "exact": dict(load_checkpoint=str(tmp_path / "start" / "params")),
+    }.items():
+        run = settings(clips, tmp_path / name, total_steps=1, **options)
+        state = train(run, model).state
+        terms[name] = [records(tmp_path / name)[0][term] for term in ("loss", "gradient_norm")]
+        if name == "fp8":
+            used = jax.device_get(float8.rounded(state.params))
+    assert terms["fp8"] == terms["rounded"] != terms["exact"]
+    for stored in ("params", "pretrained"):
+        found = flatten(checkpoint.load_params(tmp_path / "fp8" / stored, model, dtype="fp32"))
+        for path, x in flatten(used).items():
+            expected = x if float8.is_matrix(path) else x.astype(ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(found[path], expected, str(path))
 
 
 def test_evaluations_log_numbers_and_pictures(clips, tmp_path):
