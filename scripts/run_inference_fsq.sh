@@ -26,7 +26,7 @@ source scripts/setup_env.sh run
 if [[ -z "$checkpoint_path" ]]; then
     # The small model's folder says how it is built; its error at full length is higher.
     model=(
-        --threshold=0.05
+        --threshold=0.02
         --load_checkpoint=example/fsq
     )
 else
