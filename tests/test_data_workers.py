@@ -26,11 +26,13 @@ def clips(tmp_path_factory):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
-def test_workers_share_the_rows_or_take_turns_with_them(num_rows, num_workers):
+def test_workers_share_the_rows_or_take_turns_with_them(num_rows, num_workers, caplog):
     groups, turns = data_workers._share(num_rows, num_workers, batch_size=5)
     assert [row for group in groups for row in group] == list(range(num_rows))
     assert len(groups) * turns <= num_workers < 2 * (len(groups) * turns) + num_rows
     assert (num_lanes(5) // 5) % turns == 0  # then a worker keeps to its own lanes
+    used = len(groups) * turns
+    assert (f"{used} of {num_workers} workers are used" in caplog.text) == (used < num_workers)
 
 
 def test_what_is_prepared_ahead_fits_into_shared_memory(monkeypatch, caplog):
