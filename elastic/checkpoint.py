@@ -39,6 +39,7 @@ from elastic.layer_layout import convert_layout, stacked_homes
 from elastic.safetensor_file import write_safetensors
 from elastic.streaming import write_stream
 from elastic.tensor_file import (
+    BFLOAT16,
     FLOAT8,
     CheckpointError,
     KeyPath,
@@ -250,7 +251,7 @@ def _read(
     total = sum(tensor.num_bytes for tensor in tensors.values())
     with open(path, "rb") as file, _bar(path, total, progress) as bar:
         for name, tensor in tensors.items():
-            stored = np.dtype(ml_dtypes.bfloat16) if tensor.dtype == FLOAT8 else tensor.dtype
+            stored = BFLOAT16 if tensor.dtype == FLOAT8 else tensor.dtype
             wanted = dtype if dtype is not None and is_float(tensor.dtype) else stored
             stack, layer = homes.get(name, (name, None))
             if stack not in flat:

@@ -252,12 +252,11 @@ class SequenceReader:
         """The span as a process before left it; else decoded, and left there if it is whole."""
         if self._files is None:
             return self._decode_anew(file, start, stop)
-        pictures = self.pictures
-        key = (
-            str(pictures.places[file]), pictures.stamps[file], pictures.fps, self._side(file), start, stop,
-        )  # fmt: skip
-        frames = self._files.get(key)
-        if frames is not None and len(frames) == stop - start:
+        pictures, side = self.pictures, self._side(file)
+        place, stamp = str(pictures.places[file]), pictures.stamps[file]
+        key = (place, stamp, pictures.fps, side, start, stop)
+        frames = self._files.get(key, (stop - start, side, side, 3))
+        if frames is not None:
             return _Span(frames, "")
         span = self._decode_anew(file, start, stop)
         if not span.error:

@@ -211,10 +211,11 @@ def _share(num_rows: int, num_workers: int, batch_size: int) -> tuple[list[list[
     # Whoever takes a turn keeps to its own lanes, see `elastic.data_plan`.
     lanes = num_lanes(batch_size) // batch_size
     turns = max(n for n in range(1, num_workers // num_rows + 1) if lanes % n == 0)
-    if num_rows * turns < num_workers:
+    used = num_rows * turns
+    if used < num_workers:
         log.warning(
             "%d of %d workers are used: one for each of the %d rows of a batch, and more only in turns at all of them.",
-            num_rows * turns,
+            used,
             num_workers,
             num_rows,
         )

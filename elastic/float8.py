@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax import lax
 
-from elastic.tensor_file import FLOAT8, CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.tensor_file import BFLOAT16, FLOAT8, CheckpointError, KeyPath, flatten, show, unflatten
 
 _MOST_CHANGE = 0.05  # of a matrix by rounding, root mean square
 
@@ -43,7 +42,7 @@ def as_stored(params: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for path, leaf in flatten(params).items():
         values = np.asarray(leaf, np.float32)
-        flat[path] = values.astype(FLOAT8 if is_matrix(path) else ml_dtypes.bfloat16)
+        flat[path] = values.astype(FLOAT8 if is_matrix(path) else BFLOAT16)
         if is_matrix(path):
             change = _size(flat[path].astype(np.float32) - values) / _size(values)
             if not change <= _MOST_CHANGE:  # NaN too: what is above 448

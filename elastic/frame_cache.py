@@ -22,13 +22,15 @@ class FrameCache:
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = pathlib.Path(folder)
 
-    def get(self, key: tuple[object, ...]) -> UInt8[np.ndarray, "n h w 3"] | None:
-        """The frames, mapped; None where they are not there, or not whole."""
+    def get(
+        self, key: tuple[object, ...], shape: tuple[int, int, int, int]
+    ) -> UInt8[np.ndarray, "n h w 3"] | None:
+        """The frames, mapped; None where they are not there, or not whole and of this shape."""
         try:
             frames = np.load(self._path(key), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):  # if the folder is amiss, `put` says so
             return None
-        return frames if frames.ndim == 4 and frames.dtype == np.uint8 else None
+        return frames if (frames.shape, frames.dtype) == (shape, np.uint8) else None
 
     def put(self, key: tuple[object, ...], frames: UInt8[np.ndarray, "n h w 3"]) -> None:
         """Writes them. Two processes may do so at once: the files are alike.

@@ -23,11 +23,11 @@ import numpy as np
 
 KeyPath = tuple[str, ...]
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)  # 3 bits of mantissa, up to 448, no infinity
 _NAMES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool"
 _DTYPES = {name: np.dtype(name) for name in _NAMES.split()} | {
-    "bfloat16": _BFLOAT16,
+    "bfloat16": BFLOAT16,
     "float8_e4m3fn": FLOAT8,
 }
 
@@ -54,7 +54,7 @@ class Tensor(NamedTuple):
 
 def is_float(dtype: np.dtype) -> bool:
     """Whether `dtype` is a floating type, those included that NumPy does not know as such."""
-    return dtype.kind == "f" or dtype in (_BFLOAT16, FLOAT8)
+    return dtype.kind == "f" or dtype in (BFLOAT16, FLOAT8)
 
 
 def dtype_of_name(name: str, where: str) -> np.dtype:
@@ -126,7 +126,7 @@ def _without_overflow_warning(source: np.ndarray, out: np.ndarray) -> None:
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    if values.dtype == _BFLOAT16:  # ml_dtypes' own test is slow; inf and NaN have a full exponent
+    if values.dtype == BFLOAT16:  # ml_dtypes' own test is slow; inf and NaN have a full exponent
         return bool(((values.view(np.uint16) & 0x7F80) != 0x7F80).all())
     if values.dtype == FLOAT8:
         return bool(((values.view(np.uint8) & 0x7F) != 0x7F).all())

@@ -48,8 +48,9 @@ class Evaluator:
 
     def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:
         """Measures, and gives numbers and pictures to the logs. All hosts take part."""
-        params = used_params(self._save, to_host(state.best_params()))
+        params = to_host(state.best_params())
         if is_first_host() and logs is not None:
+            params = used_params(self._save, params)
             found = evaluation.evaluate(
                 self._tokenizer_of(params, f"step {step}"),
                 self._files,
