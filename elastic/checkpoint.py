@@ -26,7 +26,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from elastic import float8
-from elastic.checkpoint_fit import STATE_PARAMS, check_fit, check_not_cut, content, param_groups
+from elastic.checkpoint_fit import (
+    STATE_PARAMS,
+    check_fit,
+    check_whole_state,
+    content,
+    missing_parts,
+    param_groups,
+)
 from elastic.checkpoint_source import (
     PARAMS,
     TRAIN_STATE,
@@ -116,7 +123,7 @@ def load_params(
     found = groups.pop(prefix, {})
     check_fit(found, prefix, config, path)
     if holds == TRAIN_STATE:
-        check_not_cut(groups, tensors, found, path)
+        check_whole_state([tensor.path for tensor in tensors], path)
     elif groups:
         raise CheckpointError(
             f"{path} holds more than one parameter tree: '{show(next(iter(groups)))}' too."
@@ -142,8 +149,7 @@ def load_train_state(
     `streaming_train_state`, or `trainstate::FILE`.
 
     Raises:
-      CheckpointError: as `load_params`; also when moments are missing or shaped unlike the
-      parameters.
+      CheckpointError: as `load_params`; also when moments are shaped unlike the parameters.
     """
     file, _ = resolve(path, names=("streaming_train_state",), local=True)
     tensors = index_tensors(file)
@@ -152,15 +158,10 @@ def load_train_state(
             f"{file} holds {PARAMS}, not {TRAIN_STATE}; only load_params can use it."
         )
     groups = param_groups(tensors)
-    params = groups.get(STATE_PARAMS, {})
-    check_fit(params, STATE_PARAMS, config, file)
-    check_not_cut(
-        {key: group for key, group in groups.items() if key != STATE_PARAMS}, tensors, params, file
-    )
+    check_fit(groups.get(STATE_PARAMS, {}), STATE_PARAMS, config, file)
+    check_whole_state([tensor.path for tensor in tensors], file)
     for prefix, group in groups.items():
         check_fit(group, prefix, config, file)
-    if not any(tensor.path == ("step",) for tensor in tensors):
-        raise CheckpointError(f"{file} holds no 'step', so training cannot go on from it.")
     everything = {tensor.path: tensor for tensor in tensors}
     flat = _read(
         file,
@@ -323,13 +324,19 @@ def save_train_state(
     and `opt_state`; these three are written in this order, everything below in the tree's own.
     `float_dtype` converts every float, the moments too: with None a resumed run repeats the numbers
     exactly, with 'bf16' (the released default) it does not.
+
+    Raises:
+      CheckpointError: a part is missing that loading would miss, too.
     """
     state = flax.serialization.to_state_dict(state_tree)
-    if "step" not in state or "params" not in state.get("params", {}):
-        raise CheckpointError(
-            "A training state needs 'step' and 'params', the latter as {'params': tree}."
-        )
     first = {key: state[key] for key in ("step", "params", "opt_state") if key in state}
+    lost = missing_parts(flatten(first))
+    if lost or "params" not in first.get("params", {}):
+        what = f" '{show(lost[0])}' is missing." if lost else ""
+        raise CheckpointError(
+            "A training state needs 'step', 'params' as {'params': tree}, and 'opt_state' with the moments of all "
+            f"parameters.{what}"
+        )
     write_stream(path, first | state, float_dtype=_float_dtype(float_dtype))
 
 

@@ -1,8 +1,7 @@
 """Whether the tensors in a file are the model's: names, shapes, and nothing lost at the end."""
 
 import functools
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,37 +116,43 @@ def _traits(shapes: Mapping[KeyPath, tuple]) -> dict[str, Any]:
     return traits
 
 
-def check_not_cut(
-    groups: Mapping[KeyPath, Mapping[KeyPath, Tensor]],
-    tensors: list[Tensor],
-    params: Mapping[KeyPath, Tensor],
-    file: Path,
-) -> None:
-    """Finds what a train state lacks when its end is lost exactly between two records.
-
-    The format stores no count of records, so the optimizer's structure has to tell: moments come
-    for all parameters, the second after the first, and the schedule's count after both.
-    """
-    cut = f"{file} was cut short:"
-    paths = {tensor.path for tensor in tensors}
-    for prefix, group in groups.items():
-        lost = [path for path in params if path not in group]
-        if lost:
-            raise CheckpointError(
-                f"{cut} '{show((*prefix, *lost[0]))}' is missing, and {len(lost) - 1} more."
-            )
-        if prefix[-2:-1] == ("mu",):
-            second = (*prefix[:-2], "nu", "params")
-            if second not in groups:
-                raise CheckpointError(f"{cut} '{show(second)}' is missing.")
-            schedule = (*prefix[:-3], "2", "count")
-            if prefix[-3:-2] == ("0",) and schedule not in paths:
-                warnings.warn(
-                    f"{file} lacks '{show(schedule)}': unless it was trained at a constant rate, "
-                    "its end is lost.",
-                    stacklevel=3,
-                )
-    if not groups:
-        warnings.warn(
-            f"{file} holds no moments of an optimizer; if it should, its end is lost.", stacklevel=3
+def check_whole_state(paths: Collection[KeyPath], file: Path) -> None:
+    """Raises unless a train state has all its parts: its end may be lost exactly between two records."""
+    lost = missing_parts(paths)
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CheckpointError(
+            f"{file} is not a whole train state: '{show(lost[0])}' is missing{more}. Was the file cut short? Copy it "
+            "again from where it is whole, or take an earlier one."
         )
+
+
+def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
+    """What a train state with these tensors lacks besides parameters: step, moments, counts; in a file's order.
+
+    The format stores no count of records, so the structure of AdamW has to tell: each of its moments covers all
+    parameters, the schedule's count comes after them, then the gradients of the steps that make one update.
+    """
+    found = set(paths)
+    params = [path[2:] for path in paths if path[:2] == STATE_PARAMS]
+    moments: dict[KeyPath, None] = {}  # prefixes of what has the parameters' names; ordered
+    for path in paths:
+        if path[0] == "opt_state" and "params" in path:
+            moments[path[: path.index("params") + 1]] = None
+    several = any(path[:2] == ("opt_state", "inner_opt_state") for path in paths)
+    several = several or ("opt_state", "mini_step") in found
+    needed: list[KeyPath] = [("step",)]
+    if several:
+        needed += [("opt_state", "mini_step"), ("opt_state", "gradient_step")]
+    adams = {prefix[:-2]: None for prefix in moments if prefix[-2] in ("mu", "nu")}
+    if not adams and (several or not moments):  # another optimizer has moments of other names
+        adams = {("opt_state", *(("inner_opt_state",) if several else ()), "1", "0"): None}
+    for adam in adams:
+        needed.append((*adam, "count"))
+        moments |= {(*adam, "mu", "params"): None, (*adam, "nu", "params"): None}
+    if several:
+        moments[("opt_state", "acc_grads", "params")] = None
+    needed += [(*prefix, *path) for prefix in moments for path in params]
+    # The rate is the last link of AdamW's own chain, whose first are the moments.
+    needed += [(*adam[:-1], "2", "count") for adam in adams if adam[-1] == "0"]
+    return [path for path in needed if path not in found]

@@ -281,19 +281,6 @@ def test_a_file_cut_short_anywhere_is_refused(golden, tmp_path):
             load_params(cut, FSQ)
 
 
-def test_a_train_state_cut_short_anywhere_never_loads_silently(golden, tmp_path):
-    file = golden / "fsq/ckpt/trainstate_scan_bf16/streaming_train_state"
-    tensors = streaming.index_stream(file)
-    ends = [tensor.pieces[0][0] + tensor.num_bytes for tensor in tensors]
-    cut = tmp_path / "cut"
-    for end in {*ends[:-1:4], *ends[-3:-1], *(end - 3 for end in ends[::9])} | set(ends[26:28]):
-        cut.write_bytes(file.read_bytes()[:end])
-        for load in (load_train_state, load_params):
-            # Two cuts cannot be told from a state without moments or schedule: these warn.
-            with pytest.raises((CheckpointError, UserWarning), match=r"cut short|is missing|end is lost"):  # fmt: skip
-                load(cut, FSQ)
-
-
 def damaged_record(path=("w",), *, code=1, shape=(2,), dtype="float32", data=b"12345678", tail=b""):
     inner = msgpack.packb((shape, dtype, data)) + tail
     return msgpack.packb((path, msgpack.packb(msgpack.ExtType(code, inner))))
@@ -397,6 +384,6 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 
 def test_a_train_state_without_its_parts_is_not_written(tmp_path):
-    with pytest.raises(CheckpointError, match="needs 'step' and 'params'"):
+    with pytest.raises(CheckpointError, match=r"needs 'step', 'params' as \{'params'"):
         save_train_state(tmp_path / "file", {"step": 1, "params": file_tree()})
     assert not list(tmp_path.iterdir())
