@@ -41,9 +41,11 @@ def _split_prefix(spec: str) -> tuple[str | None, str]:
             f"Checkpoint {spec!r} names no file; write params::FILE, a folder or a repository."
         )
     if len(prefixes) > 1:
+        # As from here, not from a caller: a run resolves its checkpoint several times, and Python shows a warning
+        # once for each place that it comes from.
         warnings.warn(
             f"Checkpoint {spec!r} has more than one prefix; it is read as {prefixes[-1]}::{rest}.",
-            stacklevel=4,  # the caller of load_params
+            stacklevel=1,
         )
     return (prefixes[-1] if prefixes else None), rest
 
@@ -98,34 +100,34 @@ def _nearby(path: Path) -> str:
 def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Path:
     """The weights of a repository, from the cache if they are there, else downloaded into it.
 
-    Cached weights are used without asking the hub: released weights do not change, and the hub's client
-    waits half a minute before it gives up on a network.
+    Cached weights are used without asking the hub: released weights do not change. Before a download it is asked once
+    whether it answers: the client by itself tries six times, which takes half a minute and a dozen lines.
     """
     from huggingface_hub import errors, hf_hub_download
 
     def fetch(name: str, *, local: bool) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local))
 
-    # The base of all errors of the HTTP library that this version of the client uses.
-    client_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
+    why = "only local files were asked for" if local_files_only else ""
     try:
         for name in HUB_FILES:
             with contextlib.suppress(errors.LocalEntryNotFoundError):
                 return fetch(name, local=True)
-        for name in HUB_FILES if not local_files_only else ():
+        why = why or _out_of_reach(repo, revision)
+        for name in HUB_FILES if not why else ():
             try:
                 weights = fetch(name, local=False)
             except errors.LocalEntryNotFoundError:
-                break  # the hub is out of reach
+                why = "the hub is out of reach"
+                break
             except errors.EntryNotFoundError:
                 continue
             for companion in _COMPANIONS:
                 with contextlib.suppress(errors.EntryNotFoundError):
                     fetch(companion, local=False)
             return weights
-        else:
-            if not local_files_only:
-                raise CheckpointError(f"Repository {repo!r} has none of {', '.join(HUB_FILES)}.")
+        if not why:
+            raise CheckpointError(f"Repository {repo!r} has none of {', '.join(HUB_FILES)}.")
     except errors.HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither a file here nor 'org/name'.") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
@@ -133,15 +135,39 @@ def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Pat
         raise CheckpointError(
             f"{repo!r}{at} is neither a file here nor a Hugging Face repository open to you."
         ) from error
-    except (OSError, client_error) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"Downloading the weights of {repo!r} failed: {reason}") from error
-    why = "only local files were asked for" if local_files_only else "the hub is out of reach"
+    except (OSError, _client_error()) as error:
+        raise CheckpointError(
+            f"Downloading the weights of {repo!r} failed: {_reason(error)}"
+        ) from error
     raise CheckpointError(
-        f"{repo!r} is not in the Hugging Face cache, and {why}; where there is a network, run "
+        f"{repo!r} is neither a file here nor in the Hugging Face cache, and {why}; where there is a network, run "
         f"`hf download {repo} {HUB_FILES[0]} --local-dir DIR`, copy DIR here and pass "
         f"params::DIR/{HUB_FILES[0]}."
     )
+
+
+def _out_of_reach(repo: str, revision: str | None) -> str:
+    """Why the hub cannot be asked for a repository; '' when it answers, whatever it says."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, HUB_FILES[0], revision=revision))
+    except errors.HfHubHTTPError:  # no such repository or file: the download says so, too
+        return ""
+    except (OSError, _client_error()) as error:
+        return f"the hub is out of reach ({_reason(error)})"
+    return ""
+
+
+def _client_error() -> type[Exception]:
+    """The base of all errors of the HTTP library that this version of the hub's client uses."""
+    from huggingface_hub import errors
+
+    return cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def index_tensors(path: Path) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: how it is named, and the hub with its cache."""
 
 import pickle
+import warnings
 
 import flax.serialization
 import huggingface_hub
@@ -36,6 +37,16 @@ def test_every_spelling_of_a_source_gives_the_same_parameters(golden, tmp_path, 
     with pytest.warns(UserWarning, match="it is read as trainstate_params::"):
         load_params(f"params::trainstate_params::{state}", FSQ)
     assert load_config(file) is None
+
+
+def test_a_second_prefix_is_warned_of_once_however_often_the_name_is_resolved(golden):
+    spec = f"params::params::{golden}/fsq/ckpt/params_scan_fp32"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        load_config(spec)
+        folder_of(spec)
+        load_params(spec, FSQ)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,7 @@ def test_a_download_brings_what_belongs_to_the_weights(tmp_path, monkeypatch):
         asked.append(name)
         return str(tmp_path / "hub" / name)
 
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert folder_of("hf::org/model") == tmp_path / "hub"
     assert asked == ["model.safetensors", "config.json"]
@@ -135,20 +147,42 @@ def test_a_download_brings_what_belongs_to_the_weights(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("local_files_only", [True, False])
-def test_an_uncached_repository_without_a_network_says_the_way_out(
-    tmp_path, monkeypatch, local_files_only
+def test_an_uncached_repository_without_a_network_says_the_way_out_at_once(
+    tmp_path, monkeypatch, capfd, local_files_only
 ):
     fake_cache(monkeypatch, tmp_path, {})
-    asked = []
+    asked, remote = [], []
 
-    def unreachable(repo, name, *, revision, local_files_only):
-        asked.append((name, local_files_only))
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+    def nobody_listens(url, **options):
+        asked.append(url)
+        port = "http://127.0.0.1:9"  # refuses at once, as does a machine without a network
+        return ask(url.replace(huggingface_hub.constants.ENDPOINT, port), **options)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    def download(repo, name, *, local_files_only, **options):
+        remote.extend([name] * (not local_files_only))  # which would try again and again
+        return fetch(repo, name, local_files_only=True, **options)
+
+    ask, fetch = huggingface_hub.get_hf_file_metadata, huggingface_hub.hf_hub_download
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", nobody_listens)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(CheckpointError) as error:
         load_params("LargeWorldModel/ElasticTok-VAE", FSQ, local_files_only=local_files_only)
-    assert "'LargeWorldModel/ElasticTok-VAE' is not in the Hugging Face cache, and" in str(error.value)  # fmt: skip
+    assert not remote and capfd.readouterr() == ("", "")
+    assert "'LargeWorldModel/ElasticTok-VAE' is neither a file here nor in the Hugging Face cache" in str(error.value)  # fmt: skip
+    why = "only local files" if local_files_only else "the hub is out of reach (["
+    assert f", and {why}" in str(error.value)
     assert "`hf download LargeWorldModel/ElasticTok-VAE params --local-dir DIR`" in str(error.value)
     assert "params::DIR/params" in str(error.value)
-    assert asked.count(("params", False)) == (not local_files_only)  # one wait is enough
+    assert len(asked) == (not local_files_only)
+
+
+def test_a_hub_that_goes_away_between_two_questions_says_the_same(tmp_path, monkeypatch):
+    fake_cache(monkeypatch, tmp_path, {})
+
+    def unreachable(repo, name, **options):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(CheckpointError, match="cache, and the hub is out of reach; where there"):
+        load_params("LargeWorldModel/ElasticTok-VAE", FSQ)
