@@ -6,9 +6,10 @@
 The interpreter that runs this script is taken as it is when it has everything; else `.venv` in the
 project's folder is, made or completed by pip first where need be. Nothing is ever installed
 anywhere else. The wrappers call this through scripts/setup_env.sh. Standard library only, because
-it runs before anything is installed; standard output carries nothing but the path.
+it runs before anything is installed; standard output carries nothing but the path, or this help.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -27,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = {"run": "requirements.txt", "test": "requirements-ci.txt"}
-_SIZES = {"run": "1.3 GB", "test": "2.3 GB"}
+_SIZES = {"run": "1.6 GB", "test": "2.5 GB"}  # as `du -sh .venv` shows it
 
 _OURS = VENV / ".elastic-made"  # this script made the folder, so it may remove it again
 _UNFINISHED = VENV / ".elastic-unfinished"  # pip is at work, or was stopped at it
@@ -187,12 +188,20 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
 
 def main(arguments: list[str]) -> int:
     """Prints the interpreter to use, or says on the standard error why there is none."""
-    if not arguments or arguments[0] not in REQUIREMENTS or arguments[1:] not in ([], ["--probe"]):
-        say(f"usage: prepare_env.py {'|'.join(REQUIREMENTS)} [--probe]")
-        return 2
-    purpose = arguments[0]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("purpose", choices=REQUIREMENTS, help="what the interpreter must have")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="only tell whether this interpreter has everything: exit code 0, or "
+        f"{_LACKING} if something is missing",
+    )
+    options = parser.parse_args(arguments)
+    purpose = options.purpose
     missing = lacking(purpose)
-    if arguments[1:]:
+    if options.probe:
         return _LACKING if missing else 0
     python = VENV_PYTHON
     if not missing:

@@ -5,6 +5,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+for flag in "$@"; do
+    if [[ "$flag" == --help || "$flag" == -h ]]; then # instead of pytest's, after all the other checks
+        sed -n '2,/^set /s/^# //p' scripts/run_tests.sh
+        exit
+    fi
+done
 source scripts/setup_env.sh test
 export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version

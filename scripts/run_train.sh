@@ -60,6 +60,12 @@ process_id="${process_id:-0}"
 SMOKE="${SMOKE:-}"
 # -------------------------------------------------------------------------------------------------
 
+for flag in "$@"; do
+    if [[ "$flag" == --help || "$flag" == -h ]]; then # before anything is asked for, or removed
+        source scripts/setup_env.sh run
+        exec "$PYTHON" scripts/train.py --help
+    fi
+done
 if [[ -n "$SMOKE" ]]; then
     dataset_path=example output_dir=outputs/smoke preset=small-fsq update_elastic_config=''
     mesh_dim='!1,1,-1,1' dtype=fp32 batch_size=1 seq_length=2048 workers=1 total_steps=4 lr_warmup_steps=1

@@ -24,6 +24,13 @@ SMOKE="${SMOKE:-}"
 DRY_RUN="${DRY_RUN:-}"
 # -------------------------------------------------------------------------------------------------
 
+for flag in "$@"; do
+    if [[ "$flag" == --help || "$flag" == -h ]]; then # what this script adds, from its top
+        sed -n '2,/^set /s/^# \{0,1\}//p' scripts/run_train_pod.sh
+        printf '\n%s\n' "Its flags: bash scripts/run_train.sh --help. Its settings: the top of both scripts."
+        exit
+    fi
+done
 if [[ -n "$SMOKE" ]]; then
     exec bash scripts/run_train.sh "$@"
 fi

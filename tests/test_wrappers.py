@@ -41,18 +41,24 @@ esac
 """
 
 
+def stubbed(folder):
+    """A stub for Python in `folder`, and an environment for wrappers that has it and none of their settings."""
+    stub = folder / "python-stub"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+    return stub, clean | {"ELASTIC_PYTHON": str(stub)}
+
+
 @pytest.fixture
 def run(tmp_path):
     """Runs a wrapper with a stub for Python; gives the arguments that Python would have got."""
 
     def run_wrapper(wrapper, *flags, expect=0, **variables):
-        stub = tmp_path / "python-stub"
-        stub.write_text(STUB)
-        stub.chmod(0o755)
-        clean = {key: value for key, value in os.environ.items() if key not in SETTINGS}
+        stub, environment = stubbed(tmp_path)
         done = subprocess.run(
             ["bash", ROOT / "scripts" / wrapper, *flags],
-            env=clean | {"ELASTIC_PYTHON": str(stub)} | variables,
+            env=environment | variables,
             cwd=tmp_path,  # a wrapper works from any folder
             capture_output=True,
             text=True,
@@ -80,28 +86,73 @@ def test_without_a_checkpoint_the_small_model_runs(run, kind):
     assert "--update_elastic_config" not in flags
 
 
-def test_with_a_checkpoint_the_documented_command_runs(run):
+def test_with_a_checkpoint_the_documented_command_runs(run, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
     assert command is not None
     documented = flags_of(shlex.split(command[0].replace("\\\n", " ")))
-    documented["--load_checkpoint"] = "params::models/params"
-    assert flags_of(run("run_inference_fsq.sh", checkpoint_path="models/params")) == documented
+    (tmp_path / "params").touch()
+    documented["--load_checkpoint"] = f"params::{tmp_path}/params"
+    changes = documented["--update_elastic_config"]  # in the spelling of the release
+    documented["--update_elastic_config"] = changes.replace("mask_mode=", "mask_type=")
+    assert flags_of(run("run_inference_fsq.sh", checkpoint_path=f"{tmp_path}/params")) == documented
 
 
 @pytest.mark.parametrize(
     ("written", "passed"),
     [
-        ("some folder/params", "params::some folder/params"),
-        ("params::params", "params::params"),
+        ("HERE/some folder/params", "params::HERE/some folder/params"),
+        ("params::params",) * 2,
         ("trainstate_params::out/streaming_train_state",) * 2,
         ("hf::owner/model",) * 2,
+        ("owner/model",) * 2,
+        ("HERE/some folder",) * 2,  # which holds no config.json
+        ("HERE/some folder/prams",) * 2,  # not there: inference says so, and what is
     ],
 )
 @pytest.mark.parametrize("kind", ["fsq", "vae"])
-def test_a_checkpoint_is_named_with_or_without_its_kind(run, kind, written, passed):
+def test_a_checkpoint_is_named_as_for_inference_or_by_a_bare_file(
+    run, tmp_path, kind, written, passed
+):
+    (tmp_path / "some folder").mkdir()
+    (tmp_path / "some folder" / "params").touch()
+    written, passed = (text.replace("HERE", str(tmp_path)) for text in (written, passed))
     flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=written))
     assert flags["--load_checkpoint"] == passed
+    assert flags["--load_elastic_config"] == "200m" and "--update_elastic_config" in flags
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vae"])
+def test_a_folder_that_says_how_its_model_is_built_gets_no_settings(run, tmp_path, kind):
+    (tmp_path / "config.json").touch()
+    flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=str(tmp_path)))
+    assert (flags["--load_checkpoint"], flags["--threshold"]) == (str(tmp_path), "0.003")
+    assert not flags.keys() & {"--load_elastic_config", "--update_elastic_config"}
+    # The small model by its name is the small model that runs without one.
+    named = run(f"run_inference_{kind}.sh", checkpoint_path=f"example/{kind}")
+    assert named == run(f"run_inference_{kind}.sh", checkpoint_path="")
+
+
+WRAPPERS = sorted(path.name for path in (ROOT / "scripts").glob("run_*.sh"))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_help_needs_nothing_filled_in_and_does_nothing_else(tmp_path, wrapper):
+    """In a folder with the scripts alone, with a stub for Python; what SMOKE=1 would remove stays."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "outputs" / "smoke").mkdir(parents=True)
+    stub, environment = stubbed(tmp_path)
+    done = subprocess.run(
+        ["bash", tmp_path / "scripts" / wrapper, "--help"],
+        env=environment | {"SMOKE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    called = stub.with_name("python-stub.called")
+    arguments = called.read_text().splitlines() if called.exists() else []
+    assert "--help" in arguments or done.stdout.count("\n") > 2
+    assert (tmp_path / "outputs" / "smoke").exists()
 
 
 @pytest.mark.parametrize(
@@ -287,6 +338,15 @@ def test_a_python_that_has_everything_is_used_as_it_is(project, monkeypatch, cap
     monkeypatch.setattr(prepare_env, "ROOT", project / "enough")
     assert prepare_env.main(["run"]) == 0
     assert capsys.readouterr().out.strip() == sys.executable
+
+
+def test_the_environment_script_says_what_it_is_for(capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare_env.main(["--help"])
+    assert ended.value.code == 0 and "wrappers call this" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        prepare_env.main(["walk"])
+    assert ended.value.code == 2 and "'walk'" in capsys.readouterr().err
 
 
 def test_no_usable_python_is_a_clear_error(tmp_path):
