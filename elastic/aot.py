@@ -19,6 +19,7 @@ from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.data import Sequences, sequence_length
 from elastic.model import ElasticTok, param_shapes
+from elastic.ops import blockwise
 from elastic.ops.local import Options
 from elastic.optim import make_optimizer
 from elastic.sharding import fitting_spec, param_shardings
@@ -244,7 +245,7 @@ def tiles(
 
         found = pallas_gpu.tiles("forward", lengths=(num_queries, num_keys), **shape)
         return found.q_tile, found.kv_tile
-    return min(options.q_tile, num_queries), min(options.kv_tile, num_keys)
+    return blockwise.tiles(num_queries, num_keys, options)
 
 
 def evenness(

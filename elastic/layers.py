@@ -86,7 +86,8 @@ class RMSNorm(Compute):
         x = x * jax.lax.rsqrt(
             jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.rms_norm_eps
         )
-        return x * weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        # Stretched in one go: its gradient is then one sum over all tokens. With axes of one in between, XLA:CPU sums 40 times slower.
+        return x * jax.lax.broadcast_in_dim(weight.astype(jnp.float32), x.shape, (x.ndim - 1,))
 
 
 def rope_angles(

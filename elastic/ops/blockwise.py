@@ -14,16 +14,24 @@ from elastic.ops.dense import dot, turned
 from elastic.ops.local import Kernel, Options, Scope
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
+_SHORTEST = (
+    256  # numbers of queries and keys: below, products slow down by more than what is not computed
+)
+
+
+def tiles(num_queries: int, num_keys: int, options: Options) -> tuple[int, int]:
+    """Queries and keys in a tile: no more than asked for, than there are, and than a block, beyond which nothing is seen."""
+    block = max(options.block_size, _SHORTEST)
+    return min(options.q_tile, num_queries, block), min(options.kv_tile, num_keys, block)
 
 
 def _padded(
     q_NQD: Array, k_MKD: Array, scope: Scope, options: Options
 ) -> tuple[Array, Scope, Options]:
-    """Tiles no longer than the arrays, and queries that fill theirs."""
+    """The tiles in use, and queries that fill theirs."""
     length = q_NQD.shape[1]
-    options = options._replace(
-        q_tile=min(options.q_tile, length), kv_tile=min(options.kv_tile, k_MKD.shape[1])
-    )
+    q_tile, kv_tile = tiles(length, k_MKD.shape[1], options)
+    options = options._replace(q_tile=q_tile, kv_tile=kv_tile)
     padding = -length % options.q_tile
     if padding:
         q_NQD = _pad_rows(q_NQD, padding)
