@@ -3,12 +3,17 @@
 import pathlib
 import signal
 
+import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # meshes without hardware
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No test asserts a time, also not by a library's default.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Started in the background, pytest may find Ctrl-C ignored, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -173,7 +173,6 @@ def test_counted_flops_are_those_of_the_traced_products(bottleneck):
     assert flops.training_flops(config, length, visible_blocks=1.0) == 3 * counted
 
 
-@settings(deadline=None)
 @given(
     devices=st.sampled_from([1, 2, 4]),
     layout=st.sampled_from(flops.LAYOUTS),

@@ -13,7 +13,7 @@ from elastic.budget import allocate, counts_to_measure, price_of, split_equally
 LOSSES = st.lists(st.floats(0.001, 1), min_size=8, max_size=8)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(losses=st.lists(LOSSES, min_size=1, max_size=4), share=st.floats(1, 8))
 def test_no_split_is_better(losses, share):
     """On curves with cliffs and plateaus, and such that rise, too."""
@@ -31,7 +31,6 @@ def test_no_split_is_better(losses, share):
     assert found <= best * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(
     curves=st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=6),
     share=st.floats(1, 8),

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import load_config
@@ -78,7 +78,6 @@ def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
     assert same is not None and np.allclose(same.points, memory.curve.points)
 
 
-@settings(deadline=None)
 @given(
     guess=st.dictionaries(st.integers(1, 5000), st.floats(1e-9, 1e9), min_size=1),
     spread=st.floats(0, 10),

@@ -17,7 +17,7 @@ def make(num_blocks, per_sequence=4, *, chunk_size=8, seed=0):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_blocks=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     per_sequence=st.integers(1, 9),
@@ -43,7 +43,7 @@ def test_every_block_of_every_file_comes_once_in_an_epoch(
     assert plan.num_blocks == len(every)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_blocks=st.lists(st.integers(1, 40), min_size=1, max_size=40),
     per_sequence=st.integers(1, 9),

@@ -11,7 +11,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -154,7 +154,6 @@ def test_no_search_finds_fewer_tokens_in_the_first_block_than_the_ground_truth(m
         assert measured.above_optimum(threshold, "linear") == 0
 
 
-@settings(deadline=None)
 @given(smallest=st.integers(1, 40), more=st.integers(0, 200))
 def test_all_counts_leave_out_none(smallest, more):
     config = dataclasses.make_dataclass("Shape", "min_toks max_toks".split())(
@@ -182,7 +181,6 @@ def made_up(needed, threshold=0.1, model=CONFIG):
     )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(st.lists(st.none() | st.integers(4, 32), min_size=1, max_size=30))
 def test_a_higher_cap_lets_more_blocks_meet_the_threshold_with_more_tokens(needed):
     evaluation = made_up(needed)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.curves import Curve, Memory, Point, points_of
@@ -57,7 +57,6 @@ def clips(draw):
     return [dict(enumerate(block, min_kept)) for block in blocks], options
 
 
-@settings(deadline=None)
 @given(clip=clips())
 def test_the_promise_of_binary_holds_whatever_the_memory_expects(clip):
     blocks, options = clip
@@ -70,7 +69,6 @@ def test_the_promise_of_binary_holds_whatever_the_memory_expects(clip):
             assert options["max_kept"] in found.tried
 
 
-@settings(deadline=None)
 @given(clip=clips())
 def test_the_calls_of_a_block_are_bounded(clip):
     blocks, options = clip

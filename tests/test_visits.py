@@ -66,7 +66,7 @@ def visited(find, scope, num_queries, num_keys, options):
 FOUND = released.quick_jit(visited, static_argnums=(0, 2, 3, 4))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_every_pair_that_is_seen_is_visited_and_what_is_plain_needs_no_mask(case):
     scope, num_queries, num_keys, options = case
