@@ -8,6 +8,7 @@ curves are a forecast; where the error came out higher than that of equal counts
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -72,9 +73,14 @@ def check_targets(targets: Mapping[str, float | None], search: str | None) -> No
     """Refuses none and several targets; a threshold beside `num_tokens` only decides what counts as met.
 
     Raises:
-      ValueError: there is not one target, or a search that it has no use for.
+      ValueError: there is not one target, it is no number, or a search is given that it has no use for.
     """
     given = [name for name, value in targets.items() if value is not None]
+    for name in given:
+        value, kind = targets[name], numbers.Integral if name == "num_tokens" else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            what = "whole number of tokens" if name == "num_tokens" else "number"
+            raise ValueError(f"{name}={value!r} must be a {what}.")
     if not given:
         raise ValueError(
             "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "

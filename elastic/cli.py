@@ -7,6 +7,7 @@ flags are in `elastic.cli_flags`.
 import contextlib
 import difflib
 import logging
+import re
 import signal
 import sys
 import textwrap
@@ -27,6 +28,18 @@ _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
 _TERMINATED = 128 + signal.SIGTERM
 _INTERRUPTED = 128 + signal.SIGINT
+
+
+# Arguments of the package that a flag has another name for, as error messages spell them.
+_FLAG_OF = {
+    "num_tokens": "n_codes",
+    "max_fraction": "max_prop_codes",
+    "fallback_fraction": "default_prop_codes",
+    "window_blocks": "max_blocks_per_chunk",
+    "width": "search_width",
+    "rate": "fps",
+}
+_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_FLAG_OF)})=")
 
 
 class Values:
@@ -168,7 +181,7 @@ def run(
                 raise
             if debug:
                 traceback.print_exc()
-            print(f"{script.name}: error: {message}", file=sys.stderr)
+            print(f"{script.name}: error: {_with_flags(message, script)}", file=sys.stderr)
             return 1
 
 
@@ -181,6 +194,17 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}."
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_flags(message: str, script: Script) -> str:
+    """A message of the package in the words of the command line."""
+    known = {flag.name for flag in script.flags}
+
+    def flag_of(found: re.Match[str]) -> str:
+        name = _FLAG_OF[found[1]]
+        return f"--{name}=" if name in known and found[1] not in known else found[0]
+
+    return _ARGUMENT.sub(flag_of, message)
 
 
 def _define(flag: Flag, holder: flags.FlagValues) -> None:

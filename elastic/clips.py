@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import zlib
@@ -93,6 +94,10 @@ def open_clip(
     Raises:
       ValueError: there is nothing to tokenize, or it is not frames.
     """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"{rate=} must be a positive number of frames/s, or None.")
     if isinstance(source, (str, os.PathLike)):
         source = media.open_clip(
             pathlib.Path(source), resolution=resolution, rate=rate, max_frames=max_frames
@@ -105,7 +110,7 @@ def open_clip(
             )
         size, image = (info.width, info.height), info.kind == "image"
         return Clip(image, source.rate, source.num_frames, size, source, None, resolution)
-    own_rate = float(rate or 24.0)
+    own_rate = 24.0 if rate is None else float(rate)
     if isinstance(source, np.ndarray):
         is_image = source.ndim != 4
         frames = (source[None] if is_image else source)[:max_frames]
@@ -115,6 +120,10 @@ def open_clip(
         size = (frames.shape[2], frames.shape[1])
         return Clip(
             is_image, 0.0 if is_image else own_rate, len(frames), size, None, frames, resolution
+        )
+    if not isinstance(source, Iterable):
+        raise ValueError(
+            f"A clip of type {type(source).__name__} cannot be tokenized; give a path, uint8 frames, or a reader."
         )
     coming = iter(source)
     first = next(coming, None)

@@ -109,7 +109,15 @@ class ElasticTokConfig(PreTrainedConfig):
             "scan_key_chunk_size scan_mlp_chunk_size"
         )
         for name in positive.split():
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0.")
+            _require(
+                0 < getattr(self, name) < math.inf,
+                f"{name}={getattr(self, name)} must be a finite number above 0.",
+            )
+        for name in ("initializer_range", "lpips_loss_ratio"):
+            _require(
+                0 <= getattr(self, name) < math.inf,
+                f"{name}={getattr(self, name)} must be a finite number, 0 or above.",
+            )
         _require(
             len(self.patch_size) == 3 and min(self.patch_size) > 0,
             f"patch_size={self.patch_size} must be three sizes above 0.",
@@ -264,9 +272,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _unknown_option(key: str) -> str:
-    close = difflib.get_close_matches(key, option_names(), n=1)
+    close = difflib.get_close_matches(key, [*option_names(), *_OLD_NAMES], n=1)
     return f"ElasticTokConfig has no option {key!r}." + (
-        f" Did you mean {close[0]!r}?" if close else ""
+        f" Did you mean {_OLD_NAMES.get(close[0], close[0])!r}?" if close else ""
     )
 
 
@@ -378,7 +386,7 @@ def load_config(source: str) -> ElasticTokConfig:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; a config.json holds an object.")
@@ -398,24 +406,35 @@ def parse_dict(text: str) -> dict[str, Any]:
     """
     try:
         return _literal_dict(ast.parse(text.strip(), mode="eval").body)
-    except (ValueError, SyntaxError) as error:
+    except (
+        ValueError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # the last two: nested too deep
         raise ValueError(
-            f'{text!r} is not a dict of literals, such as "dict(min_toks=256, patch_size=(1, 8, 8))": {error}.'
+            f'{text[:200]!r} is not a dict of literals, such as "dict(min_toks=256, patch_size=(1, 8, 8))": {error}.'
         ) from error
 
 
 def _literal_dict(node: ast.expr) -> dict[str, Any]:
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "dict"
-        and not node.args
-    ):
-        names = [keyword.arg for keyword in node.keywords]
-        if None in names or len(set(names)) != len(names):
-            raise ValueError("every value needs a name of its own")
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-    value = ast.literal_eval(node)
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if isinstance(node, ast.Dict):
+        pairs = [
+            (getattr(key, "value", None), value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict" and not node.args:
+        pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+    else:
         raise ValueError("it must map names to values")
-    return value
+    names = [name for name, _ in pairs]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError("every value needs a name of its own")
+    return {str(name): _literal(str(name), value) for name, value in pairs}
+
+
+def _literal(name: str, node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"{name}={ast.unparse(node)} is no literal") from None

@@ -19,6 +19,7 @@ from elastic.clips import Clip, ahead
 from elastic.codec import Codec
 from elastic.curve_prior import CurvePrior
 from elastic.curves import Curve, Memory, memory_from_plain, memory_to_plain
+from elastic.fingerprint import fingerprint
 from elastic.lanes import Lanes
 from elastic.media import MediaError
 from elastic.recording import Recording, RecordingError, remove_recording
@@ -40,6 +41,11 @@ class Setting:
     model_id: str
     context: Literal["carry", "restart"]
     prior: CurvePrior | None = None
+
+    @functools.cached_property
+    def fingerprint(self) -> tuple[float, ...]:
+        """What tells the weights from others of their shape, in whatever type they are stored."""
+        return fingerprint(self.weights)
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -313,6 +319,7 @@ class Encoding:
             search=self._search_name(),
             window_blocks=setting.codec.window_blocks,
             context=setting.context,
+            weights=setting.fingerprint,
         )
         return header
 

@@ -1,6 +1,7 @@
 """One file on its way to a folder of results: what is written while it is tokenized, and what an interrupted run goes on from."""
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from elastic import media, report
+from elastic import media, report, token_file
 from elastic.blocks import BlockResult
 from elastic.config import ElasticTokConfig
 from elastic.encoding import Encoding
@@ -153,10 +154,24 @@ class Job:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder for the results.")
         present = [name for name in RESULTS if (folder / name).exists()]
+        source = self.source.resolve()
+        if source in [(folder / name).resolve() for name in present] or (
+            self._work.resolve() in source.parents
+        ):
+            raise ValueError(
+                f"The results would take the place of {self.source} itself; name another folder."
+            )
         if present and not self._overwrite:
             raise ValueError(
                 f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
                 "out --overwrite=False."
+            )
+        # A run leaves both of these; without them a viz.mp4 may be anybody's.
+        signed = [name for name in present if name in (TOKENS, REPORT)]
+        if present and not (signed and all(_is_ours(folder / name) for name in signed)):
+            raise ValueError(
+                f"{folder} holds {', '.join(present)}, but not as an earlier run left them; name another folder, so that "
+                "nothing of yours is replaced."
             )
 
     def _make_folders(self) -> None:
@@ -171,6 +186,16 @@ class Job:
             raise ValueError(
                 f"Another process is writing into {self._folder}; wait for it, or choose another output_folder."
             )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a token file or a report is what a run wrote."""
+    try:
+        if path.name == TOKENS:
+            return token_file.is_sealed(path)
+        return {"clip", "totals"} <= set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 class _Frames:

@@ -64,7 +64,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its safetensors header is no table of tensors.")
     header.pop("__metadata__", None)
-    start, end = 8 + header_bytes, 8 + header_bytes
+    start = end = 8 + header_bytes
     separator = "/" if any("/" in name for name in header) else "."
     tensors = []
     for name, entry in header.items():
@@ -75,8 +75,15 @@ def index_safetensors(path: Path) -> list[Tensor]:
                 f"{path}: the file is cut short: tensor '{show(tensor.path)}' ends at byte "
                 f"{offset + count:,}, the file at {size:,}."
             )
-        end = max(end, offset + count)
         tensors.append(tensor)
+    for tensor in sorted(tensors, key=lambda tensor: tensor.pieces):
+        ((offset, count),) = tensor.pieces
+        if offset != end:
+            raise CheckpointError(
+                f"{path}: tensor '{show(tensor.path)}' begins at byte {offset:,}, where the one before it ends at {end:,}; "
+                "the file is damaged."
+            )
+        end = offset + count
     if end != size:
         raise CheckpointError(
             f"{path}: {size - end:,} bytes follow the last tensor; the file is damaged."

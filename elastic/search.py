@@ -94,8 +94,7 @@ class SearchOptions:
             )
         if self.num_tokens is not None and not self.min_kept <= self.num_tokens <= self.largest:
             raise ValueError(
-                f"num_tokens={self.num_tokens} must lie between min_kept={self.min_kept} "
-                f"and {self.largest}, the largest count allowed."
+                f"num_tokens={self.num_tokens} must lie between {self.min_kept} and {self.largest}, the largest count allowed."
             )
 
     @property

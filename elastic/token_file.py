@@ -17,6 +17,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import numpy as np
 
@@ -107,11 +108,21 @@ def read(path: str | os.PathLike) -> bytes:
         raise TokenFileError(f"{path} is not a regular file. Give a token file.")
     with open(path, "rb") as file:
         # The end is looked at first, so that a huge foreign file is refused at once.
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - len(_SEAL) - _DIGEST_CHARS))
-        _check_seal(file.read(), str(path))
+        _check_seal(_end(file), str(path))
         file.seek(0)
         return file.read()
+
+
+def is_sealed(path: str | os.PathLike) -> bool:
+    """Whether a file ends like a token file; its content is not looked at.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        return _ends_sealed(_end(file))
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
@@ -124,8 +135,18 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
+def _end(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - len(_SEAL) - _DIGEST_CHARS))
+    return file.read()
+
+
+def _ends_sealed(end: bytes) -> bool:
+    return end[:-_DIGEST_CHARS].endswith(_SEAL)
+
+
 def _check_seal(end: bytes, name: str) -> None:
-    if not end[:-_DIGEST_CHARS].endswith(_SEAL):
+    if not _ends_sealed(end):
         raise TokenFileError(
             f"{name} is not a token file, or its end is missing. Copy it again, "
             "or tokenize the clip again."

@@ -22,6 +22,7 @@ from elastic.codec import Codec
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.curve_prior import CurvePrior, load_prior
 from elastic.encoding import Encoding, Setting, tokenize_side_by_side
+from elastic.fingerprint import are_apart
 from elastic.media import MediaError
 from elastic.ops import bits
 from elastic.patches import unpatchify
@@ -300,7 +301,7 @@ class ElasticTokenizer:
             threshold = threshold_of_psnr(psnr)
         options = dict(
             name=search or ("predict" if num_tokens is None else "fixed"),
-            min_kept=min(self.config.min_toks, num_tokens or self.config.min_toks),
+            min_kept=self.config.min_toks if num_tokens is None else 1,
             max_kept=self.config.max_toks,
             threshold=threshold,
             num_tokens=num_tokens,
@@ -370,11 +371,7 @@ class ElasticTokenizer:
         self, header: dict[str, Any], blocks: Iterable[tuple[BlockTokens, int]]
     ) -> Iterator[np.ndarray]:
         config, codec = self.config, self.codec
-        if header.get("config_hash") != config.config_hash():
-            raise ValueError(
-                f"These tokens were made by {header.get('model_id')!r} (config {header.get('config_hash')}), this model is "
-                f"{self.model_id!r} (config {config.config_hash()}); load the model that made them."
-            )
+        self._check_maker(header)
         window = header["window_blocks"]
         if window != codec.window_blocks:
             codec = Codec(config, dtype=codec.dtype, mesh=self.mesh, window_blocks=window)
@@ -385,6 +382,7 @@ class ElasticTokenizer:
             full = np.zeros(
                 (1, config.tokens_per_block, *block.values.shape[1:]), block.values.dtype
             )
+            _check_values(block, number, config)
             full[0, : block.num_kept] = block.values
             past, pixels = codec.decode(
                 self.weights, past, full, np.array([block.num_kept], np.int32)
@@ -392,6 +390,26 @@ class ElasticTokenizer:
             size = (config.resolution, config.resolution)
             frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
             yield frames[:num_frames]
+
+    def _check_maker(self, header: dict[str, Any]) -> None:
+        """Refuses tokens of another model, or of other weights."""
+        config, maker = self.config, f"These tokens were made by {header.get('model_id')!r}"
+        if header.get("config_hash") != config.config_hash():
+            raise ValueError(
+                f"{maker} (config {header.get('config_hash')}), this model is "
+                f"{self.model_id!r} (config {config.config_hash()}); load the model that made them."
+            )
+        weights = header.get("weights")
+        if weights and are_apart(weights, self._setting.fingerprint):
+            raise ValueError(
+                f"{maker}, whose weights were others than those of {self.model_id!r} as it is now; load the model that made them."
+            )
+        for name in ("resolution", "tokens_per_block", "frames_per_block", "bottleneck_type"):
+            if header.get(name) != getattr(config, name):
+                raise ValueError(
+                    f"These tokens say {name}={header.get(name)!r}, but their model has {getattr(config, name)!r}; "
+                    "tokenize the clip again."
+                )
 
     def _check_memory(self) -> None:
         """Refuses a past that cannot fit, before it is allocated."""
@@ -407,6 +425,19 @@ class ElasticTokenizer:
     @functools.cached_property
     def _setting(self) -> Setting:
         return Setting(self.codec, self.weights, self.model_id, self.context, self.prior)
+
+
+def _check_values(block: BlockTokens, number: int, config: ElasticTokConfig) -> None:
+    """Refuses tokens that the model has none of."""
+    width, largest = block.values.shape[1:], None if block.indices is None else block.indices.max()
+    if width and width != (config.code_dim,):
+        raise ValueError(
+            f"Block {number} holds vectors of {width[0]} numbers; the model's have {config.code_dim}."
+        )
+    if largest is not None and largest >= config.codebook_size:
+        raise ValueError(
+            f"Block {number} holds index {largest}; the model's codes end at {config.codebook_size - 1}."
+        )
 
 
 def _name(source: Source) -> str:

@@ -12,7 +12,6 @@ float32 [tokens, d] hold the blocks one after the other. `elastic.token_file` gu
 """
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -23,28 +22,7 @@ import numpy as np
 
 from elastic import token_file
 from elastic.token_file import TokenFileError
-
-VERSION = 1
-_MAX_HEADER_BYTES = 65_536
-# JSON type of every header field beside the format's name and version.
-_HEADER_TYPES: dict[str, tuple[type, ...]] = {
-    "bottleneck_type": (str,),
-    "codebook_size": (int, type(None)),
-    "tokens_per_block": (int,),
-    "frames_per_block": (int,),
-    "num_frames": (int,),
-    "is_image": (bool,),
-    "resolution": (int,),
-    "source": (list,),
-    "rate": (float,),
-    "model_id": (str,),
-    "config_hash": (str,),
-    "threshold": (float, type(None)),
-    "search": (str,),
-    "window_blocks": (int,),
-    "context": (str,),
-}
-_CHOICES = {"bottleneck_type": ("fsq", "vae"), "context": ("carry", "restart")}
+from elastic.token_header import CHOICES, check_choice, pack_header, require, unpack_header
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,40 +48,40 @@ class BlockTokens:
     vectors: np.ndarray | None = None
 
     def __post_init__(self):
-        _require(self.num_kept >= 1, f"num_kept={self.num_kept} must be at least 1.")
-        _require(not self.loss < 0, f"loss={self.loss} must not be below 0.")
-        _require(
+        require(self.num_kept >= 1, f"num_kept={self.num_kept} must be at least 1.")
+        require(not self.loss < 0, f"loss={self.loss} must not be below 0.")
+        require(
             not (self.met_threshold and not math.isfinite(self.loss)),
             f"loss={self.loss} cannot have met a threshold.",
         )
-        _require(
+        require(
             (self.indices is None) != (self.vectors is None),
             "A block has either indices (FSQ) or vectors (VAE).",
         )
         if self.indices is not None:
             indices = np.asarray(self.indices)
-            _require(
+            require(
                 indices.dtype.kind in "iu",
                 f"indices of type {indices.dtype} must be integers; round them first.",
             )
-            _require(
+            require(
                 indices.shape == (self.num_kept,),
                 f"indices of shape {indices.shape} must have shape ({self.num_kept},).",
             )
             limit = np.iinfo(np.int32).max
-            _require(
+            require(
                 indices.min() >= 0 and int(indices.max()) <= limit,
                 f"indices from {indices.min()} to {indices.max()} must lie in 0 to {limit}.",
             )
             object.__setattr__(self, "indices", _read_only(indices, np.int32))
         else:
             vectors = np.asarray(self.vectors)
-            _require(
+            require(
                 vectors.ndim == 2 and len(vectors) == self.num_kept and vectors.shape[1] > 0,
                 f"vectors of shape {vectors.shape} must have shape ({self.num_kept}, d).",
             )
             vectors = _read_only(vectors, np.float32)
-            _require(bool(np.isfinite(vectors).all()), "vectors must be finite.")
+            require(bool(np.isfinite(vectors).all()), "vectors must be finite.")
             object.__setattr__(self, "vectors", vectors)
 
     @property
@@ -113,7 +91,7 @@ class BlockTokens:
 
     def truncate(self, num_tokens: int) -> "BlockTokens":
         """The first `num_tokens` tokens; what was measured with more of them is forgotten."""
-        _require(num_tokens >= 1, f"num_tokens={num_tokens} must be at least 1.")
+        require(num_tokens >= 1, f"num_tokens={num_tokens} must be at least 1.")
         if num_tokens >= self.num_kept:
             return self
         return BlockTokens(
@@ -150,6 +128,7 @@ class TokenizedClip:
       search: name of the search.
       window_blocks: blocks held in one context.
       context: 'carry' if the past is carried from window to window, 'restart' if it starts anew.
+      weights: fingerprint of that model's weights (`elastic.fingerprint`); () where it is not known.
 
     Raises:
       ValueError: a field is out of range or contradicts the blocks.
@@ -171,6 +150,7 @@ class TokenizedClip:
     search: str
     window_blocks: int
     context: Literal["carry", "restart"]
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -178,22 +158,22 @@ class TokenizedClip:
         if self.threshold is not None:
             object.__setattr__(self, "threshold", float(self.threshold))
         for name in ("tokens_per_block", "frames_per_block", "resolution", "window_blocks"):
-            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
-        for name in _CHOICES:
-            _check_choice(name, getattr(self, name))
-        _require(
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
+        require(
             len(self.source) == 2 and min(self.source) >= 1,
             f"source={self.source} must be (width, height) in pixels.",
         )
-        _require(
+        require(
             math.isfinite(self.rate) and (self.rate > 0 or (self.is_image and self.rate == 0)),
             f"rate={self.rate} must be a number of frames per second above 0.",
         )
-        _require(
+        require(
             self.threshold is None or (math.isfinite(self.threshold) and self.threshold >= 0),
             f"threshold={self.threshold} must be a finite number, 0 or above.",
         )
-        _require(
+        require(
             re.fullmatch("[0-9a-f]+", self.config_hash) is not None,
             f"config_hash={self.config_hash!r} must be lower-case hexadecimal digits.",
         )
@@ -202,19 +182,19 @@ class TokenizedClip:
 
     def _check_frames(self) -> None:
         expected = -(-self.num_frames // self.frames_per_block)
-        _require(
+        require(
             self.num_frames >= 1 and expected == len(self.blocks),
             f"num_frames={self.num_frames} must fill {len(self.blocks)} blocks of "
             f"{self.frames_per_block} frames, the last at least in part.",
         )
-        _require(
+        require(
             not self.is_image or self.num_frames == 1,
             f"num_frames={self.num_frames} must be 1 for an image.",
         )
 
     def _check_blocks(self) -> None:
         fsq = self.bottleneck_type == "fsq"
-        _require(
+        require(
             (self.codebook_size is not None and self.codebook_size >= 1)
             if fsq
             else self.codebook_size is None,
@@ -222,30 +202,30 @@ class TokenizedClip:
         )
         widths = set()
         for number, block in enumerate(self.blocks):
-            _require(
+            require(
                 block.num_kept <= self.tokens_per_block,
                 f"Block {number} keeps {block.num_kept} of tokens_per_block="
                 f"{self.tokens_per_block} tokens.",
             )
-            _require(
+            require(
                 not block.met_threshold or self.threshold is None or block.loss <= self.threshold,
                 f"Block {number} cannot have met threshold={self.threshold} "
                 f"with loss={block.loss}.",
             )
-            _require(
+            require(
                 (block.indices is not None) == fsq,
                 f"Block {number} must hold {'indices' if fsq else 'vectors'}: "
                 f"bottleneck_type={self.bottleneck_type!r}.",
             )
             if block.indices is not None and self.codebook_size is not None:
-                _require(
+                require(
                     int(block.indices.max()) < self.codebook_size,
                     f"Block {number} has index {block.indices.max()}, "
                     f"outside codebook_size={self.codebook_size}.",
                 )
             if block.vectors is not None:
                 widths.add(block.vectors.shape[1])
-        _require(len(widths) <= 1, f"vectors of {sorted(widths)} dimensions must have one width.")
+        require(len(widths) <= 1, f"vectors of {sorted(widths)} dimensions must have one width.")
 
     @property
     def counts(self) -> np.ndarray:
@@ -295,15 +275,8 @@ class TokenizedClip:
 
     def to_bytes(self) -> bytes:
         """The content of the token file; equal clips give equal bytes."""
-        header: dict[str, Any] = {"format": token_file.FORMAT, "version": VERSION}
-        header |= {name: getattr(self, name) for name in _HEADER_TYPES}
-        text = json.dumps(header, allow_nan=False, indent=1).encode()
-        _require(
-            len(text) <= _MAX_HEADER_BYTES,
-            f"The names of model and search take {len(text)} bytes; use shorter ones.",
-        )
         arrays = {
-            "header": np.frombuffer(text, np.uint8),
+            "header": pack_header(vars(self)),
             "counts": self.counts.astype("<i4"),
             "losses": np.array([block.loss for block in self.blocks], "<f8"),
             "met": np.array([block.met_threshold for block in self.blocks], bool),
@@ -366,60 +339,23 @@ def _payload(bottleneck_type: str, codebook_size: int | None) -> tuple[str, np.d
     return "indices", np.dtype("<u2" if codebook_size <= 65_536 else "<u4")
 
 
-def _header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
-    """The JSON header, its fields complete and of the right types."""
-    if array is None or array.nbytes > _MAX_HEADER_BYTES:
-        raise ValueError("the header is missing or too long.")
-    header = json.loads(array.tobytes().decode())
-    _require(
-        isinstance(header, dict) and header.pop("format", None) == token_file.FORMAT,
-        f"the header does not say {token_file.FORMAT!r}.",
-    )
-    version = header.pop("version", None)
-    if version != VERSION:
-        raise TokenFileError(
-            f"{file_name} is a token file of version {version!r}; this package reads {VERSION}. "
-            "Update the package, or tokenize the clip again."
-        )
-    _require(
-        set(header) == set(_HEADER_TYPES),
-        f"header fields {sorted(set(header) ^ set(_HEADER_TYPES))} are missing or unknown.",
-    )
-    for name, types in _HEADER_TYPES.items():
-        _require(
-            _has_type(header[name], types), f"header field {name}={header[name]!r} is of no use."
-        )
-    for name in _CHOICES:
-        _check_choice(name, header[name])
-    return header | {"source": tuple(header["source"])}
-
-
-def _has_type(value: Any, types: tuple[type, ...]) -> bool:
-    """Whether a JSON value has one of the types: integers of 32 bits, lists of two of them."""
-    if type(value) is list:
-        return list in types and len(value) == 2 and all(_has_type(v, (int,)) for v in value)
-    if type(value) is int and not -(2**31) <= value < 2**31:
-        return False
-    return type(value) in types  # not isinstance: bool is an int in Python
-
-
 def _fields(arrays: dict[str, np.ndarray], file_name: str) -> dict[str, Any]:
     """The fields of a `TokenizedClip` from the arrays of its file."""
-    fields = _header(arrays.get("header"), file_name)
+    fields = unpack_header(arrays.get("header"), file_name)
     name, dtype = _payload(fields["bottleneck_type"], fields["codebook_size"])
     expected = {"counts": "<i4", "losses": "<f8", "met": "|b1", name: dtype, "header": "|u1"}
-    _require(
+    require(
         {key: array.dtype for key, array in arrays.items()}
         == {key: np.dtype(value) for key, value in expected.items()},
         f"the arrays must be {', '.join(expected)} in their types.",
     )
     counts, values = arrays["counts"], arrays[name]
     for key in ("counts", "losses", "met"):
-        _require(
+        require(
             arrays[key].shape == (counts.size,) and counts.size > 0,
             f"{key} must have one entry for each block.",
         )
-    _require(
+    require(
         values.ndim == (2 if name == "vectors" else 1)
         and counts.min() > 0
         and counts.sum(dtype=np.int64) == len(values),
@@ -439,12 +375,3 @@ def _read_only(array: np.ndarray, dtype: type) -> np.ndarray:
     copy = np.array(array, dtype)
     copy.setflags(write=False)
     return copy
-
-
-def _check_choice(name: str, value: str) -> None:
-    _require(value in _CHOICES[name], f"{name}={value!r} must be one of {_CHOICES[name]}.")
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -160,7 +160,7 @@ names = st.sampled_from(["a", "b", "w.1", "with/slash", "é", "x" * 40])
 trees = st.dictionaries(names, arrays | st.dictionaries(names, arrays, min_size=1), min_size=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tree=trees, chunk_bytes=st.sampled_from([2**30, 16, 50]))
 def test_any_tree_is_written_as_flax_writes_it_and_comes_back(tmp_path_factory, tree, chunk_bytes):
     file, blob = (tmp_path_factory.getbasetemp() / name for name in ("stream", "blob"))
@@ -327,7 +327,7 @@ def test_a_damaged_or_hostile_file_is_refused_before_memory_is_taken(tmp_path, c
     assert peak < 2**24  # some of these declare 4 GiB and more
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(at=st.integers(0, 900), byte=st.integers(0, 255))
 def test_a_changed_byte_gives_an_error_or_other_numbers_never_a_crash(tmp_path_factory, at, byte):
     tree = {"a": {"b": np.ones((3, 5), np.float32)}, "c": np.ones((100, 2), BFLOAT16)}

@@ -1,5 +1,6 @@
 """The command line: names and values of flags, --help, and how errors end."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from elastic import cli
-from elastic.cli_flags import DATASET, DECODE, INFERENCE, Flag, Script
+from elastic.cli_flags import DATASET, DECODE, INFERENCE, OTHER, Flag, Script
 from elastic.cli_flags_train import TRAIN
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -120,6 +121,19 @@ def test_an_expected_error_is_one_line_and_exit_code_1(error, shown, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"scripts/small.py: error: {shown}")
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown"), [("n_codes", "--n_codes=3 "), ("other", "num_tokens=3 ")]
+)
+def test_an_error_names_the_flag_and_not_the_argument_behind_it(flag, shown, capsys):
+    script = dataclasses.replace(SMALL, groups={"": (Flag(flag, 0, "tokens"), *OTHER)})
+
+    def body(values):
+        raise ValueError("num_tokens=3 must be more.")
+
+    assert cli.run(script, body, []) == 1
+    assert f"error: {shown}must be more." in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_came_from(capsys):

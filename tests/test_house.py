@@ -55,7 +55,8 @@ TABLE = """
     predict budget curve_prior
     search
     codec
-    token_file
+    token_file fingerprint
+    token_header
     tokens
     token_stream
     recording clips

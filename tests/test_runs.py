@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from small_models import CASES, CLIP, PHOTO, load_tokenizers
 
-from elastic import cli, jobs, media, metrics, recording, runs
+from elastic import cli, jobs, media, metrics, recording, runs, token_file
 from elastic.config import ElasticTokConfig
 from elastic.tensor_file import locked
 from elastic.tokenizer import ElasticTokenizer
@@ -21,6 +21,8 @@ from scripts import decode as decode_script
 from scripts import inference as inference_script
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EARLIER = token_file.pack({})  # what tells the results of an earlier run from files of the user
+REPORT = '{"clip": {}, "totals": {}}'
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(golden, tmp_path, capsys, 
         (["--resolution=64"], "resolution=64, but the frames of this model have 32 rows"),
         (["--threshold=-1"], "threshold=-1.0 must be a finite number"),
         (["--search_alg=fixed"], "A fixed search needs num_tokens"),
-        (["--search_alg=binary", "--n_codes=8"], "num_tokens=8 belongs to the fixed search"),
+        (["--search_alg=binary", "--n_codes=8"], "--n_codes=8 belongs to the fixed search"),
         (["--mesh_dim=1,1,3,1"], "mesh_dim='1,1,3,1' asks for 3 devices"),
         (["--input_path=nowhere.mp4"], "There is no file 'nowhere.mp4'"),
         (["--load_elastic_config="], "has no config.json beside it"),
@@ -178,6 +180,7 @@ def test_a_process_ends_an_error_in_one_line_and_exit_code_1(tmp_path):
 def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path):
     tokenizer = tokenizers["fsq"]
     (tmp_path / "viz.mp4").write_text("of an earlier run")
+    (tmp_path / "report.json").write_text(REPORT)
     (tmp_path / "notes.txt").write_text("of the user")
     run = runs.tokenize_file(
         tokenizer, golden / "media" / PHOTO, tmp_path, threshold=0.6, progress=False
@@ -233,7 +236,7 @@ def test_a_picture_that_stops_midway_leaves_the_folder_as_it_was(
 ):
     if earlier:
         (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "tokens.npz").write_text("of an earlier run")
+        (tmp_path / "out" / "tokens.npz").write_bytes(EARLIER)
     before = names(tmp_path)
 
     def stop(*_, **__):
@@ -251,7 +254,7 @@ def test_a_picture_that_stops_midway_leaves_the_folder_as_it_was(
         )
     assert names(tmp_path) == before
     if earlier:
-        assert (tmp_path / "out" / "tokens.npz").read_text() == "of an earlier run"
+        assert (tmp_path / "out" / "tokens.npz").read_bytes() == EARLIER
 
 
 def test_results_are_only_replaced_when_that_is_wanted(tokenizers, golden, tmp_path):
@@ -274,6 +277,29 @@ def test_results_are_only_replaced_when_that_is_wanted(tokenizers, golden, tmp_p
             progress=False,
         )
     assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("present", "source"),
+    [
+        ({"viz.mp4": "a holiday"}, PHOTO),
+        ({"viz.png": "", "report.json": "{}"}, PHOTO),
+        ({"tokens.npz": "of another program", "report.json": REPORT}, PHOTO),
+        ({"report.json": REPORT, "viz.mp4": CLIP}, "viz.mp4"),
+        ({"unfinished/original.rgb": CLIP}, "unfinished/original.rgb"),
+    ],
+)
+def test_no_file_of_the_user_is_replaced(tokenizers, golden, tmp_path, present, source):
+    """Not those in the folder, whatever their names are, and not the one that is tokenized."""
+    for name, content in present.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = (golden / "media" / CLIP).read_bytes() if content == CLIP else content.encode()
+        (tmp_path / name).write_bytes(data)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    source = golden / "media" / source if source == PHOTO else tmp_path / source
+    with pytest.raises(ValueError, match="name another folder"):
+        runs.tokenize_file(tokenizers["fsq"], source, tmp_path, num_tokens=8, progress=False)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_token_file_cannot_make_the_script_fetch_a_model(tokenizers, golden, tmp_path):
@@ -319,7 +345,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
     whole = runs.tokenize_file(tokenizers["fsq"], source, tmp_path / "whole", **how)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "tokens.npz").write_text("of an earlier run")
+    (out / "tokens.npz").write_bytes(EARLIER)
     with monkeypatch.context() as patched:
         if stage == "drawing":
             patched.setattr(jobs.report, "plot_report", _raise(OSError(28, "No space left")))
@@ -334,7 +360,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
             )
         with pytest.raises((KeyboardInterrupt, OSError)):
             runs.tokenize_file(tokenizers["fsq"], source, out, **how)
-    assert (out / "tokens.npz").read_text() == "of an earlier run"
+    assert (out / "tokens.npz").read_bytes() == EARLIER
     assert names(out) == sorted(
         ["tokens.npz", "unfinished"]
         + [f"unfinished/{name}" for name in (".lock", "original.rgb", "reconstruction.rgb")]

@@ -180,7 +180,7 @@ def test_clips_side_by_side_have_the_tokens_they_have_alone(
             assert a.met_threshold == b.met_threshold
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_token_stream_cut_anywhere_is_its_first_blocks(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("stream") / "tokens.part"

@@ -1,8 +1,10 @@
 """Clips to tokens and back through the user's door."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from elastic import checkpoint, media
 from elastic.config import ElasticTokConfig
 from elastic.mesh import make_mesh
 from elastic.tokenizer import ElasticTokenizer
-from elastic.tokens import TokenizedClip
+from elastic.tokens import BlockTokens, TokenizedClip
 
 
 def load(golden, case, **options):
@@ -150,6 +152,53 @@ def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):
     checkpoint.save_params(tmp_path / "params", tokenizer.params)
     with pytest.raises(ValueError, match=r"no config.json beside it"):
         ElasticTokenizer.from_pretrained(f"params::{tmp_path}/params")
+
+
+def test_tokens_are_decoded_by_the_weights_that_made_them_alone(tokenizer, clip):
+    """In whatever type these are stored; others of the same shape would give another clip."""
+    tokens = TokenizedClip.from_bytes(tokenizer.encode(clip[:4], num_tokens=12).to_bytes())
+
+    def like(change):
+        params = jax.tree.map(lambda leaf: change(np.asarray(leaf)), tokenizer.params)
+        return ElasticTokenizer(tokenizer.config, params, mesh=tokenizer.mesh)
+
+    stored = like(lambda leaf: leaf.astype(jnp.bfloat16))
+    assert np.abs(stored.decode(tokens).astype(int) - tokenizer.decode(tokens)).mean() < 3
+    with pytest.raises(ValueError, match="load the model that made them"):
+        like(lambda leaf: np.roll(leaf, 1, axis=-1)).decode(tokens)
+    with pytest.raises(ValueError, match="load the model that made them"):
+        tokenizer.decode(dataclasses.replace(tokens, weights=(0.5,) * len(tokens.weights)))
+    unknown = dataclasses.replace(tokens, weights=())  # a file of before they were noted
+    np.testing.assert_array_equal(tokenizer.decode(unknown), tokenizer.decode(tokens))
+
+
+def test_a_forged_record_is_refused(tokenizer, clip):
+    tokens = tokenizer.encode(clip[:2], num_tokens=4)
+    with pytest.raises(ValueError, match="resolution=64, but their model has 32"):
+        tokenizer.decode(dataclasses.replace(tokens, resolution=64))
+    values = np.zeros((4, 3), np.float32) if tokens.codebook_size is None else np.full(4, 10**6)
+    kind = "vectors" if tokens.codebook_size is None else "indices"
+    block = BlockTokens(num_kept=4, loss=0.1, met_threshold=False, **{kind: values})
+    book = None if tokens.codebook_size is None else 2**24
+    forged = dataclasses.replace(tokens, blocks=(block,), codebook_size=book)
+    with pytest.raises(ValueError, match=r"Block 0 holds (vectors of 3|index 1000000)"):
+        tokenizer.decode(forged)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": True}, "num_tokens=True must be a whole number"),
+        ({"num_tokens": 33}, "num_tokens=33 must lie between 1 and 32"),
+        ({"num_tokens": 0}, "num_tokens=0 must lie between 1 and 32"),
+        ({"num_tokens": 8, "max_frames": -1}, "max_frames=-1 must be at least 1"),
+        ({"num_tokens": 8, "rate": 0}, "rate=0 must be a positive number"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(tokenizer, clip, options, message):
+    for source in (clip, iter(clip)):
+        with pytest.raises(ValueError, match=message):
+            tokenizer.encode(source, **options)
 
 
 def test_a_fixed_count_below_the_least_of_training_may_be_all_that_is_allowed(golden, clip):

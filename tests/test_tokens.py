@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic import token_file
@@ -125,7 +125,6 @@ def assert_same(a: TokenizedClip, b: TokenizedClip) -> None:
 
 
 @given(fields=clips())
-@settings(deadline=None)
 def test_what_is_read_is_what_was_written(fields):
     clip = build(fields)
     data = clip.to_bytes()
@@ -135,7 +134,6 @@ def test_what_is_read_is_what_was_written(fields):
 
 
 @given(fields=clips())
-@settings(deadline=None)
 def test_numpy_alone_reads_the_file(fields):
     clip = build(fields)
     with np.load(io.BytesIO(clip.to_bytes()), allow_pickle=False) as file:
