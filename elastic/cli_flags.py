@@ -117,7 +117,7 @@ INFERENCE = Script(
             Flag(
                 "overwrite",
                 True,
-                "replace the results of an earlier run in output_folder, file by file; "
+                "replace the results of an earlier run in output_folder, file by file (never files that are not from one); "
                 "False: refuse to start where there are any",
             ),
             Flag(

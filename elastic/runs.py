@@ -147,8 +147,12 @@ def tokenize_file(
                 bar.update()
         return job.finish(progress=progress)
     except BaseException as error:
-        if isinstance(error, ValueError) or job.is_short:
+        kept = not (isinstance(error, ValueError) or job.is_short)
+        if not kept:
             job.discard()
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            goes_on = "; make room, and the same command goes on" if kept else ""
+            raise OSError(error.errno, f"{error.strerror}{goes_on}", str(folder)) from error
         raise
     finally:
         job.close()
