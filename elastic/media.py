@@ -6,6 +6,10 @@ the memory, and it alone shows packets and rotation (`scripts/bench_readers.py` 
 What a frame is: 8-bit RGB as displayed, so rotation (EXIF, display matrix) is applied, transparency
 is composited over white, and 16-bit pictures are scaled. Pixels are taken as square and fields are
 not deinterlaced, like the released code. A still picture is one frame, not a repeated one.
+
+A recording or a cut may start with frames that need earlier ones: these are left out. Damaged frames
+that the decoder shows are used. The log tells both, and a file that ends before its header says. A
+frame in the middle that cannot be decoded, or one missing that an index lists, is an error.
 """
 
 import logging

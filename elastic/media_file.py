@@ -3,20 +3,25 @@
 A file is a local path, or a URL (a string with `://`) that fsspec opens.
 """
 
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import BinaryIO, Literal, cast
 
 import numpy as np
 from PIL import Image
 
+log = logging.getLogger(__name__)
+
 MAX_PIXELS = 89_478_485  # per frame: 268 MB as RGB, and Pillow's own limit for unannounced pictures
 
 Place = pathlib.Path | str  # a string is a URL
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://")
+_told: set[tuple[str, str]] = set()
 
 
 class MediaError(ValueError):
@@ -95,6 +100,16 @@ def damaged(path: Place, error: Exception) -> MediaError:
     )
 
 
+def warn_once(path: Place, message: str, *values: object) -> None:
+    """Warns of a file, once in a process: a file is opened anew for each part that is read of it.
+
+    The first place in `message` is the path's.
+    """
+    if (str(path), message) not in _told:
+        _told.add((str(path), message))
+        log.warning(message, path, *values)
+
+
 def to_rgb(path: Place, image: Image.Image) -> Image.Image:
     """Any mode -> RGB; transparency over white, 16 bits scaled to 8 (rounded)."""
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -141,3 +156,22 @@ def timed_source(
             rate = 1 / step  # the statement is missing or plainly wrong
     info = MediaInfo(path, "video", width, height, num_frames, float(rate), variable)
     return Source(info, times if variable else None, duration, frames)
+
+
+def nominal_rate(
+    mean: Fraction | None, intended: Fraction | None, stamps: Sequence[int], time_base: Fraction
+) -> float | None:
+    """The container's mean rate; or the intended one, as ffmpeg guesses it, if it explains `stamps`.
+
+    A mean of stamps that were rounded to a coarse clock is off by the rounding: 36 frames at 24
+    frames/s, copied from a file that counts milliseconds, have 24.012 or so.
+    """
+    if mean is None or intended is None or mean == intended or len(stamps) < 3:
+        rate = mean or intended
+        return None if rate is None else float(rate)
+    since = np.array(stamps, np.int64) - stamps[0]
+    clock, step = int(np.gcd.reduce(since)), float(1 / (intended * time_base))  # both in ticks
+    # A clock that can state the intended step was not rounded to: then the mean is right.
+    coarse = clock < step / 8 and abs(step / clock - round(step / clock)) > 1e-3
+    explained = np.abs(since - step * np.arange(len(since))).max() <= clock
+    return float(intended if coarse and explained else mean)

@@ -8,6 +8,7 @@ probes the rest.
 import logging
 import os
 import pathlib
+import stat
 import struct
 import zlib
 
@@ -85,6 +86,10 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = str(path) if is_url(path) else pathlib.Path(path)
     try:
+        if isinstance(path, pathlib.Path) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+            # Opening a pipe would wait for ever.
+            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, no regular file"
+            raise MediaError(f"{str(path)!r} is {what}; give the file of a picture or a video.")
         with open_file(path) as file:
             head = file.read(12)
     except OSError as error:
@@ -111,7 +116,9 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
 
 def _image_source(path: Place, image: Image.Image) -> Source:
-    width, height = image.size
+    # A TIFF's size as stored: some versions of Pillow have turned the other one already.
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(256, image.size[0]), tags.get(257, image.size[1])
     if _orientation(path, image) >= 5:
         width, height = height, width
 

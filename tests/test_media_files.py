@@ -145,6 +145,7 @@ BAD = {
     "empty": (lambda path: path.write_bytes(b""), "0 bytes"),
     "missing": (lambda path: None, "No such file"),
     "folder": (lambda path: path.mkdir(), "directory"),
+    "pipe": (os.mkfifo, "a pipe"),
     "text": (lambda path: path.write_text("not a video\n" * 99), "neither a picture nor a video"),
     "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)), "neither"),
     "playlist": (playlist, "neither"),
