@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic.fingerprint import are_apart
 from elastic.tensor_file import written_beside
 from elastic.token_file import TokenFileError
 from elastic.tokens import BlockTokens, TokenizedClip
@@ -135,6 +136,12 @@ class TokenShards:
         for shard in self._shards[1:]:
             where = f"{shard.path} does not go with {self._shards[0].path}"
             _check_same(self.header, shard.header, _SAME_MODEL, where)
+            first, other = (header.get("weights", ()) for header in (self.header, shard.header))
+            if first and other and are_apart(first, other):
+                raise TokenFileError(
+                    f"{where}: other weights of {shard.header['model_id']!r} made these tokens than those before. Keep the "
+                    "tokens of each model in a folder of their own."
+                )
         self._ends = np.cumsum([shard.starts[-1] for shard in self._shards])
         self._prepare()
 
@@ -261,6 +268,7 @@ class TokenShards:
 def _header_of(clip: TokenizedClip) -> dict[str, Any]:
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     header |= {name: getattr(clip, name) for name in _SHARED}
+    header["weights"] = list(clip.weights)
     vectors = clip.blocks[0].vectors
     return header | {"vector_width": None if vectors is None else vectors.shape[1]}
 
@@ -356,7 +364,11 @@ def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
     }
     source = (one.pop("width"), one.pop("height"))
     return TokenizedClip(
-        blocks=blocks, source=source, **one, **{key: header[key] for key in _SHARED}
+        blocks=blocks,
+        source=source,
+        weights=tuple(header.get("weights", ())),  # shards had none at first
+        **one,
+        **{key: header[key] for key in _SHARED},
     )
 
 

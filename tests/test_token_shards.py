@@ -35,7 +35,7 @@ def make_clip(number, counts, size, rng, **changes):
         bottleneck_type="vae" if size is None else "fsq", codebook_size=size, tokens_per_block=FULL,
         frames_per_block=4, num_frames=1 if is_image else 4 * len(counts) - number % 4, is_image=is_image, resolution=64,
         source=(640 + number, 480), rate=0.0 if is_image else 24 / 1.001, model_id="a model", config_hash="0123abcd",
-        threshold=0.5, search="binary", window_blocks=4, context="carry",
+        threshold=0.5, search="binary", window_blocks=4, context="carry", weights=(0.5, -1.0),
     )  # fmt: skip
     return TokenizedClip(blocks=tuple(blocks), **(fields | changes))
 
@@ -98,7 +98,9 @@ def test_what_is_no_sound_shard_is_refused_by_name(tmp_path):
     pq.write_table(pa.table({"tokens": [[1, 2]]}), bad)
     with pytest.raises(TokenFileError, match=r"bad\.parquet.*does not say 'elastictok-shard'"):
         TokenShards([good, bad])
-    for changes in ({"config_hash": "ff"}, {"model_id": "another"}, {"tokens_per_block": 99}):
+    for changes in (
+        {"config_hash": "ff"}, {"model_id": "another"}, {"tokens_per_block": 99}, {"weights": (1.0, 1.0)},
+    ):  # fmt: skip
         write_shard(bad, make_rows(64_000, first=100, **changes))
         with pytest.raises(
             TokenFileError, match=rf"bad\.parquet does not go.*{next(iter(changes))}"
