@@ -7,6 +7,7 @@ flags are in `elastic.cli_flags`.
 import contextlib
 import difflib
 import logging
+import os
 import re
 import signal
 import sys
@@ -187,8 +188,10 @@ def run(
 
 def _one_line(error: Exception) -> str | None:
     """The message of an error that is the user's to mend; None for a bug."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "Out of memory; use fewer --max_blocks_per_chunk, a smaller batch, or --dtype=bf16."
+    # An OSError or ValueError with these words is about a full disk.
+    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if isinstance(error, MemoryError) or full:
+        return "Out of memory; use a smaller batch, shorter sequences or a shorter past, or --dtype=bf16."
     if isinstance(error, RuntimeError):
         return None
     if isinstance(error, OSError) and error.filename is not None:
@@ -272,7 +275,10 @@ def _logging() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind."""
+    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind.
+
+    Either may come while Python runs a callback from which nothing can be raised, a garbage collector's for instance. It is sent anew then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -280,8 +286,20 @@ def _termination() -> Iterator[None]:
     def leave(*_: Any) -> None:
         raise SystemExit(_TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def lost(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
+            told(unraisable)
+            return
+        ended = isinstance(unraisable.exc_value, SystemExit)
+        number = signal.SIGTERM if ended else signal.SIGINT
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    before, told = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = told
         signal.signal(signal.SIGTERM, before)

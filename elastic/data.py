@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -89,10 +90,10 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
         for name in ("seq_length", "seed", "workers", "max_frames", "cache_gigabytes"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nan is refused too
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
-        if not self.fps > 0:
-            raise ValueError(f"fps={self.fps} must be above 0.")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps={self.fps} must be above 0 and finite.")
 
 
 def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
@@ -112,15 +113,23 @@ def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
 
 
 def load_index(
-    data: DataConfig, model: ElasticTokConfig, *, path: str | os.PathLike[str] | None = None
+    data: DataConfig,
+    model: ElasticTokConfig,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    without: pathlib.Path | None = None,
 ) -> FileIndex:
-    """The files of the folder as it is now; the index kept in `path` spares measuring them again.
+    """The files of the folder as it is now, but for those in the folder `without`.
+
+    The index kept in `path` spares measuring them again.
 
     Raises:
       ValueError: there is no such folder, no usable file in it, or the options do not fit the model.
     """
     sequence_length(data, model)  # said before a long search, not after
-    return data_index.load_or_build(data.path, fps=data.fps, ext=data.ext, path=path)
+    return data_index.load_or_build(
+        data.path, fps=data.fps, ext=data.ext, path=path, without=without
+    )
 
 
 class TrainingData:

@@ -68,9 +68,15 @@ class FileIndex:
 
     @classmethod
     def build(
-        cls, folder: str, *, fps: float, ext: str = "", known: "FileIndex | None" = None
+        cls,
+        folder: str,
+        *,
+        fps: float,
+        ext: str = "",
+        known: "FileIndex | None" = None,
+        without: pathlib.Path | None = None,
     ) -> "FileIndex":
-        """Finds and measures all files. Those that `known` holds unchanged are not opened again.
+        """Finds and measures all files but those in `without`. Those that `known` holds unchanged are not opened again.
 
         Every bad file is named in the log once, with the reason.
 
@@ -78,7 +84,7 @@ class FileIndex:
           ValueError: there is no such folder, or no usable file in it.
         """
         endings = {f".{ending.strip().lstrip('.').lower()}" for ending in ext.split(",")}
-        found = _find(folder)
+        found = _find(folder, without)
         if ext:
             found = {
                 name: stamp
@@ -150,9 +156,14 @@ class FileIndex:
 
 
 def load_or_build(
-    folder: str, *, fps: float, ext: str = "", path: str | os.PathLike[str] | None = None
+    folder: str,
+    *,
+    fps: float,
+    ext: str = "",
+    path: str | os.PathLike[str] | None = None,
+    without: pathlib.Path | None = None,
 ) -> FileIndex:
-    """The index of a folder as it is now; `path` keeps it, so that only what is new is measured.
+    """The index of a folder as it is now, but for what lies in `without`; `path` keeps it, so that only what is new is measured.
 
     Raises:
       ValueError: as in `FileIndex.build`.
@@ -165,19 +176,21 @@ def load_or_build(
             log.warning("%s", error)
         if known is not None and known.folder != folder:
             known = None
-    index = FileIndex.build(folder, fps=fps, ext=ext, known=known)
+    index = FileIndex.build(folder, fps=fps, ext=ext, known=known, without=without)
     if path is not None and index != known:
         index.save(path)
     return index
 
 
-def _find(folder: str) -> dict[str, str]:
+def _find(folder: str, without: pathlib.Path | None) -> dict[str, str]:
     """Name in the folder -> stamp, sorted by name."""
     if is_url(folder):
         return _find_in_bucket(folder)
     root = pathlib.Path(folder)
     found = {}
     for file in media.find_media(root):
+        if without is not None and without in file.resolve().parents:
+            continue
         try:
             facts = os.stat(file)
             regular = stat.S_ISREG(facts.st_mode)

@@ -77,6 +77,23 @@ class MetricsFile:
         self._file.close()
 
 
+def is_log(path: pathlib.Path) -> bool:
+    """Whether a file may be begun anew: it is not there, empty, or begins like a run's records."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = file.readline(1 << 20)
+    except FileNotFoundError:
+        return True
+    except ValueError:  # no text
+        return False
+    if not first.endswith("\n"):  # a run may be killed in its first line
+        return not first or first.startswith("{")
+    try:
+        return "step" in json.loads(first)
+    except (ValueError, TypeError):
+        return False
+
+
 class TensorBoard:
     """Event files; steps after `first_step` that an earlier try wrote are hidden."""
 

@@ -9,6 +9,7 @@ same devices.
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import signal
 import threading
@@ -39,14 +40,17 @@ from elastic.optim import make_optimizer
 from elastic.sharding import fitting_spec
 from elastic.tensor_file import locked
 from elastic.train_config import TrainConfig
+from elastic.train_eval import FOLDER as EVALUATION
 from elastic.train_eval import Evaluator
 from elastic.train_log import Recorder
 from elastic.train_state import (
     MILESTONES,
     PRETRAINED,
     Checkpoints,
+    check_new,
     check_resumable,
     check_same_model,
+    check_same_run,
     export,
     first_state,
     state_layout,
@@ -125,16 +129,22 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
             )
         like, shardings = layout = state_layout(config, elastic, optimizer, mesh)
         if newest is None:
+            check_new(config, checkpoints)
             state = first_state(config, elastic, optimizer, layout, data.sample_patches)
             first = int(state.step)
             position = _first_position(config, data, first)
         else:
             notes = checkpoints.notes(newest)
             check_resumable(config, notes)
+            check_same_run(config, notes)
             position = DataPosition.from_json(notes["position"]).for_data(data)
             state, first = checkpoints.restore(newest, like, shardings), newest
         if is_first_host():
             write_config(folder, elastic)
+        if newest is not None and config.save.is_milestone(newest):
+            _write_milestone(config, elastic, folder, newest, state, position)  # if it was not
+        if first > config.total_steps:
+            log.warning("total_steps=%d is past: there is nothing to train.", config.total_steps)
         log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
 
         step_fn = step_program(config, model, optimizer, shardings)
@@ -191,7 +201,10 @@ def _open_data(
     """The files: the first host looks through them, the others take what it found."""
     path = folder / INDEX_FILE
     if is_first_host():
-        index = load_index(config.data, elastic, path=path)
+        # What the run writes is not trained on: its pictures show the held-out files.
+        own = folder.resolve()
+        own = own / EVALUATION if own == pathlib.Path(config.data.path).resolve() else own
+        index = load_index(config.data, elastic, path=path, without=own)
         wait_for_hosts("index")
     else:
         wait_for_hosts("index")
@@ -227,10 +240,27 @@ def _save(
     }
     checkpoints.save(step, state, notes)
     if config.save.is_milestone(step):
-        place = folder / MILESTONES / f"{step:08d}"
-        export(place, config, elastic, state)
-        if is_first_host():
-            position.save(place / "data_position.json")
+        _write_milestone(config, elastic, folder, step, state, position)
+
+
+def _write_milestone(
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    folder: pathlib.Path,
+    step: int,
+    state: TrainState,
+    position: DataPosition,
+) -> None:
+    """The released files of a step, unless they are there: a run may end between its checkpoint and them."""
+    place = folder / MILESTONES / f"{step:08d}"
+    last = place / "data_position.json"
+    there = last.exists()
+    wait_for_hosts(f"milestone {step}")  # all look before one writes
+    if there:
+        return
+    export(place, config, elastic, state)
+    if is_first_host():
+        position.save(last)
 
 
 class Feed:
@@ -309,20 +339,27 @@ def _stop_request() -> Iterator[_Stop]:
     """Takes Ctrl-C and SIGTERM as a wish to save and leave. A second Ctrl-C acts at once, as ever.
 
     Signals reach the main thread alone; in any other nothing is taken. On many hosts SIGTERM is left to
-    jax, which tells the others.
+    jax, which tells the others, and Ctrl-C becomes one: a host that left alone would be waited for.
     """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    stop, asked = _Stop(), False
+    if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    many = jax.process_count() > 1
 
     def ask(number: int, _: Any) -> None:
-        if number == signal.SIGINT and stop.signal is not None:
+        nonlocal asked
+        if number == signal.SIGINT and asked:
             raise KeyboardInterrupt
-        stop.signal = number
+        asked = True
         log.warning("Asked to stop: this step is finished and saved first.")
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop.signal = number
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ask) for number in taken}
     try:
         yield stop
     finally:

@@ -20,6 +20,23 @@ log = logging.getLogger(__name__)
 FOLDER = "eval"
 
 
+def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Those that can be opened: a bad one shall not end a run after thousands of steps."""
+    good = []
+    for file in files:
+        try:
+            media.probe(file)
+            good.append(file)
+        except media.MediaError as error:
+            if is_first_host():
+                log.warning("Not evaluated on: %s", error)
+    if not good:
+        raise ValueError(
+            f"None of the {len(files)} files to evaluate on can be read, such as {files[0]}; the log says why."
+        )
+    return good
+
+
 class Evaluator:
     """Evaluates the parameters of a run. The first host does it on its own devices, the others wait.
 
@@ -35,7 +52,7 @@ class Evaluator:
         found = media.find_media(wanted.path)
         if not found:
             raise ValueError(f"There is no image or video in {wanted.path!r} to evaluate on.")
-        self._files = found[: wanted.max_files]
+        self._files = _readable(found[: wanted.max_files])
         self._config = evaluation.EvaluationConfig(
             thresholds=wanted.thresholds,
             num_tokens=wanted.num_tokens,

@@ -8,6 +8,7 @@ configuration, each host writes its own part, and another mesh or number of host
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from orbax.checkpoint import checkpoint_managers
 from elastic import checkpoint, float8
 from elastic.config import ElasticTokConfig, load_config
 from elastic.linear_start import linear_start
+from elastic.logs import METRICS_FILE, is_log
 from elastic.mesh import is_first_host
 from elastic.model import init_params
 from elastic.sharding import param_shardings
@@ -56,8 +58,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, save: SaveConfig):
-        self.path = (
-            epath.Path(save.path) if save.path else epath.Path(folder.absolute()) / CHECKPOINTS
+        self.path = epath.Path(
+            _absolute(save.path) if save.path else folder.absolute() / CHECKPOINTS
         )
         policies: list[Any] = [checkpoint_managers.LatestN(save.keep)]
         if save.milestone_freq:
@@ -97,7 +99,7 @@ class Checkpoints:
 
     def notes(self, step: int) -> dict[str, Any]:
         """What was written down beside the state of a step."""
-        with _explained(f"The checkpoint of step {step} in {self.path} cannot be read"):
+        with _explained(self._unreadable(step)):
             found = self._manager.restore(
                 step, args=ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
             )
@@ -115,7 +117,7 @@ class Checkpoints:
             like,
             shardings,
         )
-        with _explained(f"The checkpoint of step {step} in {self.path} cannot be read"):
+        with _explained(self._unreadable(step)):
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(_tree(target))})
             )
@@ -126,6 +128,12 @@ class Checkpoints:
             for name, part in like._asdict().items()
         }
         return TrainState(**values)
+
+    def _unreadable(self, step: int) -> str:
+        # Never removed by itself: what is damaged may be the disk, and the checkpoint sound.
+        older = max((other for other in self._manager.all_steps() if other < step), default=None)
+        way_out = "" if older is None else f"; remove that folder to go on from step {older}"
+        return f"The checkpoint of step {step}, {self.path}/{step:08d}, cannot be read{way_out}"
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -140,6 +148,10 @@ class Checkpoints:
         """Waits and lets go."""
         with _explained(f"A checkpoint was not saved in {self.path}"):
             self._manager.close()
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -184,7 +196,7 @@ def _explained(what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         said = " ".join(str(error).split())
         raise (OSError if _is_about_files(error) else ValueError)(
-            f"{what}: {said[:600]}"
+            f"{what}: {said[:300]}"
         ) from error
 
 
@@ -307,6 +319,51 @@ def check_resumable(config: TrainConfig, notes: dict[str, Any]) -> None:
         )
 
 
+def check_new(config: TrainConfig, checkpoints: Checkpoints) -> None:
+    """Refuses a folder for a new run in which it would replace what it did not write.
+
+    Raises:
+      ValueError: results of an earlier run lie there, whose checkpoints do not, or a file of somebody else's.
+    """
+    folder = pathlib.Path(config.output_dir)
+    present = [name for name in (PARAMS_FILE, PRETRAINED, MILESTONES) if (folder / name).exists()]
+    if not is_log(folder / METRICS_FILE):
+        present.append(METRICS_FILE)
+    if present:
+        raise ValueError(
+            f"{folder} holds {', '.join(present)}, but {checkpoints.path} no checkpoint of a run that wrote this; choose another "
+            "output_dir, or give the checkpointer.path of that run."
+        )
+
+
+def check_same_run(config: TrainConfig, notes: dict[str, Any]) -> None:
+    """Refuses the checkpoints of another run in a folder that was named, and tells which options have changed.
+
+    Args:
+      notes: of the checkpoint.
+
+    Raises:
+      ValueError: they belong to another run.
+    """
+    then, now = notes["training"], dataclasses.asdict(config)
+    before, here = (_absolute(values["output_dir"]) for values in (then, now))
+    if config.save.path and before != here:
+        raise ValueError(
+            f"checkpointer.path={config.save.path} holds the checkpoints of the run in {before}; give {here} a path of its own."
+        )
+    for name, old, new in _changed(then, now):
+        log.info("%s is %r now, and was %r.", name, new, old)
+
+
+def _changed(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in now:
+            if key in then and key not in ("output_dir", "total_steps", "log"):
+                yield from _changed(then[key], now[key], f"{name}.{key}".lstrip("."))
+    elif (list(now) if isinstance(now, tuple) else now) != then:
+        yield name, then, now
+
+
 def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
     """Refuses the folder of another model's run.
 
@@ -316,7 +373,12 @@ def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
     folder = pathlib.Path(config.output_dir)
     if not (folder / CONFIG_FILE).exists():
         return
-    found = load_config(str(folder)).config_hash()
+    try:
+        found = load_config(str(folder)).config_hash()
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} is not of a run ({error}); choose another output_dir."
+        ) from error
     if found != elastic.config_hash():
         raise ValueError(
             f"{folder} holds the run of another model (config {found}, this one is "

@@ -33,6 +33,17 @@ def programs_kept(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """What is proved of training does not depend on the mesh, and one device compiles fastest."""
+    from elastic import train
+    from elastic.mesh import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "make_mesh", lambda dim: make_mesh(dim, jax.devices()[:1]))
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """The folder of files that the released system computed (see tests/golden/README.md)."""

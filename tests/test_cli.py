@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -172,6 +173,25 @@ def test_a_signal_unwinds_the_stack(number, code):
     finally:
         signal.signal(signal.SIGINT, before)
     assert left == [True]
+
+
+def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # the handler runs in here, and what it raises is dropped
+                pass
+
+    reached = []
+
+    def body(values):
+        Dying()
+        reached.append(True)
+        time.sleep(20)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(SMALL, body, ["--path=a"])
+    assert ended.value.code == 143 and reached == [True]
 
 
 def test_defaults_of_training_are_those_of_the_rooms():

@@ -32,17 +32,9 @@ from elastic.train_log import Recorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("programs_kept", "one_device")
 
 WRITTEN = ["checkpoints", "config.json", "data_index.json", "metrics.jsonl", "params", "pretrained", "streaming_train_state"]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """What is proved here does not depend on the mesh, and one device compiles fastest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_mesh", lambda dim: make_mesh(dim, jax.devices()[:1]))
-        yield
 
 
 @pytest.fixture(scope="module")
