@@ -2,7 +2,9 @@
 
 import csv
 import itertools
+import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,26 +186,71 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
     """Writes all results into `folder`, all or none; those of an earlier evaluation are replaced.
 
     Raises:
-      ValueError: `folder` is a file.
+      ValueError: as `check_folder`.
       OSError: it cannot be written to.
     """
-    folder = Path(folder)
+    typed, folder = os.fspath(folder), Path(folder)
     check_folder(folder)
-    with replaced_together(folder, RESULTS) as work:
-        report.write_json(work / JSON, as_json(evaluations))
-        _write_csv(work / BLOCKS, block_rows(evaluations))
-        _write_csv(work / SUMMARY, summary_rows(evaluations))
-        _write_csv(work / CURVES, curve_rows(evaluations))
-        _write_csv(work / SEARCHES, search_rows(evaluations))
-        plot(evaluations, work / FIGURE)
-        written = [folder / name for name in RESULTS if (work / name).exists()]
+    try:
+        with replaced_together(folder, RESULTS) as work:
+            report.write_json(work / JSON, as_json(evaluations))
+            _write_csv(work / BLOCKS, block_rows(evaluations))
+            _write_csv(work / SUMMARY, summary_rows(evaluations))
+            _write_csv(work / CURVES, curve_rows(evaluations))
+            _write_csv(work / SEARCHES, search_rows(evaluations))
+            plot(evaluations, work / FIGURE)
+            written = [folder / name for name in RESULTS if (work / name).exists()]
+    except OSError as error:
+        if not error.errno:
+            raise
+        # The folder that was asked for, not the one beside it that is worked in.
+        raise OSError(error.errno, error.strerror, typed) from error
     return written
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Refuses a file where a folder is wanted: before anything is measured."""
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise ValueError(f"{os.fspath(folder)!r} is a file; name a folder for the results.")
+    """Refuses a folder that results cannot go to: asked before anything is measured. Nothing is left behind.
+
+    Raises:
+      ValueError: it is a file, it cannot be made or written to, or files lie in it that an evaluation would replace
+        but none has written.
+    """
+    typed, folder = os.fspath(folder), Path(folder)
+    present = {name for name in RESULTS if os.path.lexists(folder / name)}
+    if foreign := [name for name in RESULTS if name in present - _of_an_evaluation(folder)]:
+        raise ValueError(
+            f"{typed!r} holds {', '.join(foreign)}, but not as an earlier evaluation left them; name another folder, so "
+            "that nothing of yours is replaced."
+        )
+    places = (folder, *folder.absolute().parents)
+    here = next(place for place in places if os.path.lexists(place))
+    if not here.is_dir():
+        what = "" if here == folder else f"lies below {here}, which "
+        raise ValueError(f"{typed!r} {what}is a file; name a folder for the results.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=here) as trial:
+            # Its own name, too, may be one that the disk does not take.
+            Path(trial, folder.absolute().relative_to(here.absolute())).mkdir(
+                parents=True, exist_ok=True
+            )
+    except OSError as error:
+        raise ValueError(
+            f"No results can be written to the folder {typed!r} ({error.strerror}); name another one."
+        ) from error
+
+
+def _of_an_evaluation(folder: Path) -> set[str]:
+    """Names of the files in `folder` that an earlier evaluation wrote, by its evaluation.json; none without one."""
+    path = folder / JSON
+    try:
+        # A pipe of this name would be waited for; and no evaluation writes a folder.
+        found = json.loads(path.read_bytes()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return set()
+    if not isinstance(found, dict) or found.keys() != as_json({}).keys():
+        return set()
+    absent = {name for name, key in ((CURVES, "curves"), (SEARCHES, "searches")) if not found[key]}
+    return {name for name in RESULTS if name not in absent and (folder / name).is_file()}
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:

@@ -39,7 +39,7 @@ EVALUATE = Script(
     groups={
         "Input and output": _shared(
             "input_path", "output_folder", "fps", "max_frames",
-            output_folder="where the results go; made if need be; earlier ones are replaced",
+            output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
         ),
         "Models": (
             Flag(
@@ -139,8 +139,9 @@ def evaluate(flags: cli.Values) -> int:
             )
         cli.log.info("%s: %s", name, runs.describe(tokenizer))
         results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
-    written = evaluation_files.write(flags["output_folder"], results)
+    # Shown first: should the folder be full by now, the numbers are not lost.
     print(evaluation_files.describe(results))
+    written = evaluation_files.write(flags["output_folder"], results)
     print(f"{', '.join(file.name for file in written)} in {flags['output_folder']}")
     bad = next(iter(results.values())).skipped
     if bad:

@@ -1,5 +1,6 @@
 """Measures a model's curves on clips and fits what its first guess of a block's count comes from; `--help` lists the flags."""
 
+import os
 import pathlib
 import sys
 
@@ -42,6 +43,17 @@ def fit_curves(flags: cli.Values) -> int:
     folder = pathlib.Path(flags["load_checkpoint"])
     if not folder.is_dir():
         raise ValueError(f"--load_checkpoint={flags['load_checkpoint']} must be a model's folder.")
+    if not os.access(folder, os.W_OK):  # known before anything is measured
+        raise ValueError(
+            f"--load_checkpoint={flags['load_checkpoint']}: curves.json goes into this folder, which cannot be written to; "
+            "give a copy of it."
+        )
+    for name, least, why in (
+        ("num_counts", 2, "the fewest tokens and all are measured at least"),
+        ("blocks_per_clip", 1, "without a block there is nothing to measure"),
+    ):
+        if flags[name] < least:
+            raise ValueError(f"--{name}={flags[name]} must be at least {least}: {why}.")
 
     import numpy as np
     from tqdm import tqdm
@@ -54,6 +66,12 @@ def fit_curves(flags: cli.Values) -> int:
     mesh.set_up_cpu()
     files = list(runs.find_inputs(flags["input_path"]))
     config = runs.model_config(str(folder))
+    counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
+    if len(counts) < 2:
+        raise ValueError(
+            f"--load_checkpoint={flags['load_checkpoint']}: every block of this model has {config.max_toks} tokens, so that "
+            "there is no count to guess; give an elastic model."
+        )
     tokenizer = runs.ElasticTokenizer(
         config,
         checkpoint.load_params(str(folder), config),
@@ -66,8 +84,7 @@ def fit_curves(flags: cli.Values) -> int:
     search = make_search(
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
-    counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
-    blocks, losses = [], []
+    blocks, losses, bad = [], [], []
     for file in tqdm(files, desc="measuring", unit="clip"):
         try:
             with media.open_clip(
@@ -79,17 +96,23 @@ def fit_curves(flags: cli.Values) -> int:
                 chosen = spread(list(reader.blocks(config.frames_per_block)), flags)
         except (media.MediaError, OSError) as error:
             cli.log.warning("Left out: %s", error)
+            bad.append(file)
             continue
         for frames in chosen:
             # Nothing is committed, so every block finds the past empty.
             lanes.put(0, frames, search)
             losses.append(list(lanes.losses_of(0, counts).values()))
             blocks.append(frames)
+    if not blocks:
+        raise ValueError(
+            f"--input_path={flags['input_path']}: none of {len(files)} files could be read, the first is {bad[0]}; give a "
+            "folder of images or videos."
+        )
     prior = curve_prior.fit(blocks, np.array(losses), counts=counts, patch_size=config.patch_size)
     with atomic_file(folder / curve_prior.FILE_NAME) as written:
         written.write(prior.to_json().encode())
     print(
-        f"{len(blocks)} blocks of {len(files)} clips; a guess is {prior.residual:.3f} off in log loss."
+        f"{len(blocks)} blocks of {len(files) - len(bad)} clips; a guess is {prior.residual:.3f} off in log loss."
     )
     return 0
 

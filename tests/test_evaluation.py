@@ -408,16 +408,16 @@ def test_what_cannot_work_is_refused_before_a_model_is_measured(
 
 
 def test_an_error_while_writing_leaves_the_folder_as_it_was(measured, tmp_path, monkeypatch):
-    (tmp_path / "summary.csv").write_text("of an earlier evaluation")
+    evaluation_files.write(tmp_path, {"earlier": measured})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def stop(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(evaluation_files, "plot", stop)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         evaluation_files.write(tmp_path, {"elastic": measured})
-    assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]
-    assert (tmp_path / "summary.csv").read_text() == "of an earlier evaluation"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, caplog):
