@@ -1,10 +1,13 @@
 """What a training run is made of, besides the model: every option, its default and its check."""
 
 import dataclasses
+import math
 
 from elastic.config import parse_dtype
 from elastic.data import DataConfig
 from elastic.optim import OptimizerConfig
+
+_LARGEST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,17 @@ class EvalConfig:
     def __post_init__(self):
         for name, least in (("freq", 0), ("max_files", 1), ("max_frames", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"eval {name}={getattr(self, name)} must be {least} or more.")
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
         if self.freq and not self.path:
             raise ValueError(
-                f"eval_freq={self.freq} needs --eval_dataset.path: a folder of files that are not trained on."
+                f"--eval_freq={self.freq} needs --eval_dataset.path: a folder of files that are not trained on."
             )
-        if any(not threshold > 0 for threshold in self.thresholds):
-            raise ValueError(f"eval_thresholds={self.thresholds} must all be above 0.")
+        if not all(0 < threshold < math.inf for threshold in self.thresholds):
+            raise ValueError(
+                f"thresholds={_typed(self.thresholds)} must all be above 0 and finite."
+            )
+        if not all(count >= 1 for count in self.num_tokens):
+            raise ValueError(f"num_tokens={_typed(self.num_tokens)} must all be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +76,7 @@ class LogConfig:
 
     def __post_init__(self):
         if self.freq < 1:
-            raise ValueError(f"log_freq={self.freq} must be 1 or more.")
+            raise ValueError(f"freq={self.freq} must be 1 or more.")
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 1 <= first <= last:
@@ -106,7 +113,7 @@ class SaveConfig:
     def __post_init__(self):
         for name, least in (("freq", 0), ("milestone_freq", 0), ("keep", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"save {name}={getattr(self, name)} must be {least} or more.")
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
         if self.float_dtype not in ("fp32", "bf16", "fp16", "fp8"):
             raise ValueError(
                 f"float_dtype={self.float_dtype!r} must be one of fp32, bf16, fp16, fp8."
@@ -179,6 +186,11 @@ class TrainConfig:
         for name in ("total_steps", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if not 0 <= self.seed <= _LARGEST_SEED:
+            # jax.random.key cuts a larger one to its last 32 bits, if it takes it at all.
+            raise ValueError(
+                f"seed={self.seed} must lie in 0 to {_LARGEST_SEED}, as random keys have 32 bits."
+            )
         if not 0 <= self.mask_full_fraction <= 1:
             raise ValueError(f"mask_full_fraction={self.mask_full_fraction} must lie in 0 to 1.")
         if not 0 <= self.ema_decay < 1:
@@ -193,3 +205,8 @@ class TrainConfig:
     def compute_dtype(self) -> str:
         """NumPy's name of the type of products' operands."""
         return parse_dtype(self.dtype)
+
+
+def _typed(numbers: tuple[float, ...]) -> str:
+    """As on the command line: (0.1, 0.05) -> '0.1,0.05'."""
+    return ",".join(map(str, numbers))

@@ -1,14 +1,65 @@
 """The flags of training -> the configuration of a run; scripts/train.py and scripts/check_compile.py share it."""
 
+import contextlib
+import dataclasses
 import os
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
 
 from elastic import runs
 from elastic.cli import Values, words
 from elastic.config import ElasticTokConfig, load_config, update_config
-from elastic.data import DataConfig
+from elastic.data import DataConfig, DataPosition, sequence_length
 from elastic.optim import OptimizerConfig
 from elastic.train_config import EvalConfig, LogConfig, SaveConfig, TrainConfig
+
+_T = TypeVar("_T")
+
+
+def _under(prefix: str, kind: type) -> dict[str, str]:
+    return {field.name: f"{prefix}.{field.name}" for field in dataclasses.fields(kind)}
+
+
+# Option -> its flag.
+_DATA = _under("train_dataset.vision_dataset", DataConfig)
+_OPTIMIZER = _under("optimizer.adamw_optimizer", OptimizerConfig) | dict(
+    accumulate_gradient_steps="optimizer.accumulate_gradient_steps"
+)
+_LOG = dict(
+    freq="log_freq",
+    tensorboard="logger.tensorboard",
+    wandb="logger.online",
+    wandb_project="logger.project_id",
+    wandb_name="logger.experiment_id",
+    wandb_dir="logger.wandb_dir",
+    profile_steps="profile_steps",
+)
+_SAVE = dict(
+    freq="save_model_freq",
+    milestone_freq="save_milestone_freq",
+    keep="checkpointer.keep",
+    path="checkpointer.path",
+    optimizer_state="checkpointer.save_optimizer_state",
+    float_dtype="checkpointer.float_dtype",
+)
+_EVALUATION = dict(
+    freq="eval_freq",
+    path="eval_dataset.path",
+    thresholds="eval_thresholds",
+    num_tokens="eval_num_tokens",
+    max_files="eval_dataset.max_files",
+    max_frames="eval_dataset.max_frames",
+)
+_RUN = {
+    name: name
+    for name in (
+        "total_steps mesh_dim dtype seed load_checkpoint load_dataset_state init autoresume mask_full_fraction "
+        "mask_log_uniform ema_decay max_skipped_steps lpips_weights"
+    ).split()
+}
 
 
 def model_of(flags: Values) -> ElasticTokConfig:
@@ -25,47 +76,82 @@ def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = Fa
     Raises:
       ValueError: a value is of no use.
     """
-    vision = flags.under("train_dataset.vision_dataset")
     folder = os.path.join(flags["logger.output_dir"], flags["logger.experiment_id"])
     if only_compiled:
-        vision["path"], folder = "not read", "not written"
-    runs.check_resolution(vision.pop("resolution"), elastic)
-    same = (
-        "total_steps mesh_dim dtype seed load_checkpoint load_dataset_state init autoresume mask_full_fraction "
-        "mask_log_uniform ema_decay max_skipped_steps lpips_weights"
-    )
-    return TrainConfig(
-        data=DataConfig(**vision),
-        optimizer=OptimizerConfig(
-            **flags.under("optimizer.adamw_optimizer"),
-            accumulate_gradient_steps=flags["optimizer.accumulate_gradient_steps"],
-        ),
+        folder = "not written"
+    with _named({"resolution": "train_dataset.vision_dataset.resolution"}):
+        runs.check_resolution(flags["train_dataset.vision_dataset.resolution"], elastic)
+    thresholds = _numbers("eval_thresholds", flags["eval_thresholds"], float)
+    counts = _numbers("eval_num_tokens", flags["eval_num_tokens"], int)
+    steps = _pair(flags["profile_steps"])
+    config = _made(
+        TrainConfig,
+        flags,
+        _RUN,
+        data=_made(DataConfig, flags, _DATA, **(dict(path="not read") if only_compiled else {})),
+        optimizer=_made(OptimizerConfig, flags, _OPTIMIZER),
         output_dir=folder.removesuffix(os.sep),
-        log=LogConfig(
-            freq=flags["log_freq"],
-            tensorboard=flags["logger.tensorboard"],
-            wandb=flags["logger.online"],
-            wandb_project=flags["logger.project_id"],
-            wandb_name=flags["logger.experiment_id"],
-            wandb_dir=flags["logger.wandb_dir"],
-            profile_steps=_pair(flags["profile_steps"]),
-        ),
-        save=SaveConfig(
-            freq=flags["save_model_freq"],
-            milestone_freq=flags["save_milestone_freq"],
-            keep=flags["checkpointer.keep"],
-            path=flags["checkpointer.path"],
-            optimizer_state=flags["checkpointer.save_optimizer_state"],
-            float_dtype=flags["checkpointer.float_dtype"],
-        ),
-        evaluation=EvalConfig(
-            freq=flags["eval_freq"],
-            thresholds=_numbers("eval_thresholds", flags["eval_thresholds"], float),
-            num_tokens=_numbers("eval_num_tokens", flags["eval_num_tokens"], int),
-            **flags.under("eval_dataset"),
-        ),
-        **{name: flags[name] for name in same.split()},
+        log=_made(LogConfig, flags, _LOG, profile_steps=steps),
+        save=_made(SaveConfig, flags, _SAVE),
+        evaluation=_made(EvalConfig, flags, _EVALUATION, thresholds=thresholds, num_tokens=counts),
     )
+    if not only_compiled:
+        _check_run(config, elastic)
+    return config
+
+
+def _made(kind: Callable[..., _T], flags: Values, names: Mapping[str, str], **others: Any) -> _T:
+    """A record of options: what `names` says of the flags, or `others`."""
+    with _named(names):
+        return kind(
+            **{option: flags[flag] for option, flag in names.items() if option not in others},
+            **others,
+        )
+
+
+@contextlib.contextmanager
+def _named(names: Mapping[str, str]) -> Iterator[None]:
+    """An error in here names the flags and not the options behind them: keep=0 -> --checkpointer.keep=0."""
+    try:
+        yield
+    except ValueError as error:
+        message = re.sub(
+            rf"(?<![\w.-])({'|'.join(names)})=", lambda found: f"--{names[found[1]]}=", str(error)
+        )
+        raise ValueError(message) from error
+
+
+def _check_run(config: TrainConfig, elastic: ElasticTokConfig) -> None:
+    """What can be said of a run before its files are looked through."""
+    with _named(_DATA):
+        length = sequence_length(config.data, elastic)
+        _check_batch(config.data.batch_size, length, elastic.patch_dim)
+    most = max(config.evaluation.num_tokens, default=0)
+    if config.evaluation.freq and most > elastic.max_toks:
+        raise ValueError(
+            f"--eval_num_tokens={most} must be at most {elastic.max_toks}, the tokens of a block of this model."
+        )
+    if config.load_dataset_state:
+        try:
+            DataPosition.load(config.load_dataset_state)
+        except OSError:
+            pass  # a run that goes on needs it no more; another says so when it wants it
+        except ValueError as error:
+            raise ValueError(
+                f"--load_dataset_state={config.load_dataset_state} is no saved position in the data; "
+                "give the data_position.json of a milestone."
+            ) from error
+
+
+def _check_batch(batch_size: int, length: int, patch_dim: int) -> None:
+    """Refuses a batch whose bare pixels are more than the memory of the hosts that share it."""
+    needed = batch_size * length * patch_dim
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * jax.process_count()
+    if needed > memory:
+        raise ValueError(
+            f"batch_size={batch_size} sequences of seq_length={length} tokens are {needed / 1e9:.0f} GB of pixels, and there "
+            f"are {memory / 1e9:.0f} GB of memory; take fewer or shorter ones."
+        )
 
 
 def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
@@ -73,11 +159,14 @@ def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
     try:
         return tuple(kind(word) for word in words(text.strip("[]() ")))
     except ValueError as error:
-        raise ValueError(f"{name}={text!r} must be numbers such as '0.1,0.05'.") from error
+        wanted = "whole numbers such as 256,512" if kind is int else "numbers such as 0.1,0.05"
+        raise ValueError(f"--{name}={text} must be {wanted}.") from error
 
 
 def _pair(text: str) -> tuple[int, int] | None:
-    steps = _numbers("profile_steps", text, int)
-    if len(steps) not in (0, 2):
-        raise ValueError(f"profile_steps={text!r} must be two steps, such as '10,15'.")
-    return (steps[0], steps[1]) if steps else None
+    steps = words(text.strip("[]() "))
+    try:
+        first, last = map(int, steps) if steps else (0, 0)
+    except ValueError as error:
+        raise ValueError(f"--profile_steps={text} must be two steps, such as 10,15.") from error
+    return (first, last) if steps else None

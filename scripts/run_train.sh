@@ -36,7 +36,7 @@ mesh_dim="${mesh_dim:-1,-1,1,1}"
 total_steps="${total_steps:-200000}"
 lr="${lr:-1e-4}"
 end_lr="${end_lr:-$lr}"
-lr_warmup_steps="${lr_warmup_steps:-$((total_steps / 20 < 2000 ? total_steps / 20 : 2000))}"
+lr_warmup_steps="${lr_warmup_steps:-}"
 # fp32 or bf16: what the model computes in. Parameters and moments are fp32 in any case.
 dtype="${dtype:-bf16}"
 # Steps between two lines of the log, two checkpoints (the newest two are kept), and two milestones, which are kept for
@@ -50,13 +50,13 @@ eval_freq="${eval_freq:-5000}"
 # True: also report to Weights & Biases (pip install wandb; wandb login), as this project.
 online="${online:-False}"
 project_id="${project_id:-elastictok}"
-# Several hosts: True joins them. On a Cloud TPU, under SLURM or in Kubernetes nothing else is needed; elsewhere give the
+# Several hosts: 1 or True joins them. On a Cloud TPU, under SLURM or in Kubernetes nothing else is needed; elsewhere give the
 # first host's HOST:PORT, the number of hosts, and the number of this one.
 distributed="${distributed:-False}"
 coordinator_address="${coordinator_address:-}"
 num_processes="${num_processes:-1}"
 process_id="${process_id:-0}"
-# 1: a handful of steps of a small preset on the clip in example/, overriding the above.
+# 1 or True: a handful of steps of a small preset on the clip in example/, overriding the above.
 SMOKE="${SMOKE:-}"
 # -------------------------------------------------------------------------------------------------
 
@@ -66,15 +66,42 @@ for flag in "$@"; do
         exec "$PYTHON" scripts/train.py --help
     fi
 done
+for name in SMOKE distributed; do
+    case "${!name}" in
+        1 | true | True) printf -v "$name" True ;;
+        '' | 0 | false | False) printf -v "$name" '' ;;
+        *)
+            echo "run_train.sh: $name='${!name}' must be 1 or True for yes, and 0, False or empty for no." >&2
+            exit 1
+            ;;
+    esac
+done
 if [[ -n "$SMOKE" ]]; then
     dataset_path=example output_dir=outputs/smoke preset=small-fsq update_elastic_config=''
     mesh_dim='!1,1,-1,1' dtype=fp32 batch_size=1 seq_length=2048 workers=1 total_steps=4 lr_warmup_steps=1
-    log_freq=1 save_model_freq=2 save_milestone_freq=4 eval_path='' online=False distributed=False
+    log_freq=1 save_model_freq=2 save_milestone_freq=4 eval_path='' online=False
+    distributed='' coordinator_address='' num_processes=1 process_id=0
     rm -rf outputs/smoke # a try of an earlier day is of no use
 fi
 if [[ -z "$dataset_path" ]]; then
     echo "run_train.sh: dataset_path is empty; set it to the folder that holds the training files," \
         "here or in the environment. SMOKE=1 trains a few steps on the example instead." >&2
+    exit 1
+fi
+
+if [[ ! "$total_steps" =~ ^[1-9][0-9]{0,17}$ ]]; then # what shells reckon with; 08 is no number to them
+    echo "run_train.sh: total_steps='$total_steps' must be a whole number above 0, in digits, such as 100000." >&2
+    exit 1
+fi
+lr_warmup_steps="${lr_warmup_steps:-$((total_steps / 20 < 2000 ? total_steps / 20 : 2000))}"
+if [[ -z "$distributed" && "$coordinator_address,$num_processes,$process_id" != ",1,0" ]]; then
+    echo "run_train.sh: coordinator_address='$coordinator_address' num_processes='$num_processes'" \
+        "process_id='$process_id' need distributed=True; add it to join the other hosts, or leave them out." >&2
+    exit 1
+fi
+if [[ -z "$coordinator_address" && "$num_processes,$process_id" != 1,0 ]]; then
+    echo "run_train.sh: num_processes='$num_processes' process_id='$process_id' need coordinator_address=HOST:PORT, the" \
+        "first host's; leave them out where the environment says who takes part." >&2
     exit 1
 fi
 
@@ -84,8 +111,8 @@ options=()
 if [[ -n "$eval_path" ]]; then
     options+=(--eval_freq="$eval_freq" --eval_dataset.path="$eval_path")
 fi
-if [[ "$distributed" != False ]]; then
-    options+=(--jax_distributed.initialize_jax_distributed="$distributed")
+if [[ -n "$distributed" ]]; then
+    options+=(--jax_distributed.initialize_jax_distributed=True)
     if [[ -n "$coordinator_address" ]]; then
         options+=(
             --jax_distributed.coordinator_address="$coordinator_address"

@@ -19,8 +19,9 @@ remote_folder="${remote_folder:-elastictok}"
 # The training files, and the folder of the run: both must be seen by every host under the same name.
 dataset_path="${dataset_path:-}"
 output_dir="${output_dir:-}"
-# 1: the same, but a few steps of a small model on this machine.
+# 1 or True: the same, but a few steps of a small model on this machine.
 SMOKE="${SMOKE:-}"
+# 1 or True: print the commands only.
 DRY_RUN="${DRY_RUN:-}"
 # -------------------------------------------------------------------------------------------------
 
@@ -30,6 +31,16 @@ for flag in "$@"; do
         printf '\n%s\n' "Its flags: bash scripts/run_train.sh --help. Its settings: the top of both scripts."
         exit
     fi
+done
+for name in SMOKE DRY_RUN; do
+    case "${!name}" in
+        1 | true | True) printf -v "$name" 1 ;;
+        '' | 0 | false | False) printf -v "$name" '' ;;
+        *)
+            echo "run_train_pod.sh: $name='${!name}' must be 1 or True for yes, and 0, False or empty for no." >&2
+            exit 1
+            ;;
+    esac
 done
 if [[ -n "$SMOKE" ]]; then
     exec bash scripts/run_train.sh "$@"

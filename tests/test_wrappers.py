@@ -26,6 +26,8 @@ SETTINGS = (
     "total_steps",
     "eval_path",
     "distributed",
+    "coordinator_address",
+    "SMOKE",
     "threshold",
     "num_processes",
     "process_id",
@@ -220,6 +222,32 @@ def test_the_smoke_run_trains_on_the_example(run):
     arguments = run("run_train.sh", SMOKE="1")
     assert arguments[1] == "scripts/train.py"
     assert flags_of(arguments)["--train_dataset.vision_dataset.path"] == "example"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(total_steps="1e5"), "total_steps='1e5' must be a whole number above 0"),
+        (dict(total_steps="08"), "total_steps='08' must be"),
+        (dict(total_steps="-40"), "total_steps='-40' must be"),
+        (dict(SMOKE="yes"), "SMOKE='yes' must be 1 or True for yes"),
+        (dict(distributed="2"), "distributed='2' must be 1 or True"),
+        (dict(process_id="1"), "need distributed=True"),
+        (dict(coordinator_address="a:1"), "need distributed=True"),
+        (dict(distributed="1", num_processes="2"), "need coordinator_address=HOST:PORT"),
+    ],
+)
+def test_a_setting_of_training_that_is_of_no_use_is_refused_in_one_line(run, settings, message):
+    said = run("run_train.sh", dataset_path="in", expect=1, **settings)
+    assert said.startswith("run_train.sh: ") and message in said and said.count("\n") == 1
+
+
+def test_a_zero_is_no_wish_for_the_smoke_run(run):
+    flags = flags_of(run("run_train.sh", dataset_path="in", SMOKE="0", distributed="false"))
+    assert flags["--train_dataset.vision_dataset.path"] == "in"
+    assert "--jax_distributed.initialize_jax_distributed" not in flags
+    message = run("run_train_pod.sh", SMOKE="0", DRY_RUN="False", expect=1)
+    assert isinstance(message, list) or "tpu_name is empty" in message
 
 
 def test_a_short_run_warms_up_for_a_part_of_it_and_other_hosts_are_joined_when_asked(run):
