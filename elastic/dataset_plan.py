@@ -153,10 +153,14 @@ def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike)
         if not found:
             raise MediaError(f"There is no image or video in {str(path)!r} or its folders.")
         return dict(sorted(found.items()))
-    if not path.is_file():
+    if not path.exists():
         raise MediaError(f"There is no file {str(path)!r}; check --input_path.")
     if path.suffix.lower() != _LIST_SUFFIX:
         return {printable(path.name): path}
+    if not path.is_file():  # a pipe would be waited for
+        raise MediaError(
+            f"The list {str(path)!r} is no regular file; write the files' names into one."
+        )
     names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     names = sorted(name for name in names if name and not name.startswith("#"))
     twice = [name for name, following in itertools.pairwise(names) if name == following]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from elastic.dataset_plan import (
     LOCK,
+    PLAN,
     UNFINISHED,
     Plan,
     clear_unfinished,
@@ -28,7 +29,7 @@ from elastic.dataset_plan import (
     settle,
     sizes,
 )
-from elastic.dataset_summary import Tally, write_summary
+from elastic.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
 from elastic.media import IMAGE_SUFFIXES, MediaError
 from elastic.recording import remove_recording
 from elastic.report import write_json
@@ -94,6 +95,7 @@ def tokenize_dataset(
         model=_model(tokenizer),
         options=_written(tokenizer, options),
     )
+    _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder, plan)
     work = _Work(tokenizer, inputs, folder, plan, batch, options)
@@ -314,6 +316,17 @@ def _check_options(
         trial |= dict(bitrate=None, avg_tokens=tokenizer.config.min_toks)
     size = tokenizer.config.resolution
     tokenizer.stream(np.zeros((1, size, size, 3), np.uint8), **trial)
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that holds files by the names of a run's results, but no run."""
+    # Looked at before the plan: a process beside this one writes its plan first, and its results last.
+    present = [name for name in (SUMMARY, PLOT, BAD) if (folder / name).exists()]
+    if present and not (folder / PLAN).exists():
+        raise ValueError(
+            f"{folder} holds {', '.join(present)} but no {PLAN} of a run that wrote them; choose another output_folder, so "
+            "that nothing of yours is replaced."
+        )
 
 
 def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
     with pytest.raises(ValueError, match=r"plan\.json is no plan"):
         tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
     (folder / "plan.json").unlink()
-    with pytest.raises(ValueError, match=r"holds shards but no plan\.json"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl but no plan\.json"):
         tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
     assert files(folder) == {name: data for name, data in before.items() if name != "plan.json"}
 
@@ -267,6 +267,17 @@ def test_inputs_are_a_folder_a_file_or_a_list(clips, tmp_path):
     assert list_inputs(clips, clips / "a").keys() == {
         name for name in names if name.startswith("b/")
     }
+    os.mkfifo(tmp_path / "files.fifo.txt")
+    with pytest.raises(media.MediaError, match="is no regular file"):
+        list_inputs(tmp_path / "files.fifo.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "summary.png", "bad.jsonl"])
+def test_files_that_no_run_wrote_are_refused_and_stay(tokenizer, clips, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {name} but no plan\.json"):
+        tokenize_dataset(tokenizer, list_inputs(clips, tmp_path), tmp_path, **OPTIONS)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 # --- The script ------------------------------------------------------------------------------
@@ -336,6 +347,19 @@ def test_flags_that_cannot_be_served_are_refused(golden, clips, tmp_path, capsys
     out = tmp_path / "out"
     assert cli.run(script.DATASET, script.tokenize, [*command(golden, clips, out), *flags]) == 1
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_pipe_is_a_bad_file_and_is_not_waited_for(tokenizer, clips, tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/a.mp4")
+    shutil.copy(clips / "a/1.png", tmp_path / "in/b.png")
+    inputs = list_inputs(tmp_path / "in", tmp_path / "out")
+    tokenize_dataset(tokenizer, inputs, tmp_path / "out", **OPTIONS)
+    line = json.loads((tmp_path / "out/bad.jsonl").read_text())
+    assert line["id"] == "a.mp4" and "a pipe or a device" in line["reason"]
+    assert list(TokenShards(tmp_path / "out").ids) == ["b.png"]
+    pipe = tmp_path / "in/a.mp4"
+    assert list_inputs(pipe, tmp_path / "out") == {"a.mp4": pipe}
 
 
 def test_a_data_set_without_one_good_file_is_an_error(golden, clips, tmp_path, capsys):
