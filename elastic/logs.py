@@ -66,8 +66,11 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; it has a `step`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Pictures are no lines of text: they go elsewhere."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -194,15 +195,14 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        # tensorstore's errors are ValueErrors; those of files hold the number of the system's error.
+        number = re.search(r"os_error_code='(\d+)'", str(error))
+        if number is not None:
+            raise OSError(f"{what}: {os.strerror(int(number[1]))}.") from error
         said = " ".join(str(error).split())
-        raise (OSError if _is_about_files(error) else ValueError)(
+        raise (OSError if isinstance(error, OSError) else ValueError)(
             f"{what}: {said[:300]}"
         ) from error
-
-
-def _is_about_files(error: BaseException) -> bool:
-    # tensorstore's errors are ValueErrors; those of files hold the number of the system's error.
-    return isinstance(error, OSError) or "os_error_code" in str(error)
 
 
 # The released format
