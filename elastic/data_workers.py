@@ -31,10 +31,6 @@ _SHARED_MEMORY = "/dev/shm"
 _SHARED_MEMORY_SHARE = 0.8  # of what is free, for batches on their way from the workers
 
 
-class WorkerRuntimeError(OSError):
-    """A process that decodes died. Mostly memory ran out, which the user can mend: no bug, as a `RuntimeError` would say."""
-
-
 class WorkerSource:
     """What grain asks for elements: one is a worker's rows of one batch."""
 
@@ -156,7 +152,7 @@ class Batches(Iterator[Sequences]):
         """The next batch.
 
         Raises:
-          WorkerRuntimeError: a worker process died.
+          ChildProcessError: a worker process died.
           ValueError: nothing could be decoded for more than an epoch.
         """
         if self._given == len(self._numbers) or not self._iterators:
@@ -170,7 +166,7 @@ class Batches(Iterator[Sequences]):
             self.close()
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise WorkerRuntimeError(
+            raise ChildProcessError(
                 f"A process that decodes training data died: {error} Exit code -9 mostly means that memory ran "
                 "out: take fewer workers or a smaller cache_gigabytes. Code 1 right at the start: the script "
                 "that trains must do so under `if __name__ == '__main__':`."

@@ -143,6 +143,8 @@ class Hosts:
             )
 
     def _check_number(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes={self.num_processes} must be 1 or more.")
         if not 0 <= self.process_id < self.num_processes:
             raise ValueError(
                 f"process_id={self.process_id} must lie in 0 to {self.num_processes - 1}, below "

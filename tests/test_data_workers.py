@@ -193,7 +193,7 @@ def test_a_worker_that_dies_is_an_error_that_says_so(clips, tmp_path):
         os.kill(run.workers()[0], signal.SIGKILL)
         code, _ = run.end()
         assert code == 1
-        assert "RuntimeError: A process that decodes training data died" in run.log()
+        assert "ChildProcessError: A process that decodes training data died" in run.log()
         assert "exit code -9" in run.log()
         run.assert_nobody_is_left()
 
