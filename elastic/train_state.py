@@ -326,7 +326,8 @@ def check_new(config: TrainConfig, checkpoints: Checkpoints) -> None:
       ValueError: results of an earlier run lie there, whose checkpoints do not, or a file of somebody else's.
     """
     folder = pathlib.Path(config.output_dir)
-    present = [name for name in (PARAMS_FILE, PRETRAINED, MILESTONES) if (folder / name).exists()]
+    results = (PARAMS_FILE, STATE_FILE, PRETRAINED, MILESTONES)
+    present = [name for name in results if (folder / name).exists()]
     if not is_log(folder / METRICS_FILE):
         present.append(METRICS_FILE)
     if present:

@@ -104,7 +104,7 @@ def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined):
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_save(clips, tmp_path):
-    """As a pod's scheduler does it: the process that was not told learns of it."""
+    """A Ctrl-C becomes the SIGTERM of a pod's scheduler, and the process that was not told learns of it."""
     port = free_port()
 
     def command(process):
@@ -123,7 +123,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_save(clips
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert all(process.poll() is None for process in running) and time.monotonic() < until
             time.sleep(0.1)
-        running[1].send_signal(signal.SIGTERM)
+        running[1].send_signal(signal.SIGINT)
         said = [process.communicate(timeout=100)[0] for process in running]
     assert [process.returncode for process in running] == [143, 143], "\n".join(said)[-4000:]
     (saved,) = (tmp_path / "checkpoints").iterdir()
