@@ -1,5 +1,6 @@
 """The folder of a run: what it may replace there, and what it does where something is missing or damaged."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, settings
 
+from elastic import checkpoint
+from elastic import train as training
 from elastic.train import train
-from elastic.train_config import EvalConfig
+from elastic.train_config import EvalConfig, SaveConfig
 
 pytestmark = pytest.mark.usefixtures("programs_kept", "one_device")
 MODEL = MODELS["vae"]
@@ -29,29 +32,31 @@ def content(folder):
 
 
 def test_a_milestone_that_was_not_written_is_written_when_the_run_goes_on(clips, tmp_path):
-    save = dict(freq=2, milestone_freq=3)
-    train(settings(clips, tmp_path / "whole", save=save), MODEL)
-    train(settings(clips, tmp_path / "run", save=save, total_steps=2), MODEL)
-    (tmp_path / "run" / "milestones").write_text("in the way")
-    with pytest.raises(OSError, match="milestones"):  # after the checkpoint of step 3
-        train(settings(clips, tmp_path / "run", save=save), MODEL)
-    (tmp_path / "run" / "milestones").unlink()
-    train(settings(clips, tmp_path / "run", save=save), MODEL)
-    found, whole = (content(tmp_path / name / "milestones") for name in ("run", "whole"))
-    assert found == whole and {name.split("/")[0] for name in whole} == {"00000003", "00000006"}
+    """A run may end between a checkpoint and the released files beside it."""
+    run = settings(clips, tmp_path, total_steps=2)
+    state = jax.device_get(train(run, MODEL).state)
+    assert not (tmp_path / "milestones").exists()
+    train(dataclasses.replace(run, save=SaveConfig(milestone_freq=2)), MODEL)
+    milestone = tmp_path / "milestones" / "00000002"
+    written = checkpoint.load_train_state(milestone, MODEL)
+    assert int(written["step"]) == 2 and (milestone / "data_position.json").exists()
+    jax.tree.map(np.testing.assert_array_equal, written["params"]["params"], state.params)
 
 
 def test_a_run_does_not_train_on_what_it_writes(clips, tmp_path):
     """The pictures of an evaluation show the files that are held out."""
-    for out in (tmp_path / "out", tmp_path):
-        shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
-        for steps in (1, 2):
-            evaluation = EvalConfig(freq=1, path=str(clips), thresholds=(0.5,), num_tokens=(4,))
-            train(settings(tmp_path, out, evaluation=evaluation, total_steps=steps), MODEL)
-        assert list((out / "eval").rglob("*.png"))
+    shutil.copytree(clips, tmp_path, dirs_exist_ok=True)
+    inside, same = tmp_path / "out", tmp_path
+    evaluation = EvalConfig(freq=1, path=str(clips), thresholds=(0.5,), num_tokens=(4,))
+    train(settings(tmp_path, inside, evaluation=evaluation, total_steps=1), MODEL)
+    (picture,) = (inside / "eval").rglob("*.png")
+    for out in (inside, same):
+        training._open_data(settings(tmp_path, out), MODEL, out)
         names = [name for name, *_ in json.loads((out / "data_index.json").read_text())["files"]]
         assert names == ["dot.mp4", "pan.mp4"]
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (same / "eval").mkdir(exist_ok=True)
+        shutil.move(picture, picture := same / "eval" / "seen.png")
+        shutil.rmtree(inside, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
