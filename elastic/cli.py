@@ -15,7 +15,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -40,7 +40,6 @@ _FLAG_OF = {
     "width": "search_width",
     "rate": "fps",
 }
-_ARGUMENT = re.compile(rf"(?<![\w-])({'|'.join(_FLAG_OF)})=")
 
 
 class Values:
@@ -202,12 +201,14 @@ def _one_line(error: Exception) -> str | None:
 def _with_flags(message: str, script: Script) -> str:
     """A message of the package in the words of the command line."""
     known = {flag.name for flag in script.flags}
+    names = {name: flag for name, flag in _FLAG_OF.items() if flag in known and name not in known}
+    return name_flags(message, names) if names else message
 
-    def flag_of(found: re.Match[str]) -> str:
-        name = _FLAG_OF[found[1]]
-        return f"--{name}=" if name in known and found[1] not in known else found[0]
 
-    return _ARGUMENT.sub(flag_of, message)
+def name_flags(message: str, flag_of: Mapping[str, str]) -> str:
+    """`message` with the flags of options instead of their names: keep=0 -> --checkpointer.keep=0."""
+    pattern = rf"(?<![\w.-])({'|'.join(flag_of)})="
+    return re.sub(pattern, lambda found: f"--{flag_of[found[1]]}=", message)
 
 
 def _define(flag: Flag, holder: flags.FlagValues) -> None:

@@ -188,9 +188,7 @@ def _find(folder: str, without: pathlib.Path | None) -> dict[str, str]:
         return _find_in_bucket(folder)
     root = pathlib.Path(folder)
     found = {}
-    for file in media.find_media(root):
-        if without is not None and without in file.resolve().parents:
-            continue
+    for file in media.find_media(root, without=without):
         try:
             facts = os.stat(file)
             regular = stat.S_ISREG(facts.st_mode)

@@ -143,12 +143,11 @@ def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike)
     Raises:
       MediaError: there is nothing to tokenize, or a name is listed twice.
     """
-    path, results = Path(input_path), Path(output_folder).resolve()
+    path = Path(input_path)
     if path.is_dir():
         found = {
             printable(file.relative_to(path).as_posix()): file
-            for file in media.find_media(path)
-            if results not in file.resolve().parents
+            for file in media.find_media(path, without=output_folder)
         }
         if not found:
             raise MediaError(f"There is no image or video in {str(path)!r} or its folders.")

@@ -260,10 +260,13 @@ def is_media(path: str | os.PathLike[str]) -> bool:
     return pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
 
 
-def find_media(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
+def find_media(
+    folder: str | os.PathLike[str], *, without: str | os.PathLike[str] | None = None
+) -> list[pathlib.Path]:
     """All files below `folder` that `is_media` knows, sorted; links are followed, each folder once.
 
-    Names that start with a dot (unfinished or system files) are left out.
+    Left out are names that start with a dot (unfinished or system files), and what lies in the folder
+    `without`, such as results.
 
     Raises:
       MediaError: `folder` is not a folder that can be read.
@@ -290,6 +293,9 @@ def find_media(folder: str | os.PathLike[str]) -> list[pathlib.Path]:
             for name in files
             if not name.startswith(".") and is_media(name)
         ]
+    if without is not None:
+        apart = pathlib.Path(without).resolve()
+        found = [file for file in found if apart not in file.resolve().parents]
     return sorted(found)
 
 

@@ -87,10 +87,7 @@ def find_inputs(
         raise media.MediaError(f"There is no file {str(path)!r}; check --input_path.")
     if not path.is_dir():
         return {path: ""}
-    files = media.find_media(path)
-    if output_folder is not None:
-        results = Path(output_folder).resolve()
-        files = [file for file in files if results not in file.resolve().parents]
+    files = media.find_media(path, without=output_folder)
     if not files:
         raise media.MediaError(f"There is no image or video in {str(path)!r} or its folders.")
     names = [file.relative_to(path) for file in files]

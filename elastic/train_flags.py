@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from elastic import runs
-from elastic.cli import Values, words
+from elastic.cli import Values, name_flags, words
 from elastic.config import ElasticTokConfig, load_config, update_config
 from elastic.data import DataConfig, DataPosition, sequence_length
 from elastic.optim import OptimizerConfig
@@ -111,14 +110,11 @@ def _made(kind: Callable[..., _T], flags: Values, names: Mapping[str, str], **ot
 
 @contextlib.contextmanager
 def _named(names: Mapping[str, str]) -> Iterator[None]:
-    """An error in here names the flags and not the options behind them: keep=0 -> --checkpointer.keep=0."""
+    """An error in here names the flags and not the options behind them."""
     try:
         yield
     except ValueError as error:
-        message = re.sub(
-            rf"(?<![\w.-])({'|'.join(names)})=", lambda found: f"--{names[found[1]]}=", str(error)
-        )
-        raise ValueError(message) from error
+        raise ValueError(name_flags(str(error), names)) from error
 
 
 def _check_run(config: TrainConfig, elastic: ElasticTokConfig) -> None:
