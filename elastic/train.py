@@ -39,6 +39,7 @@ from elastic.model import ElasticTok
 from elastic.optim import make_optimizer
 from elastic.sharding import fitting_spec
 from elastic.tensor_file import locked
+from elastic.train_checkpoints import Checkpoints
 from elastic.train_config import TrainConfig
 from elastic.train_eval import FOLDER as EVALUATION
 from elastic.train_eval import Evaluator
@@ -46,7 +47,6 @@ from elastic.train_log import Recorder
 from elastic.train_state import (
     MILESTONES,
     PRETRAINED,
-    Checkpoints,
     check_new,
     check_resumable,
     check_same_model,
@@ -127,27 +127,30 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
                 f"{checkpoints.path} holds a run up to step {newest}, and --autoresume=False starts anew: choose "
                 "another output_dir, or remove that one first."
             )
-        like, shardings = layout = state_layout(config, elastic, optimizer, mesh)
-        if newest is None:
+        layout = state_layout(config, elastic, optimizer, mesh)
+
+        def check(notes: dict[str, Any]) -> None:
+            check_resumable(config, notes)
+            check_same_run(config, notes)
+
+        restored = checkpoints.restore_newest(*layout, check)
+        if restored is None:
             check_new(config, checkpoints)
             state = first_state(config, elastic, optimizer, layout, data.sample_patches)
             first = int(state.step)
             position = _first_position(config, data, first)
         else:
-            notes = checkpoints.notes(newest)
-            check_resumable(config, notes)
-            check_same_run(config, notes)
-            position = DataPosition.from_json(notes["position"]).for_data(data)
-            state, first = checkpoints.restore(newest, like, shardings), newest
+            state, first = restored.state, restored.step
+            position = DataPosition.from_json(restored.notes["position"]).for_data(data)
         if is_first_host():
             write_config(folder, elastic)
-        if newest is not None and config.save.is_milestone(newest):
-            _write_milestone(config, elastic, folder, newest, state, position)  # if it was not
+        if restored is not None and config.save.is_milestone(first):
+            _write_milestone(config, elastic, folder, first, state, position)  # if it was not
         if first > config.total_steps:
             log.warning("total_steps=%d is past: there is nothing to train.", config.total_steps)
         log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
 
-        step_fn = step_program(config, model, optimizer, shardings)
+        step_fn = step_program(config, model, optimizer, layout[1])
         feed = Feed(mesh, config.data, elastic)
         batches = stack.enter_context(
             feed.batches(data, position.batches, config.total_steps - first)
@@ -156,13 +159,13 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
         if is_first_host():
             settings = {"model": elastic.to_json_dict(), "training": dataclasses.asdict(config)}
             logs = stack.enter_context(
-                Logs(config.log, folder, first_step=first if newest else 0, settings=settings)
+                Logs(config.log, folder, first_step=first if restored else 0, settings=settings)
             )
         stop = stack.enter_context(_stop_request())
         profile = stack.enter_context(_Profile(config, folder))
         record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
 
-        step, saved, terms = first, newest, None
+        step, saved, terms = first, restored and first, None
         while step < config.total_steps and not stop.asked(step):
             started = time.perf_counter()
             batch = next(batches)

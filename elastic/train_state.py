@@ -1,29 +1,18 @@
-"""Where a run begins or goes on, and what it leaves behind: checkpoints, and files in the released format.
-
-A checkpoint is whole or it is not there: orbax writes it beside its place, in the background, and renames
-it when every host is done. It holds the state to the last bit, the position in the data and the
-configuration, each host writes its own part, and another mesh or number of hosts may read it.
-"""
+"""Where a run begins, and what it leaves behind: files in the released format."""
 
 import dataclasses
 import json
 import logging
-import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
-from etils import epath
 from flax import serialization
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from orbax.checkpoint import checkpoint_managers
 
 from elastic import checkpoint, float8
 from elastic.config import ElasticTokConfig, load_config
@@ -33,176 +22,20 @@ from elastic.mesh import is_first_host
 from elastic.model import init_params
 from elastic.sharding import param_shardings
 from elastic.tensor_file import atomic_file
+from elastic.train_checkpoints import Checkpoints, absolute
 from elastic.train_config import SaveConfig, TrainConfig
 from elastic.train_step import TrainState, new_state
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # the folders of a run's folder, and their files
-MILESTONES = "milestones"
+MILESTONES = "milestones"  # folders of a run's folder, and their files
 PRETRAINED = "pretrained"  # at the end: config.json and model.safetensors, for inference
 CONFIG_FILE = "config.json"
 STATE_FILE = "streaming_train_state"
 PARAMS_FILE = "params"
-_STATE, _NOTES = "state", "notes"  # the two items of a checkpoint
 _START_PATCHES = 40_000  # what a linear start is computed from
 # Options that decide what a state consists of.
 _OF_STATE = ("ema_decay", "accumulate_gradient_steps", "bf16_momentum")
-
-
-class Checkpoints:
-    """The checkpoints of a run.
-
-    Args:
-      folder: the run's folder.
-      save: which are written and kept, and where.
-    """
-
-    def __init__(self, folder: pathlib.Path, save: SaveConfig):
-        self.path = epath.Path(
-            _absolute(save.path) if save.path else folder.absolute() / CHECKPOINTS
-        )
-        policies: list[Any] = [checkpoint_managers.LatestN(save.keep)]
-        if save.milestone_freq:
-            policies.append(checkpoint_managers.EveryNSteps(save.milestone_freq))
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),  # the loop decides
-            cleanup_tmp_directories=True,
-            step_format_fixed_length=8,
-        )
-        with _explained(f"{self.path} cannot be used for checkpoints"):
-            self._manager = ocp.CheckpointManager(
-                self.path, options=options, item_names=(_STATE, _NOTES)
-            )
-
-    def newest(self) -> int | None:
-        """The step of the newest whole checkpoint."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: TrainState, notes: dict[str, Any]) -> None:
-        """Begins to write a checkpoint; the state may be donated as soon as this returns.
-
-        Raises:
-          OSError: this one, or an earlier one in the background, cannot be written.
-        """
-        with _explained(f"The checkpoint of step {step} was not saved in {self.path}"):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    **{
-                        _STATE: ocp.args.StandardSave(_tree(state)),
-                        _NOTES: ocp.args.JsonSave(notes),
-                    }
-                ),
-                force=True,
-            )
-
-    def notes(self, step: int) -> dict[str, Any]:
-        """What was written down beside the state of a step."""
-        with _explained(self._unreadable(step)):
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
-            )
-        return found[_NOTES]
-
-    def restore(self, step: int, like: TrainState, shardings: TrainState) -> TrainState:
-        """The state of a step, laid out as `shardings` say, whatever the mesh it was saved on.
-
-        Raises:
-          OSError: it cannot be read.
-          ValueError: it is not of this model, optimizer and options.
-        """
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            like,
-            shardings,
-        )
-        with _explained(self._unreadable(step)):
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(_tree(target))})
-            )
-        values: dict[str, Any] = {
-            name: None
-            if part is None
-            else serialization.from_state_dict(part, restored[_STATE][name])
-            for name, part in like._asdict().items()
-        }
-        return TrainState(**values)
-
-    def _unreadable(self, step: int) -> str:
-        # Never removed by itself: what is damaged may be the disk, and the checkpoint sound.
-        older = max((other for other in self._manager.all_steps() if other < step), default=None)
-        way_out = "" if older is None else f"; remove that folder to go on from step {older}"
-        return f"The checkpoint of step {step}, {self.path}/{step:08d}, cannot be read{way_out}"
-
-    def wait(self) -> None:
-        """Returns when everything is written.
-
-        Raises:
-          OSError: it could not be.
-        """
-        with _explained(f"A checkpoint was not saved in {self.path}"):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits and lets go."""
-        with _explained(f"A checkpoint was not saved in {self.path}"):
-            self._manager.close()
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)
-
-
-def is_checkpoint(folder: str) -> bool:
-    """Whether this is the folder of one checkpoint of a run."""
-    return all((epath.Path(folder) / item).is_dir() for item in (_STATE, _NOTES))
-
-
-def load_checkpoint_params(folder: str) -> tuple[ElasticTokConfig, dict[str, Any]]:
-    """The model and its parameters, their running mean where there is one, of one checkpoint of a run, as NumPy arrays.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    path = epath.Path(folder).absolute()
-    with _explained(f"The checkpoint {path} cannot be read"):
-        notes = ocp.JsonCheckpointHandler().restore(path / _NOTES)
-        reader = ocp.PyTreeCheckpointHandler()
-        saved = reader.metadata(path / _STATE).tree
-        wanted = "ema" if "ema" in saved else "params"
-        shapes = {wanted: saved[wanted]}
-        # As NumPy's: the devices that it was saved from need not be here.
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-        args = ocp.args.PyTreeRestore(item=shapes, restore_args=how, partial_restore=True)
-        params = reader.restore(path / _STATE, args=args)[wanted]
-    return ElasticTokConfig.from_json_dict(notes["model"]), params
-
-
-def _tree(state: TrainState) -> dict[str, Any]:
-    """Nested dicts: names in a checkpoint do not depend on the classes of a library."""
-    return {
-        name: serialization.to_state_dict(value)
-        for name, value in state._asdict().items()
-        if value is not None
-    }
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Errors of orbax and of what lies under it, as one that says what was not done and why."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        # tensorstore's errors are ValueErrors; those of files hold the number of the system's error.
-        number = re.search(r"os_error_code='(\d+)'", str(error))
-        if number is not None:
-            raise OSError(f"{what}: {os.strerror(int(number[1]))}.") from error
-        said = " ".join(str(error).split())
-        raise (OSError if isinstance(error, OSError) else ValueError)(
-            f"{what}: {said[:300]}"
-        ) from error
 
 
 # The released format
@@ -347,7 +180,7 @@ def check_same_run(config: TrainConfig, notes: dict[str, Any]) -> None:
       ValueError: they belong to another run.
     """
     then, now = notes["training"], dataclasses.asdict(config)
-    before, here = (_absolute(values["output_dir"]) for values in (then, now))
+    before, here = (absolute(values["output_dir"]) for values in (then, now))
     if config.save.path and before != here:
         raise ValueError(
             f"checkpointer.path={config.save.path} holds the checkpoints of the run in {before}; give {here} a path of its own."

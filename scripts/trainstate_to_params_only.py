@@ -59,17 +59,17 @@ CONVERT = Script(
 
 def convert(flags: cli.Values) -> int:
     """Reads, checks and writes."""
-    from elastic import checkpoint, runs, train_state
+    from elastic import checkpoint, runs, train_checkpoints, train_state
 
     source, path = flags["load_checkpoint"], pathlib.Path(flags["output_path"])
     check_output(path)
     preset, changes = flags["load_elastic_config"], flags["update_elastic_config"]
-    if train_state.is_checkpoint(source):
+    if train_checkpoints.is_checkpoint(source):
         if preset or changes:
             raise ValueError(
                 f"{source} says itself what the model is; leave out --load_elastic_config and --update_elastic_config."
             )
-        config, params = train_state.load_checkpoint_params(source)
+        config, params = train_checkpoints.load_checkpoint_params(source)
         which = kept_in_checkpoint(source)
     else:
         config = runs.model_config(source, preset=preset, changes=changes)

@@ -32,7 +32,7 @@ TABLE = """
     bottleneck
     model
     tensor_file
-    float8
+    float8 checksums
     streaming safetensor_file layer_layout
     checkpoint_source
     checkpoint_fit
@@ -75,6 +75,7 @@ TABLE = """
     train_config
     logs
     train_step
+    train_checkpoints
     train_state
     train_log
     train_eval

@@ -7,8 +7,9 @@ from tiny_run import MODELS
 
 from elastic import checkpoint, cli
 from elastic.model import init_params
+from elastic.train_checkpoints import Checkpoints
 from elastic.train_config import SaveConfig
-from elastic.train_state import Checkpoints, write_config
+from elastic.train_state import write_config
 from elastic.train_step import TrainState
 from scripts import trainstate_to_params_only as script
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, numbers, records, settings
 
-from elastic import checkpoint, cli, float8, train_state
+from elastic import checkpoint, cli, float8
 from elastic import train as training
 from elastic.config import load_config
 from elastic.data import DataPosition
@@ -27,6 +27,7 @@ from elastic.optim import OptimizerConfig
 from elastic.tensor_file import flatten
 from elastic.tokenizer import ElasticTokenizer
 from elastic.train import Feed, train
+from elastic.train_checkpoints import Checkpoints
 from elastic.train_config import EvalConfig
 from elastic.train_log import Recorder
 from scripts import train as train_script
@@ -423,7 +424,7 @@ def test_the_script_trains_with_the_released_flags_on_all_devices(
 def test_a_run_is_described_in_its_checkpoint(clips, tmp_path):
     config = settings(clips, tmp_path, total_steps=1)
     train(config, MODELS["vae"])
-    found = train_state.Checkpoints(tmp_path, config.save)
+    found = Checkpoints(tmp_path, config.save)
     notes = found.notes(1)
     found.close()
     assert notes["model"] == MODELS["vae"].to_json_dict()

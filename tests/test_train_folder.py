@@ -1,8 +1,13 @@
 """The folder of a run: what it may replace there, and what it does where something is missing or damaged."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import pathlib
+import re
 import shutil
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,8 +16,11 @@ from tiny_run import MODELS, make_clips, settings
 
 from elastic import checkpoint
 from elastic import train as training
+from elastic.optim import make_optimizer
 from elastic.train import train
+from elastic.train_checkpoints import Checkpoints
 from elastic.train_config import EvalConfig, SaveConfig
+from elastic.train_state import state_layout
 
 pytestmark = pytest.mark.usefixtures("programs_kept", "one_device")
 MODEL = MODELS["vae"]
@@ -90,17 +98,80 @@ def test_checkpoints_in_a_place_of_their_own_belong_to_one_run(clips, tmp_path, 
     )
 
 
-def test_a_damaged_checkpoint_names_the_older_one_to_go_on_from(clips, tmp_path):
-    state = train(settings(clips, tmp_path), MODEL).state
-    newest = tmp_path / "checkpoints" / "00000006"
-    for file in (newest / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises((OSError, ValueError), match=r"00000006, .* go on from step 3"):
-        train(settings(clips, tmp_path, total_steps=7), MODEL)
-    shutil.rmtree(newest)
-    again = train(settings(clips, tmp_path), MODEL).state
-    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, again)))
+@pytest.fixture(scope="module")
+def finished(clips, tmp_path_factory):
+    """A run of six steps with checkpoints of step 3 and 6."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, train(settings(clips, folder), MODEL).state
+
+
+def flip(file, place):
+    """One bit, in the middle of what a disk holds."""
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
+    clips, finished, tmp_path, caplog
+):
+    """The newest whole one is taken, the other set aside. Without a whole one nothing is touched."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    older, newest = (folder / "checkpoints" / step for step in ("00000003", "00000006"))
+    flip(newest / "notes" / "metadata", 0.5)
+    before = content(newest)
+    alone = shutil.copytree(folder, tmp_path / "alone")
+    flip(alone / "checkpoints" / older.name / "notes" / "metadata", 0.5)
+    with pytest.raises(ValueError, match=r"The checkpoint of step 6, .*00000006, cannot be read: "):
+        restored(alone)
+    assert content(alone / "checkpoints" / newest.name) == before
+
+    again = train(settings(clips, folder), MODEL).state
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((finished[1], again)))
+    assert re.search(r"6, cannot be read.* the run goes on from step 3\.", caplog.text)
+    assert content(older.parent / "damaged" / newest.name) == before
+    assert newest.exists()
+
+
+def restored(folder):
+    """What a run in the folder would go on from."""
+    config = settings(folder, folder)
+    layout = state_layout(
+        config, MODEL, make_optimizer(config.optimizer), training.make_mesh("1,1,1,1")
+    )
+    checkpoints = Checkpoints(folder, config.save)
+    try:
+        return checkpoints.restore_newest(*layout)
+    finally:
+        checkpoints.close()
+
+
+# What orbax was reading beside the part that cannot be read is dropped.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_damage_is_read_as_if_it_were_a_state(finished, tmp_path, caplog):
+    """A flipped bit, a file that is cut or missing: the state as it was, or the older one, never another."""
+    newest = pathlib.Path("checkpoints", "00000006")
+    files = [path for path in (finished[0] / newest).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size).relative_to(finished[0])
+    damages = [
+        partial(shutil.rmtree, newest),  # the older one, to compare with
+        *(partial(flip, largest, k / 7) for k in range(1, 7)),
+        partial(os.truncate, largest, 1000),
+        partial(os.remove, newest / "state" / "manifest.ocdbt"),
+        partial(shutil.rmtree, newest / "notes"),
+    ]
+    whole = {6: finished[1]}
+    passed_over = 0
+    for number, damage in enumerate(damages):
+        folder = shutil.copytree(finished[0], tmp_path / f"copy{number}")
+        with contextlib.chdir(folder):
+            damage()
+        step, _, state = restored(folder)
+        same = whole.setdefault(step, state)
+        jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state, same)))
+        passed_over += "now, and the run goes on from step 3" in caplog.text
+        caplog.clear()
+    assert passed_over >= 6
 
 
 def test_held_out_files_that_cannot_be_read_are_an_error_before_the_first_step(clips, tmp_path):
