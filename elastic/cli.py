@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 
 from elastic.cli_flags import Flag, Script
+from elastic.programs import keep_programs
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ def run(
         try:
             values = parse(script, arguments)
             debug = values["debug"]
+            keep_programs()
             return body(values) or 0
         except KeyboardInterrupt:
             print(f"{script.name}: interrupted.", file=sys.stderr)

@@ -44,6 +44,17 @@ def one_device():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs_of_scripts(tmp_path_factory):
+    """What scripts compile that tests start is not kept in the user's cache. This process has read its variables before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "of_scripts")
+        )
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """The folder of files that the released system computed (see tests/golden/README.md)."""

@@ -276,25 +276,28 @@ def test_heads_and_parts_of_a_cached_past_lie_on_several_devices(implementation,
     assert largest_difference(out, one_shot) <= 2e-6
 
 
-RINGS = [
-    ("blockwise", layout, mesh_dim)
-    for layout in ring.LAYOUTS
-    for mesh_dim in ("1,1,1,2", "1,1,1,8", "2,1,2,2")
-] + [
-    (f"pallas_{device}_interpret", layout, "1,1,1,4")
-    for device in ("tpu", "gpu")
-    for layout in ring.LAYOUTS
-]
 RING_CASES = {
     "blocks": dict(length=96, block_size=24, q_tile=8, kv_tile=16),
     "all at once": dict(
         length=96, block_size=24, kv_length=77, segments=(40, 56), hidden=0.2, q_tile=8, kv_tile=16
     ),
 }
+RINGS = [
+    *(("all at once", "blockwise", layout, "1,1,1,8") for layout in ring.LAYOUTS),
+    *(("all at once", "blockwise", layout, "2,1,2,2") for layout in ring.LAYOUTS),
+    *(
+        ("all at once", f"pallas_{device}_interpret", layout, "1,1,1,4")
+        for device in ("tpu", "gpu")
+        for layout in ring.LAYOUTS
+    ),
+    ("blocks", "blockwise", "balanced", "1,1,1,2"),
+    ("blocks", "blockwise", "plain", "1,1,1,8"),
+    ("blocks", "pallas_tpu_interpret", "balanced", "1,1,1,4"),
+    ("blocks", "pallas_gpu_interpret", "balanced", "1,1,1,4"),
+]
 
 
-@pytest.mark.parametrize(("implementation", "layout", "mesh_dim"), RINGS)
-@pytest.mark.parametrize("case", RING_CASES)
+@pytest.mark.parametrize(("case", "implementation", "layout", "mesh_dim"), RINGS)
 def test_a_ring_is_one_device(case, implementation, layout, mesh_dim):
     qkv, cotangent, scope, static = make_case(jnp.float32, **RING_CASES[case])
     sizes = [int(size) for size in mesh_dim.split(",")]

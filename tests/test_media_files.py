@@ -42,7 +42,9 @@ def test_a_decoded_frame_is_released_without_garbage_collection(golden):
     gc.collect()
     gc.disable()
     try:
-        for _ in source.frames(np.arange(97)):
+        for number, _ in enumerate(source.frames(np.arange(97))):
+            if number % 24:  # to look through all objects takes a while
+                continue
             assert sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()) < 8
     finally:
         gc.enable()

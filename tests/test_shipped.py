@@ -28,7 +28,7 @@ def tokenizer(request):
     return ElasticTokenizer(config, checkpoint.load_params(folder, config), mesh=mesh)
 
 
-def shots(tokenizer, motion, num_blocks=2):
+def shots(tokenizer, motion, num_blocks=1):
     """Frames from the middle of every shot with this motion, at the model's resolution."""
     listed = json.loads((EXAMPLE / "video.json").read_text())["shots"]
     with media.open_clip(EXAMPLE / "video.mp4", resolution=tokenizer.config.resolution) as reader:

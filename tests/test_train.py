@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, numbers, records, settings
 
-from elastic import checkpoint, cli, float8
+from elastic import checkpoint, cli, float8, train_state
 from elastic import train as training
 from elastic.config import load_config
 from elastic.data import DataPosition
@@ -65,7 +65,8 @@ def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, ki
     assert np.mean([block.loss for block in tokens.blocks]) < losses[0]
 
 
-def test_a_run_that_starts_linear_begins_where_noise_does_not(clips, tmp_path):
+def test_a_run_that_starts_linear_begins_where_noise_does_not(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_state, "_START_PATCHES", 2000)  # of clips as small as these
     losses = {}
     for init in ("random", "linear"):
         config = settings(clips, tmp_path / init, init=init, total_steps=1, mask_full_fraction=1.0)

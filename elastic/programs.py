@@ -1,0 +1,57 @@
+"""Programs that XLA has compiled, kept on disk by jax: a run that goes on starts at once, and takes less memory.
+
+Only environment variables are set, before jax is imported, so that scripts may ask for it before they know whether they need jax.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import platform
+import sys
+import time
+
+_MOST_BYTES = 1_000_000_000  # then those go that were not used for longest
+_LEAST_SECONDS = 0.2  # what compiles faster is not kept
+_WRITTEN_SECONDS = 60  # by then a program is written
+
+
+def keep_programs() -> None:
+    """Has jax keep programs in `elastic/programs` of $XDG_CACHE_HOME or ~/.cache.
+
+    What is set already is left as it is: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    """
+    if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = pathlib.Path(root, "elastic", "programs", _processor())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to: compiled anew each time, as without this
+    if os.access(folder, os.W_OK):
+        _remove_halves(folder)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
+
+
+def _remove_halves(folder: pathlib.Path) -> None:
+    """Removes what a kill left: jax writes a program in place, then beside it when it was used, and reads what is there."""
+    for program in folder.glob("*-cache"):
+        used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(OSError):  # another process may be faster
+            if not used.exists() and time.time() - program.stat().st_mtime > _WRITTEN_SECONDS:
+                program.unlink()
+
+
+def _processor() -> str:
+    """A name for processors of this kind: machines may share a home, and XLA:CPU compiles for the instructions of one."""
+    described = [platform.machine(), platform.processor()]
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for name in ("model name", "flags", "Features"):
+        described += [line for line in lines if line.startswith(name)][:1]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
