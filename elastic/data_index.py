@@ -151,7 +151,7 @@ class FileIndex:
             return cls(values["folder"], values["ext"], values["fps"], files, bad)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{str(path)!r} is no index of files ({error}); delete it to make it anew."
+                f"{str(path)!r} is no index of files ({error}); move it away, or delete it to have one made anew."
             ) from error
 
 
@@ -166,15 +166,13 @@ def load_or_build(
     """The index of a folder as it is now, but for what lies in `without`; `path` keeps it, so that only what is new is measured.
 
     Raises:
-      ValueError: as in `FileIndex.build`.
+      ValueError: as in `FileIndex.build`; or what lies at `path` is no index.
+      OSError: it cannot be read or written.
     """
     known = None
     if path is not None and os.path.exists(path):
-        try:
-            known = FileIndex.load(path)
-        except (ValueError, OSError) as error:
-            log.warning("%s", error)
-        if known is not None and known.folder != folder:
+        known = FileIndex.load(path)  # what is no index is not ours to replace
+        if known.folder != folder:
             known = None
     index = FileIndex.build(folder, fps=fps, ext=ext, known=known, without=without)
     if path is not None and index != known:

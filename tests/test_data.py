@@ -271,9 +271,10 @@ def test_only_what_is_new_or_changed_is_measured_again(clips, tmp_path, monkeypa
     assert [file.name for file in second.files] == ["clip0.mp4", "new é 'x'.mp4", "text.mp4"]
     assert not second.bad and second.digest != first.digest
 
-    path.write_text("damaged")
-    assert load_index(config, MODEL, path=path) == second
-    assert "is no index of files" in caplog.text
+    path.write_text("somebody's notes")
+    with pytest.raises(ValueError, match="is no index of files"):
+        load_index(config, MODEL, path=path)
+    assert path.read_text() == "somebody's notes"
 
 
 def test_a_folder_without_usable_files_is_an_error_at_once(tmp_path):
