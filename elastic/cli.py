@@ -172,6 +172,8 @@ def run(
         try:
             values = parse(script, arguments)
             debug = values["debug"]
+            if debug:
+                _show_all()
             keep_programs()
             return body(values) or 0
         except KeyboardInterrupt:
@@ -256,10 +258,12 @@ def _logging() -> Iterator[None]:
     ours = logging.getLogger("elastic")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate = ours.level, ours.propagate
+    level, propagate, hook = ours.level, ours.propagate, sys.excepthook
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False  # a library that gives the root a handler would have every line twice
+    logging.getLogger("absl").addFilter(_is_no_trace)
+    sys.excepthook = _show_no_echo
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         del category
@@ -271,9 +275,27 @@ def _logging() -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
+        _show_all()
+        sys.excepthook = hook
         ours.removeHandler(handler)
         ours.setLevel(level)
         ours.propagate = propagate
+
+
+def _is_no_trace(record: logging.LogRecord) -> bool:
+    """Of an exception that orbax logs with its traceback and then raises, once a thread, only what becomes of it is shown."""
+    return record.exc_info is None
+
+
+def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For sys.excepthook: of the parts of a checkpoint that nobody waits for any more, tensorstore prints the failure of each."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _show_all() -> None:
+    logging.getLogger("absl").removeFilter(_is_no_trace)
+    sys.excepthook = sys.__excepthook__
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -40,6 +41,24 @@ class Writer(Protocol):
         """Ends it."""
 
 
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """An error of writing says where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def _said(path: pathlib.Path) -> Iterator[None]:
+    """An error of closing is told, and does not take the place of the one that ends the run."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s is not whole: %s.", path, error.strerror)
+
+
 class MetricsFile:
     """Records of a run, one JSON object a line, appended as they come and flushed one by one.
 
@@ -66,18 +85,17 @@ class MetricsFile:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; it has a `step`."""
-        try:
+        with _named(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Pictures are no lines of text: they go elsewhere."""
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        with _said(self.path):
+            self._file.close()
 
 
 def is_log(path: pathlib.Path) -> bool:
@@ -98,30 +116,54 @@ def is_log(path: pathlib.Path) -> bool:
 
 
 class TensorBoard:
-    """Event files; steps after `first_step` that an earlier try wrote are hidden."""
+    """Event files; steps after `first_step` that an earlier try wrote are hidden.
+
+    The library's own SummaryWriter writes in a thread: where that fails, on a full disk, the run would wait for it for ever.
+    """
 
     def __init__(self, folder: pathlib.Path, *, first_step: int):
-        from tensorboardX import (
-            SummaryWriter,
-        )  # not by `import elastic.train` for a run that wants none
+        # Not by `import elastic.train` for a run that wants none.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        proto: Any = event_pb2  # its classes are made when it is imported
+        self._summary, self._event, self._folder = summary, proto.Event, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._file.write_event(
+            self._event(step=first_step + 1, wall_time=time.time(), session_log=start)
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One scalar for each number."""
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(_tag(name), value, int(record["step"]))
+        numbers = {
+            _tag(name): value
+            for name, value in record.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        self._add(int(record["step"]), (self._summary.scalar(*item) for item in numbers.items()))
 
     def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """One image for each picture."""
-        for name, picture in pictures.items():
-            self._writer.add_image(name, picture, step, dataformats="HWC")
-        self._writer.flush()
+        self._add(
+            step,
+            (self._summary.image(*item, dataformats="HWC") for item in pictures.items()),
+        )
+
+    def _add(self, step: int, summaries: Iterable[Any]) -> None:
+        with _named(self._folder):
+            for summary in summaries:
+                self._file.write_event(
+                    self._event(step=step, wall_time=time.time(), summary=summary)
+                )
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the event file."""
-        self._writer.close()
+        with _said(self._folder):
+            self._file.close()
 
 
 class WandB:

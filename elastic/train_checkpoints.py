@@ -86,7 +86,9 @@ class Checkpoints:
         tree = _tree(state)
         notes = notes | {_SUMS: checksums(tree)}
         notes[_NOTES_SUM] = _sum_of(notes)
-        with _explained(f"The checkpoint of step {step} was not saved in {self.path}"):
+        with _explained(
+            f"The checkpoint of step {step}, or the one before it, was not saved in {self.path}"
+        ):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(

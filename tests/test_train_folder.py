@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ from tiny_run import MODELS, make_clips, settings
 
 from elastic import checkpoint
 from elastic import train as training
+from elastic.logs import TensorBoard
 from elastic.optim import make_optimizer
 from elastic.train import train
 from elastic.train_checkpoints import Checkpoints
@@ -180,3 +182,22 @@ def test_held_out_files_that_cannot_be_read_are_an_error_before_the_first_step(c
     evaluation = EvalConfig(freq=2, path=str(tmp_path / "held"))
     with pytest.raises(ValueError, match="None of the 1 files to evaluate on can be read"):
         train(settings(clips, tmp_path / "run", evaluation=evaluation), MODEL)
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_its_name_and_closing_it_hides_no_error(
+    tmp_path, monkeypatch, caplog
+):
+    """A writer in a thread would die there, and the run wait for it for ever."""
+    board = TensorBoard(tmp_path / "tensorboard", first_step=0)
+    board.write({"step": 1, "loss": 0.5})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(board._file, "flush", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*tensorboard"):
+        board.write({"step": 2, "loss": 0.5})
+    board.close()
+    monkeypatch.undo()
+    board.close()
+    assert "tensorboard is not whole: No space left on device." in caplog.text
