@@ -288,8 +288,8 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     with started(clips, folder, "", before=full) as process:
         pass
     assert process.returncode == 1
-    # Threads of orbax's may still speak after it.
-    last = re.search(r"^OSError: .*not saved in .*too large", process.said, re.MULTILINE)
+    # Threads of orbax may speak at the same time.
+    last = re.search(r"not saved in .*too large", process.said)
     assert last is not None, process.said[-3000:]
     assert names(folder / "checkpoints")[0] == "00000003"
     assert_equal_states(train(settings(clips, folder), MODELS["vae"]).state, straight[0])
