@@ -165,7 +165,7 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
         profile = stack.enter_context(_Profile(config, folder))
         record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
 
-        step, saved, terms = first, restored and first, None
+        step, saved, terms = first, None if restored is None else first, None
         while step < config.total_steps and not stop.asked(step):
             started = time.perf_counter()
             batch = next(batches)

@@ -7,6 +7,7 @@ has done to it since is seen by the checksums that lie beside the state.
 """
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -134,11 +135,11 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Mapping[int, DamagedCheckpoint], step: int) -> None:
         for other, error in damaged.items():
-            place = self.path / DAMAGED / f"{other:08d}"
-            with _explained(f"{self._place(other)} cannot be moved to {place}"):
-                place.parent.mkdir(exist_ok=True)
-                if place.exists():  # it was damaged a second time
-                    place.rmtree()
+            folder = self.path / DAMAGED
+            names = (f"{other:08d}-{n}" if n else f"{other:08d}" for n in itertools.count())
+            with _explained(f"{self._place(other)} cannot be moved to {folder}"):
+                folder.mkdir(exist_ok=True)
+                place = next(folder / name for name in names if not (folder / name).exists())
                 self._place(other).rename(place)
             log.warning("%s It is in %s now, and the run goes on from step %d.", error, place, step)
         if damaged:

@@ -128,10 +128,12 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
         restored(alone)
     assert content(alone / "checkpoints" / newest.name) == before
 
+    earlier = older.parent / "damaged" / newest.name  # it was damaged before
+    earlier.mkdir(parents=True)
     again = train(settings(clips, folder), MODEL).state
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((finished[1], again)))
     assert re.search(r"6, cannot be read.* the run goes on from step 3\.", caplog.text)
-    assert content(older.parent / "damaged" / newest.name) == before
+    assert content(earlier.with_name("00000006-1")) == before and not content(earlier)
     assert newest.exists()
 
 
