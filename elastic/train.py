@@ -151,6 +151,8 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
         log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
 
         step_fn = step_program(config, model, optimizer, layout[1])
+        # It may measure the device's peak, which decoders beside it would lower.
+        record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
         feed = Feed(mesh, config.data, elastic)
         batches = stack.enter_context(
             feed.batches(data, position.batches, config.total_steps - first)
@@ -163,7 +165,7 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
             )
         stop = stack.enter_context(_stop_request())
         profile = stack.enter_context(_Profile(config, folder))
-        record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
+        record.restart(first)
 
         step, saved, terms = first, None if restored is None else first, None
         while step < config.total_steps and not stop.asked(step):

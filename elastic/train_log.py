@@ -115,7 +115,7 @@ def device_peak(dtype: str) -> float:
         product(x).block_until_ready()
         return time.perf_counter() - started
 
-    fastest = min(seconds() for _ in range(5))  # the data path begins to decode beside it
+    fastest = min(seconds() for _ in range(5))
     # Virtual devices share the cores: the rate of all of them together is that of one.
     shared = len(jax.local_devices()) if device.platform == "cpu" else 1
     return 2 * size**3 / fastest / shared
