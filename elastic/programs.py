@@ -3,17 +3,14 @@
 Only environment variables are set, before jax is imported, so that scripts may ask for it before they know whether they need jax.
 """
 
-import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 import sys
-import time
 
 _MOST_BYTES = 1_000_000_000  # then those go that were not used for longest
 _LEAST_SECONDS = 0.2  # what compiles faster is not kept
-_WRITTEN_SECONDS = 60  # by then a program is written
 
 
 def keep_programs() -> None:
@@ -32,17 +29,20 @@ def keep_programs() -> None:
     if os.access(folder, os.W_OK):
         _remove_halves(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MOST_BYTES))
+        # Not the user's, if there is one: without a limit jax does not note what was used, which `_remove_halves` goes by.
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_MOST_BYTES)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
 
 
 def _remove_halves(folder: pathlib.Path) -> None:
-    """Removes what a kill left: jax writes a program in place, then beside it when it was used, and reads what is there."""
+    """Removes what a kill left: jax writes a program in place, then beside it when it was used, and takes what is there for whole.
+
+    One that another process is just writing goes too, and is compiled once more.
+    """
     for program in folder.glob("*-cache"):
         used = program.with_name(program.name.removesuffix("-cache") + "-atime")
-        with contextlib.suppress(OSError):  # another process may be faster
-            if not used.exists() and time.time() - program.stat().st_mtime > _WRITTEN_SECONDS:
-                program.unlink()
+        if not used.exists():
+            program.unlink(missing_ok=True)
 
 
 def _processor() -> str:
