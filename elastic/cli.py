@@ -262,7 +262,8 @@ def _logging() -> Iterator[None]:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False  # a library that gives the root a handler would have every line twice
-    logging.getLogger("absl").addFilter(_is_no_trace)
+    theirs = logging.getLogger("absl")
+    theirs.addFilter(_is_no_trace)
     sys.excepthook = _show_no_echo
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -275,7 +276,7 @@ def _logging() -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        _show_all()
+        theirs.removeFilter(_is_no_trace)
         sys.excepthook = hook
         ours.removeHandler(handler)
         ours.setLevel(level)
@@ -294,6 +295,7 @@ def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -
 
 
 def _show_all() -> None:
+    """For --debug."""
     logging.getLogger("absl").removeFilter(_is_no_trace)
     sys.excepthook = sys.__excepthook__
 

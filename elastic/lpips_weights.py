@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from elastic.cache_folder import cache_folder
 from elastic.safetensor_file import index_safetensors, looks_like_safetensors, write_safetensors
 from elastic.tensor_file import (
     CheckpointError,
@@ -38,7 +39,7 @@ _FILE_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d
 _WEIGHTS_SHA256 = (
     "2b6b156e91a96be3b7f7afa5cc8050919440fbe3fa20508f4885d7415d944480"  # of their bytes, by name
 )
-_CACHED = Path("elastic", "lpips_vgg16.safetensors")
+_CACHED = "lpips_vgg16.safetensors"
 
 # Channels of VGG16's convolutions (Simonyan and Zisserman 2015, configuration D), stage by stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -87,9 +88,8 @@ def load_lpips_weights(path: str | os.PathLike | None = None) -> Weights:
 
 
 def _cache_file() -> Path | None:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Without a home directory '~' stays as it is; a relative folder is no cache (XDG's own rule).
-    return Path(root) / _CACHED if os.path.isabs(root) else None
+    folder = cache_folder()
+    return None if folder is None else folder / _CACHED
 
 
 def _read_cache(path: Path) -> Weights | None:

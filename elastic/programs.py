@@ -9,6 +9,8 @@ import pathlib
 import platform
 import sys
 
+from elastic.cache_folder import cache_folder
+
 _MOST_BYTES = 1_000_000_000  # then those go that were not used for longest
 _LEAST_SECONDS = 0.2  # what compiles faster is not kept
 
@@ -20,8 +22,10 @@ def keep_programs() -> None:
     """
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = pathlib.Path(root, "elastic", "programs", _processor())
+    place = cache_folder()
+    if place is None:
+        return
+    folder = place / "programs" / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

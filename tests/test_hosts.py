@@ -84,7 +84,7 @@ def alone(clips, tmp_path_factory):
 def test_two_processes_have_the_losses_and_parameters_of_one(joined, alone, mesh_dim):
     ours, theirs = numbers(alone[0]), numbers(joined / mesh_dim)
     assert [record["step"] for record in theirs] == [1, 2, 3, 4]
-    for one, two in zip(ours, theirs, strict=False):
+    for one, two in zip(ours[:4], theirs, strict=True):
         for name in ("loss", "recon_loss", "gradient_norm", "kept_tokens", "epoch"):
             assert two[name] == pytest.approx(one[name], rel=1e-5), name
     milestone = pathlib.Path("milestones", "00000004")

@@ -59,7 +59,7 @@ def test_a_clip_comes_back_as_it_went_in(tmp_path, size, monkeypatch):
     assert write_shard(tmp_path / "a.parquet", rows[:40]) == 40
     write_shard(tmp_path / "b.parquet", rows[40:])
     assert pq.read_metadata(tmp_path / "a.parquet").num_row_groups > 5
-    shards = pickle.loads(pickle.dumps(TokenShards(tmp_path)))  # noqa: S301
+    shards = pickle.loads(pickle.dumps(TokenShards(tmp_path)))  # noqa: S301 - our own, just made
     assert len(shards) == 49 and list(shards.ids) == [name for name, _ in rows]
     for number in np.random.default_rng(0).permutation(49):
         assert shards[number].to_bytes() == rows[number][1].to_bytes()
