@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
-import pathlib
-import subprocess
 
 import jax
 import numpy as np
@@ -15,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastic import checkpoint, cli, evaluation_files, lpips_weights, masks, media, metrics
+from elastic import checkpoint, cli, evaluation_files, masks, media, metrics
 from elastic.config import ElasticTokConfig
 from elastic.evaluation import EvaluationConfig, _all_counts, evaluate
 from elastic.evaluation_records import Block, Evaluation, Run, RunResult
@@ -27,7 +24,6 @@ from elastic.tensor_file import unflatten
 from elastic.tokenizer import ElasticTokenizer
 from scripts import evaluate as script
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = ElasticTokConfig(
     hidden_size=64, intermediate_size=96, num_attention_heads=2, num_encoder_layers=2, num_decoder_layers=2,
     rms_norm_eps=1e-5, theta=5e7, frames_per_block=2, patch_size=(1, 8, 8), min_toks=4, max_toks=32, max_sequence_length=96,
@@ -418,53 +414,3 @@ def test_an_error_while_writing_leaves_the_folder_as_it_was(measured, tmp_path, 
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
         evaluation_files.write(tmp_path, {"elastic": measured})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, caplog):
-    def missing(path):
-        raise ValueError("there are no weights")
-
-    monkeypatch.setattr(lpips_weights, "load_lpips_weights", missing)
-    command = ["--input_path=a", "--output_folder=b", "--models=c"]
-    config = EvaluationConfig(metrics=("psnr", "ssim", "lpips"))
-    found, weights = script.with_lpips(cli.parse(script.EVALUATE, command), config)
-    assert found.metrics == ("psnr", "ssim") and weights is None
-    assert "there are no weights" in caplog.text
-    for flag in ("--metrics=psnr,ssim,lpips", "--lpips_weights=file"):
-        with pytest.raises(ValueError, match="there are no weights"):
-            script.with_lpips(cli.parse(script.EVALUATE, [*command, flag]), config)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("example/fsq", {"fsq": "example/fsq"}),
-        ("a=example/fsq, b = x/y", {"a": "example/fsq", "b ": " x/y"}),
-        ("trainstate_params::out/lr=1/state", {"state": "trainstate_params::out/lr=1/state"}),
-        ("m=params::out/lr=1/params", {"m": "params::out/lr=1/params"}),
-    ],
-)
-def test_a_model_is_named_before_the_sign_or_by_the_end_of_its_path(text, expected):
-    expected = {name.strip(): spec.strip() for name, spec in expected.items()}
-    assert script.parse_models(text) == expected
-
-
-def test_the_wrapper_measures_the_shipped_model_and_passes_flags_on(tmp_path):
-    stub = tmp_path / "python-stub"
-    stub.write_text(
-        '#!/usr/bin/env bash\ncase "$*" in\n *version_info*) ;;\n *prepare_env.py*) echo "$0" ;;\n'
-        ' *) printf "%s\\n" "$@" >"$0.called" ;;\nesac\n'
-    )
-    stub.chmod(0o755)
-    settings = "models input_path output_folder thresholds max_frames".split()
-    clean = {key: value for key, value in os.environ.items() if key not in settings}
-    wrapper = ROOT / "scripts" / "run_evaluate.sh"
-    subprocess.run(
-        ["bash", wrapper, "--searches=linear"],
-        check=True, cwd=tmp_path, env=clean | {"ELASTIC_PYTHON": str(stub), "max_frames": "0"},
-    )  # fmt: skip
-    called = stub.with_name("python-stub.called").read_text().splitlines()
-    assert called[:2] == ["-u", "scripts/evaluate.py"] and called[-1] == "--searches=linear"
-    values = cli.parse(script.EVALUATE, called[2:])
-    assert (ROOT / values["models"] / "config.json").exists()
-    assert (ROOT / values["input_path"]).exists() and values["max_frames"] == 0
