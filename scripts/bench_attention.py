@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from elastic.flops import visible_pairs
+from elastic.model.flops import visible_pairs
 from scripts.bench_inference import (
     hardware,
     in_new_process,
@@ -110,7 +110,7 @@ def ours(
     import jax.numpy as jnp
 
     from elastic import ops
-    from elastic.mesh import make_mesh
+    from elastic.distributed.mesh import make_mesh
 
     mesh = make_mesh("1,1,-1,1")
     q_tile, kv_tile = (int(size) for size in tiles.split("x"))

@@ -32,7 +32,7 @@ def cpu_seconds() -> float:
 def measure(args: Any, index: str, side: int, num_blocks: int, workers: int) -> dict[str, Any]:
     """One setting. The frames of an image's block count like a video's."""
     from elastic.config import ElasticTokConfig
-    from elastic.data import DataConfig, TrainingData, load_index
+    from elastic.data.dataset import DataConfig, TrainingData, load_index
 
     tokens = 2 * (side // 8) ** 2
     model = ElasticTokConfig(
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="measure the second epoch")
     args = parser.parse_args()
 
-    from elastic.data_index import load_or_build
+    from elastic.data.file_index import load_or_build
 
     with tempfile.TemporaryDirectory() as folder:
         index = os.path.join(folder, "index.json")

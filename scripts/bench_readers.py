@@ -27,9 +27,9 @@ BARCODE_CLIP = pathlib.Path(__file__).parents[1] / "tests/golden/media/clip_160x
 
 
 def read_elastic(path: str) -> Iterator[np.ndarray]:
-    from elastic import media_read
+    from elastic.media import images
 
-    source = media_read.open_source(path)
+    source = images.open_source(path)
     for frame in source.frames(np.arange(source.info.num_frames)):
         yield np.asarray(frame)
 

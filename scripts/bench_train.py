@@ -67,17 +67,17 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from elastic.config import load_config, update_config
-    from elastic.data import DataConfig
-    from elastic.flops import peak_flops, training_flops
-    from elastic.lpips_weights import load_lpips_weights
-    from elastic.mesh import make_mesh
-    from elastic.model import ElasticTok
-    from elastic.optim import make_optimizer
-    from elastic.train import Feed
-    from elastic.train_config import TrainConfig
-    from elastic.train_log import memory_in_use
-    from elastic.train_state import first_state, state_layout
-    from elastic.train_step import step_program
+    from elastic.data.dataset import DataConfig
+    from elastic.distributed.mesh import make_mesh
+    from elastic.metrics.lpips_weights import load_lpips_weights
+    from elastic.model.autoencoder import ElasticTok
+    from elastic.model.flops import peak_flops, training_flops
+    from elastic.training.config import TrainConfig
+    from elastic.training.loop import Feed
+    from elastic.training.optimizer import make_optimizer
+    from elastic.training.state import first_state, state_layout
+    from elastic.training.step import step_program
+    from elastic.training.throughput import memory_in_use
 
     preset, changes, batch_size = CASES[case]
     elastic = update_config(load_config(preset), changes)
@@ -131,7 +131,7 @@ def random_sequences(elastic: Any, batch_size: int, length: int) -> Any:
     """A batch of noise, one file a sequence."""
     import numpy as np
 
-    from elastic.data import Sequences
+    from elastic.data.dataset import Sequences
 
     blocks = (batch_size, length // elastic.tokens_per_block)
     pixels = np.random.default_rng(0).integers(

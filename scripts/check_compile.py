@@ -10,9 +10,10 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from elastic import cli, targets  # noqa: E402
-from elastic.cli_flags import Flag, Script  # noqa: E402
-from elastic.cli_flags_train import TRAIN  # noqa: E402
+from elastic.aot import targets  # noqa: E402
+from elastic.cli import app  # noqa: E402
+from elastic.cli.flags import Flag, Script  # noqa: E402
+from elastic.cli.flags_train import TRAIN  # noqa: E402
 from elastic.config import parse_dict  # noqa: E402
 
 DOES_NOT_FIT = 2
@@ -72,7 +73,7 @@ _SLICES = (
 _RING = {"v4-64chips": 16, "v5p-64chips": 16, "v4-512chips": 64, "v5p-512chips": 64, "v5e-256chips": 16}  # fmt: skip
 
 
-def check_compile(flags: cli.Values) -> int:
+def check_compile(flags: app.Values) -> int:
     """Compiles for one target, or the whole table."""
     if flags["table"]:
         return table(flags)
@@ -86,25 +87,28 @@ def check_compile(flags: cli.Values) -> int:
     return DOES_NOT_FIT if any(row["memory"]["fits"] is False for row in rows) else 0
 
 
-def reports(flags: cli.Values, target: targets.Target) -> list[dict[str, Any]]:
+def reports(flags: app.Values, target: targets.Target) -> list[dict[str, Any]]:
     """One record for each program asked for."""
     devices = targets.devices(target)
 
-    from elastic import aot, train_flags
-    from elastic.mesh import make_mesh
+    from elastic.aot import compile
+    from elastic.cli import train_config
+    from elastic.distributed.mesh import make_mesh
 
-    elastic = train_flags.model_of(flags)
-    config = train_flags.run_of(flags, elastic, only_compiled=True)
+    elastic = train_config.model_of(flags)
+    config = train_config.run_of(flags, elastic, only_compiled=True)
     mesh = make_mesh(config.mesh_dim, devices)
     rows = []
     if flags["program"] != "inference":
-        rows.append(aot.report_train(config, elastic, mesh, target))
+        rows.append(compile.report_train(config, elastic, mesh, target))
     if flags["program"] != "train":
         window = flags["max_blocks_per_chunk"] or (
             elastic.max_sequence_length // elastic.tokens_per_block
         )
         rows.append(
-            aot.report_inference(elastic, mesh, target, dtype=config.dtype, window_blocks=window)
+            compile.report_inference(
+                elastic, mesh, target, dtype=config.dtype, window_blocks=window
+            )
         )
     for row in rows:
         text = row.pop("text")
@@ -117,7 +121,7 @@ def reports(flags: cli.Values, target: targets.Target) -> list[dict[str, Any]]:
     return [{"command": command} | row for row in rows]
 
 
-def _names(flags: cli.Values) -> list[str]:
+def _names(flags: app.Values) -> list[str]:
     """Flags on the command line that decide what is compiled."""
     return [
         flag.name
@@ -156,7 +160,7 @@ def layout(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def table(flags: cli.Values) -> int:
+def table(flags: app.Values) -> int:
     """Every case of the table that the --json file does not hold yet, one process after the other."""
     if not flags["json"]:
         raise ValueError("--table needs --json=FILE: it goes on from what stands there.")
@@ -179,7 +183,7 @@ def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def _cases(flags: cli.Values) -> list[list[str]]:
+def _cases(flags: app.Values) -> list[list[str]]:
     """The command lines of the table. Flags given besides --table stand above its own, and --target above its slices."""
     given = {name: flags[name] for name in _names(flags)}
     changes = parse_dict(given.pop("update_elastic_config", "dict()"))
@@ -209,4 +213,4 @@ def _cases(flags: cli.Values) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(CHECK, check_compile))
+    sys.exit(app.run(CHECK, check_compile))

@@ -5,34 +5,35 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import DECODE
+from elastic.cli import app
+from elastic.cli.flags import DECODE
 
 
-def decode(flags: cli.Values) -> int:
+def decode(flags: app.Values) -> int:
     """Loads tokens and model, and writes the clip."""
-    from elastic import mesh, runs
+    from elastic.distributed import mesh
+    from elastic.pipeline import tokenize_files
 
-    tokens = runs.open_tokens(flags["input_path"])
-    runs.check_decoded_name(flags["output_path"], tokens)
+    tokens = tokenize_files.open_tokens(flags["input_path"])
+    tokenize_files.check_decoded_name(flags["output_path"], tokens)
     mesh.set_up_cpu()
-    spec = flags["load_checkpoint"] or runs.model_of(tokens)
-    config = runs.model_config(
+    spec = flags["load_checkpoint"] or tokenize_files.model_of(tokens)
+    config = tokenize_files.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    runs.check_same_model(tokens, config, spec)
-    tokenizer = runs.ElasticTokenizer.from_pretrained(
+    tokenize_files.check_same_model(tokens, config, spec)
+    tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
         spec,
         config=config,
         dtype=flags["dtype"],
         mesh_dim=flags["mesh_dim"],
         window_blocks=tokens.window_blocks,
     )
-    cli.log.info("%s", runs.describe(tokenizer))
-    runs.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
-    cli.log.info("%s -> %s", tokens, flags["output_path"])
+    app.log.info("%s", tokenize_files.describe(tokenizer))
+    tokenize_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
+    app.log.info("%s -> %s", tokens, flags["output_path"])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(DECODE, decode))
+    sys.exit(app.run(DECODE, decode))

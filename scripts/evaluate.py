@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 # So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import INFERENCE, Flag, Script
+from elastic.cli import app
+from elastic.cli.flags import INFERENCE, Flag, Script
 
 if TYPE_CHECKING:
-    from elastic.evaluation import EvaluationConfig
-    from elastic.tokenizer import ElasticTokenizer
+    from elastic.evaluation.evaluate import EvaluationConfig
+    from elastic.tokenizer.tokenizer import ElasticTokenizer
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 
@@ -74,44 +74,43 @@ EVALUATE = Script(
 )  # fmt: skip
 
 
-def evaluate(flags: cli.Values) -> int:
+def evaluate(flags: app.Values) -> int:
     """Loads one model after the other, measures it, prints the tables."""
     models = parse_models(flags["models"])
     thresholds, counts = numbers(flags["thresholds"], "thresholds"), numbers(flags["num_tokens"])
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic import (
-        checkpoint,
-        curve_prior,
-        evaluation,
-        evaluation_files,
-        evaluation_records,
-        mesh,
-        runs,
-    )
+    from elastic.checkpoints import params as checkpoint
+    from elastic.distributed import mesh
+    from elastic.evaluation import evaluate as evaluation
+    from elastic.evaluation import records, tables
+    from elastic.pipeline import tokenize_files
+    from elastic.search import curve_prior
 
     mesh.set_up_cpu()
     config = evaluation.EvaluationConfig(
         thresholds=tuple(float(threshold) for threshold in thresholds),
         num_tokens=tuple(counts),
-        searches=tuple(cli.words(flags["searches"])),
+        searches=tuple(app.words(flags["searches"])),
         num_counts=flags["num_counts"],
-        metrics=tuple(cli.words(flags["metrics"])) or evaluation_records.METRICS,
+        metrics=tuple(app.words(flags["metrics"])) or records.METRICS,
         metric_frames=flags["metric_frames"],
         max_frames=flags["max_frames"] or None,
         fps=flags["fps"] or None,
         pictures=0,
     )
     # What cannot work is refused before the first model is measured, which may take an hour.
-    files = list(runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"]))
-    evaluation_files.check_folder(flags["output_folder"])
+    files = list(
+        tokenize_files.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
+    )
+    tables.check_folder(flags["output_folder"])
     shapes = {}
     for name, spec in models.items():
         own = checkpoint.load_config(spec) is not None
         preset = "" if own else flags["load_elastic_config"]
         changes = flags["update_elastic_config"]
-        shapes[name] = runs.model_config(spec, preset=preset, changes=changes)
+        shapes[name] = tokenize_files.model_config(spec, preset=preset, changes=changes)
         config.runs(shapes[name])
     config, weights = with_lpips(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
@@ -127,7 +126,7 @@ def evaluate(flags: cli.Values) -> int:
         if tokenizer is not None and same:  # a baseline: the programs are compiled already
             tokenizer = tokenizer.with_params(params, mask_type=shape.mask_type, **about)
         else:
-            tokenizer = runs.ElasticTokenizer(
+            tokenizer = tokenize_files.ElasticTokenizer(
                 shape,
                 params,
                 dtype=flags["dtype"],
@@ -137,11 +136,11 @@ def evaluate(flags: cli.Values) -> int:
                 search_width=flags["search_width"],
                 **about,
             )
-        cli.log.info("%s: %s", name, runs.describe(tokenizer))
+        app.log.info("%s: %s", name, tokenize_files.describe(tokenizer))
         results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
     # Shown first: should the folder be full by now, the numbers are not lost.
-    print(evaluation_files.describe(results))
-    written = evaluation_files.write(flags["output_folder"], results)
+    print(tables.describe(results))
+    written = tables.write(flags["output_folder"], results)
     print(f"{', '.join(file.name for file in written)} in {flags['output_folder']}")
     bad = next(iter(results.values())).skipped
     if bad:
@@ -151,9 +150,9 @@ def evaluate(flags: cli.Values) -> int:
     return 0
 
 
-def with_lpips(flags: cli.Values, config: "EvaluationConfig") -> tuple["EvaluationConfig", Any]:
+def with_lpips(flags: app.Values, config: "EvaluationConfig") -> tuple["EvaluationConfig", Any]:
     """The weights of LPIPS, or where they are missing and nobody asked for them, the settings without it."""
-    from elastic.lpips_weights import load_lpips_weights
+    from elastic.metrics.lpips_weights import load_lpips_weights
 
     if "lpips" not in config.metrics:
         return config, None
@@ -162,7 +161,7 @@ def with_lpips(flags: cli.Values, config: "EvaluationConfig") -> tuple["Evaluati
     except ValueError as error:
         if flags["metrics"] or flags["lpips_weights"]:
             raise
-        cli.log.warning("LPIPS is not measured: %s", error)
+        app.log.warning("LPIPS is not measured: %s", error)
         others = tuple(name for name in config.metrics if name != "lpips")
         return dataclasses.replace(config, metrics=others), None
 
@@ -174,7 +173,7 @@ def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
       ValueError: a part is no finite number.
     """
     found: list[int | float] = []
-    for word in cli.words(text):
+    for word in app.words(text):
         try:
             found.append(int(word) if word.lstrip("-").isdigit() else float(word))
         except ValueError as error:
@@ -191,7 +190,7 @@ def parse_models(text: str) -> dict[str, str]:
       ValueError: two have the same name, or one has no checkpoint.
     """
     models: dict[str, str] = {}
-    for word in cli.words(text):
+    for word in app.words(text):
         name, equals, spec = (part.strip() for part in word.partition("="))
         if not equals or any(mark in name for mark in "/:"):  # the sign belongs to a path
             name, spec = word.rsplit("::", 1)[-1].rstrip("/").rsplit("/", 1)[-1], word
@@ -208,4 +207,4 @@ def parse_models(text: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(EVALUATE, evaluate))
+    sys.exit(app.run(EVALUATE, evaluate))

@@ -7,8 +7,8 @@ import sys
 # So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import INFERENCE, Flag, Script
+from elastic.cli import app
+from elastic.cli.flags import INFERENCE, Flag, Script
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 _WIDTH = 8  # counts in one call
@@ -38,7 +38,7 @@ FIT_CURVES = Script(
 )  # fmt: skip
 
 
-def fit_curves(flags: cli.Values) -> int:
+def fit_curves(flags: app.Values) -> int:
     """Measures block after block, fits, writes."""
     folder = pathlib.Path(flags["load_checkpoint"])
     if not folder.is_dir():
@@ -58,23 +58,27 @@ def fit_curves(flags: cli.Values) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from elastic import checkpoint, curve_prior, media, mesh, runs
-    from elastic.lanes import Lanes
-    from elastic.search import geometric_counts, make_search
-    from elastic.tensor_file import atomic_file
+    from elastic.checkpoints import params
+    from elastic.distributed import mesh
+    from elastic.io.tensors import atomic_file
+    from elastic.media import reader as media
+    from elastic.pipeline import tokenize_files
+    from elastic.search import curve_prior
+    from elastic.search.base import geometric_counts, make_search
+    from elastic.tokenizer.scheduler import Lanes
 
     mesh.set_up_cpu()
-    files = list(runs.find_inputs(flags["input_path"]))
-    config = runs.model_config(str(folder))
+    files = list(tokenize_files.find_inputs(flags["input_path"]))
+    config = tokenize_files.model_config(str(folder))
     counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
     if len(counts) < 2:
         raise ValueError(
             f"--load_checkpoint={flags['load_checkpoint']}: every block of this model has {config.max_toks} tokens, so that "
             "there is no count to guess; give an elastic model."
         )
-    tokenizer = runs.ElasticTokenizer(
+    tokenizer = tokenize_files.ElasticTokenizer(
         config,
-        checkpoint.load_params(str(folder), config),
+        params.load_params(str(folder), config),
         dtype=flags["dtype"],
         mesh=mesh.make_mesh(flags["mesh_dim"]),
         window_blocks=1,
@@ -95,7 +99,7 @@ def fit_curves(flags: cli.Values) -> int:
             ) as reader:
                 chosen = spread(list(reader.blocks(config.frames_per_block)), flags)
         except (media.MediaError, OSError) as error:
-            cli.log.warning("Left out: %s", error)
+            app.log.warning("Left out: %s", error)
             bad.append(file)
             continue
         for frames in chosen:
@@ -117,7 +121,7 @@ def fit_curves(flags: cli.Values) -> int:
     return 0
 
 
-def spread(blocks: list, flags: cli.Values) -> list:
+def spread(blocks: list, flags: app.Values) -> list:
     """Up to `blocks_per_clip` of them, evenly from the first to the last; a short last one is left out where others are."""
     whole = [block for block in blocks if len(block) == len(blocks[0])]
     most = min(flags["blocks_per_clip"], len(whole))
@@ -126,4 +130,4 @@ def spread(blocks: list, flags: cli.Values) -> list:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(FIT_CURVES, fit_curves))
+    sys.exit(app.run(FIT_CURVES, fit_curves))

@@ -6,17 +6,18 @@ import sys
 # So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import INFERENCE
+from elastic.cli import app
+from elastic.cli.flags import INFERENCE
 
 
-def tokenize(flags: cli.Values) -> int:
+def tokenize(flags: app.Values) -> int:
     """Loads the model, tokenizes the input, prints a table for each file."""
-    cli.check_target(flags)
+    app.check_target(flags)
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic import mesh, runs
+    from elastic.distributed import mesh
+    from elastic.pipeline import tokenize_files as runs
 
     mesh.set_up_cpu()
     inputs = runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
@@ -35,7 +36,7 @@ def tokenize(flags: cli.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    cli.log.info("%s", runs.describe(tokenizer))
+    app.log.info("%s", runs.describe(tokenizer))
     _, bad = runs.tokenize_files(
         tokenizer,
         inputs,
@@ -44,7 +45,7 @@ def tokenize(flags: cli.Values) -> int:
         resume=flags["resume"],
         viz=flags["viz"],
         batch=flags["batch"],
-        **cli.encode_options(flags),
+        **app.encode_options(flags),
     )
     if bad:
         raise ValueError(
@@ -54,4 +55,4 @@ def tokenize(flags: cli.Values) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(INFERENCE, tokenize))
+    sys.exit(app.run(INFERENCE, tokenize))

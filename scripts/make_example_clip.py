@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic.media import VideoWriter
+from elastic.media.reader import VideoWriter
 
 SIZE, RATE = 256, 24
 # Constant quantizers, the first frame of a shot finer than the rest. One thread and no dates: the

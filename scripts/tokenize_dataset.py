@@ -6,19 +6,19 @@ import sys
 # So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import DATASET
+from elastic.cli import app
+from elastic.cli.flags import DATASET
 
 
-def tokenize(flags: cli.Values) -> int:
+def tokenize(flags: app.Values) -> int:
     """Loads the model, does this process's shards, prints a table when all are finished."""
-    cli.check_target(flags)
+    app.check_target(flags)
     if flags["files_per_shard"] < 1:
         raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic import mesh
+    from elastic.distributed import mesh
 
     hosts = mesh.Hosts(**flags.under("jax_distributed"), independent=True)
     mesh.set_up_cpu()
@@ -26,16 +26,16 @@ def tokenize(flags: cli.Values) -> int:
 
     import jax
 
-    from elastic import dataset_run, dataset_summary, runs
+    from elastic.pipeline import dataset, dataset_summary, tokenize_files
 
     spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
-    inputs = dataset_run.list_inputs(flags["input_path"], folder)
-    config = runs.model_config(
+    inputs = dataset.list_inputs(flags["input_path"], folder)
+    config = tokenize_files.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    runs.check_resolution(flags["resolution"], config)
+    tokenize_files.check_resolution(flags["resolution"], config)
     index, count = mesh.host_share(hosts)
-    tokenizer = runs.ElasticTokenizer.from_pretrained(
+    tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
         spec,
         config=config,
         dtype=flags["dtype"],
@@ -44,9 +44,9 @@ def tokenize(flags: cli.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    cli.log.info("%s", runs.describe(tokenizer))
-    cli.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
-    outcome = dataset_run.tokenize_dataset(
+    app.log.info("%s", tokenize_files.describe(tokenizer))
+    app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
+    outcome = dataset.tokenize_dataset(
         tokenizer,
         inputs,
         folder,
@@ -56,7 +56,7 @@ def tokenize(flags: cli.Values) -> int:
         process_count=count,
         # The others are lost when the first one goes, whom they have joined.
         wait=hosts.initialize_jax_distributed,
-        **cli.encode_options(flags),
+        **app.encode_options(flags),
     )
     if outcome.summary is not None:
         print(dataset_summary.describe(outcome.summary, folder))
@@ -68,4 +68,4 @@ def tokenize(flags: cli.Values) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(DATASET, tokenize))
+    sys.exit(app.run(DATASET, tokenize))

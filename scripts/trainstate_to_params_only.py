@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from elastic import cli
-from elastic.cli_flags import Flag, Script
+from elastic.cli import app
+from elastic.cli.flags import Flag, Script
 
 if TYPE_CHECKING:
     from elastic.config import ElasticTokConfig
@@ -57,28 +57,30 @@ CONVERT = Script(
 )
 
 
-def convert(flags: cli.Values) -> int:
+def convert(flags: app.Values) -> int:
     """Reads, checks and writes."""
-    from elastic import checkpoint, runs, train_checkpoints, train_state
+    from elastic.checkpoints import params as checkpoint
+    from elastic.pipeline import tokenize_files
+    from elastic.training import checkpoints, state
 
     source, path = flags["load_checkpoint"], pathlib.Path(flags["output_path"])
     check_output(path)
     preset, changes = flags["load_elastic_config"], flags["update_elastic_config"]
-    if train_checkpoints.is_checkpoint(source):
+    if checkpoints.is_checkpoint(source):
         if preset or changes:
             raise ValueError(
                 f"{source} says itself what the model is; leave out --load_elastic_config and --update_elastic_config."
             )
-        config, params = train_checkpoints.load_checkpoint_params(source)
+        config, params = checkpoints.load_checkpoint_params(source)
         which = kept_in_checkpoint(source)
     else:
-        config = runs.model_config(source, preset=preset, changes=changes)
+        config = tokenize_files.model_config(source, preset=preset, changes=changes)
         params = checkpoint.load_params(source, config)
         which = kept_in_file(source)
     new = check_config(path, config)
     checkpoint.save_params(path, params, float_dtype=flags["float_dtype"])
     if new:
-        train_state.write_config(path.absolute().parent, config)
+        state.write_config(path.absolute().parent, config)
     print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB): {which}.")
     return 0
 
@@ -89,10 +91,10 @@ def check_output(path: pathlib.Path) -> None:
     Raises:
       ValueError: what lies at `path` is something else, a training state too.
     """
-    from elastic.checkpoint_fit import content
-    from elastic.checkpoint_source import PARAMS, index_tensors
-    from elastic.tensor_file import CheckpointError
-    from elastic.train_state import CONFIG_FILE
+    from elastic.checkpoints.resolve import PARAMS, index_tensors
+    from elastic.checkpoints.validate import content
+    from elastic.io.tensors import CheckpointError
+    from elastic.training.state import CONFIG_FILE
 
     if path.name == CONFIG_FILE:
         raise ValueError(
@@ -118,7 +120,7 @@ def check_config(path: pathlib.Path, config: "ElasticTokConfig") -> bool:
       ValueError: that is another model's, or no configuration.
     """
     from elastic.config import load_config
-    from elastic.train_state import CONFIG_FILE
+    from elastic.training.state import CONFIG_FILE
 
     beside = path.with_name(CONFIG_FILE)
     if not os.path.lexists(beside):
@@ -151,8 +153,8 @@ def check_config(path: pathlib.Path, config: "ElasticTokConfig") -> bool:
 
 def kept_in_file(source: str) -> str:
     """Which parameters `load_params` gives, in words."""
-    from elastic.checkpoint_fit import content
-    from elastic.checkpoint_source import PARAMS, index_tensors, resolve
+    from elastic.checkpoints.resolve import PARAMS, index_tensors, resolve
+    from elastic.checkpoints.validate import content
 
     if content(index_tensors(resolve(source)[0])) == PARAMS:
         return f"those of {source}, which is no training state"
@@ -177,4 +179,4 @@ def kept_in_checkpoint(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(CONVERT, convert))
+    sys.exit(app.run(CONVERT, convert))

@@ -36,11 +36,11 @@ def programs_kept(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_device():
     """What is proved of training does not depend on the mesh, and one device compiles fastest."""
-    from elastic import train
-    from elastic.mesh import make_mesh
+    from elastic.distributed.mesh import make_mesh
+    from elastic.training import loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda dim: make_mesh(dim, jax.devices()[:1]))
+        patch.setattr(loop, "make_mesh", lambda dim: make_mesh(dim, jax.devices()[:1]))
         yield
 
 

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from elastic.ops import bits
+from elastic.ops import bf16_bits
 
 
 def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
@@ -36,14 +36,18 @@ _dense = jax.custom_vjp(_product, nondiff_argnums=(2,))
 
 def _dense_fwd(x: Array, kernel: Array, dtype: jnp.dtype):
     # Saving the operand as it was multiplied halves what bfloat16 training keeps; as bits, because a scan stacks it.
-    return _dense(x, kernel, dtype), (bits.hide(x.astype(dtype)), kernel, jnp.zeros((), x.dtype))
+    return _dense(x, kernel, dtype), (
+        bf16_bits.hide(x.astype(dtype)),
+        kernel,
+        jnp.zeros((), x.dtype),
+    )
 
 
 def _dense_bwd(dtype: jnp.dtype, saved, gradient: Array):
     x, kernel, x_like = saved
     gradient = gradient.astype(dtype)
     dx = dot(gradient, kernel.astype(dtype), (x.ndim - 1, 1)).astype(x_like.dtype)
-    return dx, _weight_gradient(bits.show(x), gradient).astype(kernel.dtype)
+    return dx, _weight_gradient(bf16_bits.show(x), gradient).astype(kernel.dtype)
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)

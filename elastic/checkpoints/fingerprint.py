@@ -1,0 +1,42 @@
+"""What tells the weights of two models of one shape apart, whatever type they are stored in and however their layers lie.
+
+Each parameter tensor is projected on a few fixed directions; the sums over all tensors are the fingerprint. Rounding to bfloat16 moves
+it by 0.2 %, to float8 by some 3 %, other weights by more than 100 %.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from elastic.checkpoints.scan_layout import convert_layout
+from elastic.io.tensors import flatten
+from elastic.ops import bf16_bits
+
+SIZE = 16
+_MOST_APART = 0.2  # of the length of a fingerprint
+
+
+def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
+    """`SIZE` numbers made of all parameters; stacked and numbered layers, and bfloat16 as its bits, give the same."""
+    total = np.zeros(SIZE)
+    numpy = jax.tree.map(lambda leaf: np.asarray(bf16_bits.show(leaf)), dict(params))
+    for path, leaf in flatten(convert_layout(numpy, scan_layers=False)).items():
+        values = np.ravel(np.asarray(leaf, np.float32))
+        if missing := -len(values) % (2 * SIZE):
+            values = np.pad(values, (0, missing))
+        values = values.reshape(-1, 2 * SIZE)
+        sums = np.ones(len(values), np.float32) @ values
+        # Differences, so that a constant, as the scales of a new norm are, does not count.
+        apart = (sums[:SIZE] - sums[SIZE:]) / (np.sqrt(np.vdot(values, values)) or 1.0)
+        digest = np.frombuffer(hashlib.sha256("/".join(path).encode()).digest()[:SIZE], np.uint8)
+        total += np.where(digest & 1, 1, -1) * apart
+    return tuple(float(f"{number:.6g}") for number in total)
+
+
+def are_apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two fingerprints are of different weights."""
+    first, second = np.asarray(a), np.asarray(b)
+    return not np.linalg.norm(first - second) <= _MOST_APART * np.linalg.norm(second)

@@ -1,0 +1,369 @@
+"""Reads and writes a model's parameters and training states: the one door to checkpoint files.
+
+What a checkpoint is called (`spec`):
+  params::FILE             the bare parameter tree, streaming format (the released file `params`)
+  trainstate_params::FILE  the parameters inside a streaming_train_state
+  trainstate::FILE         the same; `load_train_state` takes the whole of it
+  flax_params::FILE        the parameter tree as one msgpack blob
+  hf::org/name, org/name   a Hugging Face repository with a file `params` or `model.safetensors`
+  FOLDER                   a folder that holds one of these files
+  FILE                     any of them; its format is recognised
+
+Layers may be stacked in a file (`.../scan_decoder/...`) or numbered (`.../0/...`); either loads
+into either. Names and shapes are held against the model's before memory is taken for any tensor.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import flax.serialization
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike
+
+from elastic.checkpoints import float8
+from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE, index_tensors, resolve
+from elastic.checkpoints.scan_layout import convert_layout, stacked_homes
+from elastic.checkpoints.validate import (
+    STATE_PARAMS,
+    check_fit,
+    check_whole_state,
+    content,
+    missing_parts,
+    param_groups,
+)
+from elastic.config import ElasticTokConfig
+from elastic.config import load_config as read_config
+from elastic.io.msgpack_stream import write_stream
+from elastic.io.safetensors_file import write_safetensors
+from elastic.io.tensors import (
+    BFLOAT16,
+    FLOAT8,
+    CheckpointError,
+    KeyPath,
+    Tensor,
+    atomic_file,
+    flatten,
+    is_float,
+    read_into,
+    show,
+    unflatten,
+)
+
+__all__ = [
+    "CheckpointError",
+    "convert_layout",
+    "load_config",
+    "load_params",
+    "load_train_state",
+    "restore_into",
+    "save_params",
+    "save_pretrained",
+    "save_train_state",
+]
+
+_State = TypeVar("_State")
+_PROGRESS_BYTES = 50e6  # smaller files load before a bar could be read
+_FLOAT_NAMES = {
+    "fp16": np.float16,
+    "fp32": np.float32,
+    "fp64": np.float64,
+    "bf16": ml_dtypes.bfloat16,
+}
+
+
+# Loading
+
+
+def load_params(
+    spec: str | os.PathLike,
+    config: ElasticTokConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """The parameters that `spec` names (see the top of this file), as nested dicts of NumPy arrays.
+
+    Args:
+      spec: prefix and file, repository, folder or file.
+      config: the model the parameters must fit; its `scan_layers` picks the layout of the result.
+      dtype: float type of the result (a dtype, 'bf16', 'fp32', ...); None keeps the stored one, of which only float8
+        becomes bfloat16, where its values are exact.
+      revision: branch, tag or commit of a repository.
+      local_files_only: look in the Hugging Face cache only.
+      progress: show a bar for files above 50 MB.
+
+    Returns:
+      The bare tree `{'encoder': ..., 'decoder': ...}` in the file's order. Peak memory is the
+      result's size and a few megabytes.
+
+    Raises:
+      CheckpointError: there is no such file, it is damaged or in a foreign format, or it does not
+      fit `config`.
+    """
+    path, wanted = resolve(spec, revision=revision, local_files_only=local_files_only)
+    tensors = index_tensors(path)
+    holds = content(tensors)
+    if wanted is not None and wanted != holds:
+        way = "params" if holds == PARAMS else "trainstate_params"
+        raise CheckpointError(f"{path} holds {holds}, not {wanted}; load it as {way}::{path}.")
+    groups = param_groups(tensors)
+    prefix = STATE_PARAMS if holds == TRAIN_STATE else next(iter(groups))
+    found = groups.pop(prefix, {})
+    check_fit(found, prefix, config, path)
+    if holds == TRAIN_STATE:
+        check_whole_state([tensor.path for tensor in tensors], path)
+    elif groups:
+        raise CheckpointError(
+            f"{path} holds more than one parameter tree: '{show(next(iter(groups)))}' too."
+        )
+    flat = _read(
+        path, found, scan_layers=config.scan_layers, dtype=_float_dtype(dtype), progress=progress
+    )
+    return convert_layout(unflatten(flat), scan_layers=config.scan_layers)
+
+
+def load_train_state(
+    path: str | os.PathLike,
+    config: ElasticTokConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """A whole training state `{'step', 'params': {'params': ...}, 'opt_state': ...}`, NumPy arrays.
+
+    Parameters and moments come in the layout that `config.scan_layers` asks for; keys of
+    `opt_state` are strings ('1', '0', 'mu', ...), as `flax.serialization.from_state_dict` takes
+    them. `dtype` converts every float, None keeps what is stored. `path` is a file, a folder with a
+    `streaming_train_state`, or `trainstate::FILE`.
+
+    Raises:
+      CheckpointError: as `load_params`; also when moments are shaped unlike the parameters.
+    """
+    file, _ = resolve(path, names=("streaming_train_state",), local=True)
+    tensors = index_tensors(file)
+    if content(tensors) != TRAIN_STATE:
+        raise CheckpointError(
+            f"{file} holds {PARAMS}, not {TRAIN_STATE}; only load_params can use it."
+        )
+    groups = param_groups(tensors)
+    check_fit(groups.get(STATE_PARAMS, {}), STATE_PARAMS, config, file)
+    check_whole_state([tensor.path for tensor in tensors], file)
+    for prefix, group in groups.items():
+        check_fit(group, prefix, config, file)
+    everything = {tensor.path: tensor for tensor in tensors}
+    flat = _read(
+        file,
+        everything,
+        scan_layers=config.scan_layers,
+        dtype=_float_dtype(dtype),
+        progress=progress,
+    )
+    return convert_layout(unflatten(flat), scan_layers=config.scan_layers)
+
+
+def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
+    """`target`, a flax `TrainState` or any tree of states, with the values of a loaded training state.
+
+    Optimizer states without arrays, which files leave out, stay as they are in `target`.
+
+    Raises:
+      CheckpointError: `state` lacks an array of `target`, has another one, or one of another shape.
+    """
+    ours, found = flax.serialization.to_state_dict(target), flatten(state)
+    expected = flatten(ours)
+    problems = [
+        *(f"{show(path)} is missing" for path in expected if path not in found),
+        *(f"{show(path)} is not in this optimizer's" for path in found if path not in expected),
+        *(
+            f"{show(path)}: expected shape {np.shape(leaf)}, found {np.shape(found[path])}"
+            for path, leaf in expected.items()
+            if path in found and np.shape(found[path]) != np.shape(leaf)
+        ),
+    ]
+    if problems:
+        rest = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"The training state does not fit this model and optimizer: {'; '.join(problems[:3])}{rest}."
+        )
+
+    def fill(branch: Mapping[str, Any], prefix: KeyPath) -> dict[str, Any]:
+        return {
+            key: fill(value, (*prefix, key))
+            if isinstance(value, Mapping)
+            else found.get((*prefix, key), value)
+            for key, value in branch.items()
+        }
+
+    return cast(_State, flax.serialization.from_state_dict(target, fill(ours, ())))
+
+
+def load_config(
+    spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
+) -> ElasticTokConfig | None:
+    """The configuration stored beside the weights that `spec` names, or None when there is none.
+
+    Raises:
+      ValueError: there is a config.json that is no configuration of ours.
+      CheckpointError: there are no such weights.
+    """
+    path = folder_of(spec, revision=revision, local_files_only=local_files_only) / "config.json"
+    return read_config(str(path)) if path.is_file() else None
+
+
+def folder_of(
+    spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Where the weights that `spec` names lie, with what belongs to them; a repository's are fetched.
+
+    Raises:
+      CheckpointError: there are no such weights.
+    """
+    weights, _ = resolve(spec, revision=revision, local_files_only=local_files_only)
+    return weights.parent
+
+
+def _read(
+    path: Path,
+    tensors: Mapping[KeyPath, Tensor],
+    *,
+    scan_layers: bool,
+    dtype: np.dtype | None,
+    progress: bool,
+) -> dict[KeyPath, np.ndarray]:
+    """Reads the tensors, named by the mapping's keys; `scan_layers` stacks numbered layers."""
+    homes = stacked_homes(tensors, path) if scan_layers else {}
+    num_layers: dict[KeyPath, int] = {}
+    for stack, _ in homes.values():
+        num_layers[stack] = num_layers.get(stack, 0) + 1
+    flat: dict[KeyPath, np.ndarray] = {}
+    not_finite = []
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    with open(path, "rb") as file, _bar(path, total, progress) as bar:
+        for name, tensor in tensors.items():
+            stored = BFLOAT16 if tensor.dtype == FLOAT8 else tensor.dtype
+            wanted = dtype if dtype is not None and is_float(tensor.dtype) else stored
+            stack, layer = homes.get(name, (name, None))
+            if stack not in flat:
+                flat[stack] = np.empty(
+                    tensor.shape if layer is None else (num_layers[stack], *tensor.shape), wanted
+                )
+            out = flat[stack] if layer is None else flat[stack][layer, ...]  # a view, 0-d too
+            if (out.shape, out.dtype) != (tensor.shape, wanted):
+                raise CheckpointError(
+                    f"{path}: '{show(tensor.path)}', {tensor.shape} of {tensor.dtype}, "
+                    "is unlike the other layers."
+                )
+            if not read_into(file, tensor, out, progress=bar.update):
+                not_finite.append(show(tensor.path))
+    if not_finite:
+        warnings.warn(
+            f"{path}: {len(not_finite)} tensors hold NaN or infinite values"
+            f"{'' if dtype is None else f' as {dtype}'}, the first is {not_finite[0]}.",
+            stacklevel=3,
+        )
+    return flat
+
+
+def _bar(path: Path, total: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    disable = not progress or total < _PROGRESS_BYTES
+    return tqdm(
+        total=total, desc=f"Loading {path.name}", unit="B", unit_scale=True, disable=disable
+    )
+
+
+def _float_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    if dtype is None or (isinstance(dtype, str) and not dtype):
+        return None
+    names = [*_FLOAT_NAMES, "float16", "float32", "float64", "bfloat16"]
+    try:
+        found = np.dtype(_FLOAT_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    except TypeError:
+        found = None
+    if found is None or found.name not in names:
+        raise CheckpointError(
+            f"dtype {dtype!r} is not a float type for weights; use one of {', '.join(names)}."
+        )
+    return found
+
+
+# Saving
+
+
+def save_params(
+    path: str | os.PathLike, params: Mapping[str, Any], *, float_dtype: DTypeLike | None = None
+) -> None:
+    """Writes a parameter tree as a streaming file (`params::FILE`), atomically.
+
+    The order is the tree's own: a loaded tree keeps its file's, so what is read and saved again has
+    the same bytes; a tree that JAX made is sorted by key. `float_dtype` converts floats, None keeps
+    them.
+    """
+    write_stream(path, _bare(params), float_dtype=_float_dtype(float_dtype))
+
+
+def save_train_state(
+    path: str | os.PathLike, state_tree: Any, *, float_dtype: DTypeLike | None = None
+) -> None:
+    """Writes a whole training state as a streaming file (`trainstate::FILE`), atomically.
+
+    `state_tree` is a flax `TrainState` or nested dicts with `step`, `params` (`{'params': tree}`)
+    and `opt_state`; these three are written in this order, everything below in the tree's own.
+    `float_dtype` converts every float, the moments too: with None a resumed run repeats the numbers
+    exactly, with 'bf16' (the released default) it does not.
+
+    Raises:
+      CheckpointError: a part is missing that loading would miss, too.
+    """
+    state = flax.serialization.to_state_dict(state_tree)
+    first = {key: state[key] for key in ("step", "params", "opt_state") if key in state}
+    lost = missing_parts(flatten(first))
+    if lost or "params" not in first.get("params", {}):
+        what = f" '{show(lost[0])}' is missing." if lost else ""
+        raise CheckpointError(
+            "A training state needs 'step', 'params' as {'params': tree}, and 'opt_state' with the moments of all "
+            f"parameters.{what}"
+        )
+    write_stream(path, first | state, float_dtype=_float_dtype(float_dtype))
+
+
+def save_pretrained(
+    folder: str | os.PathLike,
+    config: ElasticTokConfig,
+    params: Mapping[str, Any],
+    *,
+    float_dtype: DTypeLike | None = None,
+) -> None:
+    """Writes `config.json` and `model.safetensors` into a folder, for `load_config`, `load_params`.
+
+    Both files are complete before either takes its place. Other files of the folder are left alone.
+
+    Args:
+      float_dtype: converts floats, None keeps them. 'fp8' takes half the room of 'bf16' (see elastic/float8.py).
+
+    Raises:
+      CheckpointError: a matrix's values are too large or too small for float8.
+    """
+    tree = _bare(params)
+    if float_dtype == "fp8":
+        tree, float_dtype = float8.as_stored(tree), None
+    text = json.dumps(config.to_json_dict(), indent=2) + "\n"
+    with (
+        atomic_file(Path(folder) / "config.json") as config_file,
+        atomic_file(Path(folder) / "model.safetensors") as weights_file,
+    ):
+        config_file.write(text.encode())
+        write_safetensors(weights_file, tree, float_dtype=_float_dtype(float_dtype))
+
+
+def _bare(params: Any) -> dict[str, Any]:
+    tree = flax.serialization.to_state_dict(params)
+    return tree["params"] if set(tree) == {"params"} else tree

@@ -1,0 +1,77 @@
+"""The layers of a parameter tree: stacked on a leading axis, or numbered.
+
+`encoder/encoder_blocks/scan_decoder/ffn_norm/kernel`, shape [layers, width], is the stacked layout,
+`scan_layers` (the name is the released format's, in the encoder too);
+`encoder/encoder_blocks/0/ffn_norm/kernel`, shape [width], is the numbered one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from elastic.io.tensors import CheckpointError, KeyPath, flatten, show, unflatten
+
+STACKS = {"encoder": "encoder_blocks", "decoder": "decoder_blocks"}
+STACKED = "scan_decoder"
+
+
+def convert_layout(params: Mapping[str, Any], *, scan_layers: bool) -> dict[str, Any]:
+    """The same tree with its layers stacked on axis 0 (`scan_layers`) or numbered '0', '1', ...
+
+    Works on parameters, and on any tree that holds parameter-shaped ones, such as a whole training
+    state. A tree that has the layout asked for comes back as it is. Numbering gives views, stacking
+    copies.
+
+    Raises:
+      CheckpointError: layers are not numbered 0 to n - 1, or differ in shape or dtype.
+    """
+    flat = flatten(params)
+    result: dict[KeyPath, Any] = {}
+    if scan_layers:
+        homes = stacked_homes(flat, "the tree")
+        layers: dict[KeyPath, dict[int, np.ndarray]] = {}
+        for path, leaf in flat.items():
+            if path in homes:
+                stack, layer = homes[path]
+                layers.setdefault(stack, {})[layer] = np.asarray(leaf)
+                result[stack] = None  # keeps the place of the first layer
+            else:
+                result[path] = leaf
+        for stack, by_number in layers.items():
+            if len({(leaf.shape, leaf.dtype) for leaf in by_number.values()}) != 1:
+                raise CheckpointError(f"'{show(stack)}': the layers differ in shape or dtype.")
+            result[stack] = np.stack([by_number[layer] for layer in range(len(by_number))])
+    else:
+        for path, leaf in flat.items():
+            at = _layer_key(path)
+            if at is None or path[at] != STACKED:
+                result[path] = leaf
+                continue
+            for layer in range(leaf.shape[0]):
+                result[(*path[:at], str(layer), *path[at + 1 :])] = leaf[layer]
+    return unflatten(result)
+
+
+def _layer_key(path: KeyPath) -> int | None:
+    """Where in `path` stands the layer: its number, or the word for all of them."""
+    stacks = STACKS.values()
+    return next((at + 1 for at, key in enumerate(path[:-1]) if key in stacks), None)
+
+
+def stacked_homes(paths: Iterable[KeyPath], where: Any) -> dict[KeyPath, tuple[KeyPath, int]]:
+    """{numbered path -> (its stacked path, layer)}; raises unless layers run from 0 to n - 1."""
+    homes = {}
+    for path in paths:
+        at = _layer_key(path)
+        if at is not None and re.fullmatch(r"0|[1-9]\d{0,5}", path[at], re.ASCII):
+            homes[path] = ((*path[:at], STACKED, *path[at + 1 :]), int(path[at]))
+    numbers: dict[KeyPath, set[int]] = {}
+    for stack, layer in homes.values():
+        numbers.setdefault(stack, set()).add(layer)
+    for stack, found in numbers.items():
+        if found != set(range(len(found))):
+            lost = min(set(range(max(found))) - found)
+            raise CheckpointError(f"{where}: layer {lost} of '{show(stack)}' is missing.")
+    return homes

@@ -1,0 +1,158 @@
+"""Whether the tensors in a file are the model's: names, shapes, and nothing lost at the end."""
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE
+from elastic.checkpoints.scan_layout import STACKED, STACKS
+from elastic.config import ElasticTokConfig
+from elastic.io.tensors import CheckpointError, KeyPath, Tensor, flatten, is_float, show
+from elastic.model.autoencoder import param_shapes
+
+STATE_PARAMS = ("params", "params")  # where a train state keeps the parameters
+
+
+def content(tensors: Iterable[Tensor]) -> str:
+    """`PARAMS` or `TRAIN_STATE`, by the names of the tensors."""
+    starts = {tensor.path[0] for tensor in tensors}
+    return TRAIN_STATE if starts & {"step", "opt_state"} else PARAMS
+
+
+def param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tensor]]:
+    """The parameter-shaped trees of a file: {prefix up to the last 'params': {path below: tensor}}.
+
+    A train state has three: the parameters and the two moments. Tensors of a train state outside of
+    any (step, counts) are in none; a bare tree has the prefix ().
+    """
+    state = content(tensors) == TRAIN_STATE
+    groups: dict[KeyPath, dict[KeyPath, Tensor]] = {}
+    for tensor in tensors:
+        depth = max((at + 1 for at, key in enumerate(tensor.path) if key == "params"), default=0)
+        if depth or not state:
+            groups.setdefault(tensor.path[:depth], {})[tensor.path[depth:]] = tensor
+    return groups
+
+
+def check_fit(
+    found: Mapping[KeyPath, Tensor], prefix: KeyPath, config: ElasticTokConfig, file: Path
+) -> None:
+    """Raises unless names and shapes are the model's, in whichever layout the file has."""
+    stacked = any(STACKED in path for path in found)
+    expected = _expected_shapes(config.replace(scan_layers=stacked))
+    shapes = {path: tensor.shape for path, tensor in found.items()}
+
+    def name(path: KeyPath) -> str:
+        return show((*prefix, *path))
+
+    wrong = [
+        f"{name(path)}: expected shape {expected[path]}, found {shape}"
+        for path, shape in shapes.items()
+        if path in expected and shape != expected[path]
+    ]
+    missing = [
+        f"{name(path)}, shape {expected[path]}, is missing"
+        for path in expected
+        if path not in shapes
+    ]
+    extra = [
+        f"{name(path)}, shape {shapes[path]}, is not in the model"
+        for path in shapes
+        if path not in expected
+    ]
+    if wrong or missing or extra:
+        shown = [*wrong[:2], *missing[:2], *extra[:2]]
+        rest = len(wrong) + len(missing) + len(extra) - len(shown)
+        shown += [f"and {rest} more"] if rest else []
+        hint = _difference(shapes, expected)
+        if not hint and missing and not wrong and not extra:
+            hint = " Was the file cut short?"
+        raise CheckpointError(f"{file} does not fit the model: {'; '.join(shown)}.{hint}")
+    for path, tensor in found.items():
+        if not is_float(tensor.dtype):
+            raise CheckpointError(
+                f"{file}: {name(path)} is of {tensor.dtype}; parameters are floats."
+            )
+
+
+@functools.lru_cache(
+    maxsize=2
+)  # tracing a model takes a second, and a train state asks three times
+def _expected_shapes(config: ElasticTokConfig) -> dict[KeyPath, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten(param_shapes(config)).items()}
+
+
+def _difference(found: Mapping[KeyPath, tuple], expected: Mapping[KeyPath, tuple]) -> str:
+    """How the file's model differs, in the configuration's words; '' where nothing is certain."""
+    ours, theirs = _traits(expected), _traits(found)
+    parts = [
+        f"{key}={theirs[key]}, not {ours[key]}"
+        for key in ours
+        if key in theirs and theirs[key] != ours[key]
+    ]
+    return f" The file's model has {'; '.join(parts)}." if parts else ""
+
+
+def _traits(shapes: Mapping[KeyPath, tuple]) -> dict[str, Any]:
+    traits: dict[str, Any] = {}
+    encoder = shapes.get(("encoder", "pre_quant", "kernel"))
+    decoder = shapes.get(("decoder", "post_quant", "kernel"))
+    if encoder and decoder and len(encoder) == len(decoder) == 2:
+        kind = "vae" if encoder[1] == 2 * decoder[0] else "fsq"
+        traits |= {
+            "hidden_size": decoder[1],
+            "bottleneck_type": f"{kind!r} with {decoder[0]} channels",
+        }
+    for part, stack in STACKS.items():
+        layers = {
+            path[2]: shape
+            for path, shape in shapes.items()
+            if len(path) > 2 and path[:2] == (part, stack)
+        }
+        if layers:
+            stacked = layers.get(STACKED)
+            traits[f"num_{part}_layers"] = stacked[0] if stacked else len(layers)
+    return traits
+
+
+def check_whole_state(paths: Collection[KeyPath], file: Path) -> None:
+    """Raises unless a train state has all its parts: its end may be lost exactly between two records."""
+    lost = missing_parts(paths)
+    if lost:
+        more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise CheckpointError(
+            f"{file} is not a whole train state: '{show(lost[0])}' is missing{more}. Was the file cut short? Copy it "
+            "again from where it is whole, or take an earlier one."
+        )
+
+
+def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
+    """What a train state with these tensors lacks besides parameters: step, moments, counts; in a file's order.
+
+    The format stores no count of records, so the structure of AdamW has to tell: each of its moments covers all
+    parameters, the schedule's count comes after them, then the gradients of the steps that make one update.
+    """
+    found = set(paths)
+    params = [path[2:] for path in paths if path[:2] == STATE_PARAMS]
+    moments: dict[KeyPath, None] = {}  # prefixes of what has the parameters' names; ordered
+    for path in paths:
+        if path[0] == "opt_state" and "params" in path:
+            moments[path[: path.index("params") + 1]] = None
+    several = any(path[:2] == ("opt_state", "inner_opt_state") for path in paths)
+    several = several or ("opt_state", "mini_step") in found
+    needed: list[KeyPath] = [("step",)]
+    if several:
+        needed += [("opt_state", "mini_step"), ("opt_state", "gradient_step")]
+    adams = {prefix[:-2]: None for prefix in moments if prefix[-2] in ("mu", "nu")}
+    if not adams and (several or not moments):  # another optimizer has moments of other names
+        adams = {("opt_state", *(("inner_opt_state",) if several else ()), "1", "0"): None}
+    for adam in adams:
+        needed.append((*adam, "count"))
+        moments |= {(*adam, "mu", "params"): None, (*adam, "nu", "params"): None}
+    if several:
+        moments[("opt_state", "acc_grads", "params")] = None
+    needed += [(*prefix, *path) for prefix in moments for path in params]
+    # The rate is the last link of AdamW's own chain, whose first are the moments.
+    needed += [(*adam[:-1], "2", "count") for adam in adams if adam[-1] == "0"]
+    return [path for path in needed if path not in found]

@@ -1,0 +1,332 @@
+"""Flags for the scripts: parsing, `--help`, and how an error ends: in one line and exit code 1.
+
+Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once. The tables of
+flags are in `elastic.cli_flags`.
+"""
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import signal
+import sys
+import textwrap
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from elastic.cli.flags import Flag, Script
+from elastic.io.user_cache import keep_programs
+
+log = logging.getLogger(__name__)
+
+_WIDTH = 100
+_HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
+_KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
+_TERMINATED = 128 + signal.SIGTERM
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+# Arguments of the package that a flag has another name for, as error messages spell them.
+_FLAG_OF = {
+    "num_tokens": "n_codes",
+    "max_fraction": "max_prop_codes",
+    "fallback_fraction": "default_prop_codes",
+    "window_blocks": "max_blocks_per_chunk",
+    "width": "search_width",
+    "rate": "fps",
+}
+
+
+class Values:
+    """The values of all flags of a script; `values["output_folder"]`."""
+
+    def __init__(self, values: dict[str, Any], given: frozenset[str]):
+        self._values, self._given = values, given
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def given(self, name: str) -> bool:
+        """Whether the flag stood on the command line."""
+        return name in self._given
+
+    def under(self, prefix: str) -> dict[str, Any]:
+        """The flags `prefix.*` by the last part of their name."""
+        prefix += "."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self._values.items()
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+
+
+def parse(script: Script, arguments: Sequence[str]) -> Values:
+    """The values that a command line gives to the flags of a script.
+
+    Args:
+      arguments: without the name of the program. A flag given twice counts as given last.
+
+    Raises:
+      ValueError: a flag is unknown, its value is of no use, or a required one is missing.
+    """
+    holder = flags.FlagValues()
+    for flag in script.flags:
+        _define(flag, holder)
+    try:
+        rest = holder([script.name, *arguments])[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in script.flags]
+        raise ValueError(
+            f"There is no flag --{error.flagname}.{_nearest(error.flagname, known)} "
+            "--help lists them all."
+        ) from error
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    if rest:
+        raise ValueError(f"{rest[0]!r} belongs to no flag; write --name=value.")
+    given = frozenset(flag.name for flag in script.flags if holder[flag.name].present)
+    values = {flag.name: holder[flag.name].value for flag in script.flags}
+    missing = [flag for flag in script.flags if flag.required and not values[flag.name]]
+    if missing:
+        raise ValueError(f"Give --{missing[0].name}: {missing[0].help}")
+    for flag in script.flags:
+        _refuse_unbuilt(flag, values[flag.name], given=flag.name in given)
+    return Values(values, given)
+
+
+def words(text: str) -> list[str]:
+    """The parts of a list separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def check_target(values: Values) -> None:
+    """Refuses a command line that does not say how many tokens a block may have, or how good it must be.
+
+    Raises:
+      ValueError: no target is given.
+    """
+    targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
+    if values["threshold"] is None and not any(values[name] for name in targets):
+        raise ValueError(
+            "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
+            "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
+        )
+
+
+def encode_options(values: Values) -> dict[str, Any]:
+    """The flags of inference that say what is read of a clip, and how its tokens are chosen: `ElasticTokenizer.encode`'s options."""
+    return dict(
+        threshold=values["threshold"],
+        psnr=values["psnr"],
+        metric=values["metric"],
+        avg_tokens=values["avg_tokens"] or None,
+        bitrate=values["bitrate"] or None,
+        delay_blocks=values["delay_blocks"],
+        budget_counts=values["budget_counts"],
+        num_tokens=values["n_codes"] or None,
+        search=values["search_alg"],
+        rate=values["fps"] or None,
+        max_frames=values["max_frames"] or None,
+        max_fraction=values["max_prop_codes"],
+        fallback_fraction=values["default_prop_codes"],
+        num_counts=values["num_counts"],
+    )
+
+
+def help_text(script: Script) -> str:
+    """What `--help` prints: the flags by group, with their defaults."""
+    lines = [f"usage: python3 {script.name} {script.usage}", "", _wrap(script.description, 0), ""]
+    for title, group in script.groups.items():
+        lines.append(f"{title}:")
+        for flag in group:
+            kind = "|".join(flag.choices) if flag.choices else _KINDS[flag.type]
+            default = "" if flag.default in (None, "") else f" [{flag.default}]"
+            note = " (required)" if flag.required else default
+            lines.append(f"  --{flag.name}={kind}")
+            lines.append(_wrap(f"{flag.help}{note}", 6))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def run(
+    script: Script, body: Callable[[Values], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """Runs a script: parses, calls `body`, and gives the exit code.
+
+    Errors that our rooms raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
+    one line on standard error; `--debug` shows where they came from. Other exceptions are bugs and
+    keep their traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if any(argument in _HELP for argument in arguments):
+        print(help_text(script))
+        return 0
+    debug = False
+    with _logging(), _termination():
+        try:
+            values = parse(script, arguments)
+            debug = values["debug"]
+            if debug:
+                _show_all()
+            keep_programs()
+            return body(values) or 0
+        except KeyboardInterrupt:
+            print(f"{script.name}: interrupted.", file=sys.stderr)
+            return _INTERRUPTED
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            message = _one_line(error)
+            if message is None:
+                raise
+            if debug:
+                traceback.print_exc()
+            print(f"{script.name}: error: {_with_flags(message, script)}", file=sys.stderr)
+            return 1
+
+
+def _one_line(error: Exception) -> str | None:
+    """The message of an error that is the user's to mend; None for a bug."""
+    # An OSError or ValueError with these words is about a full disk.
+    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if isinstance(error, MemoryError) or full:
+        return "Out of memory; use a smaller batch, shorter sequences or a shorter past, or --dtype=bf16."
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_flags(message: str, script: Script) -> str:
+    """A message of the package in the words of the command line."""
+    known = {flag.name for flag in script.flags}
+    names = {name: flag for name, flag in _FLAG_OF.items() if flag in known and name not in known}
+    return name_flags(message, names) if names else message
+
+
+def name_flags(message: str, flag_of: Mapping[str, str]) -> str:
+    """`message` with the flags of options instead of their names: keep=0 -> --checkpointer.keep=0."""
+    pattern = rf"(?<![\w.-])({'|'.join(flag_of)})="
+    return re.sub(pattern, lambda found: f"--{flag_of[found[1]]}=", message)
+
+
+def _define(flag: Flag, holder: flags.FlagValues) -> None:
+    default: Any = flag.default
+    if flag.choices:
+        choices = list(flag.choices)
+        flags.DEFINE_enum(flag.name, default, choices, flag.help, flag_values=holder)
+        return
+    define = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_boolean,
+    }[flag.type]
+    define(flag.name, default, flag.help, flag_values=holder)
+
+
+def _refuse_unbuilt(flag: Flag, value: Any, *, given: bool) -> None:
+    """Flags of the released scripts that this version does not serve are refused, not ignored."""
+    if flag.unbuilt and value != flag.default:
+        raise ValueError(f"--{flag.name}={value}: {flag.unbuilt}")
+    if flag.idle and given:
+        log.warning("--%s has no effect: %s", flag.name, flag.idle)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if not close:  # `--lr` for `--optimizer.adamw_optimizer.lr`
+        close = [other for other in known if other.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    return f" Did you mean --{close[0]}?" if close else ""
+
+
+def _wrap(text: str, indent: int) -> str:
+    space = " " * indent
+    return textwrap.fill(text, _WIDTH, initial_indent=space, subsequent_indent=space)
+
+
+@contextlib.contextmanager
+def _logging() -> Iterator[None]:
+    """Our log on standard error, above a progress bar if there is one; warnings go there too."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    ours = logging.getLogger("elastic")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level, propagate, hook = ours.level, ours.propagate, sys.excepthook
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False  # a library that gives the root a handler would have every line twice
+    theirs = logging.getLogger("absl")
+    theirs.addFilter(_is_no_trace)
+    sys.excepthook = _show_no_echo
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        del category
+        log.warning("%s", message)
+
+    try:
+        with warnings.catch_warnings(), logging_redirect_tqdm([ours]):
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        theirs.removeFilter(_is_no_trace)
+        sys.excepthook = hook
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        ours.propagate = propagate
+
+
+def _is_no_trace(record: logging.LogRecord) -> bool:
+    """Of an exception that orbax logs with its traceback and then raises, once a thread, only what becomes of it is shown."""
+    return record.exc_info is None
+
+
+def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For sys.excepthook: of the parts of a checkpoint that nobody waits for any more, tensorstore prints the failure of each."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _show_all() -> None:
+    """For --debug."""
+    logging.getLogger("absl").removeFilter(_is_no_trace)
+    sys.excepthook = sys.__excepthook__
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind.
+
+    Either may come while Python runs a callback from which nothing can be raised, a garbage collector's for instance. It is sent anew then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(_TERMINATED)
+
+    def lost(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
+            told(unraisable)
+            return
+        ended = isinstance(unraisable.exc_value, SystemExit)
+        number = signal.SIGTERM if ended else signal.SIGINT
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    before, told = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    sys.unraisablehook = lost
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
+        signal.signal(signal.SIGTERM, before)

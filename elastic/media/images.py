@@ -1,0 +1,176 @@
+"""Files -> frames at the source's own size and times: what kind of file it is, and pictures.
+
+Bytes decide what a file is: Pillow knows pictures by their first bytes, ffmpeg (through PyAV)
+probes the rest.
+`elastic.media` is the door to this room.
+"""
+
+import logging
+import os
+import pathlib
+import stat
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from elastic.media.source import (
+    Frames,
+    MediaError,
+    MediaInfo,
+    Place,
+    Source,
+    check_size,
+    damaged,
+    is_url,
+    open_file,
+    reason,
+    timed_source,
+    to_rgb,
+)
+from elastic.media.video import video_source
+
+log = logging.getLogger(__name__)
+
+# Formats told by their first bytes that hold nothing but a picture (no scripts, no other files).
+_IMAGE_FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TIFF",
+    "WEBP",
+)
+# Of those, the ones whose further frames are an animation (in TIFF they are other pictures).
+_ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "WEBP")
+# What Pillow's decoders raise on damaged bytes; PyAV's errors share av.error.FFmpegError.
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+)
+_PILLOW_ERRORS += (
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the displayed one
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Finds what `path` holds and how to read it; no more is decoded than a video's first frame.
+
+    Raises:
+      MediaError: as in `elastic.media.probe`.
+    """
+    path = str(path) if is_url(path) else pathlib.Path(path)
+    try:
+        if isinstance(path, pathlib.Path) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+            # Opening a pipe would wait for ever.
+            what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, no regular file"
+            raise MediaError(f"{str(path)!r} is {what}; give the file of a picture or a video.")
+        with open_file(path) as file:
+            head = file.read(12)
+    except OSError as error:
+        raise MediaError(f"Cannot read {str(path)!r}: {reason(error)}.") from error
+    if not head:
+        raise MediaError(f"{str(path)!r} is empty (0 bytes); copy or download it again.")
+    try:
+        with open_file(path) as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+            check_size(path, *image.size)
+            moving = image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False)
+            if not moving:
+                return _image_source(path, image)
+            if image.format == "WEBP":  # ffmpeg's decoder reads still WebP only
+                return _webp_source(path, image)
+    except MediaError:
+        raise
+    except UnidentifiedImageError:
+        pass
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise MediaError(f"{str(path)!r} is too large a picture: {error}") from error
+    except _PILLOW_ERRORS as error:
+        raise damaged(path, error) from error
+    return video_source(path, head)
+
+
+def _image_source(path: Place, image: Image.Image) -> Source:
+    # A TIFF's size as stored: some versions of Pillow have turned the other one already.
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(256, image.size[0]), tags.get(257, image.size[1])
+    if _orientation(path, image) >= 5:
+        width, height = height, width
+
+    def frames(positions: np.ndarray) -> Frames:
+        try:
+            with open_file(path) as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+                image.load()
+                upright = _UPRIGHT.get(_orientation(path, image))
+                picture = to_rgb(path, image)
+                picture = picture if upright is None else picture.transpose(upright)
+        except MediaError:
+            raise
+        except _PILLOW_ERRORS as error:
+            raise damaged(path, error) from error
+        yield picture
+
+    info = MediaInfo(path, "image", width, height, num_frames=1, rate=0.0, variable_rate=False)
+    return Source(info, None, 0.0, frames)
+
+
+def _orientation(path: Place, image: Image.Image) -> int:
+    try:
+        return image.getexif().get(0x0112, 1)
+    except _PILLOW_ERRORS as error:  # the picture is good, its notes are not
+        log.warning("%s: unreadable EXIF, taken as upright (%s).", path, error)
+        return 1
+
+
+def _webp_source(path: Place, image: Image.Image) -> Source:
+    durations = []
+    with open_file(path) as file:
+        file.seek(12)  # RIFF, its size, WEBP; then chunks: name, size, content, padded to even
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            content = file.read(min(size, 16))
+            if name == b"ANMF" and len(content) == 16:
+                durations.append(max(1, int.from_bytes(content[12:15], "little")) / 1000)
+            file.seek(size + size % 2 - len(content), os.SEEK_CUR)
+    num_frames = getattr(image, "n_frames", 1)
+    if len(durations) != num_frames:
+        raise MediaError(
+            f"{str(path)!r} is damaged: {len(durations)} of {num_frames} frames are there."
+        )
+
+    def frames(positions: np.ndarray) -> Frames:
+        try:
+            with open_file(path) as file, Image.open(file, formats=("WEBP",)) as image:
+                for position in positions:
+                    image.seek(int(position))
+                    yield to_rgb(path, image).copy()  # decodes here, and survives the next seek
+        except _PILLOW_ERRORS as error:
+            raise damaged(path, error) from error
+
+    starts = np.concatenate([[0.0], np.cumsum(durations)])
+    return timed_source(path, *image.size, starts[:-1], float(starts[-1]), None, frames)

@@ -1,0 +1,432 @@
+"""Video through PyAV: counting and timing frames, seeking, decoding, turning them upright."""
+
+import bisect
+import collections
+import contextlib
+import logging
+import pathlib
+import struct
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple, cast
+
+import av
+import av.container
+import av.error
+import numpy as np
+from av.stream import Disposition
+from PIL import Image
+
+from elastic.media.source import (
+    Frames,
+    MediaError,
+    Place,
+    Source,
+    check_size,
+    damaged,
+    nominal_rate,
+    open_file,
+    reason,
+    timed_source,
+    to_rgb,
+    warn_once,
+)
+
+log = logging.getLogger(__name__)
+
+# No playlists, no text "videos": a file is decoded from its own bytes, not from what it points to.
+_DEMUXERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,hevc,m4v,"
+    "mjpeg,mxf,nut,rm,dv,yuv4mpegpipe,obu,av1,tiff_pipe,png_pipe,jpegxl_pipe,dpx_pipe,exr_pipe"
+)
+_FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _DEMUXERS}
+# Codecs whose frames after a keyframe need nothing from before it. (A GIF's "keyframes" do.)
+_SEEKABLE_CODECS = frozenset(
+    "h264 hevc av1 vp8 vp9 mpeg1video mpeg2video mpeg4 mjpeg prores dnxhd ffv1 theora".split()
+)
+# Containers whose header says how long the file is; elsewhere ffmpeg finds it from the last stamps.
+_STATING_DURATION = frozenset(("matroska,webm", "flv", "avi", "asf"))
+_MISSED_SECONDS = 0.5  # a file that ends so much earlier than stated may be cut off
+# Decoders that see the transparency of a WebM, which ffmpeg's own leave out.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_WORTH_A_SEEK = 8  # frames; fewer are decoded sooner than skipped
+# Threads of one decoder; 0: as many as there are cores. Processes that share the cores set 1.
+decoder_threads = 0
+_QUARTERS = {  # degrees against the clock
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+_SWAPPING = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270}
+
+
+@contextlib.contextmanager
+def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
+    with contextlib.ExitStack() as stack:
+        if isinstance(path, pathlib.Path):
+            source = f"file:{path}"  # keeps a name such as 'concat:x' or 'a:b.mp4' a name
+        else:
+            source = stack.enter_context(open_file(path))
+        yield stack.enter_context(
+            av.open(source, "r", options=_FFMPEG_OPTIONS, metadata_errors="replace")
+        )
+
+
+def video_source(path: Place, head: bytes) -> Source:
+    """A video from its packets; `head`: the first bytes of the file.
+
+    Counts packets and notes their times; decodes only until the first frame shows the size, and
+    where the clip begins: a cut or a recording may start with frames that need earlier ones.
+    """
+    try:
+        walk = _walk(path)
+    except _ProbeError as error:
+        if head[4:8] == b"ftyp":
+            raise MediaError(
+                f"{str(path)!r} is a cut-off or damaged MP4 ({error}); copy or download it again."
+            ) from error
+        raise MediaError(
+            f"{str(path)!r} is neither a picture nor a video that can be read ({error}); "
+            "convert it to MP4 or PNG."
+        ) from error
+    first, packets = walk.first, _without_lead(walk)
+    if first is None or not packets:
+        raise MediaError(f"{str(path)!r} has a video stream but no frame that can be decoded.")
+    check_size(path, first.width, first.height)
+
+    # Without (usable) stamps frames are told by their order.
+    stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
+    position_of: dict[int | None, int] = {}
+    times = np.zeros(len(packets))
+    if len(stamps) == len(packets):
+        position_of = {stamp: position for position, stamp in enumerate(stamps)}
+        times = np.array([float((stamp - stamps[0]) * walk.time_base) for stamp in stamps])
+    typical = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    duration = float(times[-1]) + (float(walk.last_duration * walk.time_base) or typical)
+    _tell_what_is_missing(path, walk, len(packets), max(_MISSED_SECONDS, 3 * typical))
+
+    # Asked once: a PyAV frame whose side data were touched lives until the next garbage collection.
+    turns = _turns(first)
+    keyframes = []
+    if walk.can_seek and position_of:
+        keyframes = sorted(p.pts for p in packets if p.keyframe and p.pts is not None)
+    track = _Track(path, position_of, len(packets), keyframes, turns)
+
+    def frames(positions: np.ndarray) -> Frames:
+        return _decode(track, positions)
+
+    swapped = bool(_SWAPPING & set(turns))
+    size = (first.height, first.width) if swapped else (first.width, first.height)
+    rate = nominal_rate(*walk.nominal_rates, stamps if position_of else [], walk.time_base)
+    return timed_source(path, *size, times, duration, rate, frames)
+
+
+class _ProbeError(Exception):
+    """Nothing in the file can be decoded; says why."""
+
+
+class _Packet(NamedTuple):
+    """What the container says of a frame."""
+
+    pts: int | None  # when it is shown, in ticks
+    dts: int | None  # when it is decoded: ascending, and never later
+    keyframe: bool
+
+
+class _Walk(NamedTuple):
+    """What the packets of a file tell."""
+
+    packets: list[_Packet]  # as stored, without those that an edit list cuts away
+    first: av.VideoFrame | None  # the first frame that the decoder gives
+    fed: int  # how many packets it had by then
+    num_damaged: int  # packets that the container marks as such
+    last_duration: int  # in ticks
+    time_base: Fraction  # seconds per tick
+    nominal_rates: tuple[Fraction | None, Fraction | None]  # the mean, and a guess at the intended
+    can_seek: bool
+    stated_seconds: float  # what the header says; 0.0: nothing
+    end_seconds: float  # when the last packet of any stream ends, where the header says something
+
+
+def _walk(path: Place) -> _Walk:
+    first, failure, fed, packets = None, None, 0, []
+    num_packets, num_damaged, last_duration, end = 0, 0, 0, 0.0
+    try:
+        with _open_container(path) as container:
+            stream = _video_stream(path, container)
+            announced = sum(entry.size > 0 for entry in stream.index_entries)
+            time_base = stream.time_base or Fraction(1, 1000)
+            nominal_rates = (stream.average_rate, stream.guessed_rate)
+            can_seek = stream.codec_context.codec.canonical_name in _SEEKABLE_CODECS
+            states = container.format.name in _STATING_DURATION
+            stated = (container.duration or 0) / av.time_base if states else 0.0
+            # All streams where the file states how long it is: the sound may last longest.
+            for packet in container.demux(*([] if stated else [stream])):
+                if stated and packet.pts is not None and packet.time_base is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.stream_index != stream.index:
+                    continue
+                if first is None:
+                    fed = len(packets) + 1
+                    try:
+                        first = next(iter(stream.decode(packet)), None)
+                    except av.error.FFmpegError as error:  # a later one may be decodable
+                        failure = failure or error
+                if packet.size == 0 or packet.is_corrupt:
+                    num_damaged += packet.is_corrupt
+                    continue
+                num_packets += 1
+                if not packet.is_discard:  # an edit list cuts these; the decoder drops them too
+                    packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
+                    last_duration = packet.duration or last_duration
+    except (av.error.FFmpegError, OSError) as error:
+        if first is None:
+            raise _ProbeError(reason(error)) from error
+        raise damaged(path, error) from error
+    if first is None and failure is not None:
+        raise _ProbeError(reason(failure)) from failure
+    if num_packets < announced:
+        raise MediaError(
+            f"{str(path)!r} is truncated: {num_packets} of its {announced} frames are there; "
+            "copy or download it again."
+        )
+    return _Walk(
+        packets, first, fed, num_damaged, last_duration, time_base, nominal_rates, can_seek,
+        stated_seconds=stated, end_seconds=end,
+    )  # fmt: skip
+
+
+def _without_lead(walk: _Walk) -> list[_Packet]:
+    """The packets without those of frames that would come before the first one decoded."""
+    first, packets = walk.first, walk.packets
+    if first is None:
+        return []
+    if first.pts is None:  # a bare stream, without stamps: its decoder waits for a keyframe
+        start = next((i for i, packet in enumerate(packets) if packet.keyframe), 0)
+        return packets[start:] if start < walk.fed else packets
+    same = [i for i, packet in enumerate(packets[: walk.fed]) if packet.pts == first.pts]
+    shown, before = [], True
+    for number, packet in enumerate(packets):
+        # What is decoded later is shown later, unless the clock was set back: that is no lead.
+        before = before and (packet.dts is None or packet.dts < first.pts)
+        if packet.pts is None:  # Matroska has no times before zero
+            early = packet.dts is None and number < walk.fed
+        elif packet.pts == first.pts:  # the rest of a frame may have got the stamp of the next one
+            early = not packet.keyframe and number in same[:-1]
+        else:
+            early = packet.pts < first.pts
+        if not (before and early):
+            shown.append(packet)
+    return shown
+
+
+def _tell_what_is_missing(path: Place, walk: _Walk, num_frames: int, most_seconds: float) -> None:
+    if num_frames < len(walk.packets):
+        warn_once(
+            path,
+            "%s: the first %d of its %d frames cannot be decoded, most likely because they need "
+            "earlier ones; they are left out.",
+            len(walk.packets) - num_frames,
+            len(walk.packets),
+        )
+    if walk.num_damaged:
+        message = "%s: frames that the container marks as damaged are left out: %d."
+        warn_once(path, message, walk.num_damaged)
+    # Not refused like an MP4, whose index lists every frame: a header's duration may be wrong.
+    if walk.stated_seconds - walk.end_seconds > most_seconds:
+        warn_once(
+            path,
+            "%s: the header states %.3g s, of which %.3g s are there. If it was cut off, "
+            "copy or download it again.",
+            walk.stated_seconds,
+            walk.end_seconds,
+        )
+
+
+def _video_stream(path: Place, container) -> av.VideoStream:
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & Disposition.attached_pic:
+        what = "only sound" if container.streams.audio else "no video stream"
+        raise MediaError(f"{str(path)!r} holds {what}; give a file with a picture.")
+    if stream.codec_context is None:
+        raise MediaError(f"{str(path)!r} uses a codec without a decoder here; convert it to H.264.")
+    return stream
+
+
+class _Track(NamedTuple):
+    """What probing a video found that decoding needs."""
+
+    path: Place
+    position_of: dict[int | None, int]  # by time stamp; empty: told by order
+    num_frames: int
+    keyframes: list[int]  # ascending time stamps; empty: decoding starts at the first frame
+    turns: list[Image.Transpose]
+
+
+class _Seek(NamedTuple):
+    """Where to start: a time stamp to ask for, and the last one at which the start is early enough."""
+
+    stamp: int
+    latest: int
+
+
+class _SeekError(Exception):
+    """Decoding from a keyframe did not give the frames that decoding from the start gives."""
+
+
+def _decode(track: _Track, positions: np.ndarray) -> Frames:
+    """Yields the frames at `positions` (ascending); decodes in order, no further than needed.
+
+    Starts at the last keyframe before the first of them. Should that go wrong, at the keyframe
+    before, and then at the very first frame: damage is only reported by the latter.
+    """
+    wanted, given = positions.tolist(), 0
+    tally: collections.Counter[str] = collections.Counter()
+    before = bisect.bisect_right(
+        track.keyframes, wanted[0], key=lambda stamp: track.position_of[stamp]
+    )
+    usable = track.keyframes[:before]
+    try:
+        for stamp in reversed(usable[-2:]):
+            if track.position_of[stamp] < _WORTH_A_SEEK:
+                break
+            try:
+                for frame in _decode_from(track, _Seek(stamp, usable[-1]), wanted[given:], tally):
+                    yield frame
+                    given += 1
+                return
+            except _SeekError:
+                log.debug("%s: decoding from stamp %d gave no good frames.", track.path, stamp)
+        yield from _decode_from(track, None, wanted[given:], tally)
+    finally:
+        if tally["damaged"]:
+            warn_once(
+                track.path,
+                "%s: damaged frames: %d of the %d read, and others may build on them; they are used "
+                "as the decoder shows them. Copy or download the file again.",
+                tally["damaged"],
+                tally["read"],
+            )
+
+
+def _decode_from(
+    track: _Track, seek: _Seek | None, positions: list[int], tally: collections.Counter[str]
+) -> Frames:
+    decoded, wanted = 0, iter(positions)
+    target = next(wanted, None)
+    try:
+        with _open_container(track.path) as container:
+            stream = _video_stream(track.path, container)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = decoder_threads
+            alpha = _alpha_decoder(track.path, stream)
+            for frame in _frames_from(container, stream, seek, alpha):
+                position_of = track.position_of
+                here = position_of.get(frame.pts, -1) if position_of else decoded
+                decoded += 1
+                if here == target:
+                    if seek is not None and frame.is_corrupt:
+                        raise _SeekError
+                    tally["read"] += 1
+                    tally["damaged"] += frame.is_corrupt
+                    yield _frame_to_rgb(track.path, frame, track.turns)
+                    target = next(wanted, None)
+                elif target is not None and here > target:
+                    if seek is not None:
+                        raise _SeekError
+                    raise MediaError(
+                        f"{str(track.path)!r} is damaged: frame {target} of {track.num_frames} "
+                        "cannot be decoded; copy or download it again."
+                    )
+                if target is None:
+                    return
+    except (av.error.FFmpegError, OSError) as error:
+        if seek is None and decoded == 0:
+            raise damaged(track.path, error) from error
+    if seek is not None:
+        raise _SeekError
+    raise MediaError(
+        f"{str(track.path)!r} is truncated or damaged: {decoded} of its {track.num_frames} frames "
+        "can be decoded; copy or download it again."
+    )
+
+
+def _frames_from(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    seek: _Seek | None,
+    alpha: av.VideoCodecContext | None,
+) -> Iterator[av.VideoFrame]:
+    """All frames, or those from a keyframe on, from the stream's own decoder or from `alpha`."""
+
+    def decode(packet: av.Packet) -> list[av.VideoFrame]:
+        if alpha is None:
+            return stream.decode(packet)
+        return alpha.decode(packet if packet.size else None)
+
+    started = seek is not None
+    if seek is not None:
+        container.seek(seek.stamp, stream=stream)
+    packets = container.demux(stream)
+    if seek is not None:
+        first = next(packets)
+        # A container that is indexed by decoding time may find the next keyframe instead.
+        if first.pts is None or first.pts > seek.latest:
+            raise _SeekError
+        yield from decode(first)
+    for packet in packets:
+        try:
+            frames = decode(packet)
+        except av.error.FFmpegError:
+            if started:
+                raise
+            continue  # a frame of the lead, which probing left out
+        started = started or bool(frames)
+        yield from frames
+
+
+def _alpha_decoder(path: Place, stream: av.VideoStream) -> av.VideoCodecContext | None:
+    """What decodes the stream with its transparency, where that takes another decoder."""
+    name = _ALPHA_DECODERS.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    if name not in av.codecs_available:
+        warn_once(path, "%s: its transparency is left out; this PyAV has no decoder %s.", name)
+        return None
+    decoder = cast(av.VideoCodecContext, av.CodecContext.create(name, "r"))
+    decoder.extradata = stream.codec_context.extradata
+    decoder.thread_count = decoder_threads
+    return decoder
+
+
+def _frame_to_rgb(path: Place, frame: av.VideoFrame, turns: list[Image.Transpose]) -> Image.Image:
+    """The frame as displayed, converted by its own colour matrix and range."""
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        image = to_rgb(path, Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    for turn in turns:
+        image = image.transpose(turn)
+    return image
+
+
+def _turns(frame: av.VideoFrame) -> list[Image.Transpose]:
+    """What the container's display matrix asks for: quarter turns and mirrorings, in order."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV lists no side data when it does not know the name of one of them
+        turn = _QUARTERS.get(frame.rotation % 360)
+        return [] if turn is None else [turn]
+    if matrix is None:
+        return []
+    # Shown x = a x + c y, shown y = b x + d y, y downwards; stored fixed-point: a b u c d v x y w.
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    turns = []
+    if abs(b) > abs(a):
+        turns.append(Image.Transpose.TRANSPOSE)
+        a, d = c, b  # what now multiplies the shown x and y
+    if a < 0:
+        turns.append(Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        turns.append(Image.Transpose.FLIP_TOP_BOTTOM)
+    return turns

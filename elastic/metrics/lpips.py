@@ -1,0 +1,159 @@
+"""LPIPS, the distance of two images in the features of VGG16 (Zhang et al. 2018).
+
+The weights are constants: see `elastic.lpips_weights`. Gradients flow into the first image alone, so that
+the second, the original, costs a forward pass and keeps nothing for the backward one.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from elastic.metrics.lpips_weights import STAGES, Weights
+from elastic.patches import to_unit_range
+
+# Mean and deviation of ImageNet's channels, for pixels in [-1, 1].
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_EPS = 1e-10
+_LEAST_SIZE = 16  # four poolings
+
+
+class Features(NamedTuple):
+    """What VGG16 computes, after the last ReLU of each stage; each is half as large as the one before."""
+
+    relu1_2: Float[Array, "b h1 w1 64"]
+    relu2_2: Float[Array, "b h2 w2 128"]
+    relu3_3: Float[Array, "b h3 w3 256"]
+    relu4_3: Float[Array, "b h4 w4 512"]
+    relu5_3: Float[Array, "b h5 w5 512"]
+
+
+def _products(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
+    return lax.conv_general_dilated(
+        x.astype(dtype),
+        kernel.astype(dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
+    )
+
+
+# JAX cannot transpose a convolution whose result is wider than its operands; hence a gradient by hand.
+_convolution = jax.custom_vjp(_products, nondiff_argnums=(2,))
+
+
+def _convolution_fwd(x: Array, kernel: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    return _convolution(x, kernel, dtype), kernel
+
+
+def _convolution_bwd(dtype: jnp.dtype, kernel: Array, gradient: Array) -> tuple[Array, None]:
+    mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    return _products(gradient, mirrored, dtype), None  # the kernel is a constant
+
+
+_convolution.defvjp(_convolution_fwd, _convolution_bwd)
+
+
+def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
+    """The largest of two by two, an odd last row or column left out."""
+    b, h, w, c = x.shape
+    x = x[:, : h // 2 * 2, : w // 2 * 2]
+    # Reshaped, as reduce_window's gradient is slow on CPUs (of LPIPS as a whole: 0.55 against 0.66 s a pair).
+    return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
+def vgg16(
+    weights: Weights, images: Float[Array, "b h w 3"], *, dtype: DTypeLike = jnp.float32
+) -> Features:
+    """The features of images in [-1, 1]; products have operands of `dtype`, sums and results are float32.
+
+    Raises:
+      ValueError: the images are smaller than 16 x 16.
+    """
+    if min(images.shape[1:3]) < _LEAST_SIZE:
+        raise ValueError(
+            f"LPIPS needs images of {_LEAST_SIZE} x {_LEAST_SIZE} pixels or more, not {images.shape[1:3]}; use `resize`."
+        )
+    shift, scale = (jnp.asarray(row, jnp.float32).reshape(1, 1, 1, 3) for row in (_SHIFT, _SCALE))
+    x = (images.astype(jnp.float32) - shift) / scale
+    stages, layer = [], 0
+    for widths in STAGES:
+        x = _pool(x) if stages else x
+        for _ in widths:
+            conv = weights["VGG16_0"][f"Conv_{layer}"]
+            bias = jnp.asarray(conv["bias"], jnp.float32).reshape(1, 1, 1, -1)
+            x = jax.nn.relu(_convolution(x, jnp.asarray(conv["kernel"]), jnp.dtype(dtype)) + bias)
+            layer += 1
+        stages.append(x)
+    return Features(*stages)
+
+
+def _unit(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Every pixel's features, scaled to length 1; those that are all zero stay so, with a gradient that is finite."""
+    squares = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+    # The root's slope at 0 is infinite, and infinity times the 0 of `where` is no number: hence two of them.
+    length = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+    return features / (length + _EPS)
+
+
+def lpips(
+    weights: Weights,
+    images: Float[Array, "b h w 3"],
+    originals: Float[Array, "b h w 3"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "b"]:
+    """The distance of each pair of images in [-1, 1], 0 (but for rounding) where they are equal.
+
+    Symmetric, but for the gradient: none flows into `originals`.
+    """
+    # One after the other: both in one batch takes 1.6 times as long and as much memory, as the backward pass
+    # goes through the originals too.
+    ours = vgg16(weights, images, dtype=dtype)
+    theirs = vgg16(weights, lax.stop_gradient(originals), dtype=dtype)
+    distance = jnp.zeros(images.shape[0], jnp.float32)
+    for stage, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        weight = jnp.asarray(weights[f"NetLinLayer_{stage}"]["Conv_0"]["kernel"], jnp.float32)
+        squares = jnp.square(_unit(a) - _unit(b)) * weight.reshape(1, 1, 1, -1)
+        distance += jnp.mean(jnp.sum(squares, axis=-1), axis=(1, 2))
+    return distance
+
+
+def resize(images: Float[Array, "b h w c"], size: int = 224) -> Float[Array, "b s s c"]:
+    """Images of `size` x `size` pixels as the released step makes them: bilinear, smoothed where they become smaller."""
+    b, _, _, c = images.shape
+    return jax.image.resize(images, (b, size, size, c), "bilinear")
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _of_uint8(weights: Weights, a: Array, b: Array, *, dtype: Any) -> Array:
+    return lpips(weights, to_unit_range(a), to_unit_range(b), dtype=dtype)
+
+
+def lpips_of_frames(
+    weights: Weights,
+    a: UInt8[np.ndarray, "n rows columns 3"],
+    b: UInt8[np.ndarray, "n rows columns 3"],
+    *,
+    batch_size: int = 8,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[np.ndarray, "n"]:
+    """The distance of each pair of frames at their own size (training compares at 224), a batch at a time.
+
+    Put the weights on the device once, by `jax.device_put`, where this is called often.
+    """
+    weights = jax.device_put(weights)  # nothing where they are there
+    found = [np.zeros(0, np.float32)]
+    for start in range(0, len(a), batch_size):
+        pair = [x[start : start + batch_size] for x in (a, b)]
+        num = len(pair[0])
+        if start:  # a last, smaller batch is filled up: one program for all
+            pair = [np.concatenate([x, np.repeat(x[-1:], batch_size - num, axis=0)]) for x in pair]
+        found.append(np.asarray(_of_uint8(weights, *pair, dtype=jnp.dtype(dtype)))[:num])
+    return np.concatenate(found)

@@ -1,0 +1,147 @@
+"""Encoder, decoder and the autoencoder of both, as in the paper's figure 2.
+
+The parameter tree is the released checkpoints' file format: names of modules are not ours to choose.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from elastic import ops
+from elastic.config import ElasticTokConfig
+from elastic.distributed.sharding import constrain
+from elastic.model import token_masks
+from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
+from elastic.model.layers import Compute, KeysValues, LayerStack, Linear, RMSNorm
+
+
+class Batch(NamedTuple):
+    """A batch of sequences of whole blocks."""
+
+    patches: Float[Array, "b l p"]  # pixels in [-1, 1]
+    kept: Bool[Array, "b l"]  # True: this token is transmitted
+    segment_ids: Int[Array, "b l"] | None = (
+        None  # equal ids may attend to each other; None: all equal
+    )
+    position_ids: Int[Array, "b l"] | None = None  # RoPE positions; None: 0, 1, 2, ...
+    valid: Bool[Array, "b l"] | None = None  # False: hidden from every query
+    counted: Bool[Array, "b l"] | None = (
+        None  # False: padding, which no loss is taken of; None: all count
+    )
+
+
+class Encoded(NamedTuple):
+    """What the encoder gives: codes are zero where tokens are dropped."""
+
+    codes: Float[Array, "b l c"]
+    aux_loss: Float[Array, ""]
+    new: KeysValues | None  # of every layer, with a past
+
+
+class Encoder(Compute):
+    """Patches -> latents of the bottleneck. Knows which tokens will be kept, unless `condition_encoder` is off."""
+
+    num_latents: int = 1
+
+    @nn.compact
+    def __call__(
+        self, batch: Batch, past: ops.Past | None = None
+    ) -> tuple[Float[Array, "b l z"], KeysValues | None]:
+        """The latents before the bottleneck, and with a past the new keys and values."""
+        shared, config = self.shared(), self.config
+        x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)
+        if config.condition_encoder:
+            init = nn.initializers.normal(config.initializer_range)
+            is_kept, is_masked = (
+                self.stored_param(name, init, (1, config.hidden_size)).astype(jnp.float32)[None]
+                for name in ("is_kept_embed", "is_masked_embed")
+            )
+            x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
+        x = constrain(x, self.mesh, "batch", "sequence", None)
+        layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **shared)
+        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, past)
+        x = RMSNorm(name="ln_f", **shared)(x)
+        return Linear(features=self.num_latents, name="pre_quant", **shared)(x), new
+
+
+class Decoder(Compute):
+    """Codes -> patches."""
+
+    @nn.compact
+    def __call__(
+        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.Past | None = None
+    ) -> tuple[Float[Array, "b l p"], KeysValues | None]:
+        """Reconstructed pixels in (-1, 1), and with a past the new keys and values. Of the batch only the ids are read."""
+        shared, config = self.shared(), self.config
+        x = Linear(features=config.hidden_size, name="post_quant", **shared)(codes)
+        x = constrain(x, self.mesh, "batch", "sequence", None)
+        layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **shared)
+        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, past)
+        x = RMSNorm(name="ln_f", **shared)(x)
+        return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **shared)(x)), new
+
+
+class ElasticTok(Compute):
+    """The autoencoder: patches -> kept codes -> patches."""
+
+    def setup(self) -> None:
+        self.encoder = Encoder(num_latents=self.bottleneck.num_latents, **self.shared())
+        self.decoder = Decoder(**self.shared())
+
+    @property
+    def bottleneck(self) -> FSQ | VAE:
+        """The bottleneck, which has no parameters."""
+        return make_bottleneck(self.config)
+
+    def encode(
+        self, batch: Batch, past: ops.Past | None = None, *, key: Shaped[Array, "*k"] | None = None
+    ) -> Encoded:
+        """Codes of a batch; a key makes the VAE sample, as in training."""
+        latents, new = self.encoder(batch, past)
+        codes, aux_loss = self.bottleneck(
+            latents,
+            batch.kept,
+            key=key,
+            counted=batch.counted,
+            tokens_per_block=self.config.tokens_per_block,
+        )
+        return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new)
+
+    def decode(
+        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.Past | None = None
+    ) -> tuple[Float[Array, "b l p"], KeysValues | None]:
+        """Pixels of codes that are zero where tokens are dropped."""
+        return self.decoder(codes, batch, past)
+
+    def __call__(
+        self, batch: Batch, *, key: Shaped[Array, "*k"] | None = None
+    ) -> tuple[Float[Array, "b l p"], Encoded]:
+        """The reconstruction of a batch and its codes."""
+        encoded = self.encode(batch, key=key)
+        return self.decode(encoded.codes, batch)[0], encoded
+
+
+def _positions(batch: Batch) -> Int[Array, "b l"]:
+    if batch.position_ids is not None:
+        return batch.position_ids
+    return jnp.broadcast_to(jnp.arange(batch.kept.shape[1], dtype=jnp.int32), batch.kept.shape)
+
+
+def dummy_batch(config: ElasticTokConfig) -> Batch:
+    """One block of zeros, to make parameters with."""
+    shape = (1, config.tokens_per_block)
+    return Batch(jnp.zeros((*shape, config.patch_dim)), jnp.ones(shape, bool))
+
+
+def init_params(config: ElasticTokConfig, key: Shaped[Array, "*k"]) -> dict[str, Any]:
+    """Freshly drawn parameters, the tree of the released files."""
+    variables: Any = ElasticTok(config).init(key, dummy_batch(config))
+    return variables["params"]
+
+
+def param_shapes(config: ElasticTokConfig) -> dict[str, Any]:
+    """The parameter tree with a jax.ShapeDtypeStruct at every leaf; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,209 @@
+"""Initial parameters under which the model already is a transform codec: principal components of patches, quantized.
+
+A model drawn at random spends its first thousands of steps on finding that patches have a brightness. Small models that must learn in
+an hour start here instead; the layers then learn what a fixed transform of single patches cannot do.
+
+How a network without biases, between two RMSNorms, is made linear: one channel of the residual stream carries a constant that is large
+against all others, so that the norm divides by almost a constant. The encoder gets it from its embeddings; the decoder, whose only
+input is codes, from one layer's MLP: silu(b u) u + silu(-b u)(-u) = b u^2 exactly, and the squares of a normalized vector sum to
+its width.
+
+Where a block has several slices in time, one head of the decoder's last layer also copies: a dropped token takes what the token
+of the same place holds in the last slice that has it, so that a still shot needs one slice.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from elastic.config import ElasticTokConfig
+from elastic.model.bottleneck import FSQ, make_bottleneck
+
+_CONSTANT = 16.0  # the constant channel's value
+_SIGNAL = 0.04  # energy of the other channels, as a share of the constant's
+_MASKED = 4.0  # what tells the encoder's kept tokens (+) from the dropped ones (-)
+_LOGVAR = -5.0  # of the VAE's samples; its means get variance 1
+
+
+def linear_start(
+    params: dict[str, Any], config: ElasticTokConfig, patches: UInt8[np.ndarray, "n p"]
+) -> dict[str, Any]:
+    """`params` (stacked layers, drawn at random) with the linear codec of `patches` written into them.
+
+    Args:
+      patches: a sample of training patches, some ten thousand.
+
+    Raises:
+      ValueError: the layers are numbered, the model is too narrow, or there are too few patches.
+    """
+    code_dim, width = config.code_dim, config.hidden_size
+    if not config.scan_layers:
+        raise ValueError("A linear start needs scan_layers=True.")
+    if not config.condition_encoder:
+        raise ValueError(
+            "A linear start needs condition_encoder=True: the embeddings of kept tokens carry its constant."
+        )
+    if width < code_dim + 2 or config.intermediate_size < 2 * code_dim:
+        raise ValueError(
+            f"A linear start of {code_dim} code channels needs hidden_size of {code_dim + 2} and intermediate_size of "
+            f"{2 * code_dim} or more, not {width} and {config.intermediate_size}."
+        )
+    if len(patches) < 4 * config.patch_dim:
+        raise ValueError(
+            f"{len(patches)} patches are too few for components of {config.patch_dim} numbers; "
+            f"use {4 * config.patch_dim} or more."
+        )
+    params = jax.tree.map(lambda x: np.array(x, np.float32), params)
+    pixels = patches.astype(np.float32) / 127.5 - 1
+    mean = pixels.mean(axis=0)
+    variance, basis = np.linalg.eigh(np.cov((pixels - mean).T))
+    variance, basis = variance[::-1].clip(1e-8), basis[:, ::-1]
+    components = (pixels - mean) @ basis[:, :code_dim]
+    gain, codes = _codes_of(config, components)
+    scale = float(_CONSTANT * np.sqrt(_SIGNAL / variance.sum()))
+    _write_encoder(params["encoder"], config, mean, variance, basis, gain, scale)
+    _write_decoder(params["decoder"], config, pixels, codes)
+    return params
+
+
+def _codes_of(
+    config: ElasticTokConfig, components: Float[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, "c"], Float[np.ndarray, "n c"]]:
+    """For each component the gain before the bottleneck that loses least, and the codes it gives."""
+    bottleneck = make_bottleneck(config)
+    deviation = components.std(axis=0)
+    scaled = (components / deviation).astype(np.float32)
+    if not isinstance(bottleneck, FSQ):
+        return 1 / deviation, scaled
+    tried = np.geomspace(0.15, 2.5, 24)
+    codes = np.stack(
+        [np.asarray(bottleneck.quantize(jnp.asarray(gain * scaled))) for gain in tried]
+    )
+    centred = codes - codes.mean(axis=1, keepdims=True)
+    slope = (centred * components).sum(axis=1) / (centred**2).sum(axis=1).clip(1e-9)
+    error = ((slope[:, None] * centred - components) ** 2).mean(axis=1)
+    best = error.argmin(axis=0)
+    channel = np.arange(len(deviation))
+    return tried[best] / deviation, codes[best, :, channel].T
+
+
+def _write_encoder(
+    encoder: dict[str, Any],
+    config: ElasticTokConfig,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    basis: np.ndarray,
+    gain: np.ndarray,
+    scale: float,
+) -> None:
+    width = config.hidden_size
+    constant, masked, signals = width - 1, width - 2, min(width - 2, config.patch_dim)
+    projection = np.zeros((config.patch_dim, width), np.float32)
+    projection[:, :signals] = scale * basis[:, :signals]
+    encoder["in_proj"]["kernel"] = projection
+    for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
+        embedding = -mean @ projection
+        embedding[constant], embedding[masked] = _CONSTANT, sign * _MASKED
+        encoder[name] = embedding[None].astype(np.float32)
+    # The stream's mean square, and so what a norm divides by, up to the differences between tokens.
+    square = (_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / width
+    deviation = scale * np.sqrt(variance[:signals] / square)
+    layers = encoder["encoder_blocks"]["scan_decoder"]
+    for name in ("attention_norm", "ffn_norm"):
+        # What layers see: every component, the strong ones less than they dominate.
+        weight = layers[name]["kernel"]
+        weight[:, :signals] = (deviation / deviation[0]) ** 0.5 / deviation
+        weight[:, constant] = np.sqrt(square) / _CONSTANT
+        weight[:, masked] = np.sqrt(square) / _MASKED
+    _silence(layers)
+    latents = np.zeros_like(encoder["pre_quant"]["kernel"])
+    channel = np.arange(len(gain))
+    latents[channel, channel] = gain * np.sqrt(square) / scale
+    latents[constant, len(gain) :] = _LOGVAR * np.sqrt(square) / _CONSTANT  # nothing for FSQ
+    encoder["pre_quant"]["kernel"] = latents
+
+
+def _write_decoder(
+    decoder: dict[str, Any], config: ElasticTokConfig, pixels: np.ndarray, codes: np.ndarray
+) -> None:
+    width, num_codes = config.hidden_size, codes.shape[1]
+    constant = width - 1
+    energy = float(np.sum(codes**2, axis=1).mean())
+    scale = float(_CONSTANT * np.sqrt(_SIGNAL / energy))
+    projection = np.zeros((num_codes, width), np.float32)
+    channel = np.arange(num_codes)
+    projection[channel, channel] = scale
+    decoder["post_quant"]["kernel"] = projection
+    layers = decoder["decoder_blocks"]["scan_decoder"]
+    _silence(layers)
+    weights = layers["feed_forward"]
+    for name in ("w1", "w3"):
+        kernel = weights[name]["kernel"][0]
+        kernel[:, : 2 * num_codes] = 0.0
+        kernel[channel, 2 * channel], kernel[channel, 2 * channel + 1] = 1.0, -1.0
+    kernel = weights["w2"]["kernel"][0]
+    kernel[: 2 * num_codes, constant] = _CONSTANT / width
+    slices = config.frames_per_block // config.patch_size[0]
+    if slices > 1 and config.num_decoder_layers > 2 and config.head_dim > num_codes:
+        _write_copying(layers["attention"], config, slices, num_codes)
+    square = _CONSTANT**2 * (1 + _SIGNAL) / width
+    seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
+    solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
+    out = np.zeros_like(decoder["out_proj"]["kernel"])
+    out[channel], out[constant] = solution[:-1], solution[-1]
+    decoder["out_proj"]["kernel"] = out
+
+
+def _write_copying(
+    attention: dict[str, Any], config: ElasticTokConfig, slices: int, num_codes: int
+) -> None:
+    """Writes the first head of the last two layers of the decoder.
+
+    Dropped tokens come in as zeros and have nothing to ask with. In the last layer but one every token gets a little of a flag: the
+    mean of the constants that kept tokens have. Dropped tokens then hold the flag alone, and turn it into the query for their
+    place in earlier slices; kept tokens turn their constant into the query for themselves, and doubling a token changes nothing
+    behind a norm.
+    """
+    distance = config.tokens_per_block // slices
+    dim, constant, flag = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
+    one = 1 / np.sqrt(config.hidden_size)  # times what a lone channel holds behind a norm
+    query, key, value, out = (attention[name]["kernel"] for name in ("wq", "wk", "wv", "wo"))
+    for kernel in (query, key, value):
+        kernel[-2:, :, :dim] = 0.0
+    value[-2, constant, 0], out[-2, 0, flag] = one, 1.0
+    # Pairs of channels turn by position * frequency; a query that is turned back by a distance meets the key at that distance.
+    frequency = config.theta ** (-np.arange(0, dim, 2) / dim)
+    size = one * np.sqrt(2 * np.sqrt(dim))  # neighbours of the place that is asked for weigh e^-4
+    key[-1, constant, 0:dim:2] = query[-1, constant, 0:dim:2] = size
+    for m in range(1, slices + 1):  # the nearest slice that has the token, up to a block ago
+        turn = m * distance * frequency
+        query[-1, flag, 0:dim:2] += (1 - 0.04 * (m - 1)) * size * np.cos(turn)
+        query[-1, flag, 1:dim:2] -= (1 - 0.04 * (m - 1)) * size * np.sin(turn)
+    channel = np.arange(num_codes)
+    value[-1, channel, channel] = out[-1, channel, channel] = 1.0
+    value[-1, constant, num_codes] = out[-1, num_codes, constant] = 1.0
+
+
+def _silence(layers: dict[str, Any]) -> None:
+    """Layers that add nothing to the stream yet: drawn at random they would cost 5 dB, and hundreds of steps to win them back."""
+    for part, name in (("attention", "wo"), ("feed_forward", "w2")):
+        layers[part][name]["kernel"][:] = 0.0
+
+
+def _fit_through_tanh(
+    seen: Float[np.ndarray, "n c"], pixels: Float[np.ndarray, "n p"]
+) -> Float[np.ndarray, "c p"]:
+    """The matrix B that brings tanh(seen @ B) nearest to the pixels: least squares before the tanh, then Gauss and Newton's steps."""
+    matrix = np.linalg.lstsq(seen, np.arctanh(pixels.clip(-0.95, 0.95)), rcond=None)[0]
+    for _ in range(6):
+        out = np.tanh(seen @ matrix)
+        error, slope = pixels - out, 1 - out**2
+        for column in range(pixels.shape[1]):
+            jacobian = seen * slope[:, column, None]
+            normal = jacobian.T @ jacobian
+            normal[np.diag_indices_from(normal)] += 1e-3 * normal.diagonal().mean()
+            matrix[:, column] += np.linalg.solve(normal, jacobian.T @ error[:, column])
+    return matrix

@@ -1,0 +1,165 @@
+"""The numbers of a data set run: of each shard, and of all together, with a plot of tokens per block."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic.pipeline.dataset_plan import Plan, clear_unfinished
+from elastic.report.strip import new_figure, write_figure, write_json
+from elastic.tokens.clip import TokenizedClip
+from elastic.tokens.npz_file import write_atomically
+
+SUMMARY, PLOT, BAD = "summary.json", "summary.png", "bad.jsonl"
+_FORMAT = {"format": "elastictok-shard-summary", "version": 1}
+_MOST_BARS = 32
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over clips, and the files that could not be read.
+
+    Attributes:
+      histogram: {tokens: blocks that keep so many}.
+      seconds: that tokenizing took, of one process after the other.
+      bad: [name, reason] of each file that could not be read.
+    """
+
+    clips: int = 0
+    images: int = 0
+    frames: int = 0
+    blocks: int = 0
+    blocks_met: int = 0
+    tokens: int = 0
+    bits: int = 0
+    seconds: float = 0.0
+    histogram: Counter[int] = dataclasses.field(default_factory=Counter)
+    bad: list[list[str]] = dataclasses.field(default_factory=list)
+
+    def add(self, clip: TokenizedClip) -> None:
+        """Counts a clip."""
+        self.clips += 1
+        self.images += clip.is_image
+        self.frames += clip.num_frames
+        self.blocks += len(clip.blocks)
+        self.blocks_met += sum(block.met_threshold for block in clip.blocks)
+        self.tokens += clip.num_tokens
+        self.bits += clip.num_bits
+        self.histogram.update(clip.counts.tolist())
+
+    def merge(self, other: "Tally") -> None:
+        """Adds another one's sums and bad files."""
+        for name in "clips images frames blocks blocks_met tokens bits seconds".split():
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.histogram.update(other.histogram)
+        self.bad += other.bad
+
+    def save(self, path: Path, shard: str | None) -> None:
+        """Writes the numbers of a shard: its being there says that the shard is finished."""
+        histogram = {str(count): blocks for count, blocks in sorted(self.histogram.items())}
+        write_json(
+            path, _FORMAT | {"shard": shard} | dataclasses.asdict(self) | {"histogram": histogram}
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Tally":
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: the file is damaged or something else.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            if {key: values.pop(key) for key in _FORMAT} != _FORMAT:
+                raise ValueError("its format is another one")
+            del values["shard"]
+            histogram = values["histogram"].items()
+            values["histogram"] = Counter({int(count): int(blocks) for count, blocks in histogram})
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not the summary of a shard ({error}); remove it, and the shard is made again."
+            ) from error
+
+
+def bars(histogram: Mapping[int, int], tokens_per_block: int) -> dict[str, list[int]]:
+    """A histogram in a few bars: bar k counts blocks of more than `edges[k]` and up to `edges[k + 1]` tokens."""
+    edges = np.linspace(0, tokens_per_block, min(_MOST_BARS, tokens_per_block) + 1).astype(int)
+    counts = np.array(list(histogram), np.int64)
+    which = np.searchsorted(edges, counts, side="left") - 1
+    blocks = np.zeros(len(edges) - 1, np.int64)
+    np.add.at(blocks, which, np.array(list(histogram.values()), np.int64))
+    return {"edges": edges.tolist(), "blocks": blocks.tolist()}
+
+
+def write_summary(folder: Path, plan: Plan, shards: Sequence[tuple[str, Tally]]) -> dict[str, Any]:
+    """Writes summary.json, summary.png and bad.jsonl from the finished shards; the same shards give the same bytes."""
+    total = Tally()
+    for _, tally in shards:
+        total.merge(tally)
+    sums = dataclasses.asdict(total)
+    del sums["histogram"], sums["bad"]
+    blocks = total.blocks or math.nan
+    found = {
+        "model": plan.model,
+        "options": {name: value for name, value in plan.options.items() if value is not None},
+        "totals": sums
+        | {
+            "files": len(plan.files),
+            "bad_files": len(total.bad),
+            "shards": sum(tally.clips > 0 for _, tally in shards),
+            "mean_tokens": total.tokens / blocks,
+            "share_met": total.blocks_met / blocks,
+            "frames_per_second": total.frames / total.seconds if total.seconds else 0.0,
+        },
+        "tokens_per_block": bars(total.histogram, plan.model["tokens_per_block"]),
+    }
+    lines = [
+        json.dumps({"id": name, "reason": reason, "shard": shard}) + "\n"
+        for shard, tally in shards
+        for name, reason in tally.bad
+    ]
+    for name in (SUMMARY, PLOT, BAD):
+        clear_unfinished(folder, name)
+    write_atomically(folder / BAD, "".join(lines).encode())
+    if total.blocks:
+        _plot(found, folder / PLOT)
+    write_json(folder / SUMMARY, found)
+    return found
+
+
+def describe(summary: Mapping[str, Any], folder: Path) -> str:
+    """The closing table of a run."""
+    totals = summary["totals"]
+    rows = {
+        "clips": f"{totals['clips']} ({totals['images']} images), {totals['frames']} frames, in {totals['shards']} shards",
+        "tokens": f"{totals['tokens']} in {totals['blocks']} blocks, mean {totals['mean_tokens']:.1f} a block",
+        "bad files": f"{totals['bad_files']}" + (f", listed in {BAD}" * (totals["bad_files"] > 0)),
+        "speed": f"{totals['frames_per_second']:.3g} frames/s a process",
+    }
+    if summary["options"].keys() & {"threshold", "psnr"}:
+        rows["target"] = f"met by {totals['blocks_met']} blocks ({totals['share_met']:.1%})"
+    width = max(map(len, rows))
+    return "\n".join([f"{folder}:", *(f"  {name:{width}}  {text}" for name, text in rows.items())])
+
+
+def _plot(summary: Mapping[str, Any], path: Path) -> None:
+    """The histogram of tokens per block as PNG."""
+    totals, histogram = summary["totals"], summary["tokens_per_block"]
+    figure = new_figure(8, 4.2)
+    axes = figure.subplots()
+    axes.stairs(histogram["blocks"], histogram["edges"], fill=True, color="#266cbc", alpha=0.75)
+    label = f"mean {totals['mean_tokens']:.1f}"
+    axes.axvline(totals["mean_tokens"], color="0.25", linestyle=":", label=label)
+    axes.set_xlim(0, histogram["edges"][-1])
+    axes.set_xlabel("tokens per block")
+    axes.set_ylabel("blocks")
+    title = f"{totals['tokens']} tokens in {totals['blocks']} blocks of {totals['clips']} clips"
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False)
+    write_figure(figure, path)

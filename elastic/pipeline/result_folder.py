@@ -1,0 +1,283 @@
+"""One file on its way to a folder of results: what is written while it is tokenized, and what an interrupted run goes on from."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from elastic.config import ElasticTokConfig
+from elastic.io.tensors import locked, take_places
+from elastic.media import reader
+from elastic.metrics.distortion import BlockResult
+from elastic.metrics.image import psnr_of_mse
+from elastic.report import strip
+from elastic.tokenizer.resume import remove_recording
+from elastic.tokenizer.session import Encoding
+from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokens import npz_file
+from elastic.tokens.clip import TokenizedClip
+
+log = logging.getLogger(__name__)
+
+TOKENS, REPORT, PLOT = "tokens.npz", "report.json", "plot.png"
+VIDEO, PICTURE = "viz.mp4", "viz.png"
+RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every name that a run may write
+UNFINISHED, PART = "unfinished", "tokens.part"
+
+
+class Run(NamedTuple):
+    """One finished run."""
+
+    source: Path
+    folder: Path
+    files: tuple[Path, ...]
+    report: dict[str, Any]
+
+
+class Job:
+    """One file and its folder.
+
+    Args:
+      overwrite: False refuses a folder that holds results.
+      resume: False begins anew where a run was interrupted.
+      viz: draw the picture or the video, for which the frames are kept until then.
+    """
+
+    def __init__(self, source: Path, folder: Path, *, overwrite: bool, resume: bool, viz: bool):
+        self.source, self._folder, self._work = source, folder, folder / UNFINISHED
+        self._overwrite, self._resume, self._viz = overwrite, resume, viz
+        self._stack = contextlib.ExitStack()
+        self._made: list[Path] = []
+        self._locked = False
+        self._encoding: Encoding | None = None
+        self._frames: _Frames | None = None
+        self._spent: list[dict[str, Any]] = []
+        self._squares, self._earlier = 0, 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether there is nothing to go on from: one block, or none begun."""
+        return self._encoding is None or self._encoding.num_blocks == 1
+
+    def begin(
+        self, tokenizer: ElasticTokenizer, options: dict[str, Any], *, alone: bool = True
+    ) -> Encoding:
+        """Opens the file and the folder, and says which blocks are still to be done.
+
+        Args:
+          alone: no other file goes through the model beside this one.
+
+        Raises:
+          ValueError: the file or the options are no good, or another process is at work in the folder.
+          OSError: the folder cannot be written to.
+        """
+        # What is wrong with the file or the options is known before anything is written.
+        encoding = tokenizer.stream(self.source, **options)
+        self._check_folder()
+        self._make_folders()
+        self._lock()
+        record = self._work / PART
+        if not self._resume:
+            remove_recording(record)
+        if self._viz:
+            self._frames = _Frames(self._work, tokenizer.config)
+        if not encoding.has_budget:
+            drawn = math.inf if self._frames is None else self._frames.num_blocks
+            encoding.open_fitting_record(record, most_copied=drawn if alone else 0)
+        self._encoding = encoding
+        for about in encoding.recorded:
+            self._note(about["passes"], about["seconds"], about["squares"])
+            self._earlier += about["seconds"]
+        if encoding.num_recorded:
+            log.info("%s goes on after block %d.", self.source, encoding.num_recorded)
+        if self._frames is not None:
+            self._stack.enter_context(self._frames.writing(encoding.first_block))
+        self._started = time.perf_counter()
+        return encoding
+
+    def add(self, block: BlockResult) -> None:
+        """Takes the next block."""
+        if self._frames is not None:
+            self._frames.add(block.frames, block.reconstruction)
+        self._note(block.passes, block.seconds, block.squares)
+
+    def finish(self, *, progress: bool = True) -> Run:
+        """Writes the results."""
+        assert self._encoding is not None
+        seconds = time.perf_counter() - self._started + self._earlier
+        tokens = self._encoding.tokens()
+        tokens.save(self._work / TOKENS)
+        values = tokens.num_frames * tokens.resolution**2 * 3
+        psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
+        totals = {"seconds": seconds, "psnr": psnr}
+        found = strip.build_report(tokens, per_block=self._spent, totals=totals)
+        strip.write_json(self._work / REPORT, found)
+        strip.plot_report(found, self._work / PLOT)
+        if self._frames is not None:
+            self._frames.flush()
+            _draw(tokens, self._frames, self._work, progress=progress)
+        files = tuple(self._folder / name for name in RESULTS if (self._work / name).exists())
+        take_places(self._work, self._folder, RESULTS)
+        self._stack.close()
+        shutil.rmtree(self._work, ignore_errors=True)
+        return Run(self.source, self._folder, files, found)
+
+    def discard(self) -> None:
+        """Removes what was begun: the file is no good."""
+        self.close()
+        if self._locked:
+            shutil.rmtree(self._work, ignore_errors=True)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # something else has come to lie there
+                folder.rmdir()
+
+    def close(self) -> None:
+        """Leaves what was begun for a later run."""
+        if self._encoding is not None:
+            self._encoding.close()
+        self._stack.close()
+
+    def _note(self, passes: int, seconds: float, squares: int) -> None:
+        self._spent.append({"passes": passes, "seconds": seconds})
+        self._squares += squares
+
+    def _check_folder(self) -> None:
+        folder = self._folder
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; name a folder for the results.")
+        present = [name for name in RESULTS if (folder / name).exists()]
+        source = self.source.resolve()
+        if source in [(folder / name).resolve() for name in present] or (
+            self._work.resolve() in source.parents
+        ):
+            raise ValueError(
+                f"The results would take the place of {self.source} itself; name another folder."
+            )
+        if present and not self._overwrite:
+            raise ValueError(
+                f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
+                "out --overwrite=False."
+            )
+        # A run leaves both of these; without them a viz.mp4 may be anybody's.
+        signed = [name for name in present if name in (TOKENS, REPORT)]
+        if present and not (signed and all(_is_ours(folder / name) for name in signed)):
+            raise ValueError(
+                f"{folder} holds {', '.join(present)}, but not as an earlier run left them; name another folder, so that "
+                "nothing of yours is replaced."
+            )
+
+    def _make_folders(self) -> None:
+        for place in reversed([self._work, *self._work.parents]):
+            if not place.exists():
+                place.mkdir(exist_ok=True)
+                self._made.append(place)
+
+    def _lock(self) -> None:
+        self._locked = self._stack.enter_context(locked(self._work / ".lock"))
+        if not self._locked:
+            raise ValueError(
+                f"Another process is writing into {self._folder}; wait for it, or choose another output_folder."
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a token file or a report is what a run wrote."""
+    try:
+        if path.name == TOKENS:
+            return npz_file.is_sealed(path)
+        return {"clip", "totals"} <= set(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+class _Frames:
+    """Originals and reconstructions of a run, in two files of raw pixels until the picture is drawn."""
+
+    def __init__(self, work: Path, config: ElasticTokConfig):
+        self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
+        self._shape = (config.resolution, config.resolution, 3)
+        self._block_bytes = self._frame_bytes * config.frames_per_block
+        self._files: list[Any] = []
+
+    @contextlib.contextmanager
+    def writing(self, num_blocks: int) -> Iterator[None]:
+        """Opens both files for `add`, after the first `num_blocks` whole blocks that an earlier run wrote."""
+        with contextlib.ExitStack() as stack:
+            for path in self._paths:
+                path.touch()
+                file = stack.enter_context(open(path, "r+b"))
+                file.truncate(num_blocks * self._block_bytes)
+                file.seek(0, os.SEEK_END)
+                self._files.append(file)
+            yield
+
+    def add(self, original: np.ndarray, reconstruction: np.ndarray) -> None:
+        """Appends a block of each."""
+        for file, frames in zip(self._files, (original, reconstruction), strict=True):
+            file.write(np.ascontiguousarray(frames).data)
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks that are in both files."""
+        sizes = [path.stat().st_size if path.exists() else 0 for path in self._paths]
+        return min(sizes) // self._block_bytes
+
+    def flush(self) -> None:
+        """Makes both files readable."""
+        for file in self._files:
+            file.flush()
+
+    def read(self) -> tuple[Iterable[np.ndarray], Iterable[np.ndarray]]:
+        """Originals and reconstructions, frame by frame."""
+        original, reconstruction = (self._read(path) for path in self._paths)
+        return original, reconstruction
+
+    @property
+    def _frame_bytes(self) -> int:
+        return int(np.prod(self._shape))
+
+    def _read(self, path: Path) -> Iterator[np.ndarray]:
+        with open(path, "rb") as file:
+            while pixels := file.read(self._frame_bytes):
+                yield np.frombuffer(pixels, np.uint8).reshape(self._shape)
+
+
+def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool) -> None:
+    """The picture or video of original, reconstruction and tokens used."""
+    originals, reconstructions = frames.read()
+    if tokens.is_image:
+        (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks
+        picture = strip.strip_picture(
+            original,
+            reconstruction,
+            count=block.num_kept,
+            tokens_per_block=tokens.tokens_per_block,
+            loss=block.loss,
+            met=block.met_threshold,
+        )
+        reader.write_image(work / PICTURE, picture)
+        return
+    drawn = strip.strip_frames(
+        originals,
+        reconstructions,
+        counts=tokens.counts,
+        tokens_per_block=tokens.tokens_per_block,
+        frames_per_block=tokens.frames_per_block,
+        losses=[block.loss for block in tokens.blocks],
+        met=[block.met_threshold for block in tokens.blocks],
+        rate=tokens.rate,
+    )
+    bar = tqdm(
+        drawn, total=tokens.num_frames, desc=VIDEO, unit="frame", leave=False, disable=not progress
+    )
+    reader.write_video(work / VIDEO, bar, tokens.rate)

@@ -1,0 +1,394 @@
+"""Which token counts of a block to try next. Plain Python: the model is behind `evaluate`.
+
+A count meets the threshold when its loss is at most the threshold. A search returns the smallest
+count that was *measured* to meet it. When none does, it returns the fallback count, measured too,
+and says `met=False`. No count is evaluated twice; the smallest and the largest are candidates.
+
+This differs from the released system on purpose (DESIGN section 4, line 2): there the binary search
+returns the count that it tried last, met or not, never tries the smallest one, and does not mark a
+block that misses the threshold.
+
+A search is a plan, a generator of groups of counts that sees what the earlier counts gave; a new
+one is a function under `@plan("name")`.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, SupportsFloat
+
+from elastic.search.predict import predict
+from elastic.search.rate_curve import Memory
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.012  # of a clip's tokens: what 'predict' may leave unsaved for speed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The count chosen for one block, and what the choice cost.
+
+    Attributes:
+      num_kept: tokens kept.
+      loss: the reconstruction error measured with `num_kept` tokens.
+      met: whether `loss` is at most the threshold; without a threshold, whether it is finite.
+      passes: calls of the model, each with one group of counts.
+      tried: every count evaluated and its loss, in the order tried.
+    """
+
+    num_kept: int
+    loss: float
+    met: bool
+    passes: int
+    tried: dict[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What a search may try. `make_search` documents the fields.
+
+    Raises:
+      ValueError: a field is out of its range.
+    """
+
+    min_kept: int
+    max_kept: int
+    threshold: float | None = None
+    num_tokens: int | None = None
+    fallback_fraction: float = 1.0
+    max_fraction: float = 1.0
+    num_counts: int = 100
+    width: int = 1
+    full_curve: bool = False
+    tolerance: float = TOLERANCE
+
+    def __post_init__(self):
+        if not 1 <= self.min_kept <= self.max_kept:
+            raise ValueError(
+                f"min_kept={self.min_kept} must lie between 1 and max_kept={self.max_kept}."
+            )
+        for name in ("fallback_fraction", "max_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1.")
+        if self.threshold is not None and not 0 <= self.threshold < math.inf:
+            raise ValueError(
+                f"threshold={self.threshold} must be a finite number, 0 or above: "
+                "it is a mean of squared errors."
+            )
+        if self.width < 1:
+            raise ValueError(f"width={self.width} must be at least 1 count per call.")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"tolerance={self.tolerance} must be a share of the tokens, from 0 to below 1."
+            )
+        if self.num_counts < 2:
+            raise ValueError(f"num_counts={self.num_counts} must be at least 2: both ends.")
+        if self.largest < self.min_kept:
+            raise ValueError(
+                f"max_fraction={self.max_fraction} of max_kept={self.max_kept} allows "
+                f"{self.largest} tokens, below min_kept={self.min_kept}; "
+                f"use at least {self.min_kept / self.max_kept:.4g}."
+            )
+        if self.num_tokens is not None and not self.min_kept <= self.num_tokens <= self.largest:
+            raise ValueError(
+                f"num_tokens={self.num_tokens} must lie between {self.min_kept} and {self.largest}, the largest count allowed."
+            )
+
+    @property
+    def largest(self) -> int:
+        """The largest count that may be tried: `max_fraction` of `max_kept`, rounded up."""
+        return self._share(self.max_fraction)
+
+    @property
+    def fallback(self) -> int:
+        """The count taken when none meets the threshold; within `min_kept` and `largest`."""
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return min(max(self._share(self.fallback_fraction), self.min_kept), self.largest)
+
+    def _share(self, fraction: float) -> int:
+        # Rounded first: 0.07 * 100 is 7.000000000000001 in binary and would become 8.
+        return math.ceil(round(fraction * self.max_kept, 6))
+
+
+class Seen(Protocol):
+    """What a plan knows of its block: what the counts that it has yielded so far gave."""
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """The loss of every count tried."""
+        ...
+
+    @property
+    def memory(self) -> Memory:
+        """What the blocks before tell."""
+        ...
+
+    def meets(self, count: int) -> bool:
+        """Whether a count that was tried met the threshold."""
+        ...
+
+
+Plan = Callable[[SearchOptions, Seen], Iterator[list[int]]]
+_PLANS: dict[str, Plan] = {}
+
+
+def plan(name: str) -> Callable[[Plan], Plan]:
+    """Registers a plan: `(options, seen) -> iterator of groups of untried counts`.
+
+    Each group has at least one count, all distinct. When the iterator is resumed, every count of
+    the groups so far is in `seen`.
+    """
+
+    def register(function: Plan) -> Plan:
+        if name in _PLANS:
+            raise ValueError(f"A search named {name!r} exists already.")
+        _PLANS[name] = function
+        return function
+
+    return register
+
+
+def search_names() -> tuple[str, ...]:
+    """The names that `make_search` accepts."""
+    return tuple(sorted(_PLANS))
+
+
+@plan("binary")
+def _binary(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """Halves the bracket; `width` counts at once split it in `width + 1` parts.
+
+    Relies on the loss falling with the count, and then finds the smallest of n candidates that
+    meets the threshold in at most ceil(log2(n + 1)) passes of one count each.
+    """
+    # Counts up to `fails` fail, those from `passes` on pass. The ends stand just outside the
+    # candidates: the smallest and the largest are tried when, and only when, they matter.
+    fails, passes = options.min_kept - 1, options.largest + 1
+    while passes - fails > 1:
+        parts = min(options.width, passes - fails - 1) + 1
+        group = [fails + (passes - fails) * i // parts for i in range(1, parts)]
+        yield group
+        # The smallest count that passes ends the bracket even where the loss is not monotone.
+        passes = next((count for count in group if seen.meets(count)), passes)
+        fails = max((count for count in group if count < passes), default=fails)
+
+
+@plan("linear")
+def _linear(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """From the smallest count up, geometrically spaced, to the first that meets the threshold."""
+    counts = geometric_counts(options.min_kept, options.largest, options.num_counts)
+    for start in range(0, len(counts), options.width):
+        group = counts[start : start + options.width]
+        yield group
+        if not options.full_curve and any(seen.meets(count) for count in group):
+            return
+
+
+@plan("fixed")
+def _fixed(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """One count, whatever its loss."""
+    del seen
+    yield [options.fallback]
+
+
+@plan("predict")
+def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """Guesses from the curves of the blocks before, corrected by every try: see `elastic.predict`."""
+    if options.threshold is None:  # make_search refuses it before
+        raise ValueError("A predict search needs a threshold.")
+    yield from predict(
+        smallest=options.min_kept,
+        largest=options.largest,
+        threshold=options.threshold,
+        width=options.width,
+        tolerance=options.tolerance,
+        memory=seen.memory,
+        losses=seen.losses,
+        meets=seen.meets,
+    )
+
+
+def geometric_counts(smallest: int, largest: int, num_counts: int) -> list[int]:
+    """At most `num_counts` distinct counts, geometrically spaced, both ends included exactly."""
+    ratio = largest / smallest
+    inner = (round(smallest * ratio ** (i / (num_counts - 1))) for i in range(1, num_counts - 1))
+    return sorted({smallest, largest, *(min(max(count, smallest), largest) for count in inner)})
+
+
+class Search:
+    """The search of one block: `propose`, evaluate, `observe`, until `propose` returns None.
+
+    `run_search` is that loop. Use `make_search` to build one.
+    """
+
+    def __init__(self, options: SearchOptions, groups: Plan, memory: Memory | None = None):
+        self._options = options
+        self.memory = Memory() if memory is None else memory
+        self._pending: list[int] | None = None
+        self._finished = False
+        self._passes = 0
+        self._tried: dict[int, float] = {}
+        self._groups = groups(options, self)
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        """The loss of every count tried."""
+        return self._tried
+
+    @property
+    def options(self) -> SearchOptions:
+        """What this search may try."""
+        return self._options
+
+    def best(self) -> int | None:
+        """The smallest count measured so far to meet the threshold; None: none yet."""
+        return min((count for count in self._tried if self.meets(count)), default=None)
+
+    def propose(self) -> list[int] | None:
+        """The counts to try now (at least one, distinct, none tried before), or None when finished.
+
+        Repeats itself until the losses of these counts are observed.
+        """
+        if self._pending is None and not self._finished:
+            self._pending = next(self._groups, None) or self._unmeasured_fallback()
+            self._finished = self._pending is None
+        return None if self._pending is None else list(self._pending)
+
+    def observe(self, counts: Sequence[int], losses: Collection[SupportsFloat]) -> None:
+        """Takes the losses of the counts proposed last.
+
+        Raises:
+          ValueError: `counts` is not what was proposed, or there is not one loss for each.
+        """
+        counts = [int(count) for count in counts]
+        if self._pending is None or counts != self._pending:
+            raise ValueError(f"counts={counts} must be the counts proposed last, {self._pending}.")
+        if len(losses) != len(counts):
+            raise ValueError(f"{len(losses)} losses for {len(counts)} counts; one each is needed.")
+        for count, loss in zip(counts, losses, strict=True):
+            self._tried[count] = loss = float(loss)
+            if not math.isfinite(loss):
+                log.warning(
+                    "The loss with %d tokens is %s; counted as above the threshold.", count, loss
+                )
+        self._passes += 1
+        self._pending = None
+
+    def result(self) -> SearchResult:
+        """The count chosen.
+
+        Raises:
+          ValueError: the search is not finished.
+        """
+        if self.propose() is not None:
+            raise ValueError(
+                f"The search still needs the losses of {self._pending}; "
+                "observe them before asking for the result."
+            )
+        num_kept = self.best()
+        met = num_kept is not None
+        if num_kept is None:
+            num_kept = self._options.fallback
+        return SearchResult(
+            num_kept=num_kept,
+            loss=self._tried[num_kept],
+            met=met,
+            passes=self._passes,
+            tried=dict(self._tried),
+        )
+
+    def _unmeasured_fallback(self) -> list[int] | None:
+        """The fallback count, if it is needed and its loss unknown.
+
+        Where the loss is not monotone it may meet the threshold after all, and is then an answer.
+        """
+        fallback = self._options.fallback
+        if fallback in self._tried or self.best() is not None:
+            return None
+        return [fallback]
+
+    def meets(self, count: int) -> bool:
+        """Whether a count that was tried met the threshold; without one, whether its loss is finite."""
+        loss, threshold = self._tried[count], self._options.threshold
+        return math.isfinite(loss) if threshold is None else loss <= threshold  # False for NaN
+
+
+def make_search(
+    name: str,
+    *,
+    min_kept: int,
+    max_kept: int,
+    threshold: float | None = None,
+    num_tokens: int | None = None,
+    fallback_fraction: float = 1.0,
+    max_fraction: float = 1.0,
+    num_counts: int = 100,
+    width: int = 1,
+    full_curve: bool = False,
+    tolerance: float = TOLERANCE,
+    memory: Memory | None = None,
+) -> Search:
+    """The search of one block.
+
+    Args:
+      name: 'binary' (assumes that the loss falls with the count), 'predict' (also that it falls
+        much as in the blocks before), 'linear' (neither) or 'fixed'.
+      min_kept: smallest count allowed; it is a candidate itself.
+      max_kept: tokens per block.
+      threshold: largest loss accepted. Needed unless `name` is 'fixed'; there it only sets `met`.
+      num_tokens: the count of 'fixed'; only there.
+      fallback_fraction: share of `max_kept`, rounded up, that is kept when no count meets the
+        threshold; raised to `min_kept` and lowered to `max_fraction` where it lies outside.
+      max_fraction: share of `max_kept`, rounded up, that is the largest count tried.
+      num_counts: how many counts 'linear' spaces over the range, before equal ones are merged.
+      width: counts per call of the model.
+      full_curve: 'linear' tries all its counts, also after one met the threshold.
+      tolerance: share of a clip's tokens that 'predict' may leave unsaved for speed; 0: none.
+      memory: what 'predict' knows of the clip's blocks before, and adds this one to; None: nothing.
+
+    Raises:
+      ValueError: an unknown name, a value out of range, or options that do not fit the search.
+    """
+    if name not in _PLANS:
+        hint = "".join(
+            f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, _PLANS, n=1)
+        )
+        raise ValueError(f"Unknown search {name!r}; known are {', '.join(search_names())}.{hint}")
+    if name == "fixed":
+        if num_tokens is None:
+            raise ValueError(f"A fixed search needs num_tokens, from {min_kept} to {max_kept}.")
+    else:
+        if threshold is None:
+            raise ValueError(
+                f"A {name} search needs a threshold; give one, or use 'fixed' with num_tokens."
+            )
+        if num_tokens is not None:
+            raise ValueError(
+                f"num_tokens={num_tokens} belongs to the fixed search, not to {name!r}; "
+                "drop one of the two."
+            )
+    options = SearchOptions(
+        min_kept=min_kept,
+        max_kept=max_kept,
+        threshold=threshold,
+        num_tokens=num_tokens,
+        fallback_fraction=fallback_fraction,
+        max_fraction=max_fraction,
+        num_counts=num_counts,
+        width=width,
+        full_curve=full_curve,
+        tolerance=tolerance,
+    )
+    return Search(options, _PLANS[name], memory)
+
+
+def run_search(
+    search: Search, evaluate: Callable[[list[int]], Collection[SupportsFloat]]
+) -> SearchResult:
+    """Runs a search to its end; `evaluate` gives one loss for each count of a group."""
+    while (counts := search.propose()) is not None:
+        search.observe(counts, evaluate(counts))
+    return search.result()

@@ -1,0 +1,411 @@
+"""The jitted block steps: try candidates against a cached past, commit one of them, decode.
+
+One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. A trial keeps what its passes
+computed (new keys and values, codes, pixels), so that committing a candidate moves them into the past instead of computing them again.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from elastic import ops
+from elastic.config import ElasticTokConfig
+from elastic.distributed.mesh import platform_of
+from elastic.model import token_masks
+from elastic.model.autoencoder import Batch, ElasticTok
+from elastic.model.bottleneck import FSQ, make_bottleneck
+from elastic.ops import bf16_bits
+from elastic.patches import to_unit_range
+
+
+class Past(NamedTuple):
+    """What is remembered of the blocks so far: bounded, the oldest block is overwritten first.
+
+    Each batch element is a clip of its own, as far along as it is.
+    """
+
+    encoder: ops.Past
+    decoder: ops.Past
+    # Committed since the context began; gives positions and the place of the next block.
+    num_blocks: Int[Array, "b"]
+
+    def forget(self, elements: Bool[np.ndarray, "b"]) -> "Past":
+        """The same with an empty context for these elements. What lies in the cache is not touched, only no longer seen."""
+
+        def zeroed(x: Array) -> Array:
+            return jax.device_put(jnp.where(elements, 0, x), x.sharding)
+
+        encoder, decoder = (
+            part._replace(length=zeroed(part.length)) for part in (self.encoder, self.decoder)
+        )
+        return Past(encoder, decoder, zeroed(self.num_blocks))
+
+
+class Trial(NamedTuple):
+    """Candidates of one block. n = batch * candidates, the candidates of an element side by side."""
+
+    losses: Float[Array, "b k"]  # mean squared error, reconstruction clipped to [-1, 1]
+    pixel_losses: Float[
+        Array, "b k"
+    ]  # the same after rounding to 8 bits: what a viewer of the decoded frames gets
+    codes: Float[Array, "n l c"]
+    pixels: UInt8[Array, "n l p"]
+    encoder_new: (
+        tuple[Array, Array] | None
+    )  # keys and values, [layers, n, heads, l, head_dim]; None: not kept
+    decoder_new: tuple[Array, Array] | None
+
+
+class Committed(NamedTuple):
+    """The block that was appended."""
+
+    tokens: Array  # int32 indices [b, l] (FSQ) or float32 vectors [b, l, c] (VAE)
+    pixels: UInt8[Array, "b l p"]
+
+
+class Codec:
+    """The programs of one model shape, compiled once each and shared by all clips.
+
+    Args:
+      config: the model.
+      dtype: type of products' operands and of the cached past.
+      mesh: where the arrays lie; None: the default device.
+      window_blocks: blocks in one context, the current one included. The past holds one less.
+    """
+
+    def __init__(
+        self,
+        config: ElasticTokConfig,
+        *,
+        dtype: Any = jnp.float32,
+        mesh: Mesh | None = None,
+        window_blocks: int = 4,
+    ):
+        if window_blocks < 1:
+            raise ValueError(
+                f"window_blocks={window_blocks} must be 1 or more: the current block is one of them."
+            )
+        self.config, self.dtype, self.mesh, self.window_blocks = (
+            config,
+            jnp.dtype(dtype),
+            mesh,
+            window_blocks,
+        )
+        # Gradients are never taken here, and rematerialization only matters to them.
+        self.model = ElasticTok(
+            config.replace(remat_attention="", remat_mlp="", remat_block=""),
+            dtype=self.dtype,
+            mesh=mesh,
+        )
+        self.bottleneck = make_bottleneck(config)
+        self._hides = platform_of(mesh) == "cpu"
+        self._try = jax.jit(self._try_impl, static_argnames="keep")
+        self._hold = jax.jit(self._hold_impl, donate_argnames="held")
+        self._commit = jax.jit(self._commit_impl, donate_argnames="past")
+        self._decode = jax.jit(self._decode_impl, donate_argnames="past")
+
+    def past_bytes(self, batch: int = 1) -> int:
+        """Bytes of the whole past of encoder and decoder."""
+        return (self.window_blocks - 1) * self.trial_bytes(batch)
+
+    def past_shards(self, batch: int = 1) -> int:
+        """Parts that the past is split in, over the devices of the mesh."""
+        cache_at, _ = self._places(batch)
+        if cache_at is None:
+            return 1
+        shape = (1, batch, self.config.num_attention_heads, self.config.tokens_per_block, 1)
+        return math.prod(shape) // math.prod(cache_at.shard_shape(shape))
+
+    def trial_bytes(self, candidates: int = 1) -> int:
+        """Bytes of the keys and values that a trial of so many candidates keeps."""
+        config = self.config
+        layers = config.num_encoder_layers + config.num_decoder_layers
+        return (
+            2
+            * layers
+            * candidates
+            * config.tokens_per_block
+            * config.hidden_size
+            * self.dtype.itemsize
+        )
+
+    def stored(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters as the programs want them: on the CPU bfloat16 as its bits (see ops/bits.py). Others work, and cost copies."""
+        return jax.tree.map(bf16_bits.hide, params) if self._hides else params
+
+    def new_past(self, batch: int = 1) -> Past:
+        """An empty past: zeros that no query sees."""
+        config = self.config
+        return self._empty(config.num_encoder_layers, config.num_decoder_layers, batch)
+
+    def new_decoder_past(self, batch: int = 1) -> Past:
+        """An empty past for decoding alone, which needs no encoder."""
+        return self._empty(0, self.config.num_decoder_layers, batch)
+
+    def try_counts(
+        self,
+        params: dict[str, Any],
+        past: Past,
+        patches: UInt8[Array | np.ndarray, "b l p"],
+        counts: Int[Array | np.ndarray, "b k"],
+        *,
+        num_frames: Int[Array | np.ndarray, "b"] | None = None,
+        keep: bool = True,
+    ) -> Trial:
+        """Evaluates the candidate counts of one block at once; the past is read where it lies, neither copied nor changed.
+
+        Args:
+          num_frames: the block's first so many frames are real; the losses are means over these. None: all.
+          keep: whether the trial can be committed; without, it holds the losses alone and needs less memory.
+        """
+        if num_frames is None:
+            num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
+        return self._try(params, past, patches, counts, num_frames, keep=keep)
+
+    def hold(
+        self,
+        held: Trial | None,
+        trial: Trial,
+        choice: Int[Array | np.ndarray, "b"],
+        elements: Bool[np.ndarray, "b"],
+    ) -> Trial:
+        """Of these elements the chosen candidate, of the others what was held: one candidate each, to be committed later.
+
+        What was held is used up.
+        """
+        if elements.all():
+            held = None
+        if held is None and trial.losses.shape[1] == 1:
+            return trial
+        return self._hold(held, trial, choice, elements)
+
+    def commit(
+        self,
+        past: Past,
+        trial: Trial,
+        choice: Int[Array | np.ndarray, "b"],
+        elements: Bool[np.ndarray, "b"] | None = None,
+    ) -> tuple[Past, Committed]:
+        """Appends the chosen candidate of each element, or of these elements alone. The past given is used up; nothing is computed again.
+
+        Raises:
+          ValueError: the trial was made with `keep=False`.
+        """
+        if trial.encoder_new is None:
+            raise ValueError("This trial kept nothing to commit; call try_counts with keep=True.")
+        return self._commit(past, trial, choice, elements)
+
+    def decode(
+        self,
+        params: dict[str, Any],
+        past: Past,
+        tokens: Array | np.ndarray,
+        num_kept: Int[Array | np.ndarray, "b"],
+    ) -> tuple[Past, UInt8[Array, "b l p"]]:
+        """Pixels of one block of tokens ([b, l] indices or [b, l, c] vectors; what lies after `num_kept` is ignored).
+
+        The past given is used up.
+        """
+        return self._decode(params, past, tokens, num_kept)
+
+    def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> Past:
+        config = self.config
+        capacity = (self.window_blocks - 1) * config.tokens_per_block
+        cache_at, numbers_at = self._places(batch)
+
+        def layers(count: int) -> ops.Past:
+            shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
+            dtype = jnp.uint16 if self._hides and self.dtype == jnp.bfloat16 else self.dtype
+            cache = jnp.zeros(shape, dtype, device=cache_at)
+            return ops.Past(cache, jnp.zeros_like(cache), zero())
+
+        def zero() -> Array:
+            return jnp.zeros(batch, jnp.int32, device=numbers_at)
+
+        return Past(layers(encoder_layers), layers(decoder_layers), zero())
+
+    def _places(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
+        """Where the cache of so many elements lies, and what has one number for each."""
+        if self.mesh is None:
+            return None, None
+        spec = ops.past_spec(self.mesh, batch, self.config.num_attention_heads)
+        return NamedSharding(self.mesh, spec), NamedSharding(self.mesh, P(spec[1]))
+
+    def _positions(self, past: Past, num_candidates: int = 1) -> Int[Array, "n l"]:
+        length = self.config.tokens_per_block
+        first = repeat(past.num_blocks * length, "b -> (b k) 1", k=num_candidates)
+        return first + jnp.arange(length)[None]
+
+    def _shown(self, num_frames: Array) -> Bool[Array, "n l p"]:
+        """Which numbers of a block's patches belong to its first `num_frames` frames."""
+        config = self.config
+        deep, rows, columns = config.patch_size
+        a_frame = (
+            config.tokens_per_block * deep // config.frames_per_block
+        )  # patches that share frames
+        token_frame = jnp.arange(config.tokens_per_block) // a_frame * deep
+        pixel_frame = jnp.arange(config.patch_dim) // (rows * columns * 3)
+        frame = token_frame[:, None] + pixel_frame[None]
+        return frame[None] < num_frames[:, None, None]
+
+    def _try_impl(self, params, past: Past, patches, counts, num_frames, *, keep: bool) -> Trial:
+        num_candidates = counts.shape[1]
+        shown = self._shown(jnp.repeat(num_frames, num_candidates))
+        x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
+        kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
+        batch = Batch(x, kept, position_ids=self._positions(past, num_candidates))
+        if self.config.condition_encoder:
+            encoded = self._apply("encode", params, batch, past.encoder)
+            codes = encoded.codes
+        else:  # the encoder gives all candidates the same: it runs once for all
+            first = jax.tree.map(lambda y: y[::num_candidates], batch)
+            whole = first._replace(kept=jnp.ones_like(first.kept))
+            encoded = self._apply("encode", params, whole, past.encoder)
+            codes = repeat(encoded.codes, "b l c -> (b k) l c", k=num_candidates)
+        codes = token_masks.drop_tail(self._snapped(codes), kept)
+        out, decoder_new = self._apply("decode", params, codes, batch, past.decoder)
+        out = jnp.clip(out, -1.0, 1.0)
+        levels = jnp.round((out + 1) * 127.5)
+
+        def mean_over_shown(error: Array) -> Array:
+            total = jnp.sum(jnp.where(shown, jnp.square(error), 0.0), axis=(1, 2))
+            return rearrange(total / jnp.sum(shown, axis=(1, 2)), "(b k) -> b k", k=num_candidates)
+
+        return Trial(
+            losses=mean_over_shown(out - x),
+            pixel_losses=mean_over_shown(levels / 127.5 - 1 - x),
+            codes=codes,
+            pixels=levels.astype(jnp.uint8),
+            encoder_new=encoded.new if keep else None,
+            decoder_new=decoder_new if keep else None,
+        )
+
+    def _chosen(self, trial: Trial, choice) -> Trial:
+        """One candidate of each element."""
+        num_candidates = trial.losses.shape[1]
+
+        def chosen(x: Array, axis: int) -> Array:
+            if num_candidates == 1:
+                return x
+            rows = jnp.arange(len(choice)) * num_candidates + choice
+            return jnp.take(x, rows, axis=axis)
+
+        def losses(x: Array) -> Array:
+            return jnp.take_along_axis(x, choice[:, None], axis=1)
+
+        def layers(new: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+            return None if new is None else (chosen(new[0], 1), chosen(new[1], 1))
+
+        return Trial(
+            losses=losses(trial.losses),
+            pixel_losses=losses(trial.pixel_losses),
+            codes=chosen(trial.codes, 0),
+            pixels=chosen(trial.pixels, 0),
+            encoder_new=layers(trial.encoder_new),
+            decoder_new=layers(trial.decoder_new),
+        )
+
+    def _hold_impl(self, held: Trial | None, trial: Trial, choice, elements) -> Trial:
+        one = self._chosen(trial, choice)
+        if held is None:
+            return one
+
+        def newer(old: Array, new: Array) -> Array:
+            shape = (1, -1, 1, 1, 1) if new.ndim == 5 else (-1, *(1,) * (new.ndim - 1))
+            return jnp.where(jnp.reshape(elements, shape), new, old)
+
+        return jax.tree.map(newer, held, one)
+
+    def _commit_impl(self, past: Past, trial: Trial, choice, elements) -> tuple[Past, Committed]:
+        one = self._chosen(trial, choice)
+        encoder = self._append(past.encoder, one.encoder_new, past.num_blocks, elements)
+        decoder = self._append(past.decoder, one.decoder_new, past.num_blocks, elements)
+        new = self._counted(past, encoder, decoder, elements)
+        return new, Committed(self._to_tokens(one.codes), one.pixels)
+
+    def _decode_impl(self, params, past: Past, tokens, num_kept) -> tuple[Past, Array]:
+        kept = token_masks.kept_mask(num_kept, self.config.tokens_per_block)
+        batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(past))
+        codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
+        out, new = self._apply("decode", params, codes, batch, past.decoder)
+        decoder = self._append(past.decoder, new, past.num_blocks, None)
+        pixels = jnp.round((jnp.clip(out, -1.0, 1.0) + 1) * 127.5).astype(jnp.uint8)
+        return self._counted(past, past.encoder, decoder, None), pixels
+
+    def _append(
+        self, past: ops.Past, new: Any, num_blocks: Array, elements: Array | None
+    ) -> ops.Past:
+        """Writes a block over the oldest one. Keys carry their positions, so that their order in the cache does not matter."""
+        slots = self.window_blocks - 1
+        if slots == 0:
+            return past
+        batch = len(num_blocks)
+        if elements is None and batch > 1:
+            elements = jnp.ones(batch, bool)
+
+        def write(old: Array, x: Array, number: Array, wanted: Array | None) -> Array:
+            x = bf16_bits.hide(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
+            for i in range(old.shape[1]):  # a piece after the other, each in its place
+                piece = x[:, i : i + 1]
+                start = (0, i, 0, (number[i] % slots) * x.shape[3], 0)
+                if wanted is not None:
+                    there = lax.dynamic_slice(old, start, piece.shape)
+                    piece = jnp.where(wanted[i], piece, there)
+                old = lax.dynamic_update_slice(old, piece, start)
+            return old
+
+        cache_at, numbers_at = self._places(batch)
+        if (
+            cache_at is not None and numbers_at is not None
+        ):  # each device has its part of every block
+            cache, numbers = cache_at.spec, numbers_at.spec
+            write = jax.shard_map(
+                write,
+                mesh=self.mesh,
+                in_specs=(cache, cache, numbers, None if elements is None else numbers),
+                out_specs=cache,
+                check_vma=False,
+            )
+        keys, values = (
+            write(old, x, num_blocks, elements) for old, x in zip(past[:2], new, strict=True)
+        )
+        return past._replace(keys=keys, values=values)
+
+    def _counted(
+        self, past: Past, encoder: ops.Past, decoder: ops.Past, elements: Array | None
+    ) -> Past:
+        """The past with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
+        more = 1 if elements is None else elements.astype(jnp.int32)
+        num_blocks = past.num_blocks + more
+        length = jnp.minimum(num_blocks, self.window_blocks - 1) * self.config.tokens_per_block
+        _, numbers_at = self._places(len(num_blocks))
+        if numbers_at is not None:
+            num_blocks, length = (
+                lax.with_sharding_constraint(x, numbers_at) for x in (num_blocks, length)
+            )
+        return Past(encoder._replace(length=length), decoder._replace(length=length), num_blocks)
+
+    def _apply(self, method: str, params, *arguments) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=method)
+
+    def _snapped(self, codes: Array) -> Array:
+        """FSQ codes exactly as their indices give them, so that decoding from a file repeats the same numbers."""
+        return self._from_tokens(self._to_tokens(codes))
+
+    def _to_tokens(self, codes: Array) -> Array:
+        return (
+            self.bottleneck.codes_to_indices(codes) if isinstance(self.bottleneck, FSQ) else codes
+        )
+
+    def _from_tokens(self, tokens: Array) -> Array:
+        return (
+            self.bottleneck.indices_to_codes(tokens) if isinstance(self.bottleneck, FSQ) else tokens
+        )

@@ -1,0 +1,166 @@
+"""What can be tokenized, as blocks of frames at the model's resolution: a file, an array, or frames that are still coming."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import UInt8
+
+from elastic.media import reader
+
+Frames = Iterable[UInt8[np.ndarray, "rows columns 3"]]
+Source = str | os.PathLike | np.ndarray | reader.ClipReader | Frames
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip at the model's resolution.
+
+    Attributes:
+      is_image: a still picture, one frame.
+      rate: frames per second; 0 for an image.
+      num_frames: None where they are still coming.
+      source: (width, height) of the original as displayed.
+    """
+
+    is_image: bool
+    rate: float
+    num_frames: int | None
+    source: tuple[int, int]
+    _reader: reader.ClipReader | None
+    _frames: Frames | None
+    _resolution: int
+
+    def blocks(
+        self, frames_per_block: int, first_block: int = 0
+    ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
+        """The blocks from `first_block` on; only the last one may be short. Frames that come can be gone through once.
+
+        Raises:
+          MediaError: a frame cannot be decoded, or one that comes is not like the first.
+        """
+        if self.num_frames is not None and first_block * frames_per_block >= self.num_frames:
+            return
+        if self._reader is not None:
+            with self._reader:
+                yield from self._reader.blocks(frames_per_block, first_block=first_block)
+            return
+        frames = iter(self._frames if self._frames is not None else ())
+        frames = itertools.islice(frames, first_block * frames_per_block, self.num_frames)
+        while block := [
+            self._fitted(frame) for frame in itertools.islice(frames, frames_per_block)
+        ]:
+            yield np.stack(block)
+
+    def identity(self) -> dict[str, Any] | None:
+        """What tells whether a later run has the same clip; None where nothing can."""
+        about: dict[str, Any] = {
+            "source": list(self.source),
+            "rate": self.rate,
+            "num_frames": self.num_frames,
+        }
+        if self._reader is not None:
+            status = os.stat(self._reader.info.path)
+            return about | {"size": status.st_size, "modified": status.st_mtime_ns}
+        if isinstance(self._frames, np.ndarray):
+            return about | {"crc": zlib.crc32(np.ascontiguousarray(self._frames).data)}
+        return None
+
+    def _fitted(self, frame: np.ndarray) -> np.ndarray:
+        width, height = self.source
+        _check(frame, (height, width, 3))
+        if frame.shape[:2] == (self._resolution, self._resolution):
+            return frame
+        return reader.fit_frame(frame, self._resolution)
+
+
+def open_clip(
+    source: Source, resolution: int, *, rate: float | None, max_frames: int | None
+) -> Clip:
+    """The clip in a file, in an array [frames, height, width, 3] or [height, width, 3], in a reader, or of frames that come one by one.
+
+    Args:
+      rate: frames per second to take from a file; of frames it is their own, None: 24.
+
+    Raises:
+      ValueError: there is nothing to tokenize, or it is not frames.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"{rate=} must be a positive number of frames/s, or None.")
+    if isinstance(source, (str, os.PathLike)):
+        source = reader.open_clip(
+            pathlib.Path(source), resolution=resolution, rate=rate, max_frames=max_frames
+        )
+    if isinstance(source, reader.ClipReader):
+        info = source.info
+        if source.resolution != resolution:
+            raise ValueError(
+                f"The reader of {str(info.path)!r} gives {source.resolution} rows; open it with {resolution=}."
+            )
+        size, image = (info.width, info.height), info.kind == "image"
+        return Clip(image, source.rate, source.num_frames, size, source, None, resolution)
+    own_rate = 24.0 if rate is None else float(rate)
+    if isinstance(source, np.ndarray):
+        is_image = source.ndim != 4
+        frames = (source[None] if is_image else source)[:max_frames]
+        if not len(frames):
+            raise ValueError("A clip of no frames cannot be tokenized.")
+        _check(frames[0])
+        size = (frames.shape[2], frames.shape[1])
+        return Clip(
+            is_image, 0.0 if is_image else own_rate, len(frames), size, None, frames, resolution
+        )
+    if not isinstance(source, Iterable):
+        raise ValueError(
+            f"A clip of type {type(source).__name__} cannot be tokenized; give a path, uint8 frames, or a reader."
+        )
+    coming = iter(source)
+    first = next(coming, None)
+    if first is None:
+        raise ValueError("No frame came; there is nothing to tokenize.")
+    first = np.asarray(first)
+    _check(first)
+    frames = itertools.islice(itertools.chain([first], coming), max_frames)
+    size = (first.shape[1], first.shape[0])
+    return Clip(False, own_rate, None, size, None, frames, resolution)
+
+
+def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
+    """The items, made in a thread up to `count` before they are asked for: decoding goes on while the model runs."""
+    end: Any = object()
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
+        coming = deque(pool.submit(next, items, end) for _ in range(count))
+        try:
+            while (item := coming.popleft().result()) is not end:
+                coming.append(pool.submit(next, items, end))
+                yield item
+        finally:
+            for future in coming:
+                future.cancel()
+            if isinstance(items, Generator):
+                pool.submit(items.close)
+
+
+def _check(frame: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
+    """Refuses what is no frame, or is not of the shape."""
+    if (
+        frame.dtype != np.uint8
+        or frame.ndim != 3
+        or shape not in (None, frame.shape)
+        or 0 in frame.shape
+        or frame.shape[-1] != 3
+    ):
+        raise ValueError(
+            f"Frames of type {frame.dtype} and shape {frame.shape} must be uint8 [height, width, 3], all of one size."
+        )

@@ -1,0 +1,239 @@
+"""Shards -> batches of packed sequences, for training a generator on the tokens.
+
+A clip is written as one line of ids, and its length is part of what a generator learns:
+
+    BEGIN  count tokens...  count tokens...  END
+
+`count` says how many tokens of the block follow (so that no sign is needed between blocks), and the ids are
+
+    0 PAD, 1 BEGIN, 2 CONTINUE, 3 END
+    4 ... 3 + tokens_per_block          count - 1, as an id
+    4 + tokens_per_block ...            FSQ: the token's index, as an id. VAE: one id, `vector`, that stands
+                                        for any token; the vectors lie beside the ids.
+
+A clip that is longer than a sequence becomes several pieces of whole blocks; a later piece starts with CONTINUE, and
+only the last one has END. Grain's first-fit packing lays pieces side by side in sequences of one length.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain.python as grain
+import numpy as np
+from grain.experimental import FirstFitPackIterDataset
+from jaxtyping import Bool, Float, Int
+
+from elastic.data.workers import answer_grain
+from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.tokens.shards import TokenShards
+
+PAD, BEGIN, CONTINUE, END = range(4)
+_NUM_SIGNS = 4
+
+
+class TokenBatch(NamedTuple):
+    """Packed sequences. Position i is to be predicted from what stands before it in its segment."""
+
+    tokens: Int[np.ndarray, "b s"]  # ids as above
+    segment_ids: Int[np.ndarray, "b s"]  # pieces of a sequence, 1, 2, ...; 0: padding
+    position_ids: Int[np.ndarray, "b s"]  # from the start of the piece
+    block_ids: Int[np.ndarray, "b s"]  # number of the block in its clip
+    loss_mask: Bool[np.ndarray, "b s"]  # True: to be predicted (all but PAD, BEGIN and CONTINUE)
+    vectors: Float[np.ndarray, "b s d"] | None  # VAE: where `tokens` is `vector`, else zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Which id means what.
+
+    Attributes:
+      tokens_per_block: tokens of a full block.
+      codebook_size: number of FSQ codes; None for the VAE.
+    """
+
+    tokens_per_block: int
+    codebook_size: int | None
+
+    @classmethod
+    def of(cls, tokens: TokenShards | TokenizedClip) -> "Vocabulary":
+        """That of shards or of a clip."""
+        header = tokens.header if isinstance(tokens, TokenShards) else vars(tokens)
+        return cls(header["tokens_per_block"], header["codebook_size"])
+
+    @property
+    def first_code(self) -> int:
+        """The id of index 0; with the VAE that of every vector."""
+        return _NUM_SIGNS + self.tokens_per_block
+
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return self.first_code + (self.codebook_size or 1)
+
+    def piece(self, clip: TokenizedClip, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """The ids of blocks `first` to `stop` (not included; None: the last one too)."""
+        stop = len(clip.blocks) if stop is None else stop
+        parts: list[np.ndarray] = [np.array([CONTINUE if first else BEGIN])]
+        for block in clip.blocks[first:stop]:
+            codes = np.zeros(block.num_kept, np.int64) if block.indices is None else block.indices
+            parts += [np.array([_NUM_SIGNS + block.num_kept - 1]), self.first_code + codes]
+        if stop == len(clip.blocks):
+            parts.append(np.array([END]))
+        return np.concatenate(parts).astype(np.int32)
+
+    def blocks(
+        self, ids: Sequence[int] | np.ndarray, vectors: np.ndarray | None = None
+    ) -> tuple[BlockTokens, ...]:
+        """The inverse of `piece`, for what a generator wrote: blocks that a `TokenizedClip` is made of.
+
+        Args:
+          ids: one piece, without padding.
+          vectors: for the VAE, one for each id.
+
+        Raises:
+          ValueError: a count is not followed by so many tokens, or something else stands where a count should.
+        """
+        ids = np.asarray(ids)
+        at, end = int(len(ids) > 0 and ids[0] in (BEGIN, CONTINUE)), len(ids)
+        end -= int(end > at and ids[-1] == END)
+        found = []
+        while at < end:
+            count = int(ids[at]) - _NUM_SIGNS + 1
+            codes = ids[at + 1 : min(end, at + 1 + count)] - self.first_code
+            if not 1 <= count <= self.tokens_per_block:
+                raise ValueError(f"Id {ids[at]} at {at} is no count; a block must start with one.")
+            if len(codes) < count or codes.min() < 0 or codes.max() >= self.size - self.first_code:
+                raise ValueError(f"The block at {at} must have {count} tokens, as its count says.")
+            part = {"indices": codes}
+            if self.codebook_size is None:
+                if vectors is None:
+                    raise ValueError("The ids are a VAE's; give the vectors too.")
+                part = {"vectors": vectors[at + 1 : at + 1 + count]}
+            found.append(BlockTokens(num_kept=count, loss=np.nan, met_threshold=False, **part))
+            at += 1 + count
+        return tuple(found)
+
+
+class Pieces:
+    """The clips of shards, cut into pieces that fit a sequence: a random-access source for grain.
+
+    Raises:
+      ValueError: a full block does not fit a sequence.
+    """
+
+    def __init__(self, shards: TokenShards, sequence_length: int):
+        self.vocabulary = Vocabulary.of(shards)
+        longest = self.vocabulary.tokens_per_block + 3  # with a sign, a count and END
+        if sequence_length < longest:
+            raise ValueError(
+                f"{sequence_length=} is too short for a full block of {longest - 3} tokens with its signs; "
+                f"use {longest} or more."
+            )
+        self._shards = shards
+        # [pieces, (clip, first block, stop)]: 24 bytes a piece, and the same for any order.
+        self._cuts = np.array(
+            [
+                (number, first, stop)
+                for number, counts in enumerate(shards.counts())
+                for first, stop in _cut(counts, sequence_length)
+            ],
+            np.int64,
+        )
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    def __repr__(self) -> str:
+        return f"Pieces({len(self)} of {self._shards!r})"
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        which, first, stop = map(int, self._cuts[index])
+        clip = self._shards[which]
+        tokens = self.vocabulary.piece(clip, first, stop)
+        counts = clip.counts[first:stop]
+        # BEGIN belongs to the block after it, END to the one before it.
+        numbers = np.repeat(np.arange(first, stop, dtype=np.int32), counts + 1)
+        block_ids = np.pad(numbers, (1, len(tokens) - len(numbers) - 1), mode="edge")
+        piece = {"tokens": tokens, "block_ids": block_ids}
+        if self.vocabulary.codebook_size is None:
+            width = self._shards.header["vector_width"]
+            piece["vectors"] = np.zeros((len(tokens), width), np.float32)
+            is_vector = tokens == self.vocabulary.first_code
+            piece["vectors"][is_vector] = np.concatenate(
+                [block.values for block in clip.blocks[first:stop]]
+            )
+        return piece
+
+
+def token_batches(
+    shards: TokenShards,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int = 0,
+    num_epochs: int | None = None,
+    packing_bins: int = 64,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+) -> grain.IterDataset[TokenBatch]:
+    """Batches of packed sequences, shuffled anew in each epoch; the iterator's `get_state` and `set_state` save the place.
+
+    Args:
+      sequence_length: ids of a sequence.
+      batch_size: sequences of a batch of this process.
+      num_epochs: None repeats for ever, with full batches; else the last one may have fewer sequences.
+      packing_bins: sequences that are filled at the same time: more of them waste less, and take more memory.
+      process_index, process_count: which share of the pieces this process takes. All use one seed.
+      workers: processes that read and pack ahead, each a part of the pieces; 0: threads of this one. With them, close
+        the iterator at the end.
+
+    Raises:
+      ValueError: a block does not fit a sequence, or there are fewer pieces than processes.
+    """
+    pieces = Pieces(shards, sequence_length)
+    if not 0 <= process_index < process_count <= len(pieces):
+        raise ValueError(
+            f"process_index={process_index} must lie in 0 to process_count={process_count} - 1, and the processes "
+            f"have {len(pieces)} pieces to share."
+        )
+    order = grain.MapDataset.source(pieces).shuffle(seed)[process_index::process_count]
+    lengths = {"tokens": sequence_length, "block_ids": sequence_length}
+    if pieces.vocabulary.codebook_size is None:
+        lengths["vectors"] = sequence_length
+    packed = FirstFitPackIterDataset(
+        order.repeat(num_epochs).to_iter_dataset(),
+        length_struct=lengths,
+        num_packing_bins=max(packing_bins, batch_size),
+        seed=seed,
+    )
+    batches = packed.map(_finish).batch(batch_size, drop_remainder=num_epochs is None)
+    if workers:
+        answer_grain()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return batches
+
+
+def _finish(packed: dict[str, np.ndarray]) -> TokenBatch:
+    """Grain's names -> ours."""
+    tokens = packed["tokens"]
+    return TokenBatch(
+        tokens=tokens,
+        segment_ids=packed["tokens_segment_ids"],
+        position_ids=packed["tokens_positions"],
+        block_ids=packed["block_ids"],
+        loss_mask=tokens >= END,
+        vectors=packed.get("vectors"),
+    )
+
+
+def _cut(counts: np.ndarray, sequence_length: int) -> list[tuple[int, int]]:
+    """Ranges of blocks, each as long as fits: a sign, the counts, the tokens, and room for END."""
+    cuts, first, used = [], 0, 2
+    for number, count in enumerate(counts.tolist()):
+        if used + 1 + count > sequence_length:
+            cuts.append((first, number))
+            first, used = number, 2
+        used += 1 + count
+    return [*cuts, (first, len(counts))]

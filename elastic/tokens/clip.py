@@ -1,0 +1,377 @@
+"""The tokens of a clip, and the file that holds them.
+
+NumPy alone reads the file:
+
+    with np.load("tokens.npz", allow_pickle=False) as file:
+        header = json.loads(file["header"].tobytes())
+        blocks = np.split(file["indices"], np.cumsum(file["counts"])[:-1])  # VAE: "vectors"
+
+`header` is JSON as uint8, with the fields of `TokenizedClip`; `counts` int32, `losses` float64 and
+`met` bool have one entry for each block; `indices` uint16 (uint32 above 65,536 codes) or `vectors`
+float32 [tokens, d] hold the blocks one after the other. `elastic.token_file` guards the bytes.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from elastic.tokens import npz_file
+from elastic.tokens.header import CHOICES, check_choice, pack_header, require, unpack_header
+from elastic.tokens.npz_file import TokenFileError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockTokens:
+    """The kept tokens of one block: exactly one of `indices` and `vectors` is given.
+
+    Attributes:
+      num_kept: tokens kept.
+      loss: reconstruction error with these tokens; NaN when unknown.
+      met_threshold: whether `loss` was measured to meet the threshold.
+      indices: int32 [num_kept], the FSQ codes' numbers. Read-only.
+      vectors: float32 [num_kept, d], the VAE's vectors. Read-only.
+
+    Raises:
+      ValueError: the fields contradict each other, an index is not an integer or below 0, or a
+        vector is not finite.
+    """
+
+    num_kept: int
+    loss: float
+    met_threshold: bool
+    indices: np.ndarray | None = None
+    vectors: np.ndarray | None = None
+
+    def __post_init__(self):
+        require(self.num_kept >= 1, f"num_kept={self.num_kept} must be at least 1.")
+        require(not self.loss < 0, f"loss={self.loss} must not be below 0.")
+        require(
+            not (self.met_threshold and not math.isfinite(self.loss)),
+            f"loss={self.loss} cannot have met a threshold.",
+        )
+        require(
+            (self.indices is None) != (self.vectors is None),
+            "A block has either indices (FSQ) or vectors (VAE).",
+        )
+        if self.indices is not None:
+            indices = np.asarray(self.indices)
+            require(
+                indices.dtype.kind in "iu",
+                f"indices of type {indices.dtype} must be integers; round them first.",
+            )
+            require(
+                indices.shape == (self.num_kept,),
+                f"indices of shape {indices.shape} must have shape ({self.num_kept},).",
+            )
+            limit = np.iinfo(np.int32).max
+            require(
+                indices.min() >= 0 and int(indices.max()) <= limit,
+                f"indices from {indices.min()} to {indices.max()} must lie in 0 to {limit}.",
+            )
+            object.__setattr__(self, "indices", _read_only(indices, np.int32))
+        else:
+            vectors = np.asarray(self.vectors)
+            require(
+                vectors.ndim == 2 and len(vectors) == self.num_kept and vectors.shape[1] > 0,
+                f"vectors of shape {vectors.shape} must have shape ({self.num_kept}, d).",
+            )
+            vectors = _read_only(vectors, np.float32)
+            require(bool(np.isfinite(vectors).all()), "vectors must be finite.")
+            object.__setattr__(self, "vectors", vectors)
+
+    @property
+    def values(self) -> np.ndarray:
+        """What is transmitted: the indices, or the vectors."""
+        return cast(np.ndarray, self.vectors if self.indices is None else self.indices)
+
+    def truncate(self, num_tokens: int) -> "BlockTokens":
+        """The first `num_tokens` tokens; what was measured with more of them is forgotten."""
+        require(num_tokens >= 1, f"num_tokens={num_tokens} must be at least 1.")
+        if num_tokens >= self.num_kept:
+            return self
+        return BlockTokens(
+            num_kept=num_tokens,
+            loss=math.nan,
+            met_threshold=False,
+            indices=None if self.indices is None else self.indices[:num_tokens],
+            vectors=None if self.vectors is None else self.vectors[:num_tokens],
+        )
+
+    def __repr__(self) -> str:
+        met = "met" if self.met_threshold else "not met"
+        return f"BlockTokens({self.num_kept} tokens, loss {self.loss:.6g}, {met})"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class TokenizedClip:
+    """A clip as tokens: with the model it came from, all that decoding needs.
+
+    Attributes:
+      blocks: the tokens, block by block.
+      bottleneck_type: 'fsq' or 'vae'.
+      codebook_size: number of FSQ codes; None for VAE.
+      tokens_per_block: tokens of a full block.
+      frames_per_block: frames of a full block.
+      num_frames: frames of the clip; the last block may be padded beyond them.
+      is_image: one picture, which fills one block.
+      resolution: rows and columns of the decoded frames, in pixels.
+      source: (width, height) of the original as displayed, in pixels.
+      rate: frames per second; 0 for an image.
+      model_id: which model made the tokens.
+      config_hash: hex digest of that model's configuration.
+      threshold: largest error that the search accepted; None when it had none.
+      search: name of the search.
+      window_blocks: blocks held in one context.
+      context: 'carry' if the past is carried from window to window, 'restart' if it starts anew.
+      weights: fingerprint of that model's weights (`elastic.fingerprint`); () where it is not known.
+
+    Raises:
+      ValueError: a field is out of range or contradicts the blocks.
+    """
+
+    blocks: tuple[BlockTokens, ...]
+    bottleneck_type: Literal["fsq", "vae"]
+    codebook_size: int | None
+    tokens_per_block: int
+    frames_per_block: int
+    num_frames: int
+    is_image: bool
+    resolution: int
+    source: tuple[int, int]
+    rate: float
+    model_id: str
+    config_hash: str
+    threshold: float | None
+    search: str
+    window_blocks: int
+    context: Literal["carry", "restart"]
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "rate", float(self.rate))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", float(self.threshold))
+        for name in ("tokens_per_block", "frames_per_block", "resolution", "window_blocks"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1.")
+        for name in CHOICES:
+            check_choice(name, getattr(self, name))
+        require(
+            len(self.source) == 2 and min(self.source) >= 1,
+            f"source={self.source} must be (width, height) in pixels.",
+        )
+        require(
+            math.isfinite(self.rate) and (self.rate > 0 or (self.is_image and self.rate == 0)),
+            f"rate={self.rate} must be a number of frames per second above 0.",
+        )
+        require(
+            self.threshold is None or (math.isfinite(self.threshold) and self.threshold >= 0),
+            f"threshold={self.threshold} must be a finite number, 0 or above.",
+        )
+        require(
+            re.fullmatch("[0-9a-f]+", self.config_hash) is not None,
+            f"config_hash={self.config_hash!r} must be lower-case hexadecimal digits.",
+        )
+        self._check_frames()
+        self._check_blocks()
+
+    def _check_frames(self) -> None:
+        expected = -(-self.num_frames // self.frames_per_block)
+        require(
+            self.num_frames >= 1 and expected == len(self.blocks),
+            f"num_frames={self.num_frames} must fill {len(self.blocks)} blocks of "
+            f"{self.frames_per_block} frames, the last at least in part.",
+        )
+        require(
+            not self.is_image or self.num_frames == 1,
+            f"num_frames={self.num_frames} must be 1 for an image.",
+        )
+
+    def _check_blocks(self) -> None:
+        fsq = self.bottleneck_type == "fsq"
+        require(
+            (self.codebook_size is not None and self.codebook_size >= 1)
+            if fsq
+            else self.codebook_size is None,
+            f"codebook_size={self.codebook_size} must be above 0 for FSQ and None for VAE.",
+        )
+        widths = set()
+        for number, block in enumerate(self.blocks):
+            require(
+                block.num_kept <= self.tokens_per_block,
+                f"Block {number} keeps {block.num_kept} of tokens_per_block="
+                f"{self.tokens_per_block} tokens.",
+            )
+            require(
+                not block.met_threshold or self.threshold is None or block.loss <= self.threshold,
+                f"Block {number} cannot have met threshold={self.threshold} "
+                f"with loss={block.loss}.",
+            )
+            require(
+                (block.indices is not None) == fsq,
+                f"Block {number} must hold {'indices' if fsq else 'vectors'}: "
+                f"bottleneck_type={self.bottleneck_type!r}.",
+            )
+            if block.indices is not None and self.codebook_size is not None:
+                require(
+                    int(block.indices.max()) < self.codebook_size,
+                    f"Block {number} has index {block.indices.max()}, "
+                    f"outside codebook_size={self.codebook_size}.",
+                )
+            if block.vectors is not None:
+                widths.add(block.vectors.shape[1])
+        require(len(widths) <= 1, f"vectors of {sorted(widths)} dimensions must have one width.")
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens kept in each block, int32 [blocks]."""
+        return np.array([block.num_kept for block in self.blocks], np.int32)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole clip."""
+        return sum(block.num_kept for block in self.blocks)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens per block."""
+        return self.num_tokens / len(self.blocks)
+
+    @property
+    def bits_per_token(self) -> int:
+        """ceil(log2(codebook size)) for FSQ; 32 for each dimension of a VAE vector."""
+        if self.codebook_size is not None:
+            return max(1, (self.codebook_size - 1).bit_length())
+        vectors = self.blocks[0].vectors
+        return 32 * (vectors.shape[1] if vectors is not None else 0)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of all tokens, without the file's header and counts."""
+        return self.num_tokens * self.bits_per_token
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """`num_bits` over the pixels of the decoded clip."""
+        return self.num_bits / (self.num_frames * self.resolution**2)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Bits of the decoded clip as uint8 RGB, over `num_bits`."""
+        return 24 / self.bits_per_pixel
+
+    def truncate(self, num_tokens: int) -> "TokenizedClip":
+        """The same clip with at most `num_tokens` tokens a block.
+
+        Blocks that lose tokens have a loss of NaN and no longer meet the threshold.
+        """
+        blocks = tuple(block.truncate(num_tokens) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
+
+    def to_bytes(self) -> bytes:
+        """The content of the token file; equal clips give equal bytes."""
+        arrays = {
+            "header": pack_header(vars(self)),
+            "counts": self.counts.astype("<i4"),
+            "losses": np.array([block.loss for block in self.blocks], "<f8"),
+            "met": np.array([block.met_threshold for block in self.blocks], bool),
+        }
+        name, dtype = _payload(self.bottleneck_type, self.codebook_size)
+        values = [getattr(block, name) for block in self.blocks]
+        arrays[name] = np.concatenate(values).astype(dtype)
+        return npz_file.pack(arrays)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "tokens") -> "TokenizedClip":
+        """The clip in a token file's content; `name` is how errors call it.
+
+        Raises:
+          TokenFileError: the content is damaged, foreign, inconsistent or of a newer version.
+        """
+        arrays = npz_file.unpack(data, name=name)
+        try:
+            return cls(**_fields(arrays, name))
+        except TokenFileError:
+            raise
+        except (ValueError, RecursionError) as error:  # RecursionError: deeply nested JSON
+            raise TokenFileError(
+                f"{name} is inconsistent: {str(error).rstrip('.')}. Tokenize the clip again."
+            ) from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the token file; `path` is replaced as a whole or not touched."""
+        npz_file.write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TokenizedClip":
+        """Reads a token file.
+
+        Raises:
+          TokenFileError: the file is damaged, foreign, inconsistent or of a newer version.
+          OSError: the file cannot be read.
+        """
+        return cls.from_bytes(npz_file.read(path), name=str(path))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenizedClip):
+            return NotImplemented
+        return self.to_bytes() == other.to_bytes()
+
+    def __repr__(self) -> str:
+        kind = "image" if self.is_image else f"{self.num_frames} frames at {self.rate:g}/s"
+        met = sum(block.met_threshold for block in self.blocks)
+        return (
+            f"TokenizedClip({self.bottleneck_type}, {kind}, {self.resolution}x{self.resolution}, "
+            f"{self.num_tokens} tokens in {len(self.blocks)} blocks of up to "
+            f"{self.tokens_per_block}, {met} met)"
+        )
+
+
+def _payload(bottleneck_type: str, codebook_size: int | None) -> tuple[str, np.dtype]:
+    """Name and type on disk of the array that holds the tokens."""
+    if bottleneck_type == "vae" or codebook_size is None:
+        return "vectors", np.dtype("<f4")
+    return "indices", np.dtype("<u2" if codebook_size <= 65_536 else "<u4")
+
+
+def _fields(arrays: dict[str, np.ndarray], file_name: str) -> dict[str, Any]:
+    """The fields of a `TokenizedClip` from the arrays of its file."""
+    fields = unpack_header(arrays.get("header"), file_name)
+    name, dtype = _payload(fields["bottleneck_type"], fields["codebook_size"])
+    expected = {"counts": "<i4", "losses": "<f8", "met": "|b1", name: dtype, "header": "|u1"}
+    require(
+        {key: array.dtype for key, array in arrays.items()}
+        == {key: np.dtype(value) for key, value in expected.items()},
+        f"the arrays must be {', '.join(expected)} in their types.",
+    )
+    counts, values = arrays["counts"], arrays[name]
+    for key in ("counts", "losses", "met"):
+        require(
+            arrays[key].shape == (counts.size,) and counts.size > 0,
+            f"{key} must have one entry for each block.",
+        )
+    require(
+        values.ndim == (2 if name == "vectors" else 1)
+        and counts.min() > 0
+        and counts.sum(dtype=np.int64) == len(values),
+        f"counts add up to {counts.sum(dtype=np.int64)}, but {name} has shape {values.shape}.",
+    )
+    parts = np.split(values, np.cumsum(counts, dtype=np.int64)[:-1])
+    fields["blocks"] = tuple(
+        BlockTokens(num_kept=int(count), loss=float(loss), met_threshold=bool(met), **{name: part})
+        for count, loss, met, part in zip(
+            counts, arrays["losses"], arrays["met"], parts, strict=True
+        )
+    )
+    return fields
+
+
+def _read_only(array: np.ndarray, dtype: type) -> np.ndarray:
+    copy = np.array(array, dtype)
+    copy.setflags(write=False)
+    return copy

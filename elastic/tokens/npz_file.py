@@ -1,0 +1,169 @@
+"""Named arrays <-> the bytes of a token file; what the arrays mean is `elastic.tokens`' matter.
+
+The file is an uncompressed .npz that NumPy alone can read. The archive's comment ends in the
+SHA-256 of every byte before it: no damage goes unnoticed. Equal arrays give equal bytes.
+
+A reader trusts nothing: the digest is checked first, then that no member is packed or occurs twice,
+and that each array's stated shape accounts for exactly the bytes that are there, as plain numbers.
+"""
+
+import hashlib
+import io
+import math
+import os
+import pathlib
+import re
+import stat
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import numpy as np
+
+from elastic.io.tensors import written_beside
+
+FORMAT = "elastictok-tokens"
+_SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
+_DIGEST_CHARS = 64
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+
+# What NumPy writes before the numbers of an array in C order, with one or two axes.
+_ARRAY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<size>..)"
+    rb"\{'descr': '(?P<dtype>\|b1|\|u1|<[iuf][248])', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>[0-9]{1,12},(?: [0-9]{1,12})?)\), \} *\n",
+    re.DOTALL,
+)
+
+
+class TokenFileError(ValueError):
+    """A file that is not a sound token file; says which file, what is wrong and what to do."""
+
+
+def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """An uncompressed npz whose last bytes are the digest of all bytes before them."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+            # A fixed time: the same tokens give the same file.
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), member.getvalue())
+        archive.comment = _SEAL + b"0" * _DIGEST_CHARS
+    body = buffer.getvalue()[:-_DIGEST_CHARS]
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def unpack(data: bytes, *, name: str) -> dict[str, np.ndarray]:
+    """The arrays, read-only; `name` is how errors call the file.
+
+    Raises:
+      TokenFileError: the bytes are damaged, foreign, or hold anything but plain arrays of numbers.
+    """
+    _check_seal(data[-len(_SEAL) - _DIGEST_CHARS :], name)
+    body, digest = memoryview(data)[:-_DIGEST_CHARS], data[-_DIGEST_CHARS:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise TokenFileError(
+            f"{name} is damaged: its checksum does not match. Copy it again, "
+            "or tokenize the clip again."
+        )
+    # From here on the bytes are as they were written, but whoever wrote them is not known.
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            arrays: dict[str, np.ndarray] = {}
+            for member in members:
+                key = member.filename.removesuffix(".npy")
+                if key in arrays:
+                    raise ValueError(f"{key} occurs twice.")
+                # Stored as it is, a member cannot be larger than the file.
+                if member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data):
+                    raise ValueError(f"{key} is compressed.")
+                arrays[key] = _array(archive.read(member))
+            return arrays
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        EOFError,
+        NotImplementedError,  # an unknown zip version
+        RuntimeError,  # an encrypted member
+        OSError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise TokenFileError(
+            f"{name} is not a sound token file: {str(error).rstrip('.')}. Tokenize the clip again."
+        ) from error
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """The bytes of a file that ends like a token file.
+
+    Raises:
+      TokenFileError: it does not.
+      OSError: the file cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise TokenFileError(f"{path} is not a regular file. Give a token file.")
+    with open(path, "rb") as file:
+        # The end is looked at first, so that a huge foreign file is refused at once.
+        _check_seal(_end(file), str(path))
+        file.seek(0)
+        return file.read()
+
+
+def is_sealed(path: str | os.PathLike) -> bool:
+    """Whether a file ends like a token file; its content is not looked at.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        return _ends_sealed(_end(file))
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file so that `path` holds all of `data`, or what it held before.
+
+    Raises:
+      OSError: the folder is missing, full or not writable; nothing is left behind.
+    """
+    with written_beside(pathlib.Path(path)) as file:
+        file.write(data)
+
+
+def _end(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - len(_SEAL) - _DIGEST_CHARS))
+    return file.read()
+
+
+def _ends_sealed(end: bytes) -> bool:
+    return end[:-_DIGEST_CHARS].endswith(_SEAL)
+
+
+def _check_seal(end: bytes, name: str) -> None:
+    if not _ends_sealed(end):
+        raise TokenFileError(
+            f"{name} is not a token file, or its end is missing. Copy it again, "
+            "or tokenize the clip again."
+        )
+
+
+def _array(data: bytes) -> np.ndarray:
+    """One .npy member; its header must account for every byte, and for plain numbers only.
+
+    NumPy's own reader evaluates the header as Python literals and allocates what it asks for.
+    """
+    header = _ARRAY_HEADER.match(data)
+    if header is None or int.from_bytes(header["size"], "little") != header.end() - 10:
+        raise ValueError("an array is not one of plain numbers.")
+    dtype = np.dtype(header["dtype"].decode())
+    shape = tuple(int(length) for length in header["shape"].split(b",") if length)
+    size = len(data) - header.end()
+    if math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"shape {shape} of {dtype} does not fit {size} bytes.")
+    return np.frombuffer(data, dtype, offset=header.end()).reshape(shape)

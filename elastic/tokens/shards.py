@@ -1,0 +1,421 @@
+"""Shards: the tokens of many clips in one Parquet file, one row a clip.
+
+Why Parquet: what the field loads data with reads it as it is (Hugging Face datasets, Polars, DuckDB, Spark,
+pandas, Ray), lists of different lengths are a type of its own, and a clip is found without reading the
+others. WebDataset is read from front to back, and ArrayRecord by grain alone.
+
+Columns: `id` (unique), `num_frames`, `is_image`, `rate`, `width` and `height` of the source, `bits` (of all
+tokens); lists with an entry for each block: `counts`, `offsets` (where the block starts in `tokens`), `losses`,
+`met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` of them a token.
+What all rows share is JSON in the file's metadata, under the key `elastictok`. Any Parquet reader will do:
+
+    table = pyarrow.parquet.read_table("shard-00000.parquet")
+    header = json.loads(table.schema.metadata[b"elastictok"])
+
+`TokenShards` gives each row back as the `TokenizedClip` that went in.
+"""
+
+import collections
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import operator
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastic.checkpoints.fingerprint import are_apart
+from elastic.io.tensors import written_beside
+from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.tokens.npz_file import TokenFileError
+
+FORMAT, VERSION = "elastictok-shard", 1
+KEY, DIGEST_KEY = b"elastictok", b"elastictok.sha256"
+# Fields of a clip that all rows of a shard share, and of which shards read together must agree.
+_SHARED = (
+    "model_id config_hash bottleneck_type codebook_size tokens_per_block frames_per_block resolution search threshold "
+    "window_blocks context"
+).split()
+_SAME_MODEL = (
+    "config_hash model_id bottleneck_type codebook_size tokens_per_block vector_width".split()
+)
+_GROUP_BYTES = 256 * 1024  # of tokens in a row group, the least that is read for one clip
+_HELD_GROUPS = 4  # row groups held decoded: neighbours are often read after each other
+_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError)
+
+
+def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip]]) -> int:
+    """Writes a shard of (id, clip); `path` is replaced as a whole or not touched.
+
+    Holds one row group at a time. The same rows give the same bytes.
+
+    Returns:
+      How many rows there are.
+
+    Raises:
+      ValueError: there is no row, an id occurs twice, or the clips are of several models or searches.
+      OSError: the file cannot be written; nothing is left behind.
+    """
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"{path}: a shard needs at least one clip.")
+    header = _header_of(first[1])
+    text = json.dumps(header, allow_nan=False).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    schema = _schema(header).with_metadata({KEY: text, DIGEST_KEY: digest})
+    seen: set[str] = set()
+    group: list[tuple[str, TokenizedClip]] = []
+    waiting = 0
+    with written_beside(Path(path)) as file:
+        # The low and the high bytes of tokens lie apart: a fifth smaller than plain, and as fast.
+        writer = pq.ParquetWriter(
+            file,
+            schema,
+            compression="zstd",
+            use_dictionary=False,
+            column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
+            write_page_checksum=True,
+        )
+        with writer:
+            for name, clip in itertools.chain([first], rows):
+                if name in seen:
+                    raise ValueError(f"{path}: id {name!r} occurs twice; ids must be unique.")
+                _check_same(header, _header_of(clip), tuple(header), f"{path}: clip {name!r}")
+                seen.add(name)
+                group.append((name, clip))
+                waiting += sum(block.values.nbytes for block in clip.blocks)
+                if waiting >= _GROUP_BYTES:
+                    writer.write_table(_table(group, schema))
+                    group, waiting = [], 0
+            if group:
+                writer.write_table(_table(group, schema))
+    return len(seen)
+
+
+class _Shard(NamedTuple):
+    """One file: its place, header, and where its row groups begin."""
+
+    path: Path
+    header: dict[str, Any]
+    starts: np.ndarray  # the first row of each group, and the number of all rows
+
+
+class TokenShards:
+    """The clips of shards as one sequence: a random-access source for grain, PyTorch and plain loops.
+
+    Threads may share it. Pickled it takes file names along and no clip, so that worker processes open the files themselves.
+
+    Args:
+      paths: a folder with `*.parquet`, one shard, or several.
+
+    Raises:
+      ValueError: there is no shard.
+      TokenFileError: a file is foreign, damaged, or of another model than the first; says which.
+    """
+
+    def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike]):
+        if isinstance(paths, str | os.PathLike):
+            folder = Path(paths)
+            files = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
+            if not files:
+                raise ValueError(f"There is no shard (*.parquet) in {str(paths)!r}.")
+        else:
+            files = [Path(path) for path in paths]
+            if not files:
+                raise ValueError("No shard is named.")
+        self._shards = [_open(path) for path in files]
+        for shard in self._shards[1:]:
+            where = f"{shard.path} does not go with {self._shards[0].path}"
+            _check_same(self.header, shard.header, _SAME_MODEL, where)
+            first, other = (header.get("weights", ()) for header in (self.header, shard.header))
+            if first and other and are_apart(first, other):
+                raise TokenFileError(
+                    f"{where}: other weights of {shard.header['model_id']!r} made these tokens than those before. Keep the "
+                    "tokens of each model in a folder of their own."
+                )
+        self._ends = np.cumsum([shard.starts[-1] for shard in self._shards])
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._lock = threading.Lock()
+        self._held: collections.OrderedDict[tuple[int, int], pa.Table] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_shards": self._shards, "_ends": self._ends}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in the order of their clips."""
+        return tuple(shard.path for shard in self._shards)
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """What the clips of the first shard share; the model's fields are those of all shards."""
+        return self._shards[0].header
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        header = self.header
+        return (
+            f"TokenShards({len(self)} clips in {len(self._shards)} shards, {header['bottleneck_type']}, "
+            f"model {header['model_id']!r})"
+        )
+
+    @functools.cached_property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of all clips, in order.
+
+        Raises:
+          TokenFileError: two clips have the same.
+        """
+        ids = tuple(name for table in self._columns(["id"]) for name in table["id"].to_pylist())
+        if len(set(ids)) < len(ids):
+            name, _ = collections.Counter(ids).most_common(1)[0]
+            places = {
+                str(self._locate(number)[0].path) for number, id_ in enumerate(ids) if id_ == name
+            }
+            raise TokenFileError(
+                f"Id {name!r} occurs twice, in {' and '.join(sorted(places))}; leave one out."
+            )
+        return ids
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.ids)}
+
+    def find(self, name: str) -> int:
+        """The number of the clip with this id.
+
+        Raises:
+          KeyError: there is none.
+        """
+        if name not in self._numbers:
+            raise KeyError(f"No clip has the id {name!r}.")
+        return self._numbers[name]
+
+    def counts(self) -> list[np.ndarray]:
+        """Tokens kept in each block, of every clip, without reading the tokens."""
+        found: list[np.ndarray] = []
+        for table in self._columns(["counts"]):
+            for piece in table["counts"].chunks:
+                flat = piece.values.to_numpy()
+                edges = piece.offsets.to_numpy()
+                found += [flat[start:end] for start, end in itertools.pairwise(edges)]
+        return found
+
+    def __iter__(self) -> Iterator[TokenizedClip]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, index: int) -> TokenizedClip:
+        """A clip, as it went in.
+
+        Raises:
+          IndexError: there are not so many.
+          TokenFileError: its part of the shard is damaged.
+        """
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"There is no clip {number}; there are {len(self)}.")
+        shard, which, group, row = self._locate(number % len(self))
+        with _named(shard.path):
+            table = self._group(which, group)
+            return _clip(table, row, shard.header)
+
+    def _locate(self, number: int) -> tuple[_Shard, int, int, int]:
+        """The shard, its number, the row group in it and the row in that."""
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        shard = self._shards[which]
+        row = number - int(self._ends[which] - shard.starts[-1])
+        group = int(np.searchsorted(shard.starts, row, side="right")) - 1
+        return shard, which, group, row - int(shard.starts[group])
+
+    def _group(self, which: int, group: int) -> pa.Table:
+        """A row group; the last few stay decoded."""
+        with self._lock:
+            table = self._held.pop((which, group), None)
+        if table is None:
+            # Opened anew (0.2 ms): threads do not wait for each other, and thousands of shards are not open at once.
+            with _parquet(self._shards[which].path) as file:
+                table = file.read_row_group(group, use_threads=False)
+        with self._lock:
+            self._held[which, group] = table
+            while len(self._held) > _HELD_GROUPS:
+                self._held.popitem(last=False)
+        return table
+
+    def _columns(self, names: list[str]) -> Iterator[pa.Table]:
+        """Some columns of each shard."""
+        for shard in self._shards:
+            with _named(shard.path), _parquet(shard.path) as file:
+                yield file.read(columns=names, use_threads=False)
+
+
+def _header_of(clip: TokenizedClip) -> dict[str, Any]:
+    header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    header |= {name: getattr(clip, name) for name in _SHARED}
+    header["weights"] = list(clip.weights)
+    vectors = clip.blocks[0].vectors
+    return header | {"vector_width": None if vectors is None else vectors.shape[1]}
+
+
+def _check_same(
+    first: dict[str, Any], other: dict[str, Any], names: Sequence[str], where: str
+) -> None:
+    """Refuses clips that cannot lie side by side."""
+    for name in names:
+        if first[name] != other[name]:
+            raise TokenFileError(
+                f"{where}: {name}={other[name]!r}, but {first[name]!r} before. Keep the tokens of "
+                "each model and search in a folder of their own."
+            )
+
+
+def _schema(header: dict[str, Any]) -> pa.Schema:
+    if header["bottleneck_type"] == "vae":
+        tokens = pa.large_list(pa.float32())
+    else:
+        tokens = pa.list_(pa.uint16() if header["codebook_size"] <= 65_536 else pa.uint32())
+    types = {
+        "id": pa.string(),
+        "num_frames": pa.int32(),
+        "is_image": pa.bool_(),
+        "rate": pa.float64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "counts": pa.list_(pa.int32()),
+        "offsets": pa.list_(pa.int64()),
+        "losses": pa.list_(pa.float64()),
+        "met": pa.list_(pa.bool_()),
+        "tokens": tokens,
+        "bits": pa.int64(),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+
+
+def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.Table:
+    """Rows -> one row group."""
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
+    tokens_type = schema.field("tokens").type.value_type.to_pandas_dtype()
+    for name, clip in rows:
+        counts = clip.counts
+        values = np.concatenate([block.values for block in clip.blocks])
+        row = dict(
+            id=name,
+            num_frames=clip.num_frames,
+            is_image=clip.is_image,
+            rate=clip.rate,
+            width=clip.source[0],
+            height=clip.source[1],
+            counts=counts,
+            offsets=np.cumsum(counts, dtype=np.int64) - counts,
+            losses=np.array([block.loss for block in clip.blocks]),
+            met=np.array([block.met_threshold for block in clip.blocks]),
+            tokens=values.reshape(-1).astype(tokens_type),
+            bits=clip.num_bits,
+        )
+        for key, value in row.items():
+            columns[key].append(value)
+    return pa.table(columns, schema=schema)
+
+
+def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
+    """A row -> the clip."""
+
+    def entries(name: str) -> np.ndarray:
+        return table[name][row].values.to_numpy(zero_copy_only=False)
+
+    counts, losses, met, values = (entries(name) for name in ("counts", "losses", "met", "tokens"))
+    name = "indices"
+    if header["bottleneck_type"] == "vae":
+        name, values = "vectors", values.reshape(-1, header["vector_width"])
+    ends = np.cumsum(counts, dtype=np.int64)
+    if (
+        not len(counts)
+        or not np.array_equal(entries("offsets"), ends - counts)
+        or ends[-1] != len(values)
+    ):
+        raise ValueError(f"counts and offsets of row {row} do not fit {len(values)} tokens")
+    blocks = tuple(
+        BlockTokens(
+            num_kept=int(count), loss=float(loss), met_threshold=bool(is_met), **{name: part}
+        )
+        for count, loss, is_met, part in zip(
+            counts, losses, met, np.split(values, ends[:-1]), strict=True
+        )
+    )
+    one = {
+        key: table[key][row].as_py()
+        for key in ("num_frames", "is_image", "rate", "width", "height")
+    }
+    source = (one.pop("width"), one.pop("height"))
+    return TokenizedClip(
+        blocks=blocks,
+        source=source,
+        weights=tuple(header.get("weights", ())),  # shards had none at first
+        **one,
+        **{key: header[key] for key in _SHARED},
+    )
+
+
+def _open(path: Path) -> _Shard:
+    """Looks at the end of a file, where Parquet says what is in it."""
+    with _named(path):
+        with _parquet(path) as file:
+            found, facts = file.schema_arrow, file.metadata
+            sizes = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
+        text = (found.metadata or {}).get(KEY, b"{}")
+        header = json.loads(text)
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ValueError(f"it does not say {FORMAT!r}")
+        if header.get("version") != VERSION:
+            raise ValueError(
+                f"it is of version {header.get('version')!r}, this package reads {VERSION}"
+            )
+        # Parquet guards its pages, and not what stands at its end.
+        if hashlib.sha256(text).hexdigest().encode() != found.metadata.get(DIGEST_KEY):
+            raise ValueError("its header is damaged")
+        missing = {*_SHARED, "vector_width"} - set(header)
+        if missing or not found.equals(_schema(header)):
+            raise ValueError(
+                f"{', '.join(sorted(missing)) or 'a column'} is missing or of another type"
+            )
+        starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if starts[-1] != facts.num_rows or not facts.num_rows:
+            raise ValueError("its row groups do not add up")
+    return _Shard(path, header, starts)
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the library become one that names the file."""
+    if not path.is_file():
+        raise TokenFileError(f"{path} is not a file. Give a shard, or a folder of them.")
+    try:
+        yield
+    except TokenFileError:
+        raise
+    except _ERRORS as error:
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise TokenFileError(
+            f"{path} is not a sound shard: {reason}. Copy it again, or remove it and its .json and "
+            "run scripts/tokenize_dataset.py again."
+        ) from error

@@ -1,0 +1,100 @@
+"""Evaluation in the course of a run: tokens under thresholds, quality at counts, and pictures, on held-out files."""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+
+from elastic.config import ElasticTokConfig
+from elastic.distributed.mesh import is_first_host, make_mesh, wait_for_hosts
+from elastic.evaluation import evaluate as evaluation
+from elastic.media import reader
+from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.training.config import TrainConfig
+from elastic.training.state import to_host, used_params
+from elastic.training.step import TrainState
+from elastic.training.writers import Logs
+
+log = logging.getLogger(__name__)
+
+FOLDER = "eval"
+
+
+def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """Those that can be opened: a bad one shall not end a run after thousands of steps."""
+    good = []
+    for file in files:
+        try:
+            reader.probe(file)
+            good.append(file)
+        except reader.MediaError as error:
+            if is_first_host():
+                log.warning("Not evaluated on: %s", error)
+    if not good:
+        raise ValueError(
+            f"None of the {len(files)} files to evaluate on can be read, such as {files[0]}; the log says why."
+        )
+    return good
+
+
+class Evaluator:
+    """Evaluates the parameters of a run. The first host does it on its own devices, the others wait.
+
+    Raises:
+      ValueError: there is no file to evaluate on, or the options do not fit the model.
+    """
+
+    def __init__(self, config: TrainConfig, elastic: ElasticTokConfig):
+        self._dtype, self._elastic = config.dtype, elastic
+        self._save = config.save
+        self._folder = pathlib.Path(config.output_dir) / FOLDER
+        wanted = config.evaluation
+        found = reader.find_media(wanted.path)
+        if not found:
+            raise ValueError(f"There is no image or video in {wanted.path!r} to evaluate on.")
+        self._files = _readable(found[: wanted.max_files])
+        self._config = evaluation.EvaluationConfig(
+            thresholds=wanted.thresholds,
+            num_tokens=wanted.num_tokens,
+            metrics=("psnr", "ssim"),
+            max_frames=wanted.max_frames,
+            fps=config.data.fps,
+        )
+        self._config.counts(elastic)  # refused now rather than after the first thousand steps
+        self._tokenizer: ElasticTokenizer | None = None
+
+    def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:
+        """Measures, and gives numbers and pictures to the logs. All hosts take part."""
+        params = to_host(state.best_params())
+        if is_first_host() and logs is not None:
+            params = used_params(self._save, params)
+            found = evaluation.evaluate(
+                self._tokenizer_of(params, f"step {step}"),
+                self._files,
+                self._config,
+                progress=False,
+            )
+            scalars, pictures = found.scalars(), found.pictures()
+            logs.write({"step": step} | scalars)
+            logs.show(step, pictures)
+            for name, picture in pictures.items():
+                place = self._folder / f"{step:08d}" / f"{name.replace('/', '_')}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                reader.write_image(place, picture)
+            numbers = "  ".join(
+                f"{name.removeprefix('eval/')} {value:.4g}" for name, value in scalars.items()
+            )
+            log.info("step %d  evaluation of %d files: %s", step, len(self._files), numbers)
+        wait_for_hosts(f"evaluated {step}")
+
+    def _tokenizer_of(self, params: dict[str, Any], model_id: str) -> ElasticTokenizer:
+        """One that shares its compiled programs with those of earlier steps."""
+        if self._tokenizer is None:
+            mesh = make_mesh("!1,1,-1,1", jax.local_devices())
+            self._tokenizer = ElasticTokenizer(
+                self._elastic, params, dtype=self._dtype, mesh=mesh, model_id=model_id
+            )
+        else:
+            self._tokenizer = self._tokenizer.with_params(params, model_id=model_id)
+        return self._tokenizer

@@ -1,0 +1,378 @@
+"""The training loop: a step, a record, an evaluation, a checkpoint, in that order.
+
+How a run goes on, whatever ended it: (1) the newest whole checkpoint gives state, position in the data and
+configuration; (2) records of later steps are dropped; (3) the next batch is the one that would have come.
+All that a step draws comes from the seed and its number, so the same numbers follow, to the last bit on the
+same devices.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from elastic.config import ElasticTokConfig
+from elastic.data.dataset import (
+    DataConfig,
+    DataPosition,
+    FileIndex,
+    Sequences,
+    TrainingData,
+    load_index,
+    sequence_length,
+)
+from elastic.distributed.mesh import (
+    global_array,
+    is_first_host,
+    local_rows,
+    make_mesh,
+    wait_for_hosts,
+)
+from elastic.distributed.sharding import fitting_spec
+from elastic.io.tensors import locked
+from elastic.metrics.lpips_weights import load_lpips_weights
+from elastic.model.autoencoder import ElasticTok
+from elastic.training.checkpoints import Checkpoints
+from elastic.training.config import TrainConfig
+from elastic.training.evaluator import FOLDER as EVALUATION
+from elastic.training.evaluator import Evaluator
+from elastic.training.optimizer import make_optimizer
+from elastic.training.state import (
+    MILESTONES,
+    PRETRAINED,
+    check_new,
+    check_resumable,
+    check_same_model,
+    check_same_run,
+    export,
+    first_state,
+    state_layout,
+    write_config,
+)
+from elastic.training.step import TrainState, step_program
+from elastic.training.throughput import Recorder
+from elastic.training.writers import Logs, progress_line
+
+log = logging.getLogger(__name__)
+
+INDEX_FILE = "data_index.json"
+PROFILE = "profile"
+
+
+class Finished(NamedTuple):
+    """How a run ended."""
+
+    state: TrainState
+    signal: int | None  # what asked it to stop before its last step
+
+
+def train(config: TrainConfig, elastic: ElasticTokConfig) -> Finished:
+    """Trains until `total_steps`; a run that was stopped goes on at its newest checkpoint.
+
+    Ctrl-C and SIGTERM save a checkpoint and end the run early. On many hosts, every one calls this
+    with the same arguments.
+
+    Raises:
+      ValueError: an option cannot be served, `output_dir` holds the run of another model, or the
+        loss is no longer a number.
+      OSError: a checkpoint cannot be written.
+    """
+    folder = pathlib.Path(config.output_dir)
+    check_same_model(config, elastic)
+    with _alone_in(folder):
+        return _train(config, elastic, folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps a second run out of the folder, which would clear away what the first is just writing.
+
+    Raises:
+      ValueError: another process trains there.
+      OSError: the folder cannot be made or written to.
+    """
+    if not is_first_host():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock") as alone:
+        if not alone:
+            raise ValueError(
+                f"Another process trains in {folder}, or is still saving; wait for it, or choose another output_dir."
+            )
+        yield
+
+
+def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path) -> Finished:
+    mesh = make_mesh(config.mesh_dim)
+    model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
+    optimizer = make_optimizer(config.optimizer)
+    lpips_weights = (
+        load_lpips_weights(config.lpips_weights or None) if elastic.lpips_loss_ratio else None
+    )
+    evaluator = Evaluator(config, elastic) if config.evaluation.freq else None
+    data = _open_data(config, elastic, folder)
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(folder, config.save)
+        stack.callback(checkpoints.close)
+        newest = checkpoints.newest()
+        if newest is not None and not config.autoresume:
+            raise ValueError(
+                f"{checkpoints.path} holds a run up to step {newest}, and --autoresume=False starts anew: choose "
+                "another output_dir, or remove that one first."
+            )
+        layout = state_layout(config, elastic, optimizer, mesh)
+
+        def check(notes: dict[str, Any]) -> None:
+            check_resumable(config, notes)
+            check_same_run(config, notes)
+
+        restored = checkpoints.restore_newest(*layout, check)
+        if restored is None:
+            check_new(config, checkpoints)
+            state = first_state(config, elastic, optimizer, layout, data.sample_patches)
+            first = int(state.step)
+            position = _first_position(config, data, first)
+        else:
+            state, first = restored.state, restored.step
+            position = DataPosition.from_json(restored.notes["position"]).for_data(data)
+        if is_first_host():
+            write_config(folder, elastic)
+        if restored is not None and config.save.is_milestone(first):
+            _write_milestone(config, elastic, folder, first, state, position)  # if it was not
+        if first > config.total_steps:
+            log.warning("total_steps=%d is past: there is nothing to train.", config.total_steps)
+        log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
+
+        step_fn = step_program(config, model, optimizer, layout[1])
+        # It may measure the device's peak, which decoders beside it would lower.
+        record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
+        feed = Feed(mesh, config.data, elastic)
+        batches = stack.enter_context(
+            feed.batches(data, position.batches, config.total_steps - first)
+        )
+        logs = None
+        if is_first_host():
+            settings = {"model": elastic.to_json_dict(), "training": dataclasses.asdict(config)}
+            logs = stack.enter_context(
+                Logs(config.log, folder, first_step=first if restored else 0, settings=settings)
+            )
+        stop = stack.enter_context(_stop_request())
+        profile = stack.enter_context(_Profile(config, folder))
+        record.restart(first)
+
+        step, saved, terms = first, None if restored is None else first, None
+        while step < config.total_steps and not stop.asked(step):
+            started = time.perf_counter()
+            batch = next(batches)
+            record.waited(time.perf_counter() - started, terms)
+            profile.before(step + 1)
+            state, terms = step_fn(state, batch, lpips_weights)
+            step, position = step + 1, position.after(1)
+            profile.after(step, terms)
+            if step % config.log.freq == 0 or step == config.total_steps:
+                entry = record(step, terms)
+                if logs is not None:
+                    logs.write(entry)
+                    log.info("%s", progress_line(entry, config.total_steps))
+            if evaluator is not None and step % config.evaluation.freq == 0:
+                evaluator(step, state, logs)
+                record.restart(step)
+            if config.save.due(step):
+                _save(checkpoints, config, elastic, folder, step, state, position)
+                saved = step
+                record.restart(step)
+        if saved != step:
+            _save(checkpoints, config, elastic, folder, step, state, position)
+        checkpoints.wait()
+    if step < config.total_steps:
+        log.warning("Stopped and saved at step %d; the same command goes on from there.", step)
+        return Finished(state, stop.signal)
+    export(folder, config, elastic, state, pretrained=folder / PRETRAINED)
+    wait_for_hosts("finished")
+    log.info("Finished; %s is ready for inference.", folder / PRETRAINED)
+    return Finished(state, None)
+
+
+def _open_data(
+    config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path
+) -> TrainingData:
+    """The files: the first host looks through them, the others take what it found."""
+    path = folder / INDEX_FILE
+    if is_first_host():
+        # What the run writes is not trained on: its pictures show the held-out files.
+        own = folder.resolve()
+        own = own / EVALUATION if own == pathlib.Path(config.data.path).resolve() else own
+        index = load_index(config.data, elastic, path=path, without=own)
+        wait_for_hosts("index")
+    else:
+        wait_for_hosts("index")
+        if not path.exists():
+            raise ValueError(
+                f"{path} is not there on host {jax.process_index()}: output_dir must be a folder that all hosts share."
+            )
+        index = FileIndex.load(path)
+    return TrainingData(config.data, elastic, index=index)
+
+
+def _first_position(config: TrainConfig, data: TrainingData, step: int) -> DataPosition:
+    if not config.load_dataset_state:
+        return data.position(step)
+    return DataPosition.load(config.load_dataset_state).for_data(data)
+
+
+def _save(
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    folder: pathlib.Path,
+    step: int,
+    state: TrainState,
+    position: DataPosition,
+) -> None:
+    """A checkpoint, and at a milestone also the released files."""
+    notes = {
+        "step": step,
+        "position": position.to_json(),
+        "model": elastic.to_json_dict(),
+        "training": dataclasses.asdict(config),  # the seed too: all that is drawn comes from it
+    }
+    checkpoints.save(step, state, notes)
+    if config.save.is_milestone(step):
+        _write_milestone(config, elastic, folder, step, state, position)
+
+
+def _write_milestone(
+    config: TrainConfig,
+    elastic: ElasticTokConfig,
+    folder: pathlib.Path,
+    step: int,
+    state: TrainState,
+    position: DataPosition,
+) -> None:
+    """The released files of a step, unless they are there: a run may end between its checkpoint and them."""
+    place = folder / MILESTONES / f"{step:08d}"
+    last = place / "data_position.json"
+    there = last.exists()
+    wait_for_hosts(f"milestone {step}")  # all look before one writes
+    if there:
+        return
+    export(place, config, elastic, state)
+    if is_first_host():
+        position.save(last)
+
+
+class Feed:
+    """Batches as global arrays: this process decodes the rows that its devices hold."""
+
+    def __init__(self, mesh: Mesh, data: DataConfig, elastic: ElasticTokConfig):
+        self._num_rows = data.batch_size
+        shape = (self._num_rows, sequence_length(data, elastic), elastic.patch_dim)
+        self._pixels = NamedSharding(mesh, fitting_spec(mesh, shape, "batch", "sequence", None))
+        self._blocks = NamedSharding(mesh, fitting_spec(mesh, (self._num_rows, 1), "batch", None))
+        self._rows = local_rows(self._pixels, shape)
+
+    @contextlib.contextmanager
+    def batches(self, data: TrainingData, first: int, count: int) -> Iterator[Iterator[Sequences]]:
+        """The batches from number `first` on, `count` of them."""
+        with contextlib.closing(data.batches(first, first + count, self._rows)) as local:
+            yield map(self.placed, local)
+
+    def placed(self, local: Sequences) -> Sequences:
+        """The rows of this process as its part of the global batch."""
+
+        def place(x: np.ndarray, sharding: NamedSharding) -> Any:
+            return global_array(x, self._rows, sharding, self._num_rows)
+
+        return Sequences(
+            place(local.patches, self._pixels), *(place(x, self._blocks) for x in local[1:])
+        )
+
+
+class _Profile:
+    """A trace of some steps, for TensorBoard's or Perfetto's viewer."""
+
+    def __init__(self, config: TrainConfig, folder: pathlib.Path):
+        self._steps, self._folder = config.log.profile_steps, folder / PROFILE
+        self._running = False
+
+    def __enter__(self) -> "_Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """Begins the trace before its first step."""
+        if self._steps is not None and step == self._steps[0]:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, terms: Any) -> None:
+        """Ends it after its last."""
+        if self._running and self._steps is not None and step == self._steps[1]:
+            jax.block_until_ready(terms)
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info("The trace of steps %d to %d is in %s.", *self._steps, self._folder)
+
+
+class _Stop:
+    """Whether the run has been asked to stop, and by which signal."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def asked(self, step: int) -> bool:
+        """On many hosts all get the same answer at the same step, whichever of them was asked."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[_Stop]:
+    """Takes Ctrl-C and SIGTERM as a wish to save and leave. A second Ctrl-C acts at once, as ever.
+
+    Signals reach the main thread alone; in any other nothing is taken. On many hosts SIGTERM is left to
+    jax, which tells the others, and Ctrl-C becomes one: a host that left alone would be waited for.
+    """
+    stop, asked = _Stop(), False
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    many = jax.process_count() > 1
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked = True
+        log.warning("Asked to stop: this step is finished and saved first.")
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop.signal = number
+
+    taken = (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, ask) for number in taken}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

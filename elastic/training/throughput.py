@@ -1,0 +1,131 @@
+"""The record of a step: what it computed, how fast, how full the memory is, and how long data was waited for."""
+
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elastic.config import ElasticTokConfig
+from elastic.data.dataset import TrainingData, sequence_length
+from elastic.metrics import image
+from elastic.model import flops
+from elastic.training.config import TrainConfig
+
+
+class Recorder:
+    """Makes the records of a run out of the terms of its steps and the clock.
+
+    Args:
+      data: tells of the files that could not be read.
+      first_step: the step before the first one recorded.
+      devices: how many compute.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        elastic: ElasticTokConfig,
+        data: TrainingData,
+        *,
+        first_step: int,
+        devices: int,
+    ):
+        self._config, self._data = config, data
+        self._step, self._time = first_step, time.perf_counter()
+        self._waited = 0.0
+        self._elastic, self._length = elastic, sequence_length(config.data, elastic)
+        self._rows = config.data.batch_size
+        self._peak = device_peak(config.dtype) * devices
+
+    def waited(self, seconds: float, terms: dict[str, Any] | None) -> None:
+        """Notes that a batch took `seconds` to come while the step of `terms` was under way.
+
+        Time in which the devices were still at work is no wait; where they had finished meanwhile,
+        all of it counts, so that the share is a bound from above.
+        """
+        if terms is None or terms["loss"].is_ready():
+            self._waited += seconds
+
+    def __call__(self, step: int, terms: dict[str, Any]) -> dict[str, Any]:
+        """The record after `step` steps. Waits for the last of them.
+
+        Raises:
+          ValueError: the loss has not been finite for too many steps.
+        """
+        record: dict[str, Any] = {"step": step}
+        record |= {name: float(value) for name, value in jax.device_get(terms).items()}
+        in_a_row = int(record.pop("skipped_in_a_row"))
+        if in_a_row >= self._config.max_skipped_steps:
+            raise ValueError(
+                f"The loss or its gradient has not been finite for {in_a_row} steps in a row, up to step "
+                f"{step}; lower --optimizer.adamw_optimizer.lr and go on from the last checkpoint."
+            )
+        now = time.perf_counter()
+        steps, seconds = step - self._step, now - self._time
+        # Of this step's files: short ones see less, and cost less.
+        visible = record["visible_blocks"]
+        work = flops.training_flops(self._elastic, self._length, visible_blocks=visible)
+        rate = steps * self._rows * work / seconds
+        record["psnr"] = image.psnr_of_mse(record["recon_loss"])
+        record |= {
+            "seconds_per_step": seconds / steps,
+            "tokens_per_second": steps * self._rows * self._length / seconds,
+            "model_flops_per_second": rate,
+            "model_flops_utilization": rate / self._peak,
+            "memory_gigabytes": memory_in_use() / 1e9,
+            "data_wait": min(1.0, self._waited / seconds),
+            "epoch": self._data.epoch_of(step),
+            "bad_files": len(self._data.bad_files),
+        }
+        self.restart(step)
+        # JSON knows no NaN: a skipped step has no loss.
+        return {name: value if np.isfinite(value) else None for name, value in record.items()}
+
+    def restart(self, step: int) -> None:
+        """Begins a new stretch of time after `step`: what was done since (a save, an evaluation) is no step."""
+        self._step, self._time, self._waited = step, time.perf_counter(), 0.0
+
+
+CLOCK = (
+    "seconds_per_step",
+    "tokens_per_second",
+    "model_flops_per_second",
+    "model_flops_utilization",
+    "memory_gigabytes",
+    "data_wait",
+)  # what differs between two equal runs
+
+
+def device_peak(dtype: str) -> float:
+    """FLOP/s of one device: the data sheet's, or for a device without one what a matrix product reaches."""
+    device = jax.local_devices()[0]
+    stated = flops.peak_flops(device.device_kind)
+    if stated is not None:
+        return stated
+    size = 2048
+    operand = jnp.bfloat16 if dtype in ("bf16", "bfloat16") else jnp.float32
+    product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    x = jax.device_put(jnp.ones((size, size), operand), device)
+    product(x).block_until_ready()
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        product(x).block_until_ready()
+        return time.perf_counter() - started
+
+    fastest = min(seconds() for _ in range(5))
+    # Virtual devices share the cores: the rate of all of them together is that of one.
+    shared = len(jax.local_devices()) if device.platform == "cpu" else 1
+    return 2 * size**3 / fastest / shared
+
+
+def memory_in_use() -> int:
+    """Most bytes in use so far: of the fullest local device, or of this process where devices share its memory."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [
+        found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found
+    ]
+    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,0 +1,234 @@
+"""The command line: names and values of flags, --help, and how errors end."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from elastic.cli import app
+from elastic.cli.flags import DATASET, DECODE, INFERENCE, OTHER, Flag, Script
+from elastic.cli.flags_train import TRAIN
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SCRIPTS = pytest.mark.parametrize(
+    "script", [INFERENCE, DECODE, TRAIN, DATASET], ids=lambda s: s.name
+)
+SMALL = Script(
+    name="scripts/small.py",
+    usage="",
+    description="For tests.",
+    groups={
+        "All": (
+            Flag("path", "", "a file", required=True),
+            Flag("model.hidden_size", 8, "a width"),
+            Flag("old", 0, "gone", unbuilt="that is not part of this version."),
+            Flag("chunk", 0, "of old", idle="there are no chunks."),
+            Flag("debug", False, "show the traceback"),
+        )
+    },
+)
+# Those of the released scripts, as the README documents them.
+OLD_INFERENCE = """input_path output_folder max_blocks_per_chunk threshold mesh_dim dtype load_elastic_config
+    update_elastic_config load_checkpoint search_alg max_prop_codes default_prop_codes resolution fps seed n_codes"""
+OLD_TRAINING = """mesh_dim dtype total_steps log_freq eval_freq eval_thresholds save_model_freq save_milestone_freq
+    load_elastic_config update_elastic_config load_checkpoint load_dataset_state autoresume optimizer.type
+    optimizer.accumulate_gradient_steps optimizer.adamw_optimizer.{init_lr,lr,end_lr,lr_warmup_steps,lr_decay_steps,b1,b2,
+    clip_gradient,weight_decay,bf16_momentum} train_dataset.type train_dataset.vision_dataset.{path,ext,batch_size,
+    seq_length,resolution,fps,workers,chunk_size,max_prefetch,seed} checkpointer.{save_optimizer_state,float_dtype}
+    logger.{online,project_id,experiment_id,output_dir,wandb_dir,append_uuid} jax_distributed.{initialize_jax_distributed,
+    coordinator_address,num_processes,process_id,local_device_ids}"""
+
+
+def expand(names):
+    """`a b.{c,d}` -> {'a', 'b.c', 'b.d'}."""
+    found = set()
+    for name in re.sub(r",\s+", ",", names).split():
+        stem, _, inner = name.partition("{")
+        found |= {stem + part for part in inner.rstrip("}").split(",")}
+    return found
+
+
+@pytest.mark.parametrize(("script", "names"), [(INFERENCE, OLD_INFERENCE), (TRAIN, OLD_TRAINING)])
+def test_every_released_flag_is_known(script, names):
+    assert expand(names) <= {flag.name for flag in script.flags}
+
+
+@SCRIPTS
+def test_help_names_every_flag_once_and_fits_the_screen(script):
+    text = app.help_text(script)
+    for flag in script.flags:
+        assert len(re.findall(rf"^  --{re.escape(flag.name)}=", text, re.MULTILINE)) == 1
+    assert all(len(line) <= 140 for line in text.splitlines())
+
+
+def test_help_needs_neither_jax_nor_a_model():
+    code = "import sys, scripts.inference as s; s.app.run(s.INFERENCE, s.tokenize, ['--help']); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    *_, modules = done.stdout.splitlines()
+    assert not {"jax", "flax", "numpy", "transformers", "matplotlib"} & set(modules.split())
+    assert "--threshold=NUMBER" in done.stdout
+
+
+def test_the_last_value_of_a_flag_counts():
+    values = app.parse(SMALL, ["--path=a", "--model.hidden_size=16", "--path", "b"])
+    assert values["path"] == "b"
+    assert values.under("model") == {"hidden_size": 16}
+    assert values.given("path") and not values.given("debug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--path=a", "--model.hiden_size=4"], "Did you mean --model.hidden_size?"),
+        (["--path=a", "--hidden_size=4"], "Did you mean --model.hidden_size?"),
+        (["--path=a", "--model.hidden_size=wide"], "model.hidden_size=wide"),
+        (["--path=a", "stray"], "'stray' belongs to no flag"),
+        (["--path=a", "--old=3"], "--old=3: that is not part of this version."),
+        ([], "Give --path: a file"),
+    ],
+)
+def test_a_flag_that_is_of_no_use_is_refused_with_the_way_out(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        app.parse(SMALL, arguments)
+
+
+def test_a_flag_without_effect_says_so(capsys):
+    assert app.run(SMALL, lambda values: None, ["--path=a", "--chunk=8"]) == 0
+    assert "--chunk has no effect: there are no chunks." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("size=3\n  must be even."), "size=3 must be even."),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied."),
+        (MemoryError(), "Out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), "Out of memory"),
+    ],
+)
+def test_an_expected_error_is_one_line_and_exit_code_1(error, shown, capsys):
+    def body(values):
+        raise error
+
+    assert app.run(SMALL, body, ["--path=a"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"scripts/small.py: error: {shown}")
+    assert err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "shown"), [("n_codes", "--n_codes=3 "), ("other", "num_tokens=3 ")]
+)
+def test_an_error_names_the_flag_and_not_the_argument_behind_it(flag, shown, capsys):
+    script = dataclasses.replace(SMALL, groups={"": (Flag(flag, 0, "tokens"), *OTHER)})
+
+    def body(values):
+        raise ValueError("num_tokens=3 must be more.")
+
+    assert app.run(script, body, []) == 1
+    assert f"error: {shown}must be more." in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_came_from(capsys):
+    def body(values):
+        raise ValueError("no")
+
+    assert app.run(SMALL, body, ["--path=a", "--debug"]) == 1
+    assert "in body" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    def body(values):
+        raise KeyError("typo")
+
+    with pytest.raises(KeyError):
+        app.run(SMALL, body, ["--path=a"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_unwinds_the_stack(number, code):
+    # A shell starts what it puts in the background with Ctrl-C ignored; the test would wait for ever.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    left = []
+
+    def body(values):
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            left.append(True)
+
+    try:
+        assert app.run(SMALL, body, ["--path=a"]) == code
+    except SystemExit as ended:
+        assert ended.code == code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left == [True]
+
+
+def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # the handler runs in here, and what it raises is dropped
+                pass
+
+    reached = []
+
+    def body(values):
+        Dying()
+        reached.append(True)
+        time.sleep(20)
+
+    with pytest.raises(SystemExit) as ended:
+        app.run(SMALL, body, ["--path=a"])
+    assert ended.value.code == 143 and reached == [True]
+
+
+def test_defaults_of_training_are_those_of_the_rooms():
+    """A command line with the two required flags describes the run that the records describe."""
+    from elastic.cli.train_config import model_of, run_of
+    from elastic.data.dataset import DataConfig
+    from elastic.training.config import EvalConfig, LogConfig, SaveConfig, TrainConfig
+
+    values = app.parse(TRAIN, ["--train_dataset.vision_dataset.path=in", "--logger.output_dir=out"])
+    found = run_of(values, model_of(values))
+    assert found == TrainConfig(data=DataConfig(path="in"), output_dir="out")
+    assert (found.log, found.save, found.evaluation) == (LogConfig(), SaveConfig(), EvalConfig())
+
+
+def test_every_flag_of_training_reaches_the_run():
+    from elastic.cli.train_config import model_of, run_of
+
+    values = app.parse(
+        TRAIN,
+        [
+            "--train_dataset.vision_dataset.path=in", "--logger.output_dir=out", "--logger.experiment_id=one",
+            "--eval_freq=5", "--eval_dataset.path=held", "--eval_thresholds=[0.1, 0.02]", "--eval_num_tokens=256,512",
+            "--save_milestone_freq=7", "--checkpointer.keep=3", "--profile_steps=10,15", "--logger.online=True",
+            "--optimizer.accumulate_gradient_steps=2", "--ema_decay=0.9", "--log_freq=3",
+        ],
+    )  # fmt: skip
+    run = run_of(values, model_of(values))
+    assert run.output_dir == "out/one" and run.optimizer.accumulate_gradient_steps == 2
+    assert run.evaluation.thresholds == (0.1, 0.02) and run.evaluation.num_tokens == (256, 512)
+    assert (
+        run.save.due(7) and run.save.is_milestone(7) and not run.save.due(8) and run.save.keep == 3
+    )
+    assert run.log.profile_steps == (10, 15) and run.log.wandb and run.log.freq == 3
+    for wrong in ("--eval_thresholds=low", "--profile_steps=1", "--eval_num_tokens=1.5"):
+        values = app.parse(
+            TRAIN,
+            ["--train_dataset.vision_dataset.path=in", "--logger.output_dir=out", wrong],
+        )
+        with pytest.raises(ValueError, match=wrong[2:].split("=")[0]):
+            run_of(values, model_of(values))

@@ -1,0 +1,355 @@
+"""The model against the released numbers, and what must not change them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import released
+from flax.traverse_util import flatten_dict
+from released import RUNNABLE
+
+from elastic import ops
+from elastic.checkpoints.scan_layout import convert_layout
+from elastic.distributed.mesh import make_mesh
+from elastic.distributed.sharding import param_shardings
+from elastic.model.autoencoder import Batch, ElasticTok, dummy_batch, init_params
+from elastic.model.bottleneck import FSQ
+from elastic.model.layers import LayerStack, pairs_apart, rope_angles, rotate
+from elastic.ops.attention import ring
+from elastic.training.loss import training_loss
+
+TOLERANCE = 2e-5
+SCAN = {True: "scan", False: "unscan"}
+
+
+@functools.cache
+def forward(case, scan_layers, implementation):
+    """A compiled forward pass: reconstruction, codes, everything that modules returned."""
+    config = released.config(case, scan_layers=scan_layers, attention_implementation=implementation)
+    model = ElasticTok(config)
+
+    @jax.jit
+    def run(params, batch):
+        return model.apply(
+            {"params": params}, batch, capture_intermediates=True, mutable=["intermediates"]
+        )
+
+    return functools.partial(run, released.params(case, scan_layers=scan_layers))
+
+
+def error(ours, theirs):
+    assert ours.shape == theirs.shape
+    return float(np.abs(np.asarray(ours, np.float64) - theirs).max())
+
+
+@pytest.mark.parametrize("implementation", RUNNABLE)
+@pytest.mark.parametrize("scan_layers", [True, False], ids=SCAN.get)
+@pytest.mark.parametrize("case", released.CASES)
+def test_the_forward_pass_gives_the_released_numbers(case, scan_layers, implementation):
+    golden = released.arrays(case, "forward")
+    for variant in released.VARIANTS:
+        batch = released.batch(case, variant)
+        (recon, encoded), _ = forward(case, scan_layers, implementation)(batch)
+        expected = {
+            name.rpartition("/")[2]: x
+            for name, x in golden.items()
+            if name.startswith(f"dense/{variant}/")
+        }
+        assert error(recon, expected["recon"]) < TOLERANCE
+        assert error(encoded.codes, expected["z"]) < TOLERANCE
+        if case == "vae":
+            assert float(encoded.aux_loss) == pytest.approx(
+                float(expected["stat_aux_loss"]), rel=TOLERANCE
+            )
+            continue
+        fsq = FSQ(released.config("fsq").fsq_quant_levels)
+        # A token that is not kept has the code 0, and with it the index of the middle.
+        indices = np.asarray(fsq.codes_to_indices(encoded.codes))
+        assert (indices == expected["indexes"]).all()
+        assert (indices[~np.asarray(batch.kept)] == 32036).all()
+        assert float(encoded.aux_loss) == 0
+
+
+@pytest.mark.parametrize("case", released.CASES)
+def test_every_stage_on_the_way_is_the_released_one(case):
+    (_, _), variables = forward(case, True, "blockwise")(released.batch(case))
+    captured = flatten_dict(variables["intermediates"], sep="/")
+    golden = released.arrays(case, "forward")
+    stages = [name for name in golden if name.startswith("intermediate/")]
+    assert len(stages) == 7
+    for stage in stages:
+        value = captured[stage.removeprefix("intermediate/") + "/__call__"][0]
+        ours = value[0] if isinstance(value, tuple) else value  # layers return keys and values too
+        assert released.relative_error(ours, golden[stage]) < TOLERANCE, stage
+
+
+def test_the_released_statistics_count_every_token_and_ours_the_kept_ones():
+    """A deliberate difference (TRAPS 11): tokens that are not sent are no use of the codebook."""
+    golden = released.arrays("fsq", "forward")
+    fsq = FSQ(released.config("fsq").fsq_quant_levels)
+    statistics = jax.jit(fsq.statistics)
+    kept = released.batch("fsq").kept
+    for variant in released.VARIANTS:
+        _, variables = forward("fsq", True, "reference")(released.batch("fsq", variant))
+        latents = variables["intermediates"]["encoder"]["pre_quant"]["__call__"][0]
+        codes = fsq.quantize(latents)
+        everything = statistics(codes, jnp.ones_like(kept))
+        ours = statistics(codes, kept)
+        counts = np.bincount(
+            np.asarray(fsq.codes_to_indices(codes))[np.asarray(kept)], minlength=64_000
+        )
+        share = counts[counts > 0] / counts.sum()
+        perplexity = np.exp(-(share * np.log(share)).sum())
+        assert float(ours["perplexity"]) == pytest.approx(perplexity, rel=1e-4)
+        assert float(ours["codebook_usage"]) == pytest.approx(np.mean(counts > 0), rel=1e-5)
+        for name in ("perplexity", "codebook_usage"):
+            theirs = float(golden[f"dense/{variant}/stat_{name}"])
+            assert float(everything[name]) == pytest.approx(theirs, rel=TOLERANCE)
+            assert float(ours[name]) < theirs
+
+
+@pytest.mark.parametrize("case", released.CASES)
+def test_rows_that_see_nothing_disturb_no_other_row(case):
+    """A deliberate difference (TRAPS 9): such a row attends to nothing, in every implementation.
+
+    The two paths of the released system disagree there by more than 1.2; elsewhere all agree.
+    """
+    golden = released.arrays(case, "forward")["dense/deadrows/recon"]
+    recons = [
+        np.asarray(forward(case, True, name)(released.batch(case, "deadrows"))[0][0])
+        for name in RUNNABLE
+    ]
+    for recon in recons:
+        assert np.isfinite(recon).all()
+        assert error(recon, recons[0]) < TOLERANCE
+        assert error(recon[0], golden[0]) < TOLERANCE
+        assert error(recon[1, 32:], golden[1, 32:]) < TOLERANCE
+        assert error(recon[1, :32], golden[1, :32]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [*(("fsq", name) for name in RUNNABLE), ("vae", "blockwise")],
+)
+def test_a_block_does_not_depend_on_later_blocks(case, implementation):
+    """Causality: the gradient of a block's reconstruction to later pixels is zero, to the last bit."""
+    config = released.config(case, attention_implementation=implementation)
+    model, batch = ElasticTok(config), released.batch(case)._replace(valid=None)
+    params = {"params": released.params(case)}
+
+    @released.quick_jit
+    def gradient(block):
+        def total(patches):
+            recon, _ = model.apply(params, batch._replace(patches=patches))
+            blocks = recon.reshape(2, 4, 32, -1) * jnp.arange(1.0, 33).reshape(1, 1, 32, 1)
+            return jnp.sum(blocks[:, block])
+
+        return jnp.max(jnp.abs(jax.grad(total)(batch.patches).reshape(2, 4, -1)), axis=(0, 2))
+
+    for block in range(4):
+        reach = np.asarray(gradient(block))
+        assert (reach[: block + 1] > 0).all()
+        assert (reach[block + 1 :] == 0).all()
+
+
+@functools.cache
+def baseline(case):
+    return loss_and_gradients(ElasticTok(released.config(case)), released.params(case), case)
+
+
+def loss_and_gradients(model, params, case):
+    @released.quick_jit
+    def run(params, batch):
+        loss = lambda params: training_loss(model, params, batch)[0]  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    # Two segments, and a fifth of the keys hidden.
+    batch = released.batch(case, "packed")._replace(valid=released.batch(case, "keymask").valid)
+    loss, gradients = run(params, batch)
+    return float(loss), jax.device_get(gradients)
+
+
+def assert_same(ours, expected):
+    """Losses within 1e-6; gradients within 1e-5 as vectors, and single weights' within 2e-5 of their tensor's largest.
+
+    Merging eight pieces rounds a little more than one softmax, most in the gradients of queries and keys.
+    """
+    assert ours[0] == pytest.approx(expected[0], rel=1e-6)
+    errors = jax.tree.map(released.relative_error, ours[1], expected[1])
+    assert max(jax.tree.leaves(errors)) < 2e-5
+    distances = jax.tree.map(
+        lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b),
+        *map(jax.device_get, (ours[1], expected[1])),
+    )
+    assert max(jax.tree.leaves(distances)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attention_implementation="reference"),
+        dict(scan_attention=False),
+        dict(scan_query_chunk_size=7, scan_key_chunk_size=100),
+        dict(scan_mlp=True, scan_mlp_chunk_size=37),
+        dict(remat_block="nothing_saveable"),
+        dict(remat_attention="dots_saveable", remat_mlp="checkpoint_dots_with_no_batch_dims"),
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_no_number(changes):
+    model = ElasticTok(released.config("vae", **changes))
+    assert_same(loss_and_gradients(model, released.params("vae"), "vae"), baseline("vae"))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(remat_block="nothing_saveable")], ids=str)
+def test_numbered_layers_give_the_same_as_stacked_ones(changes):
+    model = ElasticTok(released.config("vae", scan_layers=False, **changes))
+    params = released.params("vae", scan_layers=False)
+    loss, gradients = loss_and_gradients(model, params, "vae")
+    gradients = convert_layout(gradients, scan_layers=True)
+    assert_same((loss, gradients), baseline("vae"))
+
+
+@pytest.mark.parametrize("policy", ["nothing_saveable", "everything_saveable"])
+@pytest.mark.parametrize("scan_layers", [True, False], ids=SCAN.get)
+def test_rematerialization_saves_what_its_name_says(policy, scan_layers):
+    """Without it XLA, which merges equal work, would undo the recomputation of numbered layers."""
+    config = released.config("vae", remat_block=policy, scan_layers=scan_layers, theta=1e4)
+    stack = LayerStack(config=config, num_layers=2)
+    x = jnp.ones((1, 32, 64))
+    positions = jnp.arange(32)[None]
+    params = jax.eval_shape(stack.init, jax.random.key(0), x, positions)
+    loss = jax.grad(lambda params: jnp.sum(stack.apply(params, x, positions)[0]))
+    text = str(jax.make_jaxpr(loss)(params))
+    assert f"prevent_cse={not scan_layers}" in text and policy in text
+
+
+# Every axis, every pair with sp, both rings, stacked and numbered layers, remat: each in one case at least.
+REMAT = dict(remat_block="nothing_saveable")
+ON_MESHES = [
+    *(("fsq", mesh_dim, {}) for mesh_dim in ("8,1,1,1", "1,8,1,1", "2,2,2,1", "1,2,1,4")),
+    ("vae", "1,1,2,4", {}),
+    ("vae", "1,2,1,4", REMAT),
+    ("vae", "2,2,2,1", REMAT | dict(scan_layers=False)),
+    ("fsq", "1,1,1,8", dict(ring_layout="plain")),
+    ("fsq", "1,1,2,4", REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True)),
+]
+
+
+@pytest.mark.parametrize(("case", "mesh_dim", "changes"), ON_MESHES, ids=str)
+def test_the_mesh_changes_no_number(case, mesh_dim, changes):
+    """Nor does the ring, plain or balanced (the default), nor scan and remat on it."""
+    mesh = make_mesh(mesh_dim)
+    config = released.config(case, **changes)
+    params = released.params(case, scan_layers=config.scan_layers)
+    placed = jax.device_put(params, param_shardings(mesh, params))
+    loss, gradients = loss_and_gradients(ElasticTok(config, mesh=mesh), placed, case)
+    assert_same((loss, convert_layout(gradients, scan_layers=True)), baseline(case))
+
+
+def test_a_sequence_that_a_ring_cannot_cut_is_refused():
+    mesh = make_mesh("1,1,1,8")
+    with pytest.raises(ValueError, match=r"100 tokens cannot be cut into 16 .*such as 4"):
+        ring.to_balanced(jnp.zeros((1, 100)), mesh)
+    q = jnp.zeros((1, 24, 2, 32))
+    with pytest.raises(ValueError, match=r"cut into 16 .* or ring_layout='plain'"):
+        ops.attention(q, q, q, block_size=12, mesh=mesh, layout="balanced")
+
+
+def test_the_heads_of_the_reference_lie_on_a_mesh_too():
+    model = ElasticTok(
+        released.config("vae", attention_implementation="reference"), mesh=make_mesh("1,2,2,2")
+    )
+    assert_same(loss_and_gradients(model, released.params("vae"), "vae"), baseline("vae"))
+
+
+def test_bfloat16_is_near_and_leaves_sums_and_gradients_in_float32():
+    config = released.config("vae")
+    loss, gradients = loss_and_gradients(
+        ElasticTok(config, dtype=jnp.bfloat16), released.params("vae"), "vae"
+    )
+    expected_loss, expected = baseline("vae")
+    assert loss == pytest.approx(expected_loss, rel=2e-2)
+    errors = jax.tree.map(released.relative_error, gradients, expected)
+    assert max(jax.tree.leaves(errors)) < 0.15
+    assert all(g.dtype == np.float32 for g in jax.tree.leaves(gradients))
+
+
+def test_angles_are_exact_at_positions_far_out():
+    """TRAPS 6: in bfloat16 positions repeat from 256 on. DESIGN 4.9: no table of a million rows."""
+    positions = jnp.asarray([[0, 1, 255, 257, 16_383, 1_000_003]])
+    cos, sin = rope_angles(positions, 128, 5e7)
+    assert cos.dtype == sin.dtype == jnp.float32
+    frequency = 1 / np.float32(5e7) ** (np.arange(0, 128, 2, dtype=np.float32) / 128)
+    angle = np.float32(np.asarray(positions)[0, :, None] * np.float64(frequency))
+    assert error(cos[0, :, 0], np.cos(angle.astype(np.float64))) < 1e-6
+    assert error(sin[0, :, 0], np.sin(angle.astype(np.float64))) < 1e-6
+    exact = np.asarray(positions)[0, :, None] * 5e7 ** (-np.arange(0, 128, 2) / 128)
+    # What float32 loses: half a unit in the last place of the largest angle, 0.03 at 10^6.
+    assert np.abs(np.asarray(cos[0, :, 0]) - np.cos(exact))[:5].max() < 2e-3
+
+
+def test_no_two_positions_of_a_long_sequence_turn_alike():
+    cos, sin = rope_angles(jnp.arange(16_384)[None], 4, 5e7)
+    pairs = np.stack([np.asarray(cos)[0, :, 0], np.asarray(sin)[0, :, 0]], -1).reshape(16_384, -1)
+    assert len(np.unique(pairs, axis=0)) == 16_384
+
+
+def test_pairs_apart_is_the_interleaved_rotation_with_its_channels_moved():
+    """The released models turn the pairs (x[2i], x[2i + 1])."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in (6, 16))
+    angles = rope_angles(jnp.arange(6)[None], 8, 100.0)
+    ours = rotate((x @ pairs_apart(kernel, 8)).reshape(1, 6, 2, 8), angles)
+    plain = np.asarray(x @ kernel).reshape(1, 6, 2, 4, 2)
+    turn = np.asarray(angles[0] + 1j * angles[1])
+    turned = (plain[..., 0] + 1j * plain[..., 1]) * turn
+    assert error(ours, np.concatenate([turned.real, turned.imag], -1)) < 1e-5
+
+
+def test_fresh_parameters_are_the_released_draw_and_give_a_finite_picture():
+    config = released.config("vae")
+    params = released.quick_jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    flat = flatten_dict(params, sep="/")
+    shapes = {name: x.shape for name, x in flatten_dict(released.params("vae"), sep="/").items()}
+    assert {name: x.shape for name, x in flat.items()} == shapes
+    for name, x in flat.items():
+        if "norm" in name or "ln_f" in name:
+            assert (np.asarray(x) == 1).all()
+        else:
+            assert float(jnp.std(x)) == pytest.approx(0.02, rel=0.25), name
+    layers = flat["encoder/encoder_blocks/scan_decoder/attention/wq/kernel"]
+    assert np.abs(np.asarray(layers[0] - layers[1])).max() > 0.01  # each layer drew its own
+    batch = dummy_batch(config)
+    recon, _ = released.quick_jit(ElasticTok(config).apply)({"params": params}, batch)
+    assert recon.shape == batch.patches.shape and np.isfinite(np.asarray(recon)).all()
+
+
+def test_the_tail_of_a_block_does_not_reach_the_decoder():
+    """What a dropped token holds cannot be seen in the codes: nesting of the representation."""
+    batch = released.batch("vae")
+    (_, encoded), _ = forward("vae", True, "blockwise")(batch)
+    codes = np.asarray(encoded.codes)
+    assert not codes[~np.asarray(batch.kept)].any()
+    assert codes[np.asarray(batch.kept)].all(axis=-1).any()
+
+
+def test_ids_left_out_mean_one_sequence():
+    batch = released.batch("vae")
+    (recon, _), _ = forward("vae", True, "blockwise")(Batch(batch.patches, batch.kept))
+    assert error(recon, released.arrays("vae", "forward")["dense/plain/recon"]) < TOLERANCE
+
+
+def test_angles_of_far_positions_are_exact():
+    """What an endless video gets to; up to a million tokens they are the released ones, to the bit."""
+    positions = np.array([0, 5, 2**20 - 1, 2**20, 3_000_003, 2**30 + 12_345, 2**31 - 1], np.int32)
+    cos, sin = rope_angles(jnp.asarray(positions)[None], 128, 5e7)
+    frequency = 1.0 / 5e7 ** (np.arange(0, 128, 2, dtype=np.float32) / 128)
+    exact = positions[:, None].astype(np.float64) * frequency.astype(np.float64)
+    np.testing.assert_allclose(np.asarray(cos)[0, :, 0], np.cos(exact), atol=0.07)
+    np.testing.assert_allclose(np.asarray(sin)[0, :, 0], np.sin(exact), atol=0.07)
+    near = jnp.arange(0, 2**20, 997)
+    released = near[:, None].astype(jnp.float32) * frequency[None]
+    np.testing.assert_array_equal(rope_angles(near[None], 128, 5e7)[0][0, :, 0], jnp.cos(released))

@@ -1,0 +1,371 @@
+"""Data sets: files to shards, each once, whatever stops a process on the way."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elastic.cli import app
+from elastic.config import ElasticTokConfig
+from elastic.io.tensors import locked
+from elastic.media import reader
+from elastic.pipeline import dataset
+from elastic.pipeline.dataset import list_inputs, tokenize_dataset
+from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokens.shards import TokenShards
+from scripts import tokenize_dataset as script
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CLIP, PHOTO = "clip_160x120_30fps_97f.mp4", "img_101x67.png"
+MODEL = dict(
+    hidden_size=64, intermediate_size=96, num_attention_heads=2, num_encoder_layers=2, num_decoder_layers=2,
+    rms_norm_eps=1e-5, min_toks=4, max_toks=32, max_sequence_length=128, bottleneck_type="fsq", patch_size=(1, 8, 8),
+    frames_per_block=2, theta=5e7,
+)  # fmt: skip
+OPTIONS = dict(files_per_shard=4, progress=False, num_tokens=12, rate=4.0, max_frames=5)
+BAD = ["b/broken.mp4", "b/empty.png"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden):
+    return ElasticTokenizer.from_pretrained(
+        f"params::{golden}/fsq/ckpt/params_scan_fp32",
+        config=ElasticTokConfig(**MODEL),
+        model_id="m",
+    )
+
+
+@pytest.fixture(scope="module")
+def clips(golden, tmp_path_factory):
+    """Ten good files and two bad ones, in three shards of four."""
+    folder = tmp_path_factory.mktemp("clips")
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    for number in range(8):
+        image = Image.open(golden / "media" / PHOTO).convert("RGB")
+        image.rotate(10 * number).save(folder / "a" / f"{number}.png")
+    for name in ("a/clip.mp4", "b/clip.mp4"):
+        shutil.copy(golden / "media" / CLIP, folder / name)
+    (folder / "b" / "broken.mp4").write_text("not a film")
+    (folder / "b" / "empty.png").touch()
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tokenizer, clips, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = tokenize_dataset(tokenizer, list_inputs(clips, folder), folder, **OPTIONS)
+    return folder, outcome
+
+
+def files(folder):
+    """{name: content} without what tells the time."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".plan.lock":
+            data = path.read_bytes()
+            if path.suffix == ".json":
+                lines = data.split(b"\n")
+                data = [
+                    line for line in lines if b'seconds"' not in line and b"per_second" not in line
+                ]
+            found[path.relative_to(folder).as_posix()] = data
+    return found
+
+
+def test_every_good_file_is_a_row_and_every_bad_one_is_listed(undisturbed, tokenizer, clips):
+    folder, outcome = undisturbed
+    assert list(files(folder)) == sorted(
+        ["bad.jsonl", "plan.json", "summary.json", "summary.png"]
+        + [f"shard-0000{n}{ending}" for n in range(3) for ending in (".json", ".parquet")]
+    )
+    shards, inputs = TokenShards(folder), list_inputs(clips, folder)
+    assert list(shards.ids) == [name for name in inputs if name not in BAD] and len(shards) == 10
+    clip = shards[shards.find("a/clip.mp4")]
+    assert clip == tokenizer.encode(clips / "a/clip.mp4", num_tokens=12, rate=4.0, max_frames=5)
+    assert tokenizer.decode(clip).shape == (5, 32, 32, 3)
+    lines = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == BAD
+    assert "empty.png' is empty" in lines[1]["reason"] and lines[1]["shard"] == "shard-00002"
+    totals = outcome.summary["totals"]
+    assert (totals["clips"], totals["images"], totals["frames"], totals["bad_files"]) == (
+        10,
+        8,
+        18,
+        2,
+    )
+    histogram = outcome.summary["tokens_per_block"]
+    assert sum(histogram["blocks"]) == totals["blocks"] == 14
+    assert histogram["blocks"][histogram["edges"].index(12) - 1] == 14
+    assert json.loads((folder / "shard-00000.json").read_text())["histogram"] == {"12": 4}
+
+
+class Killed(BaseException):
+    """Ends a run at once, as no handler expects it."""
+
+
+STAGES = {
+    "the first file": ("TokenizedClip.save", 0),
+    "the sixth file": ("TokenizedClip.save", 5),
+    "a file that is not yet noted as done": ("write_json", 3),
+    "packing": ("TokenizedClip.load", 2),
+    "packing the last shard": ("write_shard", 2),
+    "a shard that is not yet noted as finished": ("Tally.save", 1),
+    "clearing up": ("shutil.rmtree", 1),
+    "the summary": ("write_summary", 0),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
+    undisturbed, tokenizer, clips, tmp_path, monkeypatch, stage
+):
+    name, calls = STAGES[stage]
+    inputs, encoded = list_inputs(clips, tmp_path), []
+    encode = tokenizer.stream
+
+    def note(source, **options):
+        if not isinstance(source, np.ndarray):  # the options are tried on one
+            encoded.append(source)
+        return encode(source, **options)
+
+    monkeypatch.setattr(tokenizer, "stream", note)
+    with monkeypatch.context() as patch:
+        *path, last = name.split(".")
+        owner = getattr(dataset, path[0]) if path else dataset
+        real, left = getattr(owner, last), [calls]
+
+        def kill(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return real(*arguments, **options)
+
+        patch.setattr(owner, last, kill)
+        with pytest.raises(Killed):
+            tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    half = "summary.json" if stage == "the summary" else "shard-00002.parquet"
+    (tmp_path / f".{half}.0a1b2c3d.tmp").touch()  # what a real kill leaves
+    before = len(encoded)
+    outcome = tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    assert outcome.summary is not None and set(encoded) == set(inputs.values())
+    lost = 1 if name in ("TokenizedClip.save", "write_json") else 0  # the file under way
+    assert len(encoded) == len(inputs) + lost and before > 0
+    assert files(tmp_path) == files(undisturbed[0])
+
+
+def test_a_damaged_token_file_is_made_again(
+    undisturbed, tokenizer, clips, tmp_path, monkeypatch, caplog
+):
+    inputs = list_inputs(clips, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
+    tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    assert "Tokenized again" in caplog.text and files(tmp_path) == files(undisturbed[0])
+
+
+def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
+    undisturbed, tokenizer, clips, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dataset, "_WAIT_SECONDS", 0.02)
+    inputs = list_inputs(clips, tmp_path)
+    with locked(tmp_path / ".shard-00001.lock") as held:
+        assert held
+        outcome = tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+        assert outcome == (None, ("shard-00001",))
+        assert not (tmp_path / "summary.json").exists()
+    # Who is to wait does so while somebody works on it, and no longer.
+    let_go = threading.Event()
+
+    def hold():
+        with locked(tmp_path / ".shard-00001.lock"):
+            let_go.wait()
+
+    other = threading.Thread(target=hold)
+    other.start()
+    threading.Timer(0.5, let_go.set).start()
+    started = time.perf_counter()
+    options = OPTIONS | dict(process_count=2, wait=True)
+    assert tokenize_dataset(tokenizer, inputs, tmp_path, **options).unfinished == ("shard-00001",)
+    assert time.perf_counter() - started > 0.5
+    other.join()
+    # Another number of processes takes over; its first one has nothing to do.
+    outcome = tokenize_dataset(tokenizer, inputs, tmp_path, process_count=2, **OPTIONS)
+    assert outcome.unfinished == ("shard-00001",)
+    options = OPTIONS | dict(process_index=1, process_count=2)
+    assert tokenize_dataset(tokenizer, inputs, tmp_path, **options).summary is not None
+    assert files(tmp_path) == files(undisturbed[0])
+
+
+def test_another_run_in_the_same_folder_is_refused_with_what_differs(
+    undisturbed, tokenizer, clips, tmp_path
+):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "run")
+    before, inputs = files(folder), list_inputs(clips, folder)
+    fewer = dict(list(inputs.items())[1:]) | {"new.png": clips / "a/1.png"}
+    other = tokenizer.with_params(
+        {**tokenizer.params, "encoder": {**tokenizer.params["encoder"]}}, model_id="n"
+    )
+    for who, what, options, message in [
+        (tokenizer, inputs, {"num_tokens": 13}, r"num_tokens=13 \(then 12\)"),
+        (tokenizer, inputs, {"files_per_shard": 5}, r"files_per_shard=5 \(then 4\)"),
+        (tokenizer, fewer, {}, r"1 files are new, such as 'new.png'; 1 files are missing"),
+        (other, inputs, {}, r"model_id=n \(then m\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize_dataset(who, what, folder, **(OPTIONS | options))
+    (folder / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"plan\.json is no plan"):
+        tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
+    (folder / "plan.json").unlink()
+    with pytest.raises(ValueError, match=r"bad\.jsonl but no plan\.json"):
+        tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
+    assert files(folder) == {name: data for name, data in before.items() if name != "plan.json"}
+
+
+def test_options_that_no_file_could_have_are_refused_before_anything_is_written(
+    tokenizer, clips, tmp_path
+):
+    inputs, free = list_inputs(clips, tmp_path), OPTIONS | dict(num_tokens=None)
+    for options, message in [
+        (free | dict(threshold=0.1, psnr=30.0), "threshold"),
+        (free | dict(threshold=-1.0), "threshold=-1"),
+        (free | dict(bitrate=8.0), "bitrate=8.0 needs videos, but 9 files are images"),
+        (OPTIONS | dict(files_per_shard=0), "files_per_shard=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tokenize_dataset(tokenizer, inputs, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_are_a_folder_a_file_or_a_list(clips, tmp_path):
+    names = list(list_inputs(clips, tmp_path))
+    assert names == sorted(names) and len(names) == 12 and "notes.txt" not in names
+    assert list_inputs(clips / "a/1.png", tmp_path) == {"1.png": clips / "a/1.png"}
+    listed = tmp_path / "files.txt"
+    listed.write_text(f"# two\n{clips}/b/clip.mp4\n\nx/1.png\n")
+    found = list_inputs(listed, tmp_path / "out")
+    assert found == {f"{clips}/b/clip.mp4": clips / "b/clip.mp4", "x/1.png": tmp_path / "x/1.png"}
+    listed.write_text("a.png\na.png\n")
+    with pytest.raises(reader.MediaError, match=r"names 'a\.png' twice"):
+        list_inputs(listed, tmp_path)
+    odd = tmp_path / os.fsdecode(b"odd-\xff.png")
+    odd.touch()
+    assert list(list_inputs(tmp_path, tmp_path / "out")) == ["odd-\\xff.png"]
+    # Results are no input.
+    assert list_inputs(clips, clips / "a").keys() == {
+        name for name in names if name.startswith("b/")
+    }
+    os.mkfifo(tmp_path / "files.fifo.txt")
+    with pytest.raises(reader.MediaError, match="is no regular file"):
+        list_inputs(tmp_path / "files.fifo.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "summary.png", "bad.jsonl"])
+def test_files_that_no_run_wrote_are_refused_and_stay(tokenizer, clips, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {name} but no plan\.json"):
+        tokenize_dataset(tokenizer, list_inputs(clips, tmp_path), tmp_path, **OPTIONS)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+# --- The script ------------------------------------------------------------------------------
+
+
+def command(golden, clips, folder):
+    return [
+        f"--input_path={clips}", f"--output_folder={folder}", f"--load_checkpoint=params::{golden}/fsq/ckpt/params_scan_fp32",
+        "--load_elastic_config=debug", f"--update_elastic_config={MODEL}", "--n_codes=12", "--fps=4", "--max_frames=5",
+        "--files_per_shard=4",
+    ]  # fmt: skip
+
+
+def start(golden, clips, folder, process):
+    share = ["--jax_distributed.num_processes=2", f"--jax_distributed.process_id={process}"]
+    return subprocess.Popen(
+        [sys.executable, ROOT / "scripts/tokenize_dataset.py", *command(golden, clips, folder), *share],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_two_processes_share_a_folder_and_one_that_is_killed_and_started_again_harms_none(
+    golden, clips, tmp_path, undisturbed
+):
+    processes = [start(golden, clips, tmp_path, process) for process in range(2)]
+    while not list(tmp_path.glob(".unfinished/shard-00000/*.npz")) and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[0].send_signal(signal.SIGKILL)
+    processes[0].communicate()
+    processes[0] = start(golden, clips, tmp_path, 0)
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert any("bad files  2, listed in bad.jsonl" in out for out, _ in ends)
+    done, expected = TokenShards(tmp_path), TokenShards(undisturbed[0])
+    assert done.ids == expected.ids
+    for ours, theirs in zip(done, expected, strict=True):
+        assert (
+            ours.counts.tolist() == theirs.counts.tolist() and ours.num_frames == theirs.num_frames
+        )
+
+
+def test_sigterm_leaves_with_143_and_says_how_to_go_on(golden, clips, tmp_path):
+    process = start(golden, clips, tmp_path, 0)
+    while not list(tmp_path.glob(".unfinished/shard-00000/*.npz")) and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "the same command goes on from here" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_codes=0"], "Give --threshold=ERROR"),
+        (["--files_per_shard=0"], "--files_per_shard=0 must be at least 1"),
+        (["--input_path=nowhere"], "There is no file 'nowhere'"),
+        (
+            ["--jax_distributed.num_processes=2", "--jax_distributed.process_id=2"],
+            "must lie in 0 to 1",
+        ),
+        (["--jax_distributed.coordinator_address=a:1"], "only share work need num_processes"),
+        (["--resolution=64"], "resolution=64, but the frames of this model have 32 rows"),
+    ],
+)
+def test_flags_that_cannot_be_served_are_refused(golden, clips, tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert app.run(script.DATASET, script.tokenize, [*command(golden, clips, out), *flags]) == 1
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_pipe_is_a_bad_file_and_is_not_waited_for(tokenizer, clips, tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/a.mp4")
+    shutil.copy(clips / "a/1.png", tmp_path / "in/b.png")
+    inputs = list_inputs(tmp_path / "in", tmp_path / "out")
+    tokenize_dataset(tokenizer, inputs, tmp_path / "out", **OPTIONS)
+    line = json.loads((tmp_path / "out/bad.jsonl").read_text())
+    assert line["id"] == "a.mp4" and "a pipe or a device" in line["reason"]
+    assert list(TokenShards(tmp_path / "out").ids) == ["b.png"]
+    pipe = tmp_path / "in/a.mp4"
+    assert list_inputs(pipe, tmp_path / "out") == {"a.mp4": pipe}
+
+
+def test_a_data_set_without_one_good_file_is_an_error(golden, clips, tmp_path, capsys):
+    arguments = [*command(golden, clips / "b/empty.png", tmp_path / "out")]
+    assert app.run(script.DATASET, script.tokenize, arguments) == 1
+    assert "None of the 1 files could be read" in capsys.readouterr().err
+    assert (tmp_path / "out/summary.json").exists()

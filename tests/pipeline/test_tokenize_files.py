@@ -1,0 +1,430 @@
+"""The scripts end to end, with the small models of the released system's golden files."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_models import CASES, CLIP, PHOTO, load_tokenizers
+
+from elastic.cli import app
+from elastic.config import ElasticTokConfig
+from elastic.io.tensors import locked
+from elastic.media import reader
+from elastic.metrics import image
+from elastic.pipeline import result_folder
+from elastic.pipeline import tokenize_files as runs
+from elastic.tokenizer import resume
+from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokens import npz_file
+from elastic.tokens.clip import TokenizedClip
+from scripts import decode as decode_script
+from scripts import inference as inference_script
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EARLIER = npz_file.pack({})  # what tells the results of an earlier run from files of the user
+REPORT = '{"clip": {}, "totals": {}}'
+
+
+@pytest.fixture(scope="module")
+def tokenizers(golden):
+    return load_tokenizers(golden)
+
+
+def names(folder):
+    """Every file and folder below, hidden ones too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def infer(*flags):
+    return app.run(inference_script.INFERENCE, inference_script.tokenize, flags)
+
+
+def decode(*flags):
+    return app.run(decode_script.DECODE, decode_script.decode, flags)
+
+
+# --- The commands ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def documented(golden, tmp_path_factory):
+    """The command that the README documents, run with other paths and the sizes of a small model."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
+    assert found is not None
+    flags = dict(
+        flag.split("=", 1)
+        for flag in shlex.split(found[0].replace("\\\n", " "))
+        if flag[:2] == "--"
+    )
+    folder = tmp_path_factory.mktemp("documented") / "not there yet" / "out"
+    # The original's README puts a `params::` before a path that has one already.
+    flags["--load_checkpoint"] = f"params::params::{golden}/fsq/ckpt/params_scan_fp32"
+    flags["--input_path"] = str(golden / "media" / CLIP)
+    flags["--output_folder"] = str(folder)
+    changes = flags["--update_elastic_config"].removesuffix(")")
+    for name, value in CASES["fsq"].items():  # what the command says already gets another value
+        changes = re.sub(rf"\b{name}=(\([^)]*\)|[^,]*),?", "", changes)
+        changes = f"{changes.rstrip(',')},{name}={value!r}"
+    flags["--update_elastic_config"] = f"{changes})"
+    more = ["--fps=4", "--max_frames=11", "--threshold=0.522"]
+    command = [*(f"{name}={value}" for name, value in flags.items()), *more]
+    assert infer(*command) == 0
+    return folder, flags
+
+
+def test_the_documented_command_writes_its_results(documented):
+    folder, _ = documented
+    assert names(folder) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]
+    tokens = TokenizedClip.load(folder / "tokens.npz")
+    assert (tokens.num_frames, len(tokens.blocks), tokens.threshold) == (11, 6, 0.522)
+    assert (tokens.window_blocks, tokens.context, tokens.rate) == (4, "carry", 4.0)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["totals"]["tokens"] == tokens.num_tokens
+    assert [block["kept"] for block in report["blocks"]] == tokens.counts.tolist()
+    assert all(block["passes"] >= 1 and block["seconds"] > 0 for block in report["blocks"])
+    with reader.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
+        assert (video.num_frames, video.rate) == (11, 4.0)
+
+
+def test_the_token_file_decodes_to_the_frames_that_the_report_measured(documented, golden):
+    folder, flags = documented
+    out = folder / "again.mp4"
+    model = [
+        f"{name}={flags[name]}" for name in ("--load_elastic_config", "--update_elastic_config")
+    ]
+    assert decode(f"--input_path={folder}/tokens.npz", f"--output_path={out}", *model) == 0
+    with reader.open_clip(out, resolution=32, rate=None) as video:
+        assert (video.num_frames, video.rate) == (11, 4.0)
+    out.unlink()
+    tokens = TokenizedClip.load(folder / "tokens.npz")
+    tokenizer = ElasticTokenizer.from_pretrained(
+        tokens.model_id, config=ElasticTokConfig(**CASES["fsq"]), window_blocks=4
+    )
+    with reader.open_clip(golden / "media" / CLIP, resolution=32, rate=4, max_frames=11) as clip:
+        psnr = image.psnr(clip.read(), tokenizer.decode(tokens))
+    assert psnr == json.loads((folder / "report.json").read_text())["totals"]["psnr"]
+
+
+def test_another_model_is_refused_for_decoding(documented, tmp_path, capsys):
+    folder, _ = documented
+    command = [f"--input_path={folder}/tokens.npz", f"--output_path={tmp_path}/a.mp4"]
+    assert decode(*command, "--load_checkpoint=x/y", "--load_elastic_config=debug") == 1
+    assert "is another model (config" in capsys.readouterr().err
+    assert decode(*command[:1], f"--output_path={tmp_path}/a.png") == 1
+    assert "The tokens are of a video" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.touch(), lambda path: path.write_text("no film")]
+)
+def test_a_broken_file_is_one_line_and_leaves_nothing(golden, tmp_path, capsys, make):
+    source = tmp_path / "film.mp4"
+    make(source)
+    command = [
+        f"--input_path={source}",
+        f"--output_folder={tmp_path}/new/out",
+        f"--load_checkpoint=params::{golden}/vae/ckpt/params_scan_fp32",
+        f"--update_elastic_config={CASES['vae']}",
+        "--load_elastic_config=debug",
+        "--threshold=0.5",
+    ]
+    assert infer(*command) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("scripts/inference.py: error: ") and "film.mp4" in last
+    assert names(tmp_path) == ["film.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution=64"], "resolution=64, but the frames of this model have 32 rows"),
+        (["--threshold=-1"], "threshold=-1.0 must be a finite number"),
+        (["--search_alg=fixed"], "A fixed search needs num_tokens"),
+        (["--search_alg=binary", "--n_codes=8"], "--n_codes=8 belongs to the fixed search"),
+        (["--mesh_dim=1,1,3,1"], "mesh_dim='1,1,3,1' asks for 3 devices"),
+        (["--input_path=nowhere.mp4"], "There is no file 'nowhere.mp4'"),
+        (["--load_elastic_config="], "has no config.json beside it"),
+    ],
+)
+def test_options_that_cannot_be_served_are_refused(golden, tmp_path, capsys, flags, message):
+    command = [
+        f"--input_path={golden}/media/{PHOTO}",
+        f"--output_folder={tmp_path}/out",
+        f"--load_checkpoint=params::{golden}/fsq/ckpt/params_scan_fp32",
+        f"--update_elastic_config={CASES['fsq']}",
+        "--load_elastic_config=debug",
+        "--threshold=0.5",
+    ]
+    assert infer(*command, *flags) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path) == []
+
+
+def test_a_process_ends_an_error_in_one_line_and_exit_code_1(tmp_path):
+    (tmp_path / "notes.mp4").write_text("not a film")
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "inference.py", f"--input_path={tmp_path}/notes.mp4",
+         f"--output_folder={tmp_path}/out", "--load_checkpoint=params::none", "--load_elastic_config=debug", "--threshold=1"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "scripts/inference.py: error: There is no checkpoint 'none'.\n"
+    assert names(tmp_path) == ["notes.mp4"]
+
+
+# --- Files and folders -----------------------------------------------------------------------
+
+
+def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path):
+    tokenizer = tokenizers["fsq"]
+    (tmp_path / "viz.mp4").write_text("of an earlier run")
+    (tmp_path / "report.json").write_text(REPORT)
+    (tmp_path / "notes.txt").write_text("of the user")
+    run = runs.tokenize_file(
+        tokenizer, golden / "media" / PHOTO, tmp_path, threshold=0.6, progress=False
+    )
+    assert names(tmp_path) == ["notes.txt", "plot.png", "report.json", "tokens.npz", "viz.png"]
+    assert "(an image, 32x32)" in runs.summary(run)
+    tokens = TokenizedClip.load(tmp_path / "tokens.npz")
+    assert tokens.is_image and len(tokens.blocks) == 1
+    runs.decode_to_file(tokenizer, tokens, tmp_path / "again.png", progress=False)
+    expected = tokenizer.reconstruct(golden / "media" / PHOTO, threshold=0.6)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "again.png")), expected.frames[0]
+    )
+
+
+def test_the_files_of_a_folder_get_folders_and_a_bad_one_is_left_out(
+    tokenizers, golden, tmp_path, caplog
+):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "more").mkdir(parents=True)
+    for name in ("a.png", "b.png", "b.webp", "more/a.png"):
+        Image.open(golden / "media" / PHOTO).save(source / name)
+    (source / "b.mp4").write_text("not a film")
+    (source / "out").mkdir()
+    (source / "out" / "viz.mp4").write_text("a result")
+    inputs = runs.find_inputs(source, output_folder=source / "out")
+    assert list(inputs.values()) == ["a", "b.mp4", "b.png", "b.webp", "more/a"]
+    done, bad = runs.tokenize_files(tokenizers["fsq"], inputs, out, num_tokens=8, progress=False)
+    assert [str(run.folder.relative_to(out)) for run in done] == ["a", "b.png", "b.webp", "more/a"]
+    assert bad == [source / "b.mp4"] and "b.mp4" in caplog.text
+    assert sorted(path.name for path in out.iterdir()) == ["a", "b.png", "b.webp", "more"]
+
+
+def test_a_clip_cut_off_leaves_nothing(tokenizers, tmp_path, golden):
+    data = (golden / "media" / CLIP).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    with pytest.raises(reader.MediaError, match=r"cut\.mp4"):
+        runs.tokenize_file(
+            tokenizers["fsq"],
+            tmp_path / "cut.mp4",
+            tmp_path / "out",
+            num_tokens=8,
+            rate=None,
+            progress=False,
+        )
+    assert names(tmp_path) == ["cut.mp4"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_picture_that_stops_midway_leaves_the_folder_as_it_was(
+    tokenizers, golden, tmp_path, monkeypatch, error, earlier
+):
+    if earlier:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "tokens.npz").write_bytes(EARLIER)
+    before = names(tmp_path)
+
+    def stop(*_, **__):
+        assert any("unfinished" in name for name in names(tmp_path))
+        raise error
+
+    monkeypatch.setattr(result_folder.report, "plot_report", stop)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        runs.tokenize_file(
+            tokenizers["fsq"],
+            golden / "media" / PHOTO,
+            tmp_path / "out",
+            num_tokens=8,
+            progress=False,
+        )
+    assert names(tmp_path) == before
+    if earlier:
+        assert (tmp_path / "out" / "tokens.npz").read_bytes() == EARLIER
+
+
+def test_results_are_only_replaced_when_that_is_wanted(tokenizers, golden, tmp_path):
+    (tmp_path / "report.json").write_text("of an earlier run")
+    with pytest.raises(ValueError, match="holds results already"):
+        runs.tokenize_file(
+            tokenizers["fsq"],
+            golden / "media" / PHOTO,
+            tmp_path,
+            overwrite=False,
+            num_tokens=8,
+            progress=False,
+        )
+    with pytest.raises(ValueError, match="is a file"):
+        runs.tokenize_file(
+            tokenizers["fsq"],
+            golden / "media" / PHOTO,
+            tmp_path / "report.json",
+            num_tokens=8,
+            progress=False,
+        )
+    assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize(
+    ("present", "source"),
+    [
+        ({"viz.mp4": "a holiday"}, PHOTO),
+        ({"viz.png": "", "report.json": "{}"}, PHOTO),
+        ({"tokens.npz": "of another program", "report.json": REPORT}, PHOTO),
+        ({"report.json": REPORT, "viz.mp4": CLIP}, "viz.mp4"),
+        ({"unfinished/original.rgb": CLIP}, "unfinished/original.rgb"),
+    ],
+)
+def test_no_file_of_the_user_is_replaced(tokenizers, golden, tmp_path, present, source):
+    """Not those in the folder, whatever their names are, and not the one that is tokenized."""
+    for name, content in present.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = (golden / "media" / CLIP).read_bytes() if content == CLIP else content.encode()
+        (tmp_path / name).write_bytes(data)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    source = golden / "media" / source if source == PHOTO else tmp_path / source
+    with pytest.raises(ValueError, match="name another folder"):
+        runs.tokenize_file(tokenizers["fsq"], source, tmp_path, num_tokens=8, progress=False)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_token_file_cannot_make_the_script_fetch_a_model(tokenizers, golden, tmp_path):
+    tokens = tokenizers["fsq"].encode(golden / "media" / PHOTO, num_tokens=8)
+    foreign = TokenizedClip(**(vars(tokens) | {"model_id": "somebody/something"}))
+    with pytest.raises(ValueError, match="name the model with --load_checkpoint"):
+        runs.model_of(foreign)
+
+
+def test_a_run_reads_its_frames_one_block_after_the_other(
+    tokenizers, golden, tmp_path, monkeypatch
+):
+    held = []
+
+    class Frames(result_folder._Frames):
+        def add(self, original, reconstruction):
+            held.append(len(original))
+            super().add(original, reconstruction)
+
+    monkeypatch.setattr(result_folder, "_Frames", Frames)
+    runs.tokenize_file(
+        tokenizers["fsq"],
+        golden / "media" / CLIP,
+        tmp_path,
+        num_tokens=8,
+        rate=4,
+        max_frames=5,
+        progress=False,
+    )
+    assert held == [2, 2, 1]
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("stage", ["after the third block", "drawing"])
+def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
+    tokenizers, golden, tmp_path, monkeypatch, stage, copies
+):
+    """Also where the disk was full while the results were written; an earlier run's results stay until then."""
+    monkeypatch.setattr(resume, "_COPY_SECONDS", 0.0 if copies else 1e9)
+    monkeypatch.setattr(resume, "_COPY_SHARE", 0)
+    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    source = golden / "media" / CLIP
+    whole = runs.tokenize_file(tokenizers["fsq"], source, tmp_path / "whole", **how)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokens.npz").write_bytes(EARLIER)
+    with monkeypatch.context() as patched:
+        if stage == "drawing":
+            patched.setattr(
+                result_folder.report, "plot_report", _raise(OSError(28, "No space left"))
+            )
+        else:
+            add = result_folder.Job.add
+            patched.setattr(
+                result_folder.Job,
+                "add",
+                lambda job, block: (
+                    _raise(KeyboardInterrupt)() if len(job._spent) == 3 else add(job, block)
+                ),
+            )
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+    assert (out / "tokens.npz").read_bytes() == EARLIER
+    assert names(out) == sorted(
+        ["tokens.npz", "unfinished"]
+        + [f"unfinished/{name}" for name in (".lock", "original.rgb", "reconstruction.rgb")]
+        + ["unfinished/tokens.part"]
+        + ["unfinished/tokens.part.past"] * copies
+        + (["unfinished/tokens.npz", "unfinished/report.json"] if stage == "drawing" else [])
+    )
+    part = runs.open_tokens(out / "unfinished" / "tokens.part")
+    runs.decode_to_file(tokenizers["fsq"], part, tmp_path / "so_far.mp4", progress=False)
+    with reader.open_clip(tmp_path / "so_far.mp4", resolution=32, rate=None) as clip:
+        assert clip.num_frames == (11 if stage == "drawing" else 8)
+    again = runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+    assert names(out) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]
+    assert TokenizedClip.load(out / "tokens.npz") == TokenizedClip.load(whole.folder / "tokens.npz")
+    for run in (whole, again):  # what took time is not the same
+        run.report["totals"].pop("seconds"), run.report["totals"].pop("frames_per_second")
+        for block in run.report["blocks"]:
+            block.pop("seconds")
+    assert again.report == whole.report
+    assert (out / "viz.mp4").read_bytes() == (whole.folder / "viz.mp4").read_bytes()
+
+
+def _raise(error):
+    def stop(*_, **__):
+        raise error
+
+    return stop
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(tokenizers, golden, tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    with locked(tmp_path / "unfinished" / ".lock"):
+        with pytest.raises(ValueError, match="Another process is writing into"):
+            runs.tokenize_file(
+                tokenizers["fsq"], golden / "media" / PHOTO, tmp_path, num_tokens=8, progress=False
+            )
+        assert names(tmp_path) == ["unfinished", "unfinished/.lock"]
+
+
+def test_files_side_by_side_give_the_results_of_files_one_by_one(tokenizers, golden, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in (CLIP, PHOTO):
+        (source / name).write_bytes((golden / "media" / name).read_bytes())
+    (source / "bad.mp4").write_bytes(b"no video")
+    inputs = runs.find_inputs(source)
+    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    found = {}
+    for batch in (1, 2):
+        done, bad = runs.tokenize_files(
+            tokenizers["fsq"], inputs, tmp_path / str(batch), batch=batch, **how
+        )
+        assert [path.name for path in bad] == ["bad.mp4"]
+        found[batch] = {
+            run.source.name: TokenizedClip.load(run.folder / "tokens.npz").counts.tolist()
+            for run in done
+        }
+    assert found[1] == found[2] and len(found[1]) == 2
+    assert names(tmp_path / "1") == names(tmp_path / "2")

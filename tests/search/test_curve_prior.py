@@ -1,0 +1,169 @@
+"""The prior of curves: a poor guess costs passes only, a good one saves them; its file is checked."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic.config import load_config
+from elastic.search.base import geometric_counts, make_search, run_search
+from elastic.search.curve_prior import FILE_NAME, CurvePrior, features, fit, load_prior
+from elastic.search.predict import GUESSES
+from elastic.search.rate_curve import Curve, Memory, points_of
+
+COUNTS = geometric_counts(4, 64, 16)
+PATCH = (1, 4, 4)  # of blocks of 4 frames with 16 x 16 pixels
+SLOPE = 0.8
+
+
+def block(seed):
+    """Noise of some strength on a grey ground."""
+    random = np.random.default_rng(seed)
+    strength = math.exp(random.uniform(1.5, 4.5))
+    return np.clip(random.normal(128, strength, (4, 16, 16, 3)), 0, 255).astype(np.uint8)
+
+
+def law(frames, count):
+    """A loss that falls as a power of the count, and rises with the strength of the noise."""
+    return float(np.std(frames / 127.5)) * count**-SLOPE
+
+
+@pytest.fixture(scope="module")
+def prior():
+    blocks = [block(seed) for seed in range(100)]
+    losses = np.array([[law(frames, count) for count in COUNTS] for frames in blocks])
+    return fit(blocks, losses, counts=COUNTS, patch_size=PATCH)
+
+
+def search(frames, memory, threshold):
+    def evaluate(counts):
+        return [law(frames, count) for count in counts]
+
+    plan = make_search("predict", min_kept=4, max_kept=64, threshold=threshold, memory=memory)
+    return run_search(plan, evaluate)
+
+
+def test_a_fitted_prior_knows_the_curves_of_other_blocks_and_saves_passes(prior):
+    passes = {"prior": 0, "none": 0}
+    for seed in range(200, 220):
+        frames = block(seed)
+        curve = prior.curve_of(frames)
+        for count in COUNTS:
+            assert curve.at(math.log(count)) == pytest.approx(math.log(law(frames, count)), abs=0.2)
+        threshold = law(frames, 20)
+        passes["prior"] += len(
+            search(frames, prior.memory(prior.curve_of(frames)), threshold).tried
+        )
+        passes["none"] += len(search(frames, Memory(), threshold).tried)
+    assert passes["prior"] <= 0.6 * passes["none"]
+
+
+def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
+    quiet, loud = sorted((block(seed) for seed in range(200, 220)), key=np.std)[::19]
+    memory = prior.memory(prior.curve_of(quiet))
+    search(quiet, memory, law(quiet, 20))
+    moved = prior.memory(prior.curve_of(loud), memory)
+    truth = math.log(law(loud, 20))
+    assert memory.curve is not None and moved.curve is not None
+    assert abs(moved.curve.at(math.log(20)) - truth) < 0.4 * abs(
+        memory.curve.at(math.log(20)) - truth
+    )
+    assert moved.tokens == memory.tokens > 0
+    same = prior.memory(prior.curve_of(quiet), memory).curve  # nothing differs, nothing moves
+    assert same is not None and np.allclose(same.points, memory.curve.points)
+
+
+@given(
+    guess=st.dictionaries(st.integers(1, 5000), st.floats(1e-9, 1e9), min_size=1),
+    spread=st.floats(0, 10),
+    losses=st.lists(
+        st.floats(0, 1, width=32) | st.sampled_from([0.0, math.inf, math.nan]), min_size=1
+    ),
+    threshold=st.floats(0, 1, width=32),
+    width=st.integers(1, 5),
+)
+def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
+    guess, spread, losses, threshold, width
+):
+    memory = Memory(curve=Curve(points_of(guess)), spread=spread)
+    found = run_search(
+        make_search(
+            "predict",
+            memory=memory,
+            min_kept=3,
+            max_kept=2 + len(losses),
+            threshold=threshold,
+            width=width,
+        ),
+        lambda counts: [losses[count - 3] for count in counts],
+    )
+    meeting = [count for count in found.tried if losses[count - 3] <= threshold]
+    assert found.met == bool(meeting)
+    assert found.num_kept == (min(meeting) if meeting else 2 + len(losses))
+    assert found.passes <= GUESSES + 2 + math.ceil(math.log2(len(losses) + 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16), (4, 12, 20), (4, 6, 5)])
+@pytest.mark.parametrize("patch_size", [(1, 4, 4), (2, 2, 5)])
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_features_are_finite_for_any_block(shape, patch_size, value):
+    """Flat ones, images, short last blocks, and sizes that boxes do not divide."""
+    found = features(np.full((*shape, 3), value, np.uint8), patch_size, [1, 5, 4000])
+    assert found.shape == (13,) and np.isfinite(found).all()
+
+
+def test_a_decoder_that_copies_the_frame_before_loses_nothing_of_a_still_block():
+    still = np.repeat(block(1)[:1], 4, axis=0)
+    grey, before = features(still, PATCH, [16])[-2:]  # its first frame
+    assert before == pytest.approx(math.log(1e-3)) and grey > before + 1
+
+
+def test_a_prior_survives_its_file(prior, tmp_path):
+    assert load_prior(tmp_path) is None and load_prior(tmp_path / "none") is None
+    (tmp_path / FILE_NAME).write_text(prior.to_json())
+    loaded = load_prior(tmp_path)
+    assert loaded is not None and loaded.counts == prior.counts
+    old, new = (p.curve_of(block(300)).points for p in (prior, loaded))
+    assert np.allclose(old, new, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda v: v | {"version": 2}, "another"),
+        (lambda v: v | {"counts": v["counts"][::-1]}, "ascending"),
+        (lambda v: v | {"weights": v["weights"][1:]}, "shape"),
+        (lambda v: v | {"spread": float("nan")}, "finite"),
+        (lambda v: {k: v[k] for k in v if k != "means"}, "means"),
+        (lambda v: [v], "list"),
+    ],
+)
+def test_a_foreign_file_is_refused_by_name(prior, tmp_path, change, reason):
+    path = tmp_path / FILE_NAME
+    path.write_text(json.dumps(change(json.loads(prior.to_json()))))
+    with pytest.raises(ValueError, match=rf"curves\.json' is no prior of curves .*{reason}"):
+        CurvePrior.load(path)
+
+
+def test_blocks_without_a_usable_loss_are_not_fitted(prior):
+    with pytest.raises(ValueError, match="above 0"):
+        fit([block(0)], np.zeros((1, 16)), counts=COUNTS, patch_size=PATCH)
+    with pytest.raises(ValueError, match="ascending"):
+        dataclasses.replace(prior, counts=(3, 2))
+
+
+@pytest.mark.parametrize("model", ["fsq", "vae"])
+def test_the_shipped_priors_are_of_the_shipped_models(model):
+    folder = pathlib.Path(__file__).resolve().parents[2] / "example" / model
+    config, prior = load_config(str(folder)), load_prior(folder)
+    assert prior is not None and prior.patch_size == config.patch_size
+    assert (prior.counts[0], prior.counts[-1]) == (config.min_toks, config.max_toks)
+    size = (config.frames_per_block, config.resolution, config.resolution, 3)
+    noise = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    flat, noisy = (prior.curve_of(frames) for frames in (np.full_like(noise, 128), noise))
+    assert all(a.y < b.y for a, b in zip(flat.points, noisy.points, strict=True))

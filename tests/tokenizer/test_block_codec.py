@@ -1,0 +1,197 @@
+"""Block by block equals one-shot, equals the released system; candidates do not touch the past."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elastic.checkpoints import params as checkpoint
+from elastic.config import ElasticTokConfig
+from elastic.model import token_masks
+from elastic.model.autoencoder import Batch, ElasticTok, param_shapes
+from elastic.patches import to_unit_range
+from elastic.tokenizer.block_codec import Codec
+
+
+@pytest.fixture(scope="module", params=["fsq", "vae"])
+def case(request, golden):
+    """The golden model of one bottleneck: config, parameters, uint8 patches [2, 4 blocks, 32, p], the cached losses."""
+    folder = golden / request.param
+    released = json.loads((folder / "meta.json").read_text())["config"]
+    config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": request.param})
+    params = jax.device_put(
+        checkpoint.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
+    )
+    patches = np.load(folder / "inputs.npz")["vision"].reshape(2, 4, 32, -1)
+    return config, params, patches, np.load(folder / "kvcache.npz")
+
+
+def commit(codec, params, past, patches, counts):
+    """One block at known counts: the new past, its losses and what was committed."""
+    trial = codec.try_counts(params, past, patches, np.asarray(counts, np.int32)[:, None])
+    past, committed = codec.commit(past, trial, np.zeros(len(counts), np.int32))
+    return past, trial, committed
+
+
+def test_every_cached_block_loss_equals_the_released_one(case):
+    """Design section 4, line 1: the released argument n keeps n + 1 tokens, so its row n is our count n + 1."""
+    config, params, patches, released = case
+    codec = Codec(config, window_blocks=4)
+    past = codec.new_past(batch=2)
+    kept = np.minimum(released["table_ntoks"] + 1, 32).astype(np.int32)
+    for block in range(4):
+        trial = codec.try_counts(params, past, patches[:, block], np.tile(kept, (2, 1)), keep=False)
+        np.testing.assert_allclose(
+            trial.losses.T, released["table_dense"][block], rtol=0, atol=2e-6
+        )
+        counts = np.full(2, min(released["table_commit_ntoks"][block] + 1, 32))
+        past, _, _ = commit(codec, params, past, patches[:, block], counts)
+
+
+def test_block_by_block_equals_one_shot_and_decoding_repeats_it(case):
+    config, params, patches, _ = case
+    counts = np.array([[4, 32, 11, 7], [32, 5, 20, 13]], np.int32)
+    codec = Codec(config, window_blocks=4)
+    past, decoder_past = codec.new_past(batch=2), codec.new_decoder_past(batch=2)
+    losses = []
+    for block in range(4):
+        past, trial, committed = commit(codec, params, past, patches[:, block], counts[:, block])
+        losses.append(np.asarray(trial.losses)[:, 0])
+        decoder_past, pixels = codec.decode(
+            params, decoder_past, committed.tokens, counts[:, block]
+        )
+        np.testing.assert_array_equal(pixels, committed.pixels)
+
+    x = to_unit_range(patches.reshape(2, 128, -1))
+    kept = token_masks.kept_mask(jnp.asarray(counts), 32).reshape(2, 128)
+    out, _ = ElasticTok(config).apply({"params": params}, Batch(x, kept))
+    error = jnp.square(jnp.clip(out, -1, 1) - x).reshape(2, 4, -1).mean(axis=-1)
+    np.testing.assert_allclose(np.stack(losses, 1), error, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        committed.pixels, (np.clip(out[:, 96:], -1, 1) + 1) * 127.5, atol=0.51
+    )
+
+
+def test_candidates_tried_together_equal_candidates_tried_alone(case):
+    config, params, patches, _ = case
+    codec = Codec(config, window_blocks=4)
+    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [9, 30])
+    counts = np.array([[4, 17, 32], [8, 8, 21]], np.int32)
+    together = codec.try_counts(params, past, patches[:, 1], counts)
+    alone = [codec.try_counts(params, past, patches[:, 1], counts[:, k : k + 1]) for k in range(3)]
+    np.testing.assert_allclose(
+        together.losses, np.concatenate([t.losses for t in alone], 1), rtol=0, atol=1e-6
+    )
+    # The second element commits its third candidate, the first its second: as if tried alone.
+    past_after, committed = codec.commit(past, together, np.array([1, 2], np.int32))
+    expected = np.stack([np.asarray(alone[1].pixels)[0], np.asarray(alone[2].pixels)[1]])
+    np.testing.assert_allclose(np.asarray(committed.pixels, int), expected, atol=1)
+    assert past_after.num_blocks.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_trial_reads_the_past_in_place(case, dtype):
+    """No array of the cache's size is made by a trial: it is an argument, and no result of an operation, nor of a conversion."""
+    config, params, patches, _ = case
+    codec = Codec(config.replace(scan_attention=True), dtype=dtype, window_blocks=1000)
+    past = codec.new_past(batch=1)
+    lowered = codec._try.lower(
+        params,
+        past,
+        patches[:1, 0],
+        np.array([[9]], np.int32),
+        np.array([config.frames_per_block], np.int32),
+        keep=True,
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.02 * codec.past_bytes()
+
+
+def test_the_window_forgets_the_oldest_block_only(case):
+    """With a window of 3 blocks the fourth sees two: what came before changes no code, if layers do not hand it on."""
+    config, params, patches, _ = case
+    one_layer = config.replace(
+        num_encoder_layers=1, num_decoder_layers=1, max_sequence_length=32 * 8
+    )
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x[:1] if "scan_decoder" in str(path) else x, params
+    )
+    codec = Codec(one_layer, window_blocks=3)
+
+    def last_tokens(first_block):
+        past = codec.new_past(batch=2)
+        for block in (first_block, patches[:, 1], patches[:, 2]):
+            past, _, _ = commit(codec, params, past, block, [20, 20])
+        return np.asarray(commit(codec, params, past, patches[:, 3], [20, 20])[2].tokens)
+
+    same, other = last_tokens(patches[:, 0]), last_tokens(255 - patches[:, 0])
+    np.testing.assert_array_equal(same, other)
+
+
+def test_a_window_of_one_block_has_no_past(case):
+    config, params, patches, _ = case
+    codec = Codec(config, window_blocks=1)
+    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [20, 20])
+    assert codec.past_bytes() == 0 and past.encoder.keys.size == 0
+    fresh = Codec(config, window_blocks=4)
+    _, first, _ = commit(fresh, params, fresh.new_past(batch=2), patches[:, 1], [9, 9])
+    _, later, _ = commit(codec, params, past, patches[:, 1], [9, 9])
+    np.testing.assert_allclose(
+        later.losses, first.losses, rtol=0, atol=1e-5
+    )  # rotated further, alike
+
+
+def test_errors_name_the_way_out(case):
+    config, params, patches, _ = case
+    with pytest.raises(ValueError, match="window_blocks=0 must be 1 or more"):
+        Codec(config, window_blocks=0)
+    codec = Codec(config, window_blocks=2)
+    past = codec.new_past(batch=2)
+    trial = codec.try_counts(params, past, patches[:, 0], np.full((2, 1), 9, np.int32), keep=False)
+    with pytest.raises(ValueError, match="keep=True"):
+        codec.commit(past, trial, np.zeros(2, np.int32))
+
+
+def test_bfloat16_is_near_float32(case):
+    config, params, patches, _ = case
+    counts = np.full((2, 1), 24, np.int32)
+    exact, rounded = (
+        Codec(config, dtype=dtype, window_blocks=2) for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    in_bits = rounded.stored(jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), params))
+    assert all(x.dtype == np.uint16 for x in jax.tree.leaves(in_bits))
+    losses = []
+    for codec, weights in ((exact, params), (rounded, params), (rounded, in_bits)):
+        past, _, _ = commit(codec, weights, codec.new_past(2), patches[:, 0], [24, 24])
+        losses.append(codec.try_counts(weights, past, patches[:, 1], counts).losses)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
+    assert rounded.past_bytes() * 2 == exact.past_bytes()
+
+
+def test_an_unconditioned_encoder_runs_once_for_all_counts(case):
+    """Without the embeddings of kept and dropped tokens, fewer tokens are the first of the same tokens."""
+    config, params, patches, _ = case
+    config = config.replace(condition_encoder=False)
+    embeddings = {"is_kept_embed", "is_masked_embed"}
+    encoder = {name: leaf for name, leaf in params["encoder"].items() if name not in embeddings}
+    params = params | {"encoder": encoder}
+    shapes = jax.tree.map(jnp.shape, param_shapes(config))
+    assert jax.tree.map(jnp.shape, params) == shapes
+    assert config.config_hash() != config.replace(condition_encoder=True).config_hash()
+
+    codec = Codec(config, window_blocks=3)
+    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [9, 30])
+    counts = np.array([[4, 20], [32, 7]], np.int32)
+    together = codec.try_counts(params, past, patches[:, 1], counts)
+    assert together.encoder_new[0].shape[1] == 2 and together.decoder_new[0].shape[1] == 4
+    for candidate in range(2):
+        alone = codec.try_counts(params, past, patches[:, 1], counts[:, candidate : candidate + 1])
+        np.testing.assert_allclose(together.losses[:, candidate], alone.losses[:, 0], rtol=1e-6)
+    codes = np.asarray(together.codes).reshape(2, 2, *together.codes.shape[1:])
+    np.testing.assert_array_equal(codes[0, 0, :4], codes[0, 1, :4])
+    later, committed = codec.commit(past, together, np.array([1, 0], np.int32))
+    assert later.num_blocks.tolist() == [2, 2]
+    np.testing.assert_array_equal(committed.pixels[1], together.pixels[2])
