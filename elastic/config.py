@@ -4,7 +4,6 @@
 `--update_elastic_config` and what `config.json` files hold. Derived numbers are properties.
 """
 
-import ast
 import difflib
 import hashlib
 import json
@@ -15,6 +14,8 @@ import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
+
+from elastic.io.literals import parse_dict
 
 # Only transformers' configuration class is used; its notice that PyTorch is missing says nothing here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -398,39 +399,11 @@ def update_config(config: ElasticTokConfig, text: str) -> ElasticTokConfig:
     return config.replace(**parse_dict(text)) if text.strip() else config
 
 
-def parse_dict(text: str) -> dict[str, Any]:
-    """The options in a `dict(a=1, b='x')` or `{'a': 1}` string. Values are literals; nothing is run.
-
-    Raises:
-      ValueError: the text is anything else.
-    """
-    try:
-        return _literal_dict(ast.parse(text.strip(), mode="eval").body)
-    # The last two: what is nested too deep.
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+def check_resolution(resolution: int, config: ElasticTokConfig) -> None:
+    """Refuses a resolution that is not the model's; 0 is no wish."""
+    if resolution not in (0, config.resolution):
         raise ValueError(
-            f'{text[:200]!r} is not a dict of literals, such as "dict(min_toks=256, patch_size=(1, 8, 8))": {error}.'
-        ) from error
-
-
-def _literal_dict(node: ast.expr) -> dict[str, Any]:
-    if isinstance(node, ast.Dict):
-        pairs = [
-            (getattr(key, "value", None), value)
-            for key, value in zip(node.keys, node.values, strict=True)
-        ]
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict" and not node.args:
-        pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
-    else:
-        raise ValueError("it must map names to values")
-    names = [name for name, _ in pairs]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise ValueError("every value needs a name of its own")
-    return {str(name): _literal(str(name), value) for name, value in pairs}
-
-
-def _literal(name: str, node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        raise ValueError(f"{name}={ast.unparse(node)} is no literal") from None
+            f"resolution={resolution}, but the frames of this model have {config.resolution} rows: "
+            f"max_toks={config.max_toks}, patch_size={config.patch_size} and "
+            f"frames_per_block={config.frames_per_block} decide. Leave it out, or change these."
+        )

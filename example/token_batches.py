@@ -13,8 +13,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from elastic.tokens import TokenShards
 from elastic.tokens.batches import Vocabulary, token_batches
-from elastic.tokens.shards import TokenShards
 
 
 def main(folder: str) -> None:

@@ -32,7 +32,8 @@ def cpu_seconds() -> float:
 def measure(args: Any, index: str, side: int, num_blocks: int, workers: int) -> dict[str, Any]:
     """One setting. The frames of an image's block count like a video's."""
     from elastic.config import ElasticTokConfig
-    from elastic.data.dataset import DataConfig, TrainingData, load_index
+    from elastic.data.config import DataConfig
+    from elastic.data.dataset import TrainingData, load_index
 
     tokens = 2 * (side // 8) ** 2
     model = ElasticTokConfig(

@@ -164,10 +164,10 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
     import numpy as np
 
     from elastic.config import load_config, update_config
-    from elastic.model.autoencoder import param_shapes
+    from elastic.model import param_shapes
     from elastic.model.flops import forward_flops
     from elastic.patches import patchify
-    from elastic.tokenizer.tokenizer import ElasticTokenizer
+    from elastic.tokenizer import ElasticTokenizer
 
     if case.startswith("example-"):
         folder = ROOT / "example" / case.removeprefix("example-")
@@ -231,7 +231,7 @@ def search(tokenizer: Any, frames: Any, repeats: int) -> dict[str, Any]:
     """
     config, clip = tokenizer.config, frames
     if tokenizer.prior is not None:
-        from elastic.media import reader as media
+        from elastic import media
 
         with media.open_clip(
             ROOT / "example" / "video.mp4", resolution=config.resolution, max_frames=48

@@ -67,13 +67,13 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from elastic.config import load_config, update_config
-    from elastic.data.dataset import DataConfig
+    from elastic.data.config import DataConfig
     from elastic.distributed.mesh import make_mesh
-    from elastic.metrics.lpips_weights import load_lpips_weights
-    from elastic.model.autoencoder import ElasticTok
+    from elastic.metrics import load_lpips_weights
+    from elastic.model import ElasticTok
     from elastic.model.flops import peak_flops, training_flops
     from elastic.training.config import TrainConfig
-    from elastic.training.loop import Feed
+    from elastic.training.feed import Feed
     from elastic.training.optimizer import make_optimizer
     from elastic.training.state import first_state, state_layout
     from elastic.training.step import step_program

@@ -11,17 +11,17 @@ from elastic.cli.flags import DECODE
 
 def decode(flags: app.Values) -> int:
     """Loads tokens and model, and writes the clip."""
-    from elastic.distributed import mesh
-    from elastic.pipeline import tokenize_files
+    from elastic.distributed import cpu_devices
+    from elastic.pipeline import decode_files, load_model, tokenize_files
 
-    tokens = tokenize_files.open_tokens(flags["input_path"])
-    tokenize_files.check_decoded_name(flags["output_path"], tokens)
-    mesh.set_up_cpu()
-    spec = flags["load_checkpoint"] or tokenize_files.model_of(tokens)
-    config = tokenize_files.model_config(
+    tokens = decode_files.open_tokens(flags["input_path"])
+    decode_files.check_decoded_name(flags["output_path"], tokens)
+    cpu_devices.set_up_cpu()
+    spec = flags["load_checkpoint"] or decode_files.model_of(tokens)
+    config = load_model.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    tokenize_files.check_same_model(tokens, config, spec)
+    decode_files.check_same_model(tokens, config, spec)
     tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
         spec,
         config=config,
@@ -29,8 +29,8 @@ def decode(flags: app.Values) -> int:
         mesh_dim=flags["mesh_dim"],
         window_blocks=tokens.window_blocks,
     )
-    app.log.info("%s", tokenize_files.describe(tokenizer))
-    tokenize_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
+    app.log.info("%s", load_model.describe(tokenizer))
+    decode_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
     app.log.info("%s -> %s", tokens, flags["output_path"])
     return 0
 

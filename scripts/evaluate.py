@@ -14,7 +14,7 @@ from elastic.cli.flags import INFERENCE, Flag, Script
 
 if TYPE_CHECKING:
     from elastic.evaluation.evaluate import EvaluationConfig
-    from elastic.tokenizer.tokenizer import ElasticTokenizer
+    from elastic.tokenizer import ElasticTokenizer
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 
@@ -81,14 +81,13 @@ def evaluate(flags: app.Values) -> int:
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic.checkpoints import params as checkpoint
-    from elastic.distributed import mesh
+    from elastic import checkpoints, search
+    from elastic.distributed import cpu_devices, mesh
     from elastic.evaluation import evaluate as evaluation
     from elastic.evaluation import records, tables
-    from elastic.pipeline import tokenize_files
-    from elastic.search import curve_prior
+    from elastic.pipeline import load_model, tokenize_files
 
-    mesh.set_up_cpu()
+    cpu_devices.set_up_cpu()
     config = evaluation.EvaluationConfig(
         thresholds=tuple(float(threshold) for threshold in thresholds),
         num_tokens=tuple(counts),
@@ -107,10 +106,10 @@ def evaluate(flags: app.Values) -> int:
     tables.check_folder(flags["output_folder"])
     shapes = {}
     for name, spec in models.items():
-        own = checkpoint.load_config(spec) is not None
+        own = checkpoints.load_config(spec) is not None
         preset = "" if own else flags["load_elastic_config"]
         changes = flags["update_elastic_config"]
-        shapes[name] = tokenize_files.model_config(spec, preset=preset, changes=changes)
+        shapes[name] = load_model.model_config(spec, preset=preset, changes=changes)
         config.runs(shapes[name])
     config, weights = with_lpips(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
@@ -118,9 +117,9 @@ def evaluate(flags: app.Values) -> int:
     tokenizer: ElasticTokenizer | None = None
     for name, spec in models.items():
         shape = shapes[name]
-        params = checkpoint.load_params(spec, shape)
+        params = checkpoints.load_params(spec, shape)
         about: dict[str, Any] = dict(
-            model_id=spec, prior=curve_prior.load_prior(checkpoint.folder_of(spec))
+            model_id=spec, prior=search.load_prior(checkpoints.folder_of(spec))
         )
         same = tokenizer and tokenizer.config == shape.replace(mask_type=tokenizer.config.mask_type)
         if tokenizer is not None and same:  # a baseline: the programs are compiled already
@@ -136,7 +135,7 @@ def evaluate(flags: app.Values) -> int:
                 search_width=flags["search_width"],
                 **about,
             )
-        app.log.info("%s: %s", name, tokenize_files.describe(tokenizer))
+        app.log.info("%s: %s", name, load_model.describe(tokenizer))
         results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
     # Shown first: should the folder be full by now, the numbers are not lost.
     print(tables.describe(results))
@@ -152,7 +151,7 @@ def evaluate(flags: app.Values) -> int:
 
 def with_lpips(flags: app.Values, config: "EvaluationConfig") -> tuple["EvaluationConfig", Any]:
     """The weights of LPIPS, or where they are missing and nobody asked for them, the settings without it."""
-    from elastic.metrics.lpips_weights import load_lpips_weights
+    from elastic.metrics import load_lpips_weights
 
     if "lpips" not in config.metrics:
         return config, None

@@ -58,18 +58,16 @@ def fit_curves(flags: app.Values) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from elastic.checkpoints import params
-    from elastic.distributed import mesh
-    from elastic.io.tensors import atomic_file
-    from elastic.media import reader as media
-    from elastic.pipeline import tokenize_files
-    from elastic.search import curve_prior
-    from elastic.search.base import geometric_counts, make_search
+    from elastic import checkpoints, media
+    from elastic.distributed import cpu_devices, mesh
+    from elastic.io.atomic import atomic_file
+    from elastic.pipeline import load_model, tokenize_files
+    from elastic.search import curve_prior, geometric_counts, make_search
     from elastic.tokenizer.scheduler import Lanes
 
-    mesh.set_up_cpu()
+    cpu_devices.set_up_cpu()
     files = list(tokenize_files.find_inputs(flags["input_path"]))
-    config = tokenize_files.model_config(str(folder))
+    config = load_model.model_config(str(folder))
     counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
     if len(counts) < 2:
         raise ValueError(
@@ -78,7 +76,7 @@ def fit_curves(flags: app.Values) -> int:
         )
     tokenizer = tokenize_files.ElasticTokenizer(
         config,
-        params.load_params(str(folder), config),
+        checkpoints.load_params(str(folder), config),
         dtype=flags["dtype"],
         mesh=mesh.make_mesh(flags["mesh_dim"]),
         window_blocks=1,

@@ -16,17 +16,19 @@ def tokenize(flags: app.Values) -> int:
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic.distributed import mesh
+    from elastic.config import check_resolution
+    from elastic.distributed import cpu_devices
+    from elastic.pipeline import load_model
     from elastic.pipeline import tokenize_files as runs
 
-    mesh.set_up_cpu()
+    cpu_devices.set_up_cpu()
     inputs = runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
-    config = runs.model_config(
+    config = load_model.model_config(
         flags["load_checkpoint"],
         preset=flags["load_elastic_config"],
         changes=flags["update_elastic_config"],
     )
-    runs.check_resolution(flags["resolution"], config)
+    check_resolution(flags["resolution"], config)
     tokenizer = runs.ElasticTokenizer.from_pretrained(
         flags["load_checkpoint"],
         config=config,
@@ -36,7 +38,7 @@ def tokenize(flags: app.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    app.log.info("%s", runs.describe(tokenizer))
+    app.log.info("%s", load_model.describe(tokenizer))
     _, bad = runs.tokenize_files(
         tokenizer,
         inputs,

@@ -18,23 +18,25 @@ def tokenize(flags: app.Values) -> int:
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
-    from elastic.distributed import mesh
+    from elastic.distributed import cpu_devices, mesh
+    from elastic.distributed.hosts import Hosts, host_share, join_hosts
 
-    hosts = mesh.Hosts(**flags.under("jax_distributed"), independent=True)
-    mesh.set_up_cpu()
-    mesh.join_hosts(hosts)
+    hosts = Hosts(**flags.under("jax_distributed"), independent=True)
+    cpu_devices.set_up_cpu()
+    join_hosts(hosts)
 
     import jax
 
-    from elastic.pipeline import dataset, dataset_summary, tokenize_files
+    from elastic.config import check_resolution
+    from elastic.pipeline import dataset, dataset_summary, load_model, tokenize_files
 
     spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
     inputs = dataset.list_inputs(flags["input_path"], folder)
-    config = tokenize_files.model_config(
+    config = load_model.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    tokenize_files.check_resolution(flags["resolution"], config)
-    index, count = mesh.host_share(hosts)
+    check_resolution(flags["resolution"], config)
+    index, count = host_share(hosts)
     tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
         spec,
         config=config,
@@ -44,7 +46,7 @@ def tokenize(flags: app.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    app.log.info("%s", tokenize_files.describe(tokenizer))
+    app.log.info("%s", load_model.describe(tokenizer))
     app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
     outcome = dataset.tokenize_dataset(
         tokenizer,

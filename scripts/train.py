@@ -11,11 +11,12 @@ from elastic.cli.flags_train import TRAIN
 
 def train(flags: app.Values) -> int:
     """Builds the configuration of a run and trains. A run that a signal stopped exits with 128 + its number."""
-    from elastic.distributed import mesh
+    from elastic.distributed import cpu_devices
+    from elastic.distributed.hosts import Hosts, join_hosts
 
-    hosts = mesh.Hosts(**flags.under("jax_distributed"))
-    mesh.set_up_cpu()
-    mesh.join_hosts(hosts)
+    hosts = Hosts(**flags.under("jax_distributed"))
+    cpu_devices.set_up_cpu()
+    join_hosts(hosts)
 
     from elastic.cli import train_config
     from elastic.training import loop as training

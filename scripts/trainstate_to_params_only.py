@@ -59,26 +59,27 @@ CONVERT = Script(
 
 def convert(flags: app.Values) -> int:
     """Reads, checks and writes."""
-    from elastic.checkpoints import params as checkpoint
-    from elastic.pipeline import tokenize_files
-    from elastic.training import checkpoints, state
+    from elastic import checkpoints
+    from elastic.pipeline import load_model
+    from elastic.training import state
+    from elastic.training.checkpoints import is_checkpoint, load_checkpoint_params
 
     source, path = flags["load_checkpoint"], pathlib.Path(flags["output_path"])
     check_output(path)
     preset, changes = flags["load_elastic_config"], flags["update_elastic_config"]
-    if checkpoints.is_checkpoint(source):
+    if is_checkpoint(source):
         if preset or changes:
             raise ValueError(
                 f"{source} says itself what the model is; leave out --load_elastic_config and --update_elastic_config."
             )
-        config, params = checkpoints.load_checkpoint_params(source)
+        config, params = load_checkpoint_params(source)
         which = kept_in_checkpoint(source)
     else:
-        config = tokenize_files.model_config(source, preset=preset, changes=changes)
-        params = checkpoint.load_params(source, config)
+        config = load_model.model_config(source, preset=preset, changes=changes)
+        params = checkpoints.load_params(source, config)
         which = kept_in_file(source)
     new = check_config(path, config)
-    checkpoint.save_params(path, params, float_dtype=flags["float_dtype"])
+    checkpoints.save_params(path, params, float_dtype=flags["float_dtype"])
     if new:
         state.write_config(path.absolute().parent, config)
     print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB): {which}.")
@@ -93,7 +94,7 @@ def check_output(path: pathlib.Path) -> None:
     """
     from elastic.checkpoints.resolve import PARAMS, index_tensors
     from elastic.checkpoints.validate import content
-    from elastic.io.tensors import CheckpointError
+    from elastic.io.tree import CheckpointError
     from elastic.training.state import CONFIG_FILE
 
     if path.name == CONFIG_FILE:

@@ -12,9 +12,9 @@ from elastic.config import (
     ElasticTokConfig,
     load_config,
     option_names,
-    parse_dict,
     update_config,
 )
+from elastic.io.literals import parse_dict
 
 # Rows of pixels, tokens per block, numbers in a patch, channels of a head.
 SIZES = {

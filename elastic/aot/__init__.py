@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for hardware one does not have."""

@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from elastic import ops
 from elastic.aot import hlo, targets
 from elastic.config import ElasticTokConfig, parse_dtype
-from elastic.data.dataset import Sequences, sequence_length
+from elastic.data.config import sequence_length
+from elastic.data.dataset import Sequences
 from elastic.distributed.sharding import fitting_spec, param_shardings
-from elastic.io.tensors import unflatten
+from elastic.io.tree import unflatten
 from elastic.metrics import lpips_weights
-from elastic.model import flops
-from elastic.model.autoencoder import ElasticTok, param_shapes
+from elastic.model import ElasticTok, flops, param_shapes
 from elastic.ops.attention import blockwise
 from elastic.ops.attention.base import Options
 from elastic.tokenizer.block_codec import Codec

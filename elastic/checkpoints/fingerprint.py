@@ -5,18 +5,17 @@ it by 0.2 %, to float8 by some 3 %, other weights by more than 100 %.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from elastic.checkpoints.scan_layout import convert_layout
-from elastic.io.tensors import flatten
+from elastic.io.tree import flatten
 from elastic.ops import bf16_bits
 
 SIZE = 16
-_MOST_APART = 0.2  # of the length of a fingerprint
 
 
 def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
@@ -34,9 +33,3 @@ def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
         digest = np.frombuffer(hashlib.sha256("/".join(path).encode()).digest()[:SIZE], np.uint8)
         total += np.where(digest & 1, 1, -1) * apart
     return tuple(float(f"{number:.6g}") for number in total)
-
-
-def are_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two fingerprints are of different weights."""
-    first, second = np.asarray(a), np.asarray(b)
-    return not np.linalg.norm(first - second) <= _MOST_APART * np.linalg.norm(second)

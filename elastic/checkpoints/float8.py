@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from elastic.io.tensors import BFLOAT16, FLOAT8, CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tensors import BFLOAT16, FLOAT8
+from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
 
 _MOST_CHANGE = 0.05  # of a matrix by rounding, root mean square
 

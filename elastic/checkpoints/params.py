@@ -38,21 +38,11 @@ from elastic.checkpoints.validate import (
 )
 from elastic.config import ElasticTokConfig
 from elastic.config import load_config as read_config
+from elastic.io.atomic import atomic_file
 from elastic.io.msgpack_stream import write_stream
 from elastic.io.safetensors_file import write_safetensors
-from elastic.io.tensors import (
-    BFLOAT16,
-    FLOAT8,
-    CheckpointError,
-    KeyPath,
-    Tensor,
-    atomic_file,
-    flatten,
-    is_float,
-    read_into,
-    show,
-    unflatten,
-)
+from elastic.io.tensors import BFLOAT16, FLOAT8, Tensor, is_float, read_into
+from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
 
 __all__ = [
     "CheckpointError",

@@ -10,7 +10,8 @@ from typing import cast
 
 from elastic.io.msgpack_stream import index_blob, index_stream
 from elastic.io.safetensors_file import index_safetensors, looks_like_safetensors
-from elastic.io.tensors import CheckpointError, Tensor
+from elastic.io.tensors import Tensor
+from elastic.io.tree import CheckpointError
 
 PARAMS, TRAIN_STATE = "a parameter tree", "a train state"
 PREFIXES = {

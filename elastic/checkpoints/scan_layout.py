@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.io.tensors import CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
 
 STACKS = {"encoder": "encoder_blocks", "decoder": "decoder_blocks"}
 STACKED = "scan_decoder"

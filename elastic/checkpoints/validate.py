@@ -8,8 +8,9 @@ from typing import Any
 from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE
 from elastic.checkpoints.scan_layout import STACKED, STACKS
 from elastic.config import ElasticTokConfig
-from elastic.io.tensors import CheckpointError, KeyPath, Tensor, flatten, is_float, show
-from elastic.model.autoencoder import param_shapes
+from elastic.io.tensors import Tensor, is_float
+from elastic.io.tree import CheckpointError, KeyPath, flatten, show
+from elastic.model import param_shapes
 
 STATE_PARAMS = ("params", "params")  # where a train state keeps the parameters
 

@@ -1,0 +1,1 @@
+"""Flags, help and one-line errors."""

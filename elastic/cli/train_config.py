@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import jax
 
 from elastic.cli.app import Values, name_flags, words
-from elastic.config import ElasticTokConfig, load_config, update_config
-from elastic.data.dataset import DataConfig, DataPosition, sequence_length
-from elastic.pipeline import tokenize_files
+from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
+from elastic.data.config import DataConfig, sequence_length
+from elastic.data.dataset import DataPosition
 from elastic.training.config import EvalConfig, LogConfig, SaveConfig, TrainConfig
 from elastic.training.optimizer import OptimizerConfig
 
@@ -79,7 +79,7 @@ def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = Fa
     if only_compiled:
         folder = "not written"
     with _named({"resolution": "train_dataset.vision_dataset.resolution"}):
-        tokenize_files.check_resolution(flags["train_dataset.vision_dataset.resolution"], elastic)
+        check_resolution(flags["train_dataset.vision_dataset.resolution"], elastic)
     thresholds = _numbers("eval_thresholds", flags["eval_thresholds"], float)
     counts = _numbers("eval_num_tokens", flags["eval_num_tokens"], int)
     steps = _pair(flags["profile_steps"])

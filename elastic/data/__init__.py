@@ -1,0 +1,1 @@
+"""Training data: files to packed sequences of patches."""

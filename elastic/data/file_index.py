@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from elastic.io.tensors import atomic_file
-from elastic.media import reader
-from elastic.media.source import MediaError, Place, is_url
+from elastic import media
+from elastic.io.atomic import atomic_file
+from elastic.media import MediaError
+from elastic.media.source import Place, is_url
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def _find(folder: str, without: pathlib.Path | None) -> dict[str, str]:
         return _find_in_bucket(folder)
     root = pathlib.Path(folder)
     found = {}
-    for file in reader.find_media(root, without=without):
+    for file in media.find_media(root, without=without):
         try:
             facts = os.stat(file)
             regular = stat.S_ISREG(facts.st_mode)
@@ -216,7 +217,7 @@ def _find_in_bucket(folder: str) -> dict[str, str]:
     for path, facts in sorted(listing.items()):
         name = path.removeprefix(root).lstrip("/")
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if facts.get("type") == "file" and name and not hidden and reader.is_media(name):
+        if facts.get("type") == "file" and name and not hidden and media.is_media(name):
             keys = ("etag", "ETag", "mtime", "updated", "LastModified", "created")
             changed = next((facts[key] for key in keys if facts.get(key) is not None), "")
             found[name] = f"{facts.get('size')} {changed}"
@@ -247,7 +248,7 @@ def _measure(folder: str, name: str, stamp: str, fps: float) -> MediaFile | BadF
     if stamp == "special":  # opening a pipe would wait for ever
         return BadFile(f"{str(place)!r} is not a regular file.", stamp)
     try:
-        with reader.open_clip(place, resolution=1, rate=fps, tell_rate=False) as clip:
+        with media.open_clip(place, resolution=1, rate=fps, tell_rate=False) as clip:
             return MediaFile(name, clip.info.kind, clip.num_frames, stamp)
     except MediaError as error:
         return BadFile(str(error), stamp)

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from jaxtyping import UInt8
 
-from elastic.io.tensors import atomic_file
+from elastic.io.atomic import atomic_file
 
 
 class FrameCache:

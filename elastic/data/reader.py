@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
+from elastic import media
 from elastic.data.frame_cache import FrameCache
 from elastic.data.packing import Piece, Plan
 from elastic.media import reader
@@ -133,7 +134,7 @@ class SequenceReader:
         self._spans: _Recent[tuple[int, int, int], _Span] = _Recent(
             self.pictures.cache_bytes, lambda span: span.frames.nbytes + 1000
         )
-        self._open: _Recent[int, reader.ClipReader] = _Recent(_MAX_OPEN, lambda _: 1)
+        self._open: _Recent[int, media.ClipReader] = _Recent(_MAX_OPEN, lambda _: 1)
         path = self.pictures.cache_path
         self._files = FrameCache(path) if path and self._whole_spans else None
         self._bad: dict[str, str] = {}
@@ -288,9 +289,9 @@ class SequenceReader:
             return _Span(frames[:found].copy(), str(error))
         return _Span(frames, "")
 
-    def _open_clip(self, file: int) -> reader.ClipReader:
+    def _open_clip(self, file: int) -> media.ClipReader:
         pictures = self.pictures
-        return reader.open_clip(
+        return media.open_clip(
             pictures.places[file],
             resolution=self._side(file),
             rate=pictures.fps,

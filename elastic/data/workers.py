@@ -22,6 +22,7 @@ import numpy as np
 
 from elastic.data.packing import num_lanes
 from elastic.data.reader import SequenceReader, Sequences
+from elastic.io.grain_flags import answer_grain
 from elastic.media import video
 
 log = logging.getLogger(__name__)
@@ -237,15 +238,6 @@ def _fit(ahead: int, batch_bytes: int) -> tuple[int, bool]:
         f"only {most} are prepared ahead" if most > 0 else "they take a slower way",
     )
     return max(1, most), most < 1
-
-
-def answer_grain() -> None:
-    """Grain asks for its own flags, which raises where nobody has parsed the command line. Call it after its import."""
-    from absl import flags
-
-    for name in flags.FLAGS:
-        if name.startswith("grain_") and not flags.FLAGS.is_parsed():
-            flags.FLAGS[name].present = 1
 
 
 def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) -> Any:

@@ -1,0 +1,1 @@
+"""Devices, hosts and where each part of an array lies."""

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from elastic import media
 from elastic.config import ElasticTokConfig
 from elastic.evaluation.records import (
     GROUND_TRUTH,
@@ -29,11 +30,9 @@ from elastic.evaluation.records import (
     Shown,
     fixed_count,
 )
-from elastic.media import reader as media
-from elastic.metrics.image import psnr_of_mse, ssim
+from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
 from elastic.metrics.lpips import lpips_of_frames
-from elastic.metrics.lpips_weights import load_lpips_weights
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic.config import ElasticTokConfig
-from elastic.metrics.image import psnr_of_mse
+from elastic.metrics import psnr_of_mse
 from elastic.report import strip
-from elastic.search.base import geometric_counts, search_names
+from elastic.search import geometric_counts, search_names
 
 METRICS = ("psnr", "ssim", "lpips")
 GROUND_TRUTH = "linear"  # the search that assumes nothing: the others are held against it

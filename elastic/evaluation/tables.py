@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from elastic.evaluation.records import GROUND_TRUTH, Evaluation, RunResult, fixed_count
-from elastic.io.tensors import replaced_together
-from elastic.report import strip
+from elastic.io import json_file
+from elastic.io.atomic import replaced_together
+from elastic.report import figures
 
 JSON, FIGURE = "evaluation.json", "evaluation.png"
 BLOCKS, SUMMARY, CURVES, SEARCHES = "blocks.csv", "summary.csv", "curves.csv", "searches.csv"
@@ -193,7 +194,7 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
     check_folder(folder)
     try:
         with replaced_together(folder, RESULTS) as work:
-            strip.write_json(work / JSON, as_json(evaluations))
+            json_file.write_json(work / JSON, as_json(evaluations))
             _write_csv(work / BLOCKS, block_rows(evaluations))
             _write_csv(work / SUMMARY, summary_rows(evaluations))
             _write_csv(work / CURVES, curve_rows(evaluations))
@@ -270,7 +271,7 @@ def _cell(value: Any) -> str:
 
 def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
     """Draws, as PNG: how many blocks meet a threshold with how many tokens (the paper's Figure 4), and quality against tokens."""
-    figure = strip.new_figure(12.5, 5.6)
+    figure = figures.new_figure(12.5, 5.6)
     left, right = figure.subplots(1, 2)
     _plot_thresholds(left, evaluations)
     second = _plot_quality(right, evaluations)
@@ -288,7 +289,7 @@ def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(axes is right and second)
     _label_bits(right, evaluations, ticks)
-    strip.write_figure(figure, path)
+    figures.write_figure(figure, path)
 
 
 def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:

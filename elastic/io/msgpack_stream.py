@@ -19,19 +19,9 @@ from typing import Any, BinaryIO, cast
 import msgpack
 import numpy as np
 
-from elastic.io.tensors import (
-    CheckpointError,
-    KeyPath,
-    Tensor,
-    as_array,
-    atomic_file,
-    check_paths,
-    dtype_of_name,
-    flatten,
-    show,
-    stored_dtype,
-    write_values,
-)
+from elastic.io.atomic import atomic_file
+from elastic.io.tensors import Tensor, as_array, dtype_of_name, stored_dtype, write_values
+from elastic.io.tree import CheckpointError, KeyPath, check_paths, flatten, show
 
 # flax's extension types; 2 is a complex number, which no model here has.
 _ARRAY_CODE, _SCALAR_CODE = 1, 3

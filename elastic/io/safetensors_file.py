@@ -14,17 +14,8 @@ from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 
-from elastic.io.tensors import (
-    CheckpointError,
-    Tensor,
-    as_array,
-    check_paths,
-    dtype_of_name,
-    flatten,
-    show,
-    stored_dtype,
-    write_values,
-)
+from elastic.io.tensors import Tensor, as_array, dtype_of_name, stored_dtype, write_values
+from elastic.io.tree import CheckpointError, check_paths, flatten, show
 
 _DTYPE_NAMES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool",

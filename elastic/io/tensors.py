@@ -7,21 +7,14 @@ converting on the way. So memory holds the result and a few megabytes, and a dam
 before anything is loaded. Data is little-endian, as are the machines this runs on.
 """
 
-import contextlib
-import fcntl
 import math
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-KeyPath = tuple[str, ...]
+from elastic.io.tree import CheckpointError, KeyPath, show
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)  # 3 bits of mantissa, up to 448, no infinity
@@ -32,10 +25,6 @@ _DTYPES = {name: np.dtype(name) for name in _NAMES.split()} | {
 }
 
 _PIECE_BYTES = 8 * 2**20  # what reading and writing hold at once besides the tensors
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as asked; the message says which file, which tensor, why."""
 
 
 class Tensor(NamedTuple):
@@ -64,56 +53,7 @@ def dtype_of_name(name: str, where: str) -> np.dtype:
     return _DTYPES[name]
 
 
-def show(path: KeyPath) -> str:
-    """A key path for messages; what a file names is never printed raw or at any length."""
-    name = "/".join(path)
-    name = name if name.isprintable() else ascii(name)[1:-1]
-    return name if len(name) <= 200 else f"{name[:197]}..."
-
-
 # Nested dicts and flat ones
-
-
-def flatten(tree: Mapping[str, Any], prefix: KeyPath = ()) -> dict[KeyPath, Any]:
-    """`{'a': {'b': x}}` -> `{('a', 'b'): x}`, in the tree's order; empty branches vanish."""
-    flat: dict[KeyPath, Any] = {}
-    for key, value in tree.items():
-        if not isinstance(key, str) or not key:
-            raise CheckpointError(f"Key {key!r} under '{show(prefix)}' is not a name; use strings.")
-        if isinstance(value, Mapping):
-            flat |= flatten(value, (*prefix, key))
-        elif value is not None:
-            flat[(*prefix, key)] = value
-    return flat
-
-
-def unflatten(flat: Mapping[KeyPath, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`, in the order of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        branch = tree
-        for key in path[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[path[-1]] = value
-    return tree
-
-
-def check_paths(paths: Iterable[KeyPath], file: Path) -> None:
-    """Raises `CheckpointError` unless the paths are distinct and none lies under another one."""
-    seen: set[KeyPath] = set()
-    branches: set[KeyPath] = set()
-    for path in paths:
-        if not path or not all(path):
-            raise CheckpointError(f"{file}: a tensor has an empty name ({list(path)}).")
-        above = [path[:depth] for depth in range(1, len(path))]
-        if path in seen:
-            raise CheckpointError(f"{file}: tensor '{show(path)}' is in the file twice.")
-        if path in branches or not seen.isdisjoint(above):
-            raise CheckpointError(
-                f"{file}: '{show(path)}' is both a tensor and a branch of tensors."
-            )
-        seen.add(path)
-        branches.update(above)
 
 
 # Moving data
@@ -198,82 +138,3 @@ def as_array(leaf: Any, path: KeyPath) -> np.ndarray:
 def stored_dtype(array: np.ndarray, float_dtype: np.dtype | None) -> np.dtype:
     """The dtype to write an array in: floats in `float_dtype` if given, all else as it is."""
     return float_dtype if float_dtype is not None and is_float(array.dtype) else array.dtype
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a file beside `path` for writing; it takes `path`'s place only when the body ends well.
-
-    On any error the old file stays as it was and the new one is removed. Missing folders are made.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    if target.is_dir():
-        raise CheckpointError(f"{path} is a folder; name a file in it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(target) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def replaced_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder to work in. When the body ends well its files `names` move to `folder`; it always goes.
-
-    It lies on the same disk as `folder`, so that moving is renaming. Files of these names that the body did
-    not make are an earlier run's, and are removed from `folder` then.
-    """
-    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
-    try:
-        yield work
-        folder.mkdir(parents=True, exist_ok=True)
-        take_places(work, folder, names)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def take_places(work: Path, folder: Path, names: Collection[str]) -> None:
-    """Moves the files `names` from `work` to `folder`; those that are not in `work` are an earlier run's, and are removed."""
-    for name in names:
-        if (work / name).exists():
-            os.replace(work / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def written_beside(target: Path) -> Iterator[BinaryIO]:
-    """Opens a file beside `target`, which takes its place, safe from a power cut, when the body ends well.
-
-    Raises:
-      OSError: the folder is missing, full or not writable; the old file stays, nothing is left behind.
-    """
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(beside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # else a power cut can undo the rename
-        finally:
-            os.close(folder)
-    finally:
-        beside.unlink(missing_ok=True)  # gone already when it was renamed
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds a lock that ends with the process, however that ends; gives whether it was to be had.
-
-    Raises:
-      OSError: the file cannot be made.
-    """
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

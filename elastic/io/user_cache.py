@@ -8,8 +8,7 @@ import os
 import pathlib
 import platform
 import sys
-
-from elastic.io.cache_folder import cache_folder
+from pathlib import Path
 
 _MOST_BYTES = 1_000_000_000  # then those go that were not used for longest
 _LEAST_SECONDS = 0.2  # what compiles faster is not kept
@@ -59,3 +58,10 @@ def _processor() -> str:
     for name in ("model name", "flags", "Features"):
         described += [line for line in lines if line.startswith(name)][:1]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path | None:
+    """`elastic` in $XDG_CACHE_HOME or ~/.cache, which need not be there yet; None where a user has no such place."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Without a home directory '~' stays as it is; a relative folder is no cache (XDG's own rule).
+    return Path(root, "elastic") if os.path.isabs(root) else None

@@ -1,0 +1,17 @@
+"""How far two pictures are apart."""
+
+from elastic.metrics.distortion import Metric, make_metric
+from elastic.metrics.image import mse_of_psnr, psnr, psnr_of_mse, ssim
+from elastic.metrics.lpips import lpips
+from elastic.metrics.lpips_weights import load_lpips_weights
+
+__all__ = [
+    "Metric",
+    "load_lpips_weights",
+    "lpips",
+    "make_metric",
+    "mse_of_psnr",
+    "psnr",
+    "psnr_of_mse",
+    "ssim",
+]

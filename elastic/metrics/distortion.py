@@ -2,38 +2,17 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, SupportsFloat
+from typing import SupportsFloat
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
 
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import load_lpips_weights
-from elastic.tokens.clip import BlockTokens
 
 # What a block's loss is instead of the mean squared error: of original and reconstruction, uint8
 # [n, rows, columns, 3], real frames only; 0 or above, less is better.
 Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
-
-
-class BlockResult(NamedTuple):
-    """One block, tokenized."""
-
-    frames: UInt8[
-        np.ndarray, "n rows columns 3"
-    ]  # the original at the model's resolution; real frames only
-    reconstruction: UInt8[np.ndarray, "n rows columns 3"]
-    tokens: BlockTokens
-    passes: int  # runs of encoder and decoder over this block
-    seconds: float
-    tried: dict[int, float]  # every count evaluated, with its loss
-
-    @property
-    def squares(self) -> int:
-        """Sum of the squared differences of 8-bit levels: what the PSNR of a whole clip is made of."""
-        difference = self.frames.astype(np.int32) - self.reconstruction
-        return int(np.sum(np.square(difference), dtype=np.int64))
 
 
 def make_metric(metric: str | Metric) -> tuple[str, Metric | None]:

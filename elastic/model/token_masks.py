@@ -53,13 +53,3 @@ def sample_num_kept(
     return jnp.where(jax.random.uniform(full_key, shape) < full_fraction, high, count).astype(
         jnp.int32
     )
-
-
-def visible(
-    q_position: Int[Array, "q"], kv_position: Int[Array, "k"], *, block_size: int
-) -> Bool[Array, "q k"]:
-    """The block-causal rule for a tile of positions: a token sees its own block and earlier ones.
-
-    Dense over its arguments: call it with a tile, or in the reference implementation.
-    """
-    return (kv_position // block_size)[None, :] <= (q_position // block_size)[:, None]

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from elastic.io.tensors import locked
+from elastic.io.atomic import locked
+from elastic.io.json_file import write_json
 from elastic.media.reader import IMAGE_SUFFIXES, MediaError
 from elastic.pipeline.dataset_plan import (
     LOCK,
@@ -32,12 +33,9 @@ from elastic.pipeline.dataset_plan import (
     sizes,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
-from elastic.report.strip import write_json
+from elastic.tokenizer import ElasticTokenizer
 from elastic.tokenizer.resume import remove_recording
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens.clip import TokenizedClip
-from elastic.tokens.npz_file import TokenFileError
-from elastic.tokens.shards import write_shard
+from elastic.tokens import TokenFileError, TokenizedClip, write_shard
 
 __all__ = ["Outcome", "list_inputs", "shard_name", "tokenize_dataset"]
 

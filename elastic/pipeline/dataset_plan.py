@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic.io.tensors import atomic_file, locked
-from elastic.media import reader
-from elastic.media.source import MediaError
+from elastic import media
+from elastic.io.atomic import atomic_file, locked
+from elastic.media import MediaError
 
 PLAN = "plan.json"
 UNFINISHED = ".unfinished"
@@ -147,7 +147,7 @@ def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike)
     if path.is_dir():
         found = {
             printable(file.relative_to(path).as_posix()): file
-            for file in reader.find_media(path, without=output_folder)
+            for file in media.find_media(path, without=output_folder)
         }
         if not found:
             raise MediaError(f"There is no image or video in {str(path)!r} or its folders.")

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from elastic.io.atomic import write_atomically
+from elastic.io.json_file import write_json
 from elastic.pipeline.dataset_plan import Plan, clear_unfinished
-from elastic.report.strip import new_figure, write_figure, write_json
-from elastic.tokens.clip import TokenizedClip
-from elastic.tokens.npz_file import write_atomically
+from elastic.report.figures import new_figure, write_figure
+from elastic.tokens import TokenizedClip
 
 SUMMARY, PLOT, BAD = "summary.json", "summary.png", "bad.jsonl"
 _FORMAT = {"format": "elastictok-shard-summary", "version": 1}

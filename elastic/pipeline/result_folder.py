@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from elastic import report
 from elastic.config import ElasticTokConfig
-from elastic.io.tensors import locked, take_places
+from elastic.io import json_file
+from elastic.io.atomic import locked, take_places
 from elastic.media import reader
-from elastic.metrics.distortion import BlockResult
-from elastic.metrics.image import psnr_of_mse
-from elastic.report import strip
+from elastic.metrics import psnr_of_mse
+from elastic.tokenizer import BlockResult, ElasticTokenizer
 from elastic.tokenizer.resume import remove_recording
 from elastic.tokenizer.session import Encoding
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens import npz_file
-from elastic.tokens.clip import TokenizedClip
+from elastic.tokens import TokenizedClip, npz_file
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +119,9 @@ class Job:
         values = tokens.num_frames * tokens.resolution**2 * 3
         psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
         totals = {"seconds": seconds, "psnr": psnr}
-        found = strip.build_report(tokens, per_block=self._spent, totals=totals)
-        strip.write_json(self._work / REPORT, found)
-        strip.plot_report(found, self._work / PLOT)
+        found = report.build_report(tokens, per_block=self._spent, totals=totals)
+        json_file.write_json(self._work / REPORT, found)
+        report.plot_report(found, self._work / PLOT)
         if self._frames is not None:
             self._frames.flush()
             _draw(tokens, self._frames, self._work, progress=progress)
@@ -257,7 +256,7 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
     originals, reconstructions = frames.read()
     if tokens.is_image:
         (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks
-        picture = strip.strip_picture(
+        picture = report.strip_picture(
             original,
             reconstruction,
             count=block.num_kept,
@@ -267,7 +266,7 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
         )
         reader.write_image(work / PICTURE, picture)
         return
-    drawn = strip.strip_frames(
+    drawn = report.strip_frames(
         originals,
         reconstructions,
         counts=tokens.counts,

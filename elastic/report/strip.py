@@ -4,92 +4,23 @@
 chart of the tokens that each block took, with a playhead. Callers write the frames to a file.
 """
 
-import io
 import itertools
-import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from elastic.metrics.image import psnr
-from elastic.tokens.clip import TokenizedClip
-from elastic.tokens.npz_file import write_atomically
+from elastic.metrics import psnr
 
 _PAPER, _INK, _MUTED, _GRID = (255, 255, 255), (33, 37, 45), (118, 124, 136), (226, 229, 234)
-_MET, _NOT_MET = (38, 108, 188), (217, 95, 38)  # apart for the colour-blind too
+MET, NOT_MET = (38, 108, 188), (217, 95, 38)  # apart for the colour-blind too
 _FAINT = 0.7  # how far the blocks still to come fade into the paper
 _MARGIN, _GAP, _LINE, _CHART, _GUTTER = 16, 12, 26, 96, 46  # pixels
 _MIN_SIDE = 256  # frames are shown at least this large
 _ENLARGED = 4  # times: a picture of errors would be black
-
-
-def build_report(
-    clip: TokenizedClip,
-    *,
-    per_block: Sequence[Mapping[str, Any]],
-    totals: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The report of one run, ready for `write_json`.
-
-    Args:
-      clip: the tokens; the source of every count, loss and `met`.
-      per_block: for each block what only the run knows, such as `passes` and `seconds`.
-      totals: the same for the whole run, such as `seconds` (of the whole run) and `psnr` in dB.
-
-    Returns:
-      `clip` (what was tokenized and how), `totals` and `blocks`.
-
-    Raises:
-      ValueError: `per_block` has not one entry for each block.
-    """
-    if len(per_block) != len(clip.blocks):
-        raise ValueError(f"{len(per_block)} entries for {len(clip.blocks)} blocks; give one each.")
-    blocks = [
-        {**measured, "kept": block.num_kept, "loss": block.loss, "met": block.met_threshold}
-        for block, measured in zip(clip.blocks, per_block, strict=True)
-    ]
-    counts = clip.counts
-    met = sum(block.met_threshold for block in clip.blocks)
-    sums: dict[str, Any] = {
-        "frames": clip.num_frames,
-        "blocks": len(blocks),
-        "blocks_met": met,
-        "blocks_not_met": len(blocks) - met,
-        "tokens": clip.num_tokens,
-        "mean_tokens": clip.mean_tokens,
-        "min_tokens": int(counts.min()),
-        "max_tokens": int(counts.max()),
-        "share_of_tokens": clip.mean_tokens / clip.tokens_per_block,
-        "bits": clip.num_bits,
-        "bits_per_pixel": clip.bits_per_pixel,
-        "compression_ratio": clip.compression_ratio,
-        "mean_loss": float(np.mean([block.loss for block in clip.blocks])),
-    }
-    if all("passes" in block for block in blocks):
-        sums["passes"] = sum(block["passes"] for block in blocks)
-        sums["passes_per_block"] = sums["passes"] / len(blocks)
-    seconds = totals.get("seconds")
-    if seconds:
-        sums["frames_per_second"] = clip.num_frames / seconds
-    about = {
-        name: getattr(clip, name)
-        for name in (
-            "model_id config_hash bottleneck_type codebook_size resolution source rate is_image "
-            "frames_per_block tokens_per_block threshold search window_blocks context"
-        ).split()
-    }
-    return {"clip": about, "totals": {**totals, **sums}, "blocks": blocks}
-
-
-def write_json(path: str | os.PathLike, obj: Any) -> None:
-    """Writes JSON, whole or not at all; numbers that are not finite become null."""
-    text = json.dumps(_plain(obj), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomically(path, (text + "\n").encode())
 
 
 def strip_frames(
@@ -227,7 +158,7 @@ class _Strip:
 
         width = right - self.chart[0]
         filled, met = bars(width, height)
-        colours = np.where(met[:, None], np.array(_MET), np.array(_NOT_MET))
+        colours = np.where(met[:, None], np.array(MET), np.array(NOT_MET))
         faint = colours + _FAINT * (np.array(_PAPER) - colours)
         paper = np.full((height, width, 3), _GRID if axis_top is None else _PAPER, np.uint8)
         paper[:: max(1, (height - 1) // 4)] = _GRID
@@ -278,7 +209,7 @@ class _Strip:
         label = "identical" if math.isinf(quality) else f"{quality:.1f} dB"
         self._text(pen, (right, 6), label, _INK, 15, "ra")
         self._text(pen, (_MARGIN, self.text_y[0]), texts[1], _INK, 15)
-        self._text(pen, (right, self.text_y[0]), texts[2], _INK if met else _NOT_MET, 15, "ra")
+        self._text(pen, (right, self.text_y[0]), texts[2], _INK if met else NOT_MET, 15, "ra")
         self._text(pen, (left, self.text_y[1]), texts[0], _MUTED, 15)
         return np.asarray(canvas)
 
@@ -302,72 +233,6 @@ def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:
         return filled, all_met
 
     return bars
-
-
-def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws tokens and loss of each block over time as PNG, from what `build_report` gave."""
-    clip, totals, blocks = report["clip"], report["totals"], report["blocks"]
-    edges = np.arange(len(blocks) + 1, dtype=float)
-    if clip["rate"]:
-        edges = np.minimum(edges * clip["frames_per_block"], totals["frames"]) / clip["rate"]
-    kept = np.array([block["kept"] for block in blocks], float)
-    loss = np.array([_number(block["loss"]) for block in blocks])
-    missed = np.array([clip["threshold"] is not None and not block["met"] for block in blocks])
-
-    figure = new_figure(9, 5.2)
-    tokens_axes, loss_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    met_colour, missed_colour = (tuple(c / 255 for c in rgb) for rgb in (_MET, _NOT_MET))
-    tokens_axes.stairs(kept, edges, fill=True, color=met_colour, alpha=0.25)
-    tokens_axes.stairs(kept, edges, color=met_colour, linewidth=1.5)
-    tokens_axes.axhline(
-        kept.mean(), color="0.35", linestyle=":", label=f"mean {totals['mean_tokens']:.1f}"
-    )
-    tokens_axes.set_ylim(0, clip["tokens_per_block"] * 1.04)
-    tokens_axes.set_ylabel("tokens per block")
-    tokens_axes.set_title(
-        f"{totals['tokens']} tokens for {totals['frames']} frames, "
-        f"{totals['bits_per_pixel']:.3g} bits per pixel",
-        loc="left",
-        fontsize=11,
-    )
-    loss_axes.stairs(loss, edges, color="0.25", linewidth=1.5, baseline=None)
-    if clip["threshold"] is not None:
-        threshold = f"threshold {clip['threshold']:g}"
-        loss_axes.axhline(clip["threshold"], color="0.35", linestyle="--", label=threshold)
-    if missed.any():
-        middles = (edges[:-1] + edges[1:]) / 2
-        label = f"threshold not met ({int(missed.sum())} of {len(blocks)})"
-        for axes, values in ((tokens_axes, kept), (loss_axes, loss)):
-            axes.plot(middles[missed], values[missed], "v", color=missed_colour, label=label)
-    loss_axes.set_ylim(0, 1.08 * max(np.nanmax(loss, initial=0), clip["threshold"] or 1e-9))
-    loss_axes.set_ylabel("loss")
-    loss_axes.set_xlabel("seconds" if clip["rate"] else "block")
-    loss_axes.set_xlim(edges[0], edges[-1])
-    for axes in (tokens_axes, loss_axes):
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            # Above the axes: inside it would hide blocks.
-            axes.legend(
-                loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9
-            )
-    write_figure(figure, path)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches, which no window shows."""
-    from matplotlib.figure import Figure  # takes a second, and only plots need it
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def write_figure(figure: Any, path: str | os.PathLike) -> None:
-    """The figure as PNG; `path` is replaced as a whole or not touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def _check_counts(counts: np.ndarray, tokens_per_block: int, losses, met) -> None:
@@ -414,22 +279,6 @@ def _verdict(losses: Sequence[float] | np.ndarray | None, met: np.ndarray, block
     return text if met[block] else f"{text}  threshold not met".strip()
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """`value` for a plot, which leaves NaN out; None is not a number."""
     return math.nan if value is None else value
-
-
-def _plain(obj: Any) -> Any:
-    """Only what JSON knows: mappings, lists, strings, integers, booleans, finite numbers, null."""
-    if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, np.ndarray):
-        return _plain(obj.tolist())
-    if isinstance(obj, (list, tuple)):
-        return [_plain(value) for value in obj]
-    if isinstance(obj, np.generic):
-        return _plain(obj.item())
-    if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
-    if isinstance(obj, os.PathLike):
-        return os.fspath(obj)
-    return obj

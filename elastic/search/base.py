@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, SupportsFloat
 
-from elastic.search.predict import predict
 from elastic.search.rate_curve import Memory
 
 log = logging.getLogger(__name__)
@@ -155,67 +154,6 @@ def plan(name: str) -> Callable[[Plan], Plan]:
 def search_names() -> tuple[str, ...]:
     """The names that `make_search` accepts."""
     return tuple(sorted(_PLANS))
-
-
-@plan("binary")
-def _binary(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """Halves the bracket; `width` counts at once split it in `width + 1` parts.
-
-    Relies on the loss falling with the count, and then finds the smallest of n candidates that
-    meets the threshold in at most ceil(log2(n + 1)) passes of one count each.
-    """
-    # Counts up to `fails` fail, those from `passes` on pass. The ends stand just outside the
-    # candidates: the smallest and the largest are tried when, and only when, they matter.
-    fails, passes = options.min_kept - 1, options.largest + 1
-    while passes - fails > 1:
-        parts = min(options.width, passes - fails - 1) + 1
-        group = [fails + (passes - fails) * i // parts for i in range(1, parts)]
-        yield group
-        # The smallest count that passes ends the bracket even where the loss is not monotone.
-        passes = next((count for count in group if seen.meets(count)), passes)
-        fails = max((count for count in group if count < passes), default=fails)
-
-
-@plan("linear")
-def _linear(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """From the smallest count up, geometrically spaced, to the first that meets the threshold."""
-    counts = geometric_counts(options.min_kept, options.largest, options.num_counts)
-    for start in range(0, len(counts), options.width):
-        group = counts[start : start + options.width]
-        yield group
-        if not options.full_curve and any(seen.meets(count) for count in group):
-            return
-
-
-@plan("fixed")
-def _fixed(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """One count, whatever its loss."""
-    del seen
-    yield [options.fallback]
-
-
-@plan("predict")
-def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """Guesses from the curves of the blocks before, corrected by every try: see `elastic.predict`."""
-    if options.threshold is None:  # make_search refuses it before
-        raise ValueError("A predict search needs a threshold.")
-    yield from predict(
-        smallest=options.min_kept,
-        largest=options.largest,
-        threshold=options.threshold,
-        width=options.width,
-        tolerance=options.tolerance,
-        memory=seen.memory,
-        losses=seen.losses,
-        meets=seen.meets,
-    )
-
-
-def geometric_counts(smallest: int, largest: int, num_counts: int) -> list[int]:
-    """At most `num_counts` distinct counts, geometrically spaced, both ends included exactly."""
-    ratio = largest / smallest
-    inner = (round(smallest * ratio ** (i / (num_counts - 1))) for i in range(1, num_counts - 1))
-    return sorted({smallest, largest, *(min(max(count, smallest), largest) for count in inner)})
 
 
 class Search:

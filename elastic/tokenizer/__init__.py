@@ -1,5 +1,6 @@
 """Clips to tokens and back."""
 
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokenizer.result import BlockResult
+from elastic.tokenizer.tokenizer import ElasticTokenizer, Reconstruction
 
-__all__ = ["ElasticTokenizer"]
+__all__ = ["BlockResult", "ElasticTokenizer", "Reconstruction"]

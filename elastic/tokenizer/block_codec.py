@@ -19,9 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from elastic import ops
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import platform_of
-from elastic.model import token_masks
-from elastic.model.autoencoder import Batch, ElasticTok
-from elastic.model.bottleneck import FSQ, make_bottleneck
+from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
+from elastic.model.bottleneck import FSQ
 from elastic.ops import bf16_bits
 from elastic.patches import to_unit_range
 

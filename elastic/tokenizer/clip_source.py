@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from elastic.media import reader
+from elastic import media
 
 Frames = Iterable[UInt8[np.ndarray, "rows columns 3"]]
-Source = str | os.PathLike | np.ndarray | reader.ClipReader | Frames
+Source = str | os.PathLike | np.ndarray | media.ClipReader | Frames
 _T = TypeVar("_T")
 
 
@@ -36,7 +36,7 @@ class Clip:
     rate: float
     num_frames: int | None
     source: tuple[int, int]
-    _reader: reader.ClipReader | None
+    _reader: media.ClipReader | None
     _frames: Frames | None
     _resolution: int
 
@@ -80,7 +80,7 @@ class Clip:
         _check(frame, (height, width, 3))
         if frame.shape[:2] == (self._resolution, self._resolution):
             return frame
-        return reader.fit_frame(frame, self._resolution)
+        return media.fit_frame(frame, self._resolution)
 
 
 def open_clip(
@@ -99,10 +99,10 @@ def open_clip(
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"{rate=} must be a positive number of frames/s, or None.")
     if isinstance(source, (str, os.PathLike)):
-        source = reader.open_clip(
+        source = media.open_clip(
             pathlib.Path(source), resolution=resolution, rate=rate, max_frames=max_frames
         )
-    if isinstance(source, reader.ClipReader):
+    if isinstance(source, media.ClipReader):
         info = source.info
         if source.resolution != resolution:
             raise ValueError(

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from elastic.io.atomic import written_beside
 from elastic.io.safetensors_file import index_safetensors, write_safetensors
-from elastic.io.tensors import CheckpointError, read_into, written_beside
+from elastic.io.tensors import read_into
+from elastic.io.tree import CheckpointError
 from elastic.tokenizer.block_codec import Codec, Past
-from elastic.tokens.clip import BlockTokens
-from elastic.tokens.npz_file import TokenFileError
-from elastic.tokens.stream_file import Recorded, TokenStreamWriter, read_token_stream
+from elastic.tokens import BlockTokens, TokenFileError, read_token_stream
+from elastic.tokens.stream_file import Recorded, TokenStreamWriter
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic.distributed.mesh import memory_limit, platform_of
-from elastic.metrics.distortion import BlockResult, Metric
+from elastic.metrics import Metric
 from elastic.patches import pad_block, patchify, unpatchify
-from elastic.search.base import Search, SearchResult
+from elastic.search import Search, SearchResult
 from elastic.tokenizer.block_codec import Codec, Past, Trial
-from elastic.tokens.clip import BlockTokens
+from elastic.tokenizer.result import BlockResult
+from elastic.tokens import BlockTokens
 
 # Trials larger than this are not kept, or on an accelerator than this share of its memory: committing then costs one more pass.
 _KEEP_BYTES = 2 << 30

@@ -14,18 +14,18 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic.checkpoints.fingerprint import fingerprint
-from elastic.io.tensors import flatten
+from elastic.io.tree import flatten
 from elastic.media.reader import MediaError
-from elastic.metrics.distortion import BlockResult, Metric
-from elastic.search.base import Search, make_search
-from elastic.search.curve_prior import CurvePrior
+from elastic.metrics import Metric
+from elastic.search import CurvePrior, Search, make_search
 from elastic.search.rate_curve import Curve, Memory, memory_from_plain, memory_to_plain
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import Clip, ahead
+from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.resume import Recording, RecordingError, remove_recording
 from elastic.tokenizer.scheduler import Lanes
 from elastic.tokenizer.two_pass import Budget, spend
-from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.tokens import BlockTokens, TokenizedClip
 
 log = logging.getLogger(__name__)
 

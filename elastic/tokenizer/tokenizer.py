@@ -13,23 +13,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from elastic.checkpoints import params as checkpoint
-from elastic.checkpoints.fingerprint import are_apart
+from elastic import checkpoints
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
 from elastic.media.reader import MediaError
-from elastic.metrics.distortion import Metric, make_metric
+from elastic.metrics import Metric, make_metric
 from elastic.ops import bf16_bits
 from elastic.patches import unpatchify
-from elastic.search.base import SearchOptions
-from elastic.search.curve_prior import CurvePrior, load_prior
+from elastic.search import CurvePrior, SearchOptions, load_prior
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import Source, open_clip
 from elastic.tokenizer.session import Encoding, Setting, tokenize_side_by_side
-from elastic.tokenizer.two_pass import Budget, check_targets, threshold_of_psnr, tokens_of_bitrate
-from elastic.tokens.clip import BlockTokens, TokenizedClip
-from elastic.tokens.stream_file import read_token_stream
+from elastic.tokenizer.targets import check_targets, threshold_of_psnr, tokens_of_bitrate
+from elastic.tokenizer.two_pass import Budget
+from elastic.tokens import BlockTokens, TokenizedClip, read_token_stream
+from elastic.tokens.same_weights import are_apart
 
 
 class Reconstruction(NamedTuple):
@@ -135,14 +134,14 @@ class ElasticTokenizer:
           ValueError: the weights cannot be found or read, or are of another model.
         """
         spec = os.fspath(path_or_repo)
-        config = config or checkpoint.load_config(spec)
+        config = config or checkpoints.load_config(spec)
         if config is None:
             raise ValueError(
                 f"{spec!r} has no config.json beside it; give `config=` (on the command line --load_elastic_config)."
             )
-        params = checkpoint.load_params(spec, config)
+        params = checkpoints.load_params(spec, config)
         name = spec.rsplit("::", 1)[-1].rstrip("/")
-        options = {"prior": load_prior(checkpoint.folder_of(spec))} | options
+        options = {"prior": load_prior(checkpoints.folder_of(spec))} | options
         mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
         return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
 

@@ -24,7 +24,7 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Bool, Float, Int
 
-from elastic.data.workers import answer_grain
+from elastic.io.grain_flags import answer_grain
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.shards import TokenShards
 

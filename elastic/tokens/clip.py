@@ -20,9 +20,16 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from elastic.io import atomic
 from elastic.tokens import npz_file
-from elastic.tokens.header import CHOICES, check_choice, pack_header, require, unpack_header
-from elastic.tokens.npz_file import TokenFileError
+from elastic.tokens.npz_file import (
+    CHOICES,
+    TokenFileError,
+    check_choice,
+    pack_header,
+    require,
+    unpack_header,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -305,7 +312,7 @@ class TokenizedClip:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the token file; `path` is replaced as a whole or not touched."""
-        npz_file.write_atomically(path, self.to_bytes())
+        atomic.write_atomically(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenizedClip":

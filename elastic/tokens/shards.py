@@ -32,10 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic.checkpoints.fingerprint import are_apart
-from elastic.io.tensors import written_beside
+from elastic.io.atomic import written_beside
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.npz_file import TokenFileError
+from elastic.tokens.same_weights import are_apart
 
 FORMAT, VERSION = "elastictok-shard", 1
 KEY, DIGEST_KEY = b"elastictok", b"elastictok.sha256"

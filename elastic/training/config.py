@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from elastic.config import parse_dtype
-from elastic.data.dataset import DataConfig
+from elastic.data.config import DataConfig
 from elastic.training.optimizer import OptimizerConfig
 
 _LARGEST_SEED = 2**32 - 1

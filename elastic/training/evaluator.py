@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from elastic import media
 from elastic.config import ElasticTokConfig
-from elastic.distributed.mesh import is_first_host, make_mesh, wait_for_hosts
+from elastic.distributed.hosts import is_first_host, wait_for_hosts
+from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import evaluate as evaluation
 from elastic.media import reader
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer
 from elastic.training.config import TrainConfig
 from elastic.training.state import to_host, used_params
 from elastic.training.step import TrainState
@@ -26,7 +28,7 @@ def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
     good = []
     for file in files:
         try:
-            reader.probe(file)
+            media.probe(file)
             good.append(file)
         except reader.MediaError as error:
             if is_first_host():
@@ -50,7 +52,7 @@ class Evaluator:
         self._save = config.save
         self._folder = pathlib.Path(config.output_dir) / FOLDER
         wanted = config.evaluation
-        found = reader.find_media(wanted.path)
+        found = media.find_media(wanted.path)
         if not found:
             raise ValueError(f"There is no image or video in {wanted.path!r} to evaluate on.")
         self._files = _readable(found[: wanted.max_files])

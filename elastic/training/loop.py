@@ -9,45 +9,28 @@ same devices.
 import contextlib
 import dataclasses
 import logging
-import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
 from elastic.config import ElasticTokConfig
-from elastic.data.dataset import (
-    DataConfig,
-    DataPosition,
-    FileIndex,
-    Sequences,
-    TrainingData,
-    load_index,
-    sequence_length,
-)
-from elastic.distributed.mesh import (
-    global_array,
-    is_first_host,
-    local_rows,
-    make_mesh,
-    wait_for_hosts,
-)
-from elastic.distributed.sharding import fitting_spec
-from elastic.io.tensors import locked
-from elastic.metrics.lpips_weights import load_lpips_weights
-from elastic.model.autoencoder import ElasticTok
+from elastic.data.dataset import DataPosition, FileIndex, TrainingData, load_index
+from elastic.distributed.hosts import is_first_host, wait_for_hosts
+from elastic.distributed.mesh import make_mesh
+from elastic.io.atomic import locked
+from elastic.metrics import load_lpips_weights
+from elastic.model import ElasticTok
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import TrainConfig
 from elastic.training.evaluator import FOLDER as EVALUATION
 from elastic.training.evaluator import Evaluator
+from elastic.training.feed import Feed
 from elastic.training.optimizer import make_optimizer
+from elastic.training.profiler import Profile
+from elastic.training.signals import stop_request
 from elastic.training.state import (
     MILESTONES,
     PRETRAINED,
@@ -67,7 +50,6 @@ from elastic.training.writers import Logs, progress_line
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "data_index.json"
-PROFILE = "profile"
 
 
 class Finished(NamedTuple):
@@ -169,8 +151,8 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
             logs = stack.enter_context(
                 Logs(config.log, folder, first_step=first if restored else 0, settings=settings)
             )
-        stop = stack.enter_context(_stop_request())
-        profile = stack.enter_context(_Profile(config, folder))
+        stop = stack.enter_context(stop_request())
+        profile = stack.enter_context(Profile(config, folder))
         record.restart(first)
 
         step, saved, terms = first, None if restored is None else first, None
@@ -272,107 +254,3 @@ def _write_milestone(
     export(place, config, elastic, state)
     if is_first_host():
         position.save(last)
-
-
-class Feed:
-    """Batches as global arrays: this process decodes the rows that its devices hold."""
-
-    def __init__(self, mesh: Mesh, data: DataConfig, elastic: ElasticTokConfig):
-        self._num_rows = data.batch_size
-        shape = (self._num_rows, sequence_length(data, elastic), elastic.patch_dim)
-        self._pixels = NamedSharding(mesh, fitting_spec(mesh, shape, "batch", "sequence", None))
-        self._blocks = NamedSharding(mesh, fitting_spec(mesh, (self._num_rows, 1), "batch", None))
-        self._rows = local_rows(self._pixels, shape)
-
-    @contextlib.contextmanager
-    def batches(self, data: TrainingData, first: int, count: int) -> Iterator[Iterator[Sequences]]:
-        """The batches from number `first` on, `count` of them."""
-        with contextlib.closing(data.batches(first, first + count, self._rows)) as local:
-            yield map(self.placed, local)
-
-    def placed(self, local: Sequences) -> Sequences:
-        """The rows of this process as its part of the global batch."""
-
-        def place(x: np.ndarray, sharding: NamedSharding) -> Any:
-            return global_array(x, self._rows, sharding, self._num_rows)
-
-        return Sequences(
-            place(local.patches, self._pixels), *(place(x, self._blocks) for x in local[1:])
-        )
-
-
-class _Profile:
-    """A trace of some steps, for TensorBoard's or Perfetto's viewer."""
-
-    def __init__(self, config: TrainConfig, folder: pathlib.Path):
-        self._steps, self._folder = config.log.profile_steps, folder / PROFILE
-        self._running = False
-
-    def __enter__(self) -> "_Profile":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-
-    def before(self, step: int) -> None:
-        """Begins the trace before its first step."""
-        if self._steps is not None and step == self._steps[0]:
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-
-    def after(self, step: int, terms: Any) -> None:
-        """Ends it after its last."""
-        if self._running and self._steps is not None and step == self._steps[1]:
-            jax.block_until_ready(terms)
-            jax.profiler.stop_trace()
-            self._running = False
-            log.info("The trace of steps %d to %d is in %s.", *self._steps, self._folder)
-
-
-class _Stop:
-    """Whether the run has been asked to stop, and by which signal."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def asked(self, step: int) -> bool:
-        """On many hosts all get the same answer at the same step, whichever of them was asked."""
-        if jax.process_count() == 1:
-            return self.signal is not None
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[_Stop]:
-    """Takes Ctrl-C and SIGTERM as a wish to save and leave. A second Ctrl-C acts at once, as ever.
-
-    Signals reach the main thread alone; in any other nothing is taken. On many hosts SIGTERM is left to
-    jax, which tells the others, and Ctrl-C becomes one: a host that left alone would be waited for.
-    """
-    stop, asked = _Stop(), False
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    many = jax.process_count() > 1
-
-    def ask(number: int, _: Any) -> None:
-        nonlocal asked
-        if number == signal.SIGINT and asked:
-            raise KeyboardInterrupt
-        asked = True
-        log.warning("Asked to stop: this step is finished and saved first.")
-        if many:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            stop.signal = number
-
-    taken = (signal.SIGINT,) if many else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, ask) for number in taken}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

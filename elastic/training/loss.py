@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.config import ElasticTokConfig
 from elastic.distributed import sharding
-from elastic.metrics.lpips import lpips, resize
+from elastic.metrics import lpips
+from elastic.metrics.lpips import resize
 from elastic.metrics.lpips_weights import Weights
-from elastic.model.autoencoder import Batch, ElasticTok
+from elastic.model import Batch, ElasticTok
 from elastic.patches import unpatchify
 
 

@@ -14,13 +14,13 @@ from flax import serialization
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from elastic import checkpoints
 from elastic.checkpoints import float8
-from elastic.checkpoints import params as checkpoint
 from elastic.config import ElasticTokConfig, load_config
-from elastic.distributed.mesh import is_first_host
+from elastic.distributed.hosts import is_first_host
 from elastic.distributed.sharding import param_shardings
-from elastic.io.tensors import atomic_file
-from elastic.model.autoencoder import init_params
+from elastic.io.atomic import atomic_file
+from elastic.model import init_params
 from elastic.model.linear_init import linear_start
 from elastic.training.checkpoints import Checkpoints, absolute
 from elastic.training.config import SaveConfig, TrainConfig
@@ -65,7 +65,7 @@ def restore_state(tree: dict[str, Any], like: TrainState, shardings: TrainState)
       ValueError: the tree is not of this model and optimizer.
     """
     target = {"step": like.step, "params": {"params": like.params}, "opt_state": like.opt_state}
-    found = checkpoint.restore_into(target, tree)
+    found = checkpoints.restore_into(target, tree)
     params = found["params"]["params"]
     none: Any = np.zeros((), np.int32)
     ema = None if like.ema is None else params
@@ -109,12 +109,12 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     params = used_params(save, host.best_params())
     released = "bf16" if save.in_float8 else save.float_dtype  # the released code reads no float8
-    checkpoint.save_params(folder / PARAMS_FILE, params, float_dtype=released)
+    checkpoints.save_params(folder / PARAMS_FILE, params, float_dtype=released)
     if save.optimizer_state:
-        checkpoint.save_train_state(folder / STATE_FILE, state_tree(host))
+        checkpoints.save_train_state(folder / STATE_FILE, state_tree(host))
     write_config(folder, elastic)
     if pretrained is not None:
-        checkpoint.save_pretrained(pretrained, elastic, params, float_dtype=save.float_dtype)
+        checkpoints.save_pretrained(pretrained, elastic, params, float_dtype=save.float_dtype)
 
 
 def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
@@ -248,10 +248,10 @@ def first_state(
     like, shardings = layout
     if config.load_checkpoint.startswith("trainstate::"):
         return restore_state(
-            checkpoint.load_train_state(config.load_checkpoint, elastic), like, shardings
+            checkpoints.load_train_state(config.load_checkpoint, elastic), like, shardings
         )
     if config.load_checkpoint:
-        loaded = checkpoint.load_params(config.load_checkpoint, elastic, dtype=np.float32)
+        loaded = checkpoints.load_params(config.load_checkpoint, elastic, dtype=np.float32)
     elif config.init == "linear":
         # On all hosts alike: NumPy and the seed alone decide.
         loaded = linear_start(_drawn(config, elastic), elastic, sample_patches(_START_PATCHES))

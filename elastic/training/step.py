@@ -12,8 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from elastic.checkpoints import float8
 from elastic.data.dataset import Sequences
 from elastic.distributed.sharding import constrain
-from elastic.model import token_masks
-from elastic.model.autoencoder import Batch, ElasticTok
+from elastic.model import Batch, ElasticTok, token_masks
 from elastic.patches import to_unit_range
 from elastic.training.config import TrainConfig
 from elastic.training.loss import training_loss

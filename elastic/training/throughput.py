@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from elastic import metrics
 from elastic.config import ElasticTokConfig
-from elastic.data.dataset import TrainingData, sequence_length
-from elastic.metrics import image
+from elastic.data.config import sequence_length
+from elastic.data.dataset import TrainingData
 from elastic.model import flops
 from elastic.training.config import TrainConfig
 
@@ -69,7 +70,7 @@ class Recorder:
         visible = record["visible_blocks"]
         work = flops.training_flops(self._elastic, self._length, visible_blocks=visible)
         rate = steps * self._rows * work / seconds
-        record["psnr"] = image.psnr_of_mse(record["recon_loss"])
+        record["psnr"] = metrics.psnr_of_mse(record["recon_loss"])
         record |= {
             "seconds_per_step": seconds / steps,
             "tokens_per_second": steps * self._rows * self._length / seconds,

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from elastic.tokens.npz_file import write_atomically
+from elastic.io.atomic import write_atomically
 from elastic.training.config import LogConfig
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from small_models import CLIP, PHOTO, load_tokenizers
 
-from elastic.media import reader
+from elastic import media
 from elastic.patches import pad_block, patchify
-from elastic.search.base import make_search, run_search
+from elastic.search import make_search, run_search
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
         theirs = [released[f"block_{number}"] for number in range(len(released.files))]
     size = codec.config.frames_per_block
     # Theirs drops the frames of the last block that do not fill it (line 6).
-    clip = reader.open_clip(
+    clip = media.open_clip(
         golden / "media" / file, resolution=32, rate=rate, max_frames=size * len(theirs)
     )
     past = codec.new_past()

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints, media
 from elastic.config import PRESETS, ElasticTokConfig, load_config
 from elastic.distributed.mesh import make_mesh
-from elastic.media import reader as media
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens.clip import TokenizedClip
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import TokenizedClip
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "example"
@@ -26,7 +25,7 @@ def tokenizer(request):
     folder = str(EXAMPLE / request.param)
     config = load_config(folder)
     mesh = make_mesh("1,1,1,1", jax.devices()[:1])
-    return ElasticTokenizer(config, checkpoint.load_params(folder, config), mesh=mesh)
+    return ElasticTokenizer(config, checkpoints.load_params(folder, config), mesh=mesh)
 
 
 def shots(tokenizer, motion, num_blocks=1):

@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec as P
 from elastic.aot import hlo, targets
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
-from elastic.model import flops
-from elastic.model.autoencoder import Batch, ElasticTok, param_shapes
+from elastic.model import Batch, ElasticTok, flops, param_shapes
 from elastic.training.loss import training_loss
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -18,21 +18,20 @@ from flax.training.train_state import TrainState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.checkpoints.params import (
-    CheckpointError,
-    convert_layout,
+from elastic.checkpoints import (
     load_params,
     load_train_state,
-    restore_into,
     save_params,
     save_pretrained,
     save_train_state,
 )
+from elastic.checkpoints.params import CheckpointError, convert_layout, restore_into
 from elastic.config import ElasticTokConfig
 from elastic.io import msgpack_stream
 from elastic.io import tensors as tensor_file
-from elastic.io.tensors import BFLOAT16, flatten, unflatten
-from elastic.model.autoencoder import param_shapes
+from elastic.io.tensors import BFLOAT16
+from elastic.io.tree import flatten, unflatten
+from elastic.model import param_shapes
 
 PARAM_FILES = [f"params_{a}_{b}" for a in ("scan", "unscan") for b in ("fp32", "bf16")]
 STATE_FILES = ["trainstate_scan_fp32", "trainstate_scan_bf16", "trainstate_unscan_bf16"]

@@ -8,15 +8,9 @@ import huggingface_hub
 import pytest
 from checkpoint_cases import FSQ, assert_same, file_tree
 
-from elastic.checkpoints.params import (
-    CheckpointError,
-    folder_of,
-    load_config,
-    load_params,
-    save_params,
-    save_pretrained,
-)
-from elastic.io.tensors import flatten
+from elastic.checkpoints import load_config, load_params, save_params, save_pretrained
+from elastic.checkpoints.params import CheckpointError, folder_of
+from elastic.io.tree import flatten
 
 # What a checkpoint may be called
 

@@ -197,7 +197,7 @@ def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
 def test_defaults_of_training_are_those_of_the_rooms():
     """A command line with the two required flags describes the run that the records describe."""
     from elastic.cli.train_config import model_of, run_of
-    from elastic.data.dataset import DataConfig
+    from elastic.data.config import DataConfig
     from elastic.training.config import EvalConfig, LogConfig, SaveConfig, TrainConfig
 
     values = app.parse(TRAIN, ["--train_dataset.vision_dataset.path=in", "--logger.output_dir=out"])

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from level_clips import damaged_clip, make_folder, write_clip
 
+from elastic import media
 from elastic.config import ElasticTokConfig
 from elastic.data import file_index
-from elastic.data.dataset import DataConfig, DataPosition, TrainingData, load_index, sequence_length
+from elastic.data.config import DataConfig, sequence_length
+from elastic.data.dataset import DataPosition, TrainingData, load_index
 from elastic.media import reader
 from elastic.patches import pad_block, unpatchify
 
@@ -58,7 +60,7 @@ def test_an_epoch_shows_every_block_once_as_inference_sees_it(clips):
     data = open_data(clips)
     expected = []
     for file in data.index.files:
-        with reader.open_clip(clips / file.name, resolution=32, rate=24) as clip:
+        with media.open_clip(clips / file.name, resolution=32, rate=24) as clip:
             expected += [pad_block(block, 2) for block in clip.blocks(2)]
     for epoch in range(2):
         rows = [data.sequence(epoch * data.num_sequences + n) for n in range(data.num_sequences)]
@@ -130,7 +132,7 @@ def test_kept_frames_change_nothing_and_spare_decoding(clips, tmp_path, monkeypa
     plain = open_data(folder, random_crop=True, image_blocks=2)
     expected = [plain.sequence(n) for n in range(plain.num_sequences)]
     opened = []
-    open_clip = reader.open_clip
+    open_clip = media.open_clip
 
     def decoded_by_a_new_reader():
         data = open_data(folder, **options)
@@ -248,7 +250,7 @@ def test_only_what_is_new_or_changed_is_measured_again(clips, tmp_path, monkeypa
     (folder / "text.mp4").write_text("not a film")
     opened = []
 
-    def counting(path, original=reader.open_clip, **options):
+    def counting(path, original=media.open_clip, **options):
         opened.append(path.name)
         return original(path, **options)
 

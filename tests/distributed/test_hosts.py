@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, numbers, settings
 
-from elastic.checkpoints import params as checkpoint
-from elastic.distributed.mesh import Hosts, host_share, local_rows, make_mesh
+from elastic import checkpoints
+from elastic.distributed.hosts import Hosts, host_share, local_rows
+from elastic.distributed.mesh import make_mesh
 from elastic.training.loop import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def test_two_processes_have_the_losses_and_parameters_of_one(joined, alone, mesh
         "streaming_train_state",
     ]
     last, written, params = (
-        checkpoint.load_params(folder, MODELS["vae"])
+        checkpoints.load_params(folder, MODELS["vae"])
         for folder in (joined / mesh_dim / "pretrained", joined / mesh_dim / milestone, alone[0] / milestone)
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, last, written)

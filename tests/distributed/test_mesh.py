@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from elastic.config import load_config
 from elastic.distributed import sharding
 from elastic.distributed.mesh import AXES, make_mesh, parse_mesh_dim
-from elastic.model.autoencoder import param_shapes
+from elastic.model import param_shapes
 from elastic.training.optimizer import OptimizerConfig, make_optimizer
 
 

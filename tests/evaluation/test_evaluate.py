@@ -12,21 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints, media, metrics
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import tables
 from elastic.evaluation.evaluate import EvaluationConfig, _all_counts, evaluate
 from elastic.evaluation.records import Block, Evaluation, Run, RunResult
-from elastic.io.tensors import unflatten
-from elastic.media import reader as media
-from elastic.metrics import image
+from elastic.io.tree import unflatten
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import SHAPES
 from elastic.model import token_masks
-from elastic.search.base import geometric_counts
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.search import geometric_counts
+from elastic.tokenizer import ElasticTokenizer
 from scripts import evaluate as script
 
 CONFIG = ElasticTokConfig(
@@ -41,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("programs_kept")
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    params = checkpoint.load_params(f"params::{golden}/fsq/ckpt/params_scan_fp32", CONFIG)
+    params = checkpoints.load_params(f"params::{golden}/fsq/ckpt/params_scan_fp32", CONFIG)
     return ElasticTokenizer(CONFIG, params, mesh=make_mesh("1,1,1,1", jax.devices()[:1]))
 
 
@@ -93,9 +91,9 @@ def test_every_run_gives_what_the_tokenizer_gives(tokenizer, clips, measured):
         if run.threshold:
             assert [b.met for b in result.blocks] == [b.met_threshold for b in blocks]
         assert result.mean_tokens == np.mean([b.num_kept for b in blocks])
-        whole = image.psnr(np.concatenate(originals), np.concatenate(frames))
+        whole = metrics.psnr(np.concatenate(originals), np.concatenate(frames))
         assert result.psnr == pytest.approx(whole)
-        each = [image.psnr(a, b) for a, b in zip(originals, frames, strict=True)]
+        each = [metrics.psnr(a, b) for a, b in zip(originals, frames, strict=True)]
         assert result.psnr_of_clips == pytest.approx(np.mean(each))
         assert result.bits_per_pixel == pytest.approx(bits / (13 * 32 * 32))
 
@@ -119,7 +117,7 @@ def test_ssim_and_lpips_are_means_over_frames_spread_over_each_clip(tokenizer, c
         pairs.append((original, tokenizer.reconstruct(file, num_tokens=16).frames[chosen]))
     originals, frames = (np.concatenate(side) for side in zip(*pairs, strict=True))
     (fixed,) = found.fixed()
-    assert fixed.ssim == pytest.approx(np.mean(image.ssim(originals, frames)))
+    assert fixed.ssim == pytest.approx(np.mean(metrics.ssim(originals, frames)))
     expected = np.mean(lpips_of_frames(weights, originals, frames))
     assert expected > 0 and fixed.lpips == pytest.approx(expected, rel=1e-4)
     assert found.under(THRESHOLD, "binary").lpips is not None
@@ -323,9 +321,9 @@ def run(*flags):
 def models(tokenizer, tmp_path_factory):
     """An elastic model and a baseline of the same shape, each in a folder."""
     folder = tmp_path_factory.mktemp("models")
-    checkpoint.save_pretrained(folder / "elastic", CONFIG, tokenizer.params)
+    checkpoints.save_pretrained(folder / "elastic", CONFIG, tokenizer.params)
     half = CONFIG.replace(mask_type="fixed_0.5")
-    checkpoint.save_pretrained(folder / "half", half, tokenizer.params)
+    checkpoints.save_pretrained(folder / "half", half, tokenizer.params)
     return f"{folder}/elastic,baseline={folder}/half"
 
 

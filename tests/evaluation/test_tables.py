@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.evaluation import tables
 from elastic.evaluation.records import Block, Evaluation, EvaluationConfig, Run, RunResult
 from elastic.evaluation.tables import RESULTS, check_folder
 from elastic.media.reader import write_image
-from elastic.model.autoencoder import init_params
+from elastic.model import init_params
 from scripts import evaluate, fit_curves
 
 CONFIG = ElasticTokConfig(
@@ -46,7 +46,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.02, np.float32), shapes)
-    checkpoint.save_pretrained(folder, CONFIG, params)
+    checkpoints.save_pretrained(folder, CONFIG, params)
     return folder
 
 

@@ -10,14 +10,10 @@ import pytest
 import safetensors.flax
 from checkpoint_cases import FSQ, file_tree, golden_config
 
-from elastic.checkpoints.params import (
-    CheckpointError,
-    convert_layout,
-    load_config,
-    load_params,
-    save_pretrained,
-)
-from elastic.io.tensors import BFLOAT16, flatten
+from elastic.checkpoints import load_config, load_params, save_pretrained
+from elastic.checkpoints.params import CheckpointError, convert_layout
+from elastic.io.tensors import BFLOAT16
+from elastic.io.tree import flatten
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

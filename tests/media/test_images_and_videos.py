@@ -12,17 +12,8 @@ import pytest
 from media_cases import CLIP, ffmpeg, gray_frames, psnr, read_one, texture
 from PIL import Image
 
-from elastic.media import images, video
-from elastic.media.reader import (
-    MediaError,
-    VideoWriter,
-    find_media,
-    is_media,
-    open_clip,
-    probe,
-    write_image,
-    write_video,
-)
+from elastic.media import find_media, images, is_media, open_clip, probe, video
+from elastic.media.reader import MediaError, VideoWriter, write_image, write_video
 
 # Bounded memory, lazy decoding
 

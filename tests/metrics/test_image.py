@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from elastic.metrics.image import psnr, psnr_of_mse, ssim
+from elastic.metrics import psnr, psnr_of_mse, ssim
 
 
 def pictures(*shape, seed=0):

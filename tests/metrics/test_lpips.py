@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elastic.io import restricted_pickle
 from elastic.io.safetensors_file import write_safetensors
-from elastic.io.tensors import flatten, unflatten
-from elastic.metrics import lpips, lpips_weights
-from elastic.metrics.lpips_weights import SHAPES, load_lpips_weights
+from elastic.io.tree import flatten, unflatten
+from elastic.metrics import load_lpips_weights, lpips_weights
+from elastic.metrics.lpips import lpips, lpips_of_frames, resize, vgg16
+from elastic.metrics.lpips_weights import SHAPES
 
 TOLERANCE = 1e-5
 
@@ -53,12 +55,12 @@ def pixels(images):
     return jnp.asarray(images.astype(np.float32) / np.float32(127.5) - 1)
 
 
-distance = jax.jit(lpips.lpips, static_argnames="dtype")
+distance = jax.jit(lpips, static_argnames="dtype")
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def mean_and_gradients(weights, a, b, *, dtype=jnp.float32):
-    loss = lambda a, b: jnp.mean(lpips.lpips(weights, a, b, dtype=dtype))  # noqa: E731
+    loss = lambda a, b: jnp.mean(lpips(weights, a, b, dtype=dtype))  # noqa: E731
     return jax.value_and_grad(loss, argnums=(0, 1))(a, b)
 
 
@@ -72,8 +74,8 @@ def test_distances_are_the_released_ones(table, weights, size):
 
 
 def test_resized_images_and_their_distances_are_the_released_ones(table, weights):
-    a, b = (lpips.resize(pixels(table[name])) for name in ("a_64", "b_64"))
-    smaller = lpips.resize(pixels(table["img256"]))
+    a, b = (resize(pixels(table[name])) for name in ("a_64", "b_64"))
+    smaller = resize(pixels(table["img256"]))
     for image, name in (
         (a, "resize_64_to_224_first_image_every8th"),
         (smaller, "resize_256_to_224_every8th"),
@@ -117,7 +119,7 @@ def test_bfloat16_operands_give_nearly_the_same_distance_and_direction(table, we
 
 
 def test_each_stage_is_half_as_large_as_the_one_before(weights):
-    shapes = jax.eval_shape(lambda: lpips.vgg16(weights, jnp.zeros((2, 50, 33, 3))))
+    shapes = jax.eval_shape(lambda: vgg16(weights, jnp.zeros((2, 50, 33, 3))))
     assert [stage.shape[1:] for stage in shapes] == [
         (50, 33, 64), (25, 16, 128), (12, 8, 256), (6, 4, 512), (3, 2, 512)
     ]  # fmt: skip
@@ -127,14 +129,14 @@ def test_each_stage_is_half_as_large_as_the_one_before(weights):
 def test_an_image_too_small_for_four_poolings_is_refused(weights):
     small = jnp.zeros((1, 15, 64, 3))
     with pytest.raises(ValueError, match=r"16 x 16 pixels or more, not \(15, 64\); use `resize`"):
-        lpips.lpips(weights, small, small)
+        lpips(weights, small, small)
 
 
 @pytest.mark.parametrize("num", [0, 1, 5])
 def test_frames_have_the_same_distances_in_batches(table, weights, num):
     """Five frames in batches of two: the last one is filled up."""
     a, b = (np.tile(table[name][:, :32, :32], (2, 1, 1, 1))[:num] for name in ("a_64", "b_64"))
-    found = lpips.lpips_of_frames(weights, a, b, batch_size=2)
+    found = lpips_of_frames(weights, a, b, batch_size=2)
     assert found.shape == (num,)
     if num:
         assert np.allclose(found, distance(weights, pixels(a), pixels(b)), atol=TOLERANCE)
@@ -249,7 +251,7 @@ def small_tree():
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_dicts_of_arrays_are_read_as_pickle_reads_them(protocol):
     data = pickle.dumps(small_tree(), protocol)
-    ours = lpips_weights._unpickled(data, pathlib.Path("x"))
+    ours = restricted_pickle._unpickled(data, pathlib.Path("x"))
     assert same(ours, small_tree())
     assert all(ours["b"][key].dtype == x.dtype for key, x in small_tree()["b"].items())
 
@@ -302,13 +304,13 @@ def test_a_pickle_cut_anywhere_or_with_any_byte_changed_is_never_more_than_refus
     path = pathlib.Path("some.ckpt")
     for end in range(len(data)):
         with pytest.raises(ValueError, match=r"some\.ckpt"):
-            lpips_weights._unpickled(data[:end], path)
+            restricted_pickle._unpickled(data[:end], path)
     rng = np.random.default_rng(1)
     for at in range(len(data)):
         changed = bytearray(data)
         changed[at] = rng.integers(256)
         try:
-            lpips_weights._unpickled(bytes(changed), path)
+            restricted_pickle._unpickled(bytes(changed), path)
         except ValueError as error:
             assert "some.ckpt" in str(error)
 

@@ -14,7 +14,8 @@ from elastic import ops
 from elastic.checkpoints.scan_layout import convert_layout
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
-from elastic.model.autoencoder import Batch, ElasticTok, dummy_batch, init_params
+from elastic.model import Batch, ElasticTok, init_params
+from elastic.model.autoencoder import dummy_batch
 from elastic.model.bottleneck import FSQ
 from elastic.model.layers import LayerStack, pairs_apart, rope_angles, rotate
 from elastic.ops.attention import ring

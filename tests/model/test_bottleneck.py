@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import released
 
-from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
+from elastic.model import make_bottleneck
+from elastic.model.bottleneck import FSQ, VAE
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 

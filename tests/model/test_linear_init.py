@@ -7,8 +7,7 @@ import pytest
 import released
 
 from elastic.config import ElasticTokConfig
-from elastic.model import token_masks
-from elastic.model.autoencoder import Batch, ElasticTok, init_params
+from elastic.model import Batch, ElasticTok, init_params, token_masks
 from elastic.model.linear_init import linear_start
 
 SMALL = dict(

@@ -7,6 +7,7 @@ import pytest
 import released
 
 from elastic.model import token_masks
+from elastic.ops.attention import block_mask
 
 
 def test_a_block_keeps_exactly_the_number_asked_for():
@@ -71,5 +72,5 @@ def test_dropping_the_tail_zeroes_it_and_nothing_else():
 
 def test_a_token_sees_its_own_block_and_earlier_ones():
     i, j = np.arange(5, 20), np.arange(24)
-    seen = token_masks.visible(jnp.asarray(i), jnp.asarray(j), block_size=6)
+    seen = block_mask.visible(jnp.asarray(i), jnp.asarray(j), block_size=6)
     assert (np.asarray(seen) == [[b // 6 <= a // 6 for b in j] for a in i]).all()

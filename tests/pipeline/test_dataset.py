@@ -16,12 +16,12 @@ from PIL import Image
 
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
-from elastic.io.tensors import locked
+from elastic.io.atomic import locked
 from elastic.media import reader
 from elastic.pipeline import dataset
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens.shards import TokenShards
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import TokenShards
 from scripts import tokenize_dataset as script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -12,17 +12,15 @@ import pytest
 from PIL import Image
 from small_models import CASES, CLIP, PHOTO, load_tokenizers
 
+from elastic import media, metrics
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
-from elastic.io.tensors import locked
+from elastic.io.atomic import locked
 from elastic.media import reader
-from elastic.metrics import image
-from elastic.pipeline import result_folder
+from elastic.pipeline import decode_files, result_folder
 from elastic.pipeline import tokenize_files as runs
-from elastic.tokenizer import resume
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens import npz_file
-from elastic.tokens.clip import TokenizedClip
+from elastic.tokenizer import ElasticTokenizer, resume
+from elastic.tokens import TokenizedClip, npz_file
 from scripts import decode as decode_script
 from scripts import inference as inference_script
 
@@ -89,7 +87,7 @@ def test_the_documented_command_writes_its_results(documented):
     assert report["totals"]["tokens"] == tokens.num_tokens
     assert [block["kept"] for block in report["blocks"]] == tokens.counts.tolist()
     assert all(block["passes"] >= 1 and block["seconds"] > 0 for block in report["blocks"])
-    with reader.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
+    with media.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
         assert (video.num_frames, video.rate) == (11, 4.0)
 
 
@@ -100,15 +98,15 @@ def test_the_token_file_decodes_to_the_frames_that_the_report_measured(documente
         f"{name}={flags[name]}" for name in ("--load_elastic_config", "--update_elastic_config")
     ]
     assert decode(f"--input_path={folder}/tokens.npz", f"--output_path={out}", *model) == 0
-    with reader.open_clip(out, resolution=32, rate=None) as video:
+    with media.open_clip(out, resolution=32, rate=None) as video:
         assert (video.num_frames, video.rate) == (11, 4.0)
     out.unlink()
     tokens = TokenizedClip.load(folder / "tokens.npz")
     tokenizer = ElasticTokenizer.from_pretrained(
         tokens.model_id, config=ElasticTokConfig(**CASES["fsq"]), window_blocks=4
     )
-    with reader.open_clip(golden / "media" / CLIP, resolution=32, rate=4, max_frames=11) as clip:
-        psnr = image.psnr(clip.read(), tokenizer.decode(tokens))
+    with media.open_clip(golden / "media" / CLIP, resolution=32, rate=4, max_frames=11) as clip:
+        psnr = metrics.psnr(clip.read(), tokenizer.decode(tokens))
     assert psnr == json.loads((folder / "report.json").read_text())["totals"]["psnr"]
 
 
@@ -195,7 +193,7 @@ def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path)
     assert "(an image, 32x32)" in runs.summary(run)
     tokens = TokenizedClip.load(tmp_path / "tokens.npz")
     assert tokens.is_image and len(tokens.blocks) == 1
-    runs.decode_to_file(tokenizer, tokens, tmp_path / "again.png", progress=False)
+    decode_files.decode_to_file(tokenizer, tokens, tmp_path / "again.png", progress=False)
     expected = tokenizer.reconstruct(golden / "media" / PHOTO, threshold=0.6)
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "again.png")), expected.frames[0]
@@ -312,7 +310,7 @@ def test_a_token_file_cannot_make_the_script_fetch_a_model(tokenizers, golden, t
     tokens = tokenizers["fsq"].encode(golden / "media" / PHOTO, num_tokens=8)
     foreign = TokenizedClip(**(vars(tokens) | {"model_id": "somebody/something"}))
     with pytest.raises(ValueError, match="name the model with --load_checkpoint"):
-        runs.model_of(foreign)
+        decode_files.model_of(foreign)
 
 
 def test_a_run_reads_its_frames_one_block_after_the_other(
@@ -376,9 +374,9 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
         + ["unfinished/tokens.part.past"] * copies
         + (["unfinished/tokens.npz", "unfinished/report.json"] if stage == "drawing" else [])
     )
-    part = runs.open_tokens(out / "unfinished" / "tokens.part")
-    runs.decode_to_file(tokenizers["fsq"], part, tmp_path / "so_far.mp4", progress=False)
-    with reader.open_clip(tmp_path / "so_far.mp4", resolution=32, rate=None) as clip:
+    part = decode_files.open_tokens(out / "unfinished" / "tokens.part")
+    decode_files.decode_to_file(tokenizers["fsq"], part, tmp_path / "so_far.mp4", progress=False)
+    with media.open_clip(tmp_path / "so_far.mp4", resolution=32, rate=None) as clip:
         assert clip.num_frames == (11 if stage == "drawing" else 8)
     again = runs.tokenize_file(tokenizers["fsq"], source, out, **how)
     assert names(out) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]

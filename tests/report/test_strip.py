@@ -9,17 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from elastic.report.strip import (
-    _MET,
-    _NOT_MET,
-    _bars,
-    build_report,
-    plot_report,
-    strip_frames,
-    strip_picture,
-    write_json,
-)
-from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.io.json_file import write_json
+from elastic.report import build_report, plot_report, strip_frames, strip_picture
+from elastic.report.strip import MET, NOT_MET, _bars
+from elastic.tokens import BlockTokens, TokenizedClip
 
 
 def make_clip(counts, losses, *, threshold, is_image=False) -> TokenizedClip:
@@ -144,10 +137,10 @@ def last_frame(counts, met):
 
 def test_the_chart_shows_how_many_tokens_and_which_blocks_missed_the_threshold():
     few, many = last_frame([16] * 8, [True] * 8), last_frame([32] * 8, [True] * 8)
-    assert area(many, _MET) == pytest.approx(2 * area(few, _MET), rel=0.05)
-    assert area(few, _NOT_MET) == area(many, _NOT_MET) == 0
+    assert area(many, MET) == pytest.approx(2 * area(few, MET), rel=0.05)
+    assert area(few, NOT_MET) == area(many, NOT_MET) == 0
     mixed = last_frame([32] * 8, [False, True] * 4)
-    assert area(mixed, _NOT_MET) == pytest.approx(area(mixed, _MET), rel=0.3)  # playhead, texts
+    assert area(mixed, NOT_MET) == pytest.approx(area(mixed, MET), rel=0.3)  # playhead, texts
 
 
 @given(
@@ -171,9 +164,9 @@ def test_an_image_gets_one_picture_with_a_bar():
         for n in (16, 32)
     ]
     assert pictures[0].shape == pictures[1].shape
-    assert area(pictures[1], _MET) == pytest.approx(2 * area(pictures[0], _MET), rel=0.02)
+    assert area(pictures[1], MET) == pytest.approx(2 * area(pictures[0], MET), rel=0.02)
     missed = strip_picture(original, original, count=64, tokens_per_block=64, met=False)
-    assert area(missed, _NOT_MET) > 0 and area(missed, _MET) == 0
+    assert area(missed, NOT_MET) > 0 and area(missed, MET) == 0
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tiny_run import MODELS
 
-from elastic.checkpoints import params
+from elastic import checkpoints
 from elastic.cli import app
-from elastic.model.autoencoder import init_params
+from elastic.model import init_params
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import SaveConfig
 from elastic.training.state import write_config
@@ -47,7 +47,7 @@ def source(tmp_path_factory):
             "nu": {"params": params_of(0)},
         },
     }
-    params.save_train_state(folder / "streaming_train_state", tree)
+    checkpoints.save_train_state(folder / "streaming_train_state", tree)
     write_config(folder, MODEL)
     return f"trainstate::{folder}/streaming_train_state"
 
@@ -58,7 +58,7 @@ def convert(source, path, *flags):
 
 
 def value_in(path):
-    found = params.load_params(f"params::{path}", MODEL)
+    found = checkpoints.load_params(f"params::{path}", MODEL)
     (value,) = {float(x) for leaf in jax.tree.leaves(found) for x in np.unique(leaf)}
     return value
 
@@ -86,7 +86,7 @@ def test_only_a_file_of_parameters_is_replaced(source, tmp_path, capsys):
         assert convert(source, path) == 1
         assert f"{path} exists and is no file of parameters" in capsys.readouterr().err
     assert (tmp_path / "diary.txt").read_text() == "dear diary"
-    assert params.load_train_state(state, MODEL)["step"] == 0
+    assert checkpoints.load_train_state(state, MODEL)["step"] == 0
     assert (
         convert(source, tmp_path / "new" / "config.json") == 1 and not (tmp_path / "new").exists()
     )

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.config import load_config
-from elastic.search.base import geometric_counts, make_search, run_search
-from elastic.search.curve_prior import FILE_NAME, CurvePrior, features, fit, load_prior
+from elastic.search import CurvePrior, geometric_counts, load_prior, make_search, run_search
+from elastic.search.curve_prior import FILE_NAME, features, fit
 from elastic.search.predict import GUESSES
 from elastic.search.rate_curve import Curve, Memory, points_of
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.search.base import geometric_counts, make_search, run_search, search_names
+from elastic.search import geometric_counts, make_search, run_search, search_names
 
 LOSSES = st.floats(0, 1, width=32)
 

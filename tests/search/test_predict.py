@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.search.base import make_search, run_search
+from elastic.search import make_search, run_search
 from elastic.search.predict import GUESSES
 from elastic.search.rate_curve import Curve, Memory, Point, points_of
 

@@ -3,9 +3,9 @@
 import functools
 from pathlib import Path
 
-from elastic.checkpoints.params import load_params
+from elastic.checkpoints import load_params
 from elastic.config import ElasticTokConfig
-from elastic.io.tensors import flatten
+from elastic.io.tree import flatten
 
 
 def golden_config(case: str, *, scan_layers: bool = True) -> ElasticTokConfig:

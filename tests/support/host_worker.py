@@ -11,7 +11,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 from tiny_run import MODELS, settings  # noqa: E402
 
-from elastic.distributed.mesh import Hosts, join_hosts  # noqa: E402
+from elastic.distributed.hosts import Hosts, join_hosts  # noqa: E402
 from elastic.training.loop import train  # noqa: E402
 
 process, port, clips, folder, *meshes = sys.argv[1:]

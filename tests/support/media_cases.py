@@ -6,7 +6,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from elastic.media.reader import open_clip
+from elastic.media import open_clip
 
 CLIP = "media/clip_160x120_30fps_97f.mp4"
 PATCH = {"fsq": (1, 8, 8), "vae": (2, 8, 8)}

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elastic.checkpoints.params import load_params
+from elastic.checkpoints import load_params
 from elastic.config import ElasticTokConfig
-from elastic.model.autoencoder import Batch
+from elastic.model import Batch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 # For programs that run once: nearly half of the compiler's time saved, by code that is not optimized.

@@ -5,10 +5,10 @@ import pathlib
 
 import jax
 
-from elastic.checkpoints.params import load_params
+from elastic.checkpoints import load_params
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer
 
 CLIP, PHOTO = "clip_160x120_30fps_97f.mp4", "img_101x67.png"
 SIZES = dict(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from elastic.config import ElasticTokConfig
-from elastic.data.dataset import DataConfig
+from elastic.data.config import DataConfig
 from elastic.media import reader
 from elastic.training.config import LogConfig, SaveConfig, TrainConfig
 from elastic.training.optimizer import OptimizerConfig

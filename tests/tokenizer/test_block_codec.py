@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints
 from elastic.config import ElasticTokConfig
-from elastic.model import token_masks
-from elastic.model.autoencoder import Batch, ElasticTok, param_shapes
+from elastic.model import Batch, ElasticTok, param_shapes, token_masks
 from elastic.patches import to_unit_range
 from elastic.tokenizer.block_codec import Codec
 
@@ -22,7 +21,7 @@ def case(request, golden):
     released = json.loads((folder / "meta.json").read_text())["config"]
     config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": request.param})
     params = jax.device_put(
-        checkpoint.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
+        checkpoints.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
     )
     patches = np.load(folder / "inputs.npz")["vision"].reshape(2, 4, 32, -1)
     return config, params, patches, np.load(folder / "kvcache.npz")

@@ -10,14 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import load_tokenizer as load
 
+from elastic import media
 from elastic.distributed.mesh import make_mesh
-from elastic.media import reader as media
-from elastic.tokenizer import resume
+from elastic.tokenizer import ElasticTokenizer, resume
 from elastic.tokenizer.resume import RecordingError
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens.clip import BlockTokens
-from elastic.tokens.npz_file import TokenFileError
-from elastic.tokens.stream_file import TokenStreamWriter, read_token_stream
+from elastic.tokens import BlockTokens, TokenFileError, read_token_stream
+from elastic.tokens.stream_file import TokenStreamWriter
 
 THRESHOLD = {"fsq": 0.522, "vae": 0.5}
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from small_models import load_tokenizer as load
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints, media
 from elastic.distributed.mesh import make_mesh
-from elastic.media import reader as media
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokens import BlockTokens, TokenizedClip
 
 
 @pytest.mark.parametrize("mesh_dim", ["!1,1,2,1", "1,1,1,4", "1,1,2,2"])
@@ -140,7 +139,7 @@ def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):
     other = load(golden, "vae" if tokenizer.config.bottleneck_type == "fsq" else "fsq")
     with pytest.raises(ValueError, match="load the model that made them"):
         other.decode(tokenizer.encode(clip[:4], num_tokens=12))
-    checkpoint.save_params(tmp_path / "params", tokenizer.params)
+    checkpoints.save_params(tmp_path / "params", tokenizer.params)
     with pytest.raises(ValueError, match=r"no config.json beside it"):
         ElasticTokenizer.from_pretrained(f"params::{tmp_path}/params")
 

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints, media
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
-from elastic.media import reader as media
-from elastic.metrics.image import psnr_of_mse
-from elastic.search.base import geometric_counts
-from elastic.tokenizer.tokenizer import ElasticTokenizer
-from elastic.tokenizer.two_pass import Budget, threshold_of_psnr, tokens_of_bitrate
-from elastic.tokens.clip import TokenizedClip
+from elastic.metrics import psnr_of_mse
+from elastic.search import geometric_counts
+from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer.targets import threshold_of_psnr, tokens_of_bitrate
+from elastic.tokenizer.two_pass import Budget
+from elastic.tokens import TokenizedClip
 
 
 @pytest.fixture(scope="module", params=["fsq", "vae"])
@@ -23,7 +23,7 @@ def tokenizer(request, golden):
     folder = golden / request.param
     released = json.loads((folder / "meta.json").read_text())["config"]
     config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": request.param})
-    params = checkpoint.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
+    params = checkpoints.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
     return ElasticTokenizer(config, params, mesh=make_mesh("1,1,1,1", jax.devices()[:1]))
 
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.tokens import npz_file
-from elastic.tokens.clip import BlockTokens, TokenFileError, TokenizedClip
+from elastic.tokens import BlockTokens, TokenizedClip, npz_file
+from elastic.tokens.clip import TokenFileError
 
 FINITE = st.floats(-(2.0**99), 2.0**99, width=32)
 

@@ -9,11 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from elastic.tokens import BlockTokens, TokenFileError, TokenizedClip, TokenShards, write_shard
 from elastic.tokens import shards as token_shards
 from elastic.tokens.batches import BEGIN, CONTINUE, END, PAD, Vocabulary, token_batches
-from elastic.tokens.clip import BlockTokens, TokenizedClip
-from elastic.tokens.npz_file import TokenFileError
-from elastic.tokens.shards import TokenShards, write_shard
 
 SIZES = {"fsq": 64_000, "large fsq": 100_000, "vae": None}  # codebooks: 2 and 4 bytes an index
 FULL, WIDTH = 24, 3  # tokens of a block, numbers of a vector

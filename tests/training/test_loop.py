@@ -17,20 +17,21 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, numbers, records, settings
 
+from elastic import checkpoints
 from elastic.checkpoints import float8
-from elastic.checkpoints import params as checkpoint
 from elastic.cli import app
 from elastic.config import load_config
 from elastic.data.dataset import DataPosition
 from elastic.distributed.mesh import make_mesh
-from elastic.io.tensors import flatten
-from elastic.model.autoencoder import init_params
-from elastic.tokenizer.tokenizer import ElasticTokenizer
+from elastic.io.tree import flatten
+from elastic.model import init_params
+from elastic.tokenizer import ElasticTokenizer
 from elastic.training import loop as training
 from elastic.training import state as train_state
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig
-from elastic.training.loop import Feed, train
+from elastic.training.feed import Feed
+from elastic.training.loop import train
 from elastic.training.optimizer import OptimizerConfig
 from elastic.training.throughput import Recorder
 from scripts import train as train_script
@@ -60,7 +61,7 @@ def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, ki
     assert names(tmp_path / "checkpoints") == ["00000030"]
 
     for spec in ("pretrained", "params", "streaming_train_state"):
-        params = checkpoint.load_params(tmp_path / spec, MODELS[kind])
+        params = checkpoints.load_params(tmp_path / spec, MODELS[kind])
         jax.tree.map(np.testing.assert_array_equal, params, jax.device_get(state.params))
     tokenizer = ElasticTokenizer.from_pretrained(tmp_path / "pretrained")
     assert tokenizer.config == load_config(str(tmp_path)) == MODELS[kind]
@@ -223,7 +224,7 @@ def test_milestones_stay_in_both_formats_and_other_checkpoints_go(clips, tmp_pat
     assert names(tmp_path / "checkpoints") == ["00000002", "00000004", "00000005"]
     assert names(tmp_path / "milestones") == ["00000002", "00000004"]
     milestone = tmp_path / "milestones" / "00000004"
-    state = checkpoint.load_train_state(milestone, MODELS["vae"])
+    state = checkpoints.load_train_state(milestone, MODELS["vae"])
     assert int(state["step"]) == 4
     position = DataPosition.load(milestone / "data_position.json")
     assert position.batches == 4
@@ -242,7 +243,7 @@ def test_the_script_takes_parameters_out_of_states_and_checkpoints(clips, tmp_pa
     train(settings(clips, tmp_path, total_steps=2), MODELS["vae"])
     script = trainstate_to_params_only
     bf16 = jax.tree.map(
-        lambda x: x.astype("bfloat16"), checkpoint.load_params(tmp_path / "params", MODELS["vae"])
+        lambda x: x.astype("bfloat16"), checkpoints.load_params(tmp_path / "params", MODELS["vae"])
     )
     for number, source in enumerate(
         (f"trainstate::{tmp_path}/streaming_train_state", f"{tmp_path}/checkpoints/00000002")
@@ -250,7 +251,7 @@ def test_the_script_takes_parameters_out_of_states_and_checkpoints(clips, tmp_pa
         path = tmp_path / f"out{number}" / "params"
         command = [f"--load_checkpoint={source}", f"--output_path={path}"]
         assert app.run(script.CONVERT, script.convert, command) == 0
-        found = checkpoint.load_params(f"params::{path}", checkpoint.load_config(path))
+        found = checkpoints.load_params(f"params::{path}", checkpoints.load_config(path))
         jax.tree.map(np.testing.assert_array_equal, found, bf16)
     cut = tmp_path / "cut"
     cut.write_bytes((tmp_path / "streaming_train_state").read_bytes()[:-2000])
@@ -326,7 +327,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_many_stop_the_run(clip
 
 def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
     state = train(settings(clips, tmp_path, ema_decay=0.5, total_steps=3), MODELS["vae"]).state
-    params = checkpoint.load_params(tmp_path / "pretrained", MODELS["vae"])
+    params = checkpoints.load_params(tmp_path / "pretrained", MODELS["vae"])
     assert_equal_states(params, state.ema)
     again = train(settings(clips, tmp_path, ema_decay=0.5), MODELS["vae"]).state
     whole = train(settings(clips, tmp_path / "whole", ema_decay=0.5), MODELS["vae"]).state
@@ -339,11 +340,11 @@ def test_a_run_for_float8_trains_with_the_weights_that_it_stores(clips, tmp_path
     """Its loss and gradient are those of the rounded parameters, and these are what comes out."""
     model = MODELS["fsq"]
     start = jax.device_get(init_params(model, jax.random.key(1)))
-    checkpoint.save_params(tmp_path / "start", start)
+    checkpoints.save_params(tmp_path / "start", start)
     rounded = jax.device_get(float8.rounded(start))
     for path, x in flatten(start).items():
         assert float8.is_matrix(path) == bool((flatten(rounded)[path] != x).any())
-    checkpoint.save_params(tmp_path / "rounded_start", rounded)
+    checkpoints.save_params(tmp_path / "rounded_start", rounded)
     terms = {}
     for name, float_dtype in {"rounded": "fp32", "fp8": "fp8"}.items():
         begin = tmp_path / ("start" if float_dtype == "fp8" else "rounded_start")
@@ -354,7 +355,7 @@ def test_a_run_for_float8_trains_with_the_weights_that_it_stores(clips, tmp_path
     assert terms["fp8"] == terms["rounded"]
     used = flatten(jax.device_get(float8.rounded(state.params)))
     for stored in ("params", "pretrained"):
-        found = flatten(checkpoint.load_params(tmp_path / "fp8" / stored, model, dtype="fp32"))
+        found = flatten(checkpoints.load_params(tmp_path / "fp8" / stored, model, dtype="fp32"))
         for path, x in used.items():
             expected = x if float8.is_matrix(path) else x.astype(ml_dtypes.bfloat16)
             np.testing.assert_array_equal(found[path], expected, str(path))

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
-from elastic.metrics.lpips_weights import load_lpips_weights
-from elastic.model.autoencoder import Batch, ElasticTok
+from elastic.metrics import load_lpips_weights
+from elastic.model import Batch, ElasticTok
 from elastic.patches import patchify
 from elastic.training import loss as losses
 from elastic.training.loss import training_loss

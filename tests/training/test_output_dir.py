@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny_run import MODELS, make_clips, settings
 
-from elastic.checkpoints import params as checkpoint
+from elastic import checkpoints
 from elastic.training import loop as training
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, SaveConfig
@@ -48,7 +48,7 @@ def test_a_milestone_that_was_not_written_is_written_when_the_run_goes_on(clips,
     assert not (tmp_path / "milestones").exists()
     train(dataclasses.replace(run, save=SaveConfig(milestone_freq=2)), MODEL)
     milestone = tmp_path / "milestones" / "00000002"
-    written = checkpoint.load_train_state(milestone, MODEL)
+    written = checkpoints.load_train_state(milestone, MODEL)
     assert int(written["step"]) == 2 and (milestone / "data_position.json").exists()
     jax.tree.map(np.testing.assert_array_equal, written["params"]["params"], state.params)
 

@@ -10,10 +10,10 @@ import pytest
 import released
 from flax.traverse_util import flatten_dict
 
-from elastic.checkpoints.params import load_train_state
+from elastic.checkpoints import load_train_state
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
-from elastic.model.autoencoder import ElasticTok
+from elastic.model import ElasticTok
 from elastic.training.loss import training_loss
 from elastic.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from elastic.training.state import restore_state, state_tree

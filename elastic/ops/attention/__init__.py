@@ -1,0 +1,1 @@
+"""Block-causal attention: one entrance, several implementations."""

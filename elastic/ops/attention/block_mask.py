@@ -150,3 +150,13 @@ def _ranges(meet: Bool[Array, "b i j"], plain: Bool[Array, "b i j"]) -> Visits:
     broken = ~plain & (index >= begin[..., None])
     until = jnp.min(jnp.where(broken, index, size), axis=-1)
     return Visits(*(x.astype(jnp.int32) for x in (first, begin, until, end)))
+
+
+def visible(
+    q_position: Int[Array, "q"], kv_position: Int[Array, "k"], *, block_size: int
+) -> Bool[Array, "q k"]:
+    """The block-causal rule for a tile of positions: a token sees its own block and earlier ones.
+
+    Dense over its arguments: call it with a tile, or in the reference implementation.
+    """
+    return (kv_position // block_size)[None, :] <= (q_position // block_size)[:, None]

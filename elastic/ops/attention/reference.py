@@ -6,7 +6,7 @@ Makes an array of queries x keys; for tests, and for those who ask for it by nam
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from elastic.model import token_masks
+from elastic.ops.attention import block_mask
 
 
 def attend(
@@ -28,7 +28,7 @@ def attend(
     logits = _product("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
     j = jnp.arange(k.shape[1])
     seen = (
-        token_masks.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size)
+        block_mask.visible(q_start + jnp.arange(q.shape[1]), j, block_size=block_size)
         & (j < kv_length)[None, :]
     )
     seen = seen[None, None]

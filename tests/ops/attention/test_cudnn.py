@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
-from test_pallas_gpu import piece
+from attention_cases import piece
 
 from elastic.ops.attention import blockwise, cudnn, dispatch
 from elastic.ops.attention.base import (

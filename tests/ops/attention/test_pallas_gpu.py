@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
+from attention_cases import normal, piece
 from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
@@ -30,27 +31,6 @@ PIECES = {
         queries=20, keys=40, dim=256, block=20, q_start=20, hidden=True
     ),
 }
-
-
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def piece(
-    *, queries, keys, dim, block, q_start=0, kv_start=0, kv_length=None, segments=False, hidden=False,
-    q_tile=16, kv_tile=32,
-):  # fmt: skip
-    """q, k, v, a cotangent, what may be seen, options; two heads of two batch elements."""
-    rng = np.random.default_rng(queries + keys)
-    q, k, v, dout = (normal(rng, 4, n, dim) for n in (queries, keys, keys, queries))
-    kv_length = kv_start + keys if kv_length is None else kv_length
-    scope = Scope(*map(jnp.int32, (q_start, kv_start, kv_length, 0)))
-    if segments:
-        ids = (jnp.asarray(rng.integers(0, 2, (2, n))) for n in (queries, keys))
-        scope = scope._replace(**dict(zip(("q_segments", "kv_segments"), ids, strict=True)))
-    if hidden:
-        scope = scope._replace(valid=jnp.asarray(rng.random((2, keys)) < 0.6))
-    return (q, k, v, dout), scope, Options(block, q_tile, kv_tile, 2)
 
 
 @functools.partial(released.quick_jit, static_argnums=(0, 3))

@@ -1,0 +1,60 @@
+"""Nested dicts and their flat form, keyed by paths of names."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+KeyPath = tuple[str, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as asked; the message says which file, which tensor, why."""
+
+
+def show(path: KeyPath) -> str:
+    """A key path for messages; what a file names is never printed raw or at any length."""
+    name = "/".join(path)
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= 200 else f"{name[:197]}..."
+
+
+def flatten(tree: Mapping[str, Any], prefix: KeyPath = ()) -> dict[KeyPath, Any]:
+    """`{'a': {'b': x}}` -> `{('a', 'b'): x}`, in the tree's order; empty branches vanish."""
+    flat: dict[KeyPath, Any] = {}
+    for key, value in tree.items():
+        if not isinstance(key, str) or not key:
+            raise CheckpointError(f"Key {key!r} under '{show(prefix)}' is not a name; use strings.")
+        if isinstance(value, Mapping):
+            flat |= flatten(value, (*prefix, key))
+        elif value is not None:
+            flat[(*prefix, key)] = value
+    return flat
+
+
+def unflatten(flat: Mapping[KeyPath, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`, in the order of `flat`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        branch = tree
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = value
+    return tree
+
+
+def check_paths(paths: Iterable[KeyPath], file: Path) -> None:
+    """Raises `CheckpointError` unless the paths are distinct and none lies under another one."""
+    seen: set[KeyPath] = set()
+    branches: set[KeyPath] = set()
+    for path in paths:
+        if not path or not all(path):
+            raise CheckpointError(f"{file}: a tensor has an empty name ({list(path)}).")
+        above = [path[:depth] for depth in range(1, len(path))]
+        if path in seen:
+            raise CheckpointError(f"{file}: tensor '{show(path)}' is in the file twice.")
+        if path in branches or not seen.isdisjoint(above):
+            raise CheckpointError(
+                f"{file}: '{show(path)}' is both a tensor and a branch of tensors."
+            )
+        seen.add(path)
+        branches.update(above)

@@ -1,0 +1,55 @@
+"""Which model a command means, and one line about it."""
+
+from typing import Any
+
+import numpy as np
+
+from elastic import checkpoints
+from elastic.config import ElasticTokConfig, load_config, update_config
+from elastic.ops import choose_implementation
+from elastic.tokenizer import ElasticTokenizer
+
+
+def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -> ElasticTokConfig:
+    """The model's shape: `preset`, else the config.json beside the checkpoint; then `changes`.
+
+    Raises:
+      ValueError: there is neither, or an option is unknown or out of range.
+    """
+    config = load_config(preset) if preset else checkpoints.load_config(checkpoint_spec)
+    if config is None:
+        raise ValueError(
+            f"{checkpoint_spec!r} has no config.json beside it; say what the model is with "
+            "--load_elastic_config (200m for the released ones) and --update_elastic_config."
+        )
+    return update_config(config, changes)
+
+
+def describe(tokenizer: ElasticTokenizer) -> str:
+    """One line: the model, the devices and the kernel."""
+    config, mesh, codec = tokenizer.config, tokenizer.mesh, tokenizer.codec
+    sizes = [np.size(leaf) for leaf in _leaves(tokenizer.weights)]
+    axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+    devices = mesh.devices.flat
+    kernel = choose_implementation(
+        config.attention_implementation,
+        head_dim=config.head_dim,
+        dtype=tokenizer.codec.dtype,
+        mesh=mesh,
+    )
+    return (
+        f"Model {tokenizer.model_id}: {config.bottleneck_type}, {sum(sizes) / 1e6:.1f} M parameters, "
+        f"{config.min_toks} to {config.max_toks} tokens per block of {config.frames_per_block} "
+        f"frames at {config.resolution}x{config.resolution}; {tokenizer.window_blocks} blocks of "
+        f"context, whose past takes {codec.past_bytes() / 1e6:,.0f} MB ({codec.trial_bytes() / 1e6:,.1f} MB a block); "
+        f"{mesh.size} x {devices[0].device_kind} ({axes}); attention {kernel!r}, "
+        f"{tokenizer.codec.dtype} products."
+    )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return (
+        [leaf for child in tree.values() for leaf in _leaves(child)]
+        if isinstance(tree, dict)
+        else [tree]
+    )

@@ -1,0 +1,66 @@
+"""report.json: what was tokenized, with what, and what it cost."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from elastic.tokens import TokenizedClip
+
+
+def build_report(
+    clip: TokenizedClip,
+    *,
+    per_block: Sequence[Mapping[str, Any]],
+    totals: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The report of one run, ready for `write_json`.
+
+    Args:
+      clip: the tokens; the source of every count, loss and `met`.
+      per_block: for each block what only the run knows, such as `passes` and `seconds`.
+      totals: the same for the whole run, such as `seconds` (of the whole run) and `psnr` in dB.
+
+    Returns:
+      `clip` (what was tokenized and how), `totals` and `blocks`.
+
+    Raises:
+      ValueError: `per_block` has not one entry for each block.
+    """
+    if len(per_block) != len(clip.blocks):
+        raise ValueError(f"{len(per_block)} entries for {len(clip.blocks)} blocks; give one each.")
+    blocks = [
+        {**measured, "kept": block.num_kept, "loss": block.loss, "met": block.met_threshold}
+        for block, measured in zip(clip.blocks, per_block, strict=True)
+    ]
+    counts = clip.counts
+    met = sum(block.met_threshold for block in clip.blocks)
+    sums: dict[str, Any] = {
+        "frames": clip.num_frames,
+        "blocks": len(blocks),
+        "blocks_met": met,
+        "blocks_not_met": len(blocks) - met,
+        "tokens": clip.num_tokens,
+        "mean_tokens": clip.mean_tokens,
+        "min_tokens": int(counts.min()),
+        "max_tokens": int(counts.max()),
+        "share_of_tokens": clip.mean_tokens / clip.tokens_per_block,
+        "bits": clip.num_bits,
+        "bits_per_pixel": clip.bits_per_pixel,
+        "compression_ratio": clip.compression_ratio,
+        "mean_loss": float(np.mean([block.loss for block in clip.blocks])),
+    }
+    if all("passes" in block for block in blocks):
+        sums["passes"] = sum(block["passes"] for block in blocks)
+        sums["passes_per_block"] = sums["passes"] / len(blocks)
+    seconds = totals.get("seconds")
+    if seconds:
+        sums["frames_per_second"] = clip.num_frames / seconds
+    about = {
+        name: getattr(clip, name)
+        for name in (
+            "model_id config_hash bottleneck_type codebook_size resolution source rate is_image "
+            "frames_per_block tokens_per_block threshold search window_blocks context"
+        ).split()
+    }
+    return {"clip": about, "totals": {**totals, **sums}, "blocks": blocks}
