@@ -191,11 +191,11 @@ def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -
     stored = "uint16" if dtype == "bfloat16" and jax.default_backend() == "cpu" else dtype
     cache = jnp.zeros((1, 1, HEADS, 16 * block, HEAD_DIM), stored)
     attend = jax.jit(
-        lambda q, past: ops.attention_with_past(q, k, v, past=past, layer=jnp.int32(0), **options)
+        lambda q, past: ops.attention_with_cache(q, k, v, past=past, layer=jnp.int32(0), **options)
     )
 
     def timed(filled: int) -> float:
-        past = ops.Past(cache, cache, jnp.full(1, filled * block, jnp.int32))
+        past = ops.KVCache(cache, cache, jnp.full(1, filled * block, jnp.int32))
         return median_seconds(lambda: attend(q, past), repeats)
 
     seconds = {filled: timed(filled) for filled in (1, 4, 16)}

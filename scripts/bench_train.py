@@ -73,7 +73,7 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     from elastic.model import ElasticTok
     from elastic.model.flops import peak_flops, training_flops
     from elastic.training.config import TrainConfig
-    from elastic.training.feed import Feed
+    from elastic.training.feed import DeviceBatches
     from elastic.training.optimizer import make_optimizer
     from elastic.training.state import first_state, state_layout
     from elastic.training.step import step_program
@@ -97,7 +97,9 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
     step = step_program(config, model, optimizer, layout[1])
     vgg = load_lpips_weights() if options["lpips"] else None
-    batch = Feed(mesh, config.data, elastic).placed(random_sequences(elastic, batch_size, length))
+    batch = DeviceBatches(mesh, config.data, elastic).placed(
+        random_sequences(elastic, batch_size, length)
+    )
 
     times = []
     for number in range(options["repeats"] + 2):
@@ -131,14 +133,14 @@ def random_sequences(elastic: Any, batch_size: int, length: int) -> Any:
     """A batch of noise, one file a sequence."""
     import numpy as np
 
-    from elastic.data.dataset import Sequences
+    from elastic.data.dataset import HostBatch
 
     blocks = (batch_size, length // elastic.tokens_per_block)
     pixels = np.random.default_rng(0).integers(
         0, 256, (batch_size, length, elastic.patch_dim), np.uint8
     )
     places = np.broadcast_to(np.arange(blocks[1], dtype=np.int32), blocks)
-    return Sequences(pixels, np.zeros(blocks, np.int32), places, np.ones(blocks, bool))
+    return HostBatch(pixels, np.zeros(blocks, np.int32), places, np.ones(blocks, bool))
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ def fit_curves(flags: app.Values) -> int:
 
     from elastic import checkpoints, media
     from elastic.distributed import cpu_devices, mesh
-    from elastic.io.atomic import atomic_file
+    from elastic.io.atomic import atomic_open
     from elastic.pipeline import load_model, tokenize_files
     from elastic.search import curve_prior, geometric_counts, make_search
-    from elastic.tokenizer.scheduler import Lanes
+    from elastic.tokenizer.scheduler import BatchScheduler
 
     cpu_devices.set_up_cpu()
     files = list(tokenize_files.find_inputs(flags["input_path"]))
@@ -82,7 +82,7 @@ def fit_curves(flags: app.Values) -> int:
         window_blocks=1,
         search_width=_WIDTH,
     )
-    lanes = Lanes(tokenizer.codec, tokenizer.weights, width=_WIDTH)
+    lanes = BatchScheduler(tokenizer.codec, tokenizer.weights, width=_WIDTH)
     search = make_search(
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
@@ -111,7 +111,7 @@ def fit_curves(flags: app.Values) -> int:
             "folder of images or videos."
         )
     prior = curve_prior.fit(blocks, np.array(losses), counts=counts, patch_size=config.patch_size)
-    with atomic_file(folder / curve_prior.FILE_NAME) as written:
+    with atomic_open(folder / curve_prior.FILE_NAME) as written:
         written.write(prior.to_json().encode())
     print(
         f"{len(blocks)} blocks of {len(files) - len(bad)} clips; a guess is {prior.residual:.3f} off in log loss."

@@ -93,7 +93,7 @@ def check_output(path: pathlib.Path) -> None:
       ValueError: what lies at `path` is something else, a training state too.
     """
     from elastic.checkpoints.resolve import PARAMS, index_tensors
-    from elastic.checkpoints.validate import content
+    from elastic.checkpoints.validate import checkpoint_kind
     from elastic.io.tree import CheckpointError
     from elastic.training.state import CONFIG_FILE
 
@@ -104,7 +104,7 @@ def check_output(path: pathlib.Path) -> None:
     if not os.path.lexists(path):
         return
     try:
-        ours = path.is_file() and content(index_tensors(path)) == PARAMS
+        ours = path.is_file() and checkpoint_kind(index_tensors(path)) == PARAMS
     except CheckpointError:
         ours = False
     if not ours:
@@ -155,9 +155,9 @@ def check_config(path: pathlib.Path, config: "ElasticTokConfig") -> bool:
 def kept_in_file(source: str) -> str:
     """Which parameters `load_params` gives, in words."""
     from elastic.checkpoints.resolve import PARAMS, index_tensors, resolve
-    from elastic.checkpoints.validate import content
+    from elastic.checkpoints.validate import checkpoint_kind
 
-    if content(index_tensors(resolve(source)[0])) == PARAMS:
+    if checkpoint_kind(index_tensors(resolve(source)[0])) == PARAMS:
         return f"those of {source}, which is no training state"
     return (
         "the parameters of the last step; a running mean (--ema_decay), if the run kept one, is in its checkpoints and in the "

@@ -18,13 +18,13 @@ from elastic import ops
 from elastic.aot import hlo, targets
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.data.config import sequence_length
-from elastic.data.dataset import Sequences
+from elastic.data.dataset import HostBatch
 from elastic.distributed.sharding import fitting_spec, param_shardings
 from elastic.io.tree import unflatten
 from elastic.metrics import lpips_weights
 from elastic.model import ElasticTok, flops, param_shapes
 from elastic.ops.attention import blockwise
-from elastic.ops.attention.base import Options
+from elastic.ops.attention.base import StaticArgs
 from elastic.tokenizer.block_codec import Codec
 from elastic.training.config import TrainConfig
 from elastic.training.optimizer import make_optimizer
@@ -84,7 +84,7 @@ def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Tr
         jax.ShapeDtypeStruct(blocks, jnp.int32, sharding=rows),
         jax.ShapeDtypeStruct(blocks, jnp.bool_, sharding=rows),
     )
-    sequences = Sequences(*shapes)
+    sequences = HostBatch(*shapes)
     whole = NamedSharding(mesh, P())
     vgg = None
     if elastic.lpips_loss_ratio:
@@ -112,7 +112,7 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
 
     def cached(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = ops.past_spec(mesh, 1, elastic.num_attention_heads) if leaf.ndim > 1 else P()
+        spec = ops.cache_spec(mesh, 1, elastic.num_attention_heads) if leaf.ndim > 1 else P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     arguments = (
@@ -230,7 +230,7 @@ def tiles(
     name: str, elastic: ElasticTokConfig, num_queries: int, num_keys: int, dtype: str
 ) -> tuple[int, int]:
     """The tiles (queries, keys) that the attention kernel uses on one device."""
-    options = Options(
+    options = StaticArgs(
         elastic.tokens_per_block,
         elastic.scan_query_chunk_size,
         elastic.scan_key_chunk_size,

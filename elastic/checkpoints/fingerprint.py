@@ -21,7 +21,7 @@ SIZE = 16
 def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
     """`SIZE` numbers made of all parameters; stacked and numbered layers, and bfloat16 as its bits, give the same."""
     total = np.zeros(SIZE)
-    numpy = jax.tree.map(lambda leaf: np.asarray(bf16_bits.show(leaf)), dict(params))
+    numpy = jax.tree.map(lambda leaf: np.asarray(bf16_bits.from_bits(leaf)), dict(params))
     for path, leaf in flatten(convert_layout(numpy, scan_layers=False)).items():
         values = np.ravel(np.asarray(leaf, np.float32))
         if missing := -len(values) % (2 * SIZE):

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from elastic.io.tensors import BFLOAT16, FLOAT8
-from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 
 _MOST_CHANGE = 0.05  # of a matrix by rounding, root mean square
 
@@ -48,7 +48,7 @@ def as_stored(params: Mapping[str, Any]) -> dict[str, Any]:
             change = _size(flat[path].astype(np.float32) - values) / _size(values)
             if not change <= _MOST_CHANGE:  # NaN too: what is above 448
                 raise CheckpointError(
-                    f"'{show(path)}' would lose too much in float8, which holds 0.002 to 448: rounding changes it by "
+                    f"'{path_name(path)}' would lose too much in float8, which holds 0.002 to 448: rounding changes it by "
                     f"{change:.1%}, at most {_MOST_CHANGE:.0%} is allowed; store it as 'bf16'."
                 )
     return unflatten(flat)

@@ -30,19 +30,19 @@ from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE, index_tensors, reso
 from elastic.checkpoints.scan_layout import convert_layout, stacked_homes
 from elastic.checkpoints.validate import (
     STATE_PARAMS,
-    check_fit,
     check_whole_state,
-    content,
+    checkpoint_kind,
     missing_parts,
     param_groups,
+    validate_tensors,
 )
 from elastic.config import ElasticTokConfig
 from elastic.config import load_config as read_config
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 from elastic.io.msgpack_stream import write_stream
 from elastic.io.safetensors_file import write_safetensors
 from elastic.io.tensors import BFLOAT16, FLOAT8, Tensor, is_float, read_into
-from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 
 __all__ = [
     "CheckpointError",
@@ -99,19 +99,19 @@ def load_params(
     """
     path, wanted = resolve(spec, revision=revision, local_files_only=local_files_only)
     tensors = index_tensors(path)
-    holds = content(tensors)
+    holds = checkpoint_kind(tensors)
     if wanted is not None and wanted != holds:
         way = "params" if holds == PARAMS else "trainstate_params"
         raise CheckpointError(f"{path} holds {holds}, not {wanted}; load it as {way}::{path}.")
     groups = param_groups(tensors)
     prefix = STATE_PARAMS if holds == TRAIN_STATE else next(iter(groups))
     found = groups.pop(prefix, {})
-    check_fit(found, prefix, config, path)
+    validate_tensors(found, prefix, config, path)
     if holds == TRAIN_STATE:
         check_whole_state([tensor.path for tensor in tensors], path)
     elif groups:
         raise CheckpointError(
-            f"{path} holds more than one parameter tree: '{show(next(iter(groups)))}' too."
+            f"{path} holds more than one parameter tree: '{path_name(next(iter(groups)))}' too."
         )
     flat = _read(
         path, found, scan_layers=config.scan_layers, dtype=_float_dtype(dtype), progress=progress
@@ -138,15 +138,15 @@ def load_train_state(
     """
     file, _ = resolve(path, names=("streaming_train_state",), local=True)
     tensors = index_tensors(file)
-    if content(tensors) != TRAIN_STATE:
+    if checkpoint_kind(tensors) != TRAIN_STATE:
         raise CheckpointError(
             f"{file} holds {PARAMS}, not {TRAIN_STATE}; only load_params can use it."
         )
     groups = param_groups(tensors)
-    check_fit(groups.get(STATE_PARAMS, {}), STATE_PARAMS, config, file)
+    validate_tensors(groups.get(STATE_PARAMS, {}), STATE_PARAMS, config, file)
     check_whole_state([tensor.path for tensor in tensors], file)
     for prefix, group in groups.items():
-        check_fit(group, prefix, config, file)
+        validate_tensors(group, prefix, config, file)
     everything = {tensor.path: tensor for tensor in tensors}
     flat = _read(
         file,
@@ -169,10 +169,14 @@ def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
     ours, found = flax.serialization.to_state_dict(target), flatten(state)
     expected = flatten(ours)
     problems = [
-        *(f"{show(path)} is missing" for path in expected if path not in found),
-        *(f"{show(path)} is not in this optimizer's" for path in found if path not in expected),
+        *(f"{path_name(path)} is missing" for path in expected if path not in found),
         *(
-            f"{show(path)}: expected shape {np.shape(leaf)}, found {np.shape(found[path])}"
+            f"{path_name(path)} is not in this optimizer's"
+            for path in found
+            if path not in expected
+        ),
+        *(
+            f"{path_name(path)}: expected shape {np.shape(leaf)}, found {np.shape(found[path])}"
             for path, leaf in expected.items()
             if path in found and np.shape(found[path]) != np.shape(leaf)
         ),
@@ -247,11 +251,11 @@ def _read(
             out = flat[stack] if layer is None else flat[stack][layer, ...]  # a view, 0-d too
             if (out.shape, out.dtype) != (tensor.shape, wanted):
                 raise CheckpointError(
-                    f"{path}: '{show(tensor.path)}', {tensor.shape} of {tensor.dtype}, "
+                    f"{path}: '{path_name(tensor.path)}', {tensor.shape} of {tensor.dtype}, "
                     "is unlike the other layers."
                 )
             if not read_into(file, tensor, out, progress=bar.update):
-                not_finite.append(show(tensor.path))
+                not_finite.append(path_name(tensor.path))
     if not_finite:
         warnings.warn(
             f"{path}: {len(not_finite)} tensors hold NaN or infinite values"
@@ -317,7 +321,7 @@ def save_train_state(
     first = {key: state[key] for key in ("step", "params", "opt_state") if key in state}
     lost = missing_parts(flatten(first))
     if lost or "params" not in first.get("params", {}):
-        what = f" '{show(lost[0])}' is missing." if lost else ""
+        what = f" '{path_name(lost[0])}' is missing." if lost else ""
         raise CheckpointError(
             "A training state needs 'step', 'params' as {'params': tree}, and 'opt_state' with the moments of all "
             f"parameters.{what}"
@@ -347,8 +351,8 @@ def save_pretrained(
         tree, float_dtype = float8.as_stored(tree), None
     text = json.dumps(config.to_json_dict(), indent=2) + "\n"
     with (
-        atomic_file(Path(folder) / "config.json") as config_file,
-        atomic_file(Path(folder) / "model.safetensors") as weights_file,
+        atomic_open(Path(folder) / "config.json") as config_file,
+        atomic_open(Path(folder) / "model.safetensors") as weights_file,
     ):
         config_file.write(text.encode())
         write_safetensors(weights_file, tree, float_dtype=_float_dtype(float_dtype))

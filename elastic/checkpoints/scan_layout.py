@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 
 STACKS = {"encoder": "encoder_blocks", "decoder": "decoder_blocks"}
 STACKED = "scan_decoder"
@@ -41,7 +41,7 @@ def convert_layout(params: Mapping[str, Any], *, scan_layers: bool) -> dict[str,
                 result[path] = leaf
         for stack, by_number in layers.items():
             if len({(leaf.shape, leaf.dtype) for leaf in by_number.values()}) != 1:
-                raise CheckpointError(f"'{show(stack)}': the layers differ in shape or dtype.")
+                raise CheckpointError(f"'{path_name(stack)}': the layers differ in shape or dtype.")
             result[stack] = np.stack([by_number[layer] for layer in range(len(by_number))])
     else:
         for path, leaf in flat.items():
@@ -73,5 +73,5 @@ def stacked_homes(paths: Iterable[KeyPath], where: Any) -> dict[KeyPath, tuple[K
     for stack, found in numbers.items():
         if found != set(range(len(found))):
             lost = min(set(range(max(found))) - found)
-            raise CheckpointError(f"{where}: layer {lost} of '{show(stack)}' is missing.")
+            raise CheckpointError(f"{where}: layer {lost} of '{path_name(stack)}' is missing.")
     return homes

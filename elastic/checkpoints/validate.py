@@ -9,13 +9,13 @@ from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE
 from elastic.checkpoints.scan_layout import STACKED, STACKS
 from elastic.config import ElasticTokConfig
 from elastic.io.tensors import Tensor, is_float
-from elastic.io.tree import CheckpointError, KeyPath, flatten, show
+from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name
 from elastic.model import param_shapes
 
 STATE_PARAMS = ("params", "params")  # where a train state keeps the parameters
 
 
-def content(tensors: Iterable[Tensor]) -> str:
+def checkpoint_kind(tensors: Iterable[Tensor]) -> str:
     """`PARAMS` or `TRAIN_STATE`, by the names of the tensors."""
     starts = {tensor.path[0] for tensor in tensors}
     return TRAIN_STATE if starts & {"step", "opt_state"} else PARAMS
@@ -27,7 +27,7 @@ def param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tenso
     A train state has three: the parameters and the two moments. Tensors of a train state outside of
     any (step, counts) are in none; a bare tree has the prefix ().
     """
-    state = content(tensors) == TRAIN_STATE
+    state = checkpoint_kind(tensors) == TRAIN_STATE
     groups: dict[KeyPath, dict[KeyPath, Tensor]] = {}
     for tensor in tensors:
         depth = max((at + 1 for at, key in enumerate(tensor.path) if key == "params"), default=0)
@@ -36,7 +36,7 @@ def param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tenso
     return groups
 
 
-def check_fit(
+def validate_tensors(
     found: Mapping[KeyPath, Tensor], prefix: KeyPath, config: ElasticTokConfig, file: Path
 ) -> None:
     """Raises unless names and shapes are the model's, in whichever layout the file has."""
@@ -45,7 +45,7 @@ def check_fit(
     shapes = {path: tensor.shape for path, tensor in found.items()}
 
     def name(path: KeyPath) -> str:
-        return show((*prefix, *path))
+        return path_name((*prefix, *path))
 
     wrong = [
         f"{name(path)}: expected shape {expected[path]}, found {shape}"
@@ -123,7 +123,7 @@ def check_whole_state(paths: Collection[KeyPath], file: Path) -> None:
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{file} is not a whole train state: '{show(lost[0])}' is missing{more}. Was the file cut short? Copy it "
+            f"{file} is not a whole train state: '{path_name(lost[0])}' is missing{more}. Was the file cut short? Copy it "
             "again from where it is whole, or take an earlier one."
         )
 

@@ -21,17 +21,17 @@ from elastic.config import ElasticTokConfig
 from elastic.data import file_index
 from elastic.data.config import DataConfig, sequence_length
 from elastic.data.file_index import FileIndex
-from elastic.data.packing import Plan
-from elastic.data.reader import Pictures, SequenceReader, Sequences
-from elastic.data.workers import Batches
-from elastic.io.atomic import atomic_file
+from elastic.data.packing import PackingPlan
+from elastic.data.reader import DecodeSpec, HostBatch, SequenceReader
+from elastic.data.workers import BatchIterator
+from elastic.io.atomic import atomic_open
 
 __all__ = [
-    "Batches",
+    "BatchIterator",
     "DataConfig",
     "DataPosition",
     "FileIndex",
-    "Sequences",
+    "HostBatch",
     "TrainingData",
     "load_index",
     "sequence_length",
@@ -82,7 +82,7 @@ class TrainingData:
         if data.max_frames:
             frames = np.minimum(frames, data.max_frames)
         frames = np.where(is_image, data.image_blocks * model.frames_per_block, frames)
-        self.plan = Plan(
+        self.plan = PackingPlan(
             -(-frames // model.frames_per_block),
             blocks_per_sequence=self.num_blocks,
             chunk_size=data.chunk_size,
@@ -92,7 +92,7 @@ class TrainingData:
         self.blocks_per_epoch = self.plan.num_blocks
         self.frames_per_epoch = int(frames.sum())
         self.bad_files = {str(index.place(name)): bad.reason for name, bad in index.bad.items()}
-        self._pictures = Pictures(
+        self._pictures = DecodeSpec(
             places=[index.place(file.name) for file in index.files],
             num_frames=np.where(is_image, 0, frames),
             fps=data.fps,
@@ -111,7 +111,7 @@ class TrainingData:
         if data.cache_path:
             size = self._reader.decoded_bytes() / 1e9
             log.info("Decoded frames are kept in %s, %.1f GB in all.", data.cache_path, size)
-        self._started: list[Batches] = []
+        self._started: list[BatchIterator] = []
 
     @property
     def fill(self) -> float:
@@ -138,13 +138,13 @@ class TrainingData:
             blocks=self.plan.digest,
         )
 
-    def sequence(self, number: int) -> Sequences:
+    def sequence(self, number: int) -> HostBatch:
         """One row: row `number % batch_size` of batch `number // batch_size`, always the same."""
         row = self._reader.read(number, self.data.batch_size)
         self._report(self._reader.take_bad_files())
         return row
 
-    def batches(self, first: int, last: int, rows: Sequence[int] | None = None) -> Batches:
+    def batches(self, first: int, last: int, rows: Sequence[int] | None = None) -> BatchIterator:
         """Batches `first` to `last` (not included), prepared ahead, in order. Close it to end that.
 
         Args:
@@ -155,7 +155,7 @@ class TrainingData:
             raise ValueError(
                 f"{rows=} must be rows of a batch of {self.data.batch_size}, at least one."
             )
-        batches = Batches(
+        batches = BatchIterator(
             self._reader,
             batch_size=self.data.batch_size,
             rows=rows,
@@ -277,7 +277,7 @@ class DataPosition:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, atomically."""
-        with atomic_file(path) as file:
+        with atomic_open(path) as file:
             file.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from elastic import media
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 from elastic.media import MediaError
 from elastic.media.source import Place, is_url
 
@@ -132,7 +132,7 @@ class FileIndex:
         values = _FORMAT | {"folder": self.folder, "ext": self.ext, "fps": self.fps}
         values["files"] = [list(file) for file in self.files]
         values["bad"] = {name: list(bad) for name, bad in self.bad.items()}
-        with atomic_file(path) as file:  # a name need not be UTF-8; ASCII escapes hold any
+        with atomic_open(path) as file:  # a name need not be UTF-8; ASCII escapes hold any
             file.write(json.dumps(values, ensure_ascii=True).encode())
 
     @classmethod

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 from jaxtyping import UInt8
 
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 
 
 class FrameCache:
@@ -39,7 +39,7 @@ class FrameCache:
           ValueError: the folder cannot be written to, or its disk is full.
         """
         try:
-            with atomic_file(self._path(key)) as file:
+            with atomic_open(self._path(key)) as file:
                 np.save(file, frames, allow_pickle=False)
         except OSError as error:
             raise ValueError(

@@ -34,12 +34,12 @@ class Piece(NamedTuple):
     num_blocks: int
 
 
-def num_lanes(batch_size: int) -> int:
+def num_streams(batch_size: int) -> int:
     """A multiple of the batch size, so that a row keeps to its own lanes."""
     return batch_size * -(-_LANES // batch_size)
 
 
-class Plan:
+class PackingPlan:
     """The sequences of a set of files.
 
     Attributes:
@@ -90,7 +90,7 @@ class Plan:
     def locate(self, number: int, batch_size: int) -> tuple[int, int]:
         """The epoch and the sequence that number `number` of the endless stream is."""
         epoch, index = divmod(number, self.num_sequences)
-        lanes = num_lanes(batch_size)
+        lanes = num_streams(batch_size)
         step, lane = divmod(index, lanes)
         length, longer = divmod(self.num_sequences, lanes)  # the first lanes have one more
         return epoch, int(_order(self, epoch)[lane * length + min(lane, longer) + step])
@@ -103,7 +103,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4)  # a batch may stand on the border of two epochs
-def _order(plan: Plan, epoch: int) -> np.ndarray:
+def _order(plan: PackingPlan, epoch: int) -> np.ndarray:
     return plan.order(epoch)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from elastic import media
 from elastic.data.frame_cache import FrameCache
-from elastic.data.packing import Piece, Plan
+from elastic.data.packing import PackingPlan, Piece
 from elastic.media import reader
 from elastic.media.source import Place
 from elastic.patches import pad_block, patchify
@@ -31,7 +31,7 @@ _MAX_OPEN = 64  # files whose frames' places are remembered
 _NUM_LOCKS = 64
 
 
-class Sequences(NamedTuple):
+class HostBatch(NamedTuple):
     """Training sequences, each a row of blocks.
 
     Attributes:
@@ -48,7 +48,7 @@ class Sequences(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pictures:
+class DecodeSpec:
     """How the files' frames become blocks.
 
     Attributes:
@@ -122,7 +122,7 @@ class SequenceReader:
       stopped: asked after every frame; True ends the decoding with `Stopped`.
     """
 
-    def __init__(self, pictures: Pictures, plan: Plan, *, whole_spans: bool = True):
+    def __init__(self, pictures: DecodeSpec, plan: PackingPlan, *, whole_spans: bool = True):
         """`whole_spans=False` decodes just what is asked for: for few, scattered sequences."""
         self.pictures, self.plan = pictures, plan
         self._whole_spans = whole_spans
@@ -147,7 +147,7 @@ class SequenceReader:
         self.__dict__.update(state)
         self._start()
 
-    def read(self, number: int, batch_size: int) -> Sequences:
+    def read(self, number: int, batch_size: int) -> HostBatch:
         """One row: the sequence with this number in the endless stream."""
         epoch, sequence = self.plan.locate(number, batch_size)
         row = self.empty_row()
@@ -166,14 +166,14 @@ class SequenceReader:
             start = stop
         return row
 
-    def empty_row(self) -> Sequences:
+    def empty_row(self) -> HostBatch:
         """One row of padding."""
         pictures, size = self.pictures, self.plan.blocks_per_sequence
         patch_dim = math.prod(pictures.patch_size) * 3
         numbers = size * pictures.frames_per_block * pictures.resolution**2 * 3
         patches = np.zeros((1, numbers // patch_dim, patch_dim), np.uint8)
         ids = np.arange(size, dtype=np.int32)[None]
-        return Sequences(patches, ids, 0 * ids, np.zeros((1, size), bool))
+        return HostBatch(patches, ids, 0 * ids, np.zeros((1, size), bool))
 
     def decoded_bytes(self) -> int:
         """What the frames of all files take once they are decoded."""

@@ -20,9 +20,9 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from elastic.data.packing import num_lanes
-from elastic.data.reader import SequenceReader, Sequences
-from elastic.io.grain_flags import answer_grain
+from elastic.data.packing import num_streams
+from elastic.data.reader import HostBatch, SequenceReader
+from elastic.io.grain_flags import mark_grain_flags_parsed
 from elastic.media import video
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class WorkerSource:
         parts = map(np.concatenate, zip(*read, strict=True))
         # A bad file's name travels with the batch that it was met in; the log is the parent's.
         bad = np.frombuffer(json.dumps(self._reader.take_bad_files()).encode(), np.uint8)
-        return Sequences(*parts)._asdict() | {"bad": bad}
+        return HostBatch(*parts)._asdict() | {"bad": bad}
 
 
 class _StopSign:
@@ -93,7 +93,7 @@ class _StopSign:
         self._memory.unlink()
 
 
-class Batches(Iterator[Sequences]):
+class BatchIterator(Iterator[HostBatch]):
     """A running iteration over batches; made by `TrainingData.batches`. Close it when done.
 
     A row is always decoded by the same worker, as its neighbours in time share files with it. With
@@ -149,7 +149,7 @@ class Batches(Iterator[Sequences]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Sequences:
+    def __next__(self) -> HostBatch:
         """The next batch.
 
         Raises:
@@ -174,8 +174,8 @@ class Batches(Iterator[Sequences]):
             ) from error
         for element in elements:
             self._report(json.loads(element.pop("bad").tobytes()))
-        batch = Sequences(
-            *(np.concatenate([element[name] for element in elements]) for name in Sequences._fields)
+        batch = HostBatch(
+            *(np.concatenate([element[name] for element in elements]) for name in HostBatch._fields)
         )
         for element in elements:
             element.clear()  # frees the shared memory, which grain's threads may still point to
@@ -210,7 +210,7 @@ def _share(num_rows: int, num_workers: int, batch_size: int) -> tuple[list[list[
     if num_workers <= num_rows:
         return [list(map(int, group)) for group in np.array_split(range(num_rows), num_workers)], 1
     # Whoever takes a turn keeps to its own lanes, see `elastic.data_plan`.
-    lanes = num_lanes(batch_size) // batch_size
+    lanes = num_streams(batch_size) // batch_size
     turns = max(n for n in range(1, num_workers // num_rows + 1) if lanes % n == 0)
     used = num_rows * turns
     if used < num_workers:
@@ -243,7 +243,7 @@ def _fit(ahead: int, batch_bytes: int) -> tuple[int, bool]:
 def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) -> Any:
     import grain  # takes a second, and only training needs it
 
-    answer_grain()
+    mark_grain_flags_parsed()
     data = grain.MapDataset.source(source)  # type: ignore[arg-type]
     if workers == 0:
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=max(2, ahead))

@@ -23,11 +23,11 @@ from elastic.config import ElasticTokConfig
 from elastic.evaluation.records import (
     GROUND_TRUTH,
     Block,
+    Condition,
     Evaluation,
     EvaluationConfig,
-    Run,
+    Picture,
     RunResult,
-    Shown,
     fixed_count,
 )
 from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
@@ -71,7 +71,7 @@ def evaluate(
     clips, skipped = _open_clips(files, config, model)
     _warm_up(tokenizer, runs)
     measured: dict[str, list[_Measured]] = {}
-    shown: list[Shown] = []
+    shown: list[Picture] = []
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
     total = sum(blocks.values()) * len(runs)
     with tqdm(total=total, desc="evaluating", unit="block", disable=not progress) as bar:
@@ -88,7 +88,7 @@ def evaluate(
                 continue
             if len(measured) < config.pictures:
                 shown += [
-                    Shown(f"eval/{name}@{label}", run, name, *result.middle)
+                    Picture(f"eval/{name}@{label}", run, name, *result.middle)
                     for run, result in zip(runs, results, strict=True)
                     if (label := _label(run, config, model))
                 ]
@@ -134,7 +134,7 @@ class _Measured(NamedTuple):
     middle: tuple[int, np.ndarray, np.ndarray]  # a frame's number, original and reconstruction
 
 
-def _label(run: Run, config: EvaluationConfig, model: ElasticTokConfig) -> str:
+def _label(run: Condition, config: EvaluationConfig, model: ElasticTokConfig) -> str:
     """What a picture of this run is called; '' for a run that has none."""
     if fixed_count(model) is not None:
         return str(run.num_tokens)
@@ -183,7 +183,7 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
     return {str(path.relative_to(root)): file for path, file in paths.items()}
 
 
-def _warm_up(tokenizer: ElasticTokenizer, runs: Sequence[Run]) -> None:
+def _warm_up(tokenizer: ElasticTokenizer, runs: Sequence[Condition]) -> None:
     """Compiles what the runs need, so that none of them pays for it: one pass of each kind over black frames."""
     model = tokenizer.config
     black = np.zeros((1, model.resolution, model.resolution, 3), np.uint8)
@@ -195,7 +195,7 @@ def _warm_up(tokenizer: ElasticTokenizer, runs: Sequence[Run]) -> None:
 def _measure(
     tokenizer: ElasticTokenizer,
     clip: _Clip,
-    run: Run,
+    run: Condition,
     config: EvaluationConfig,
     measures: Mapping[str, _Measure],
     update: Callable[[], Any],
@@ -257,7 +257,7 @@ def _all_counts(model: ElasticTokConfig) -> int:
     return math.ceil(model.max_toks * math.log(model.max_toks / model.min_toks)) + 2
 
 
-def _result(run: Run, measured: Sequence[_Measured]) -> RunResult:
+def _result(run: Condition, measured: Sequence[_Measured]) -> RunResult:
     """A run over all clips, from those over each."""
 
     def mean(name: str) -> float | None:

@@ -94,11 +94,13 @@ class EvaluationConfig:
             }
         )
 
-    def runs(self, model: ElasticTokConfig) -> list["Run"]:
+    def runs(self, model: ElasticTokConfig) -> list["Condition"]:
         """The runs of a model: its counts, then every search under every threshold."""
-        runs = [Run("fixed", num_tokens=count) for count in self.counts(model)]
+        runs = [Condition("fixed", num_tokens=count) for count in self.counts(model)]
         if fixed_count(model) is None:
-            runs += [Run(name, threshold=t) for name in self.searches for t in self.thresholds]
+            runs += [
+                Condition(name, threshold=t) for name in self.searches for t in self.thresholds
+            ]
         return runs
 
 
@@ -108,7 +110,7 @@ def fixed_count(model: ElasticTokConfig) -> int | None:
     return None if share is None else max(model.min_toks, round(share * model.max_toks))
 
 
-class Run(NamedTuple):
+class Condition(NamedTuple):
     """One way to choose counts: a search under a threshold, or 'fixed' with a count."""
 
     search: str
@@ -129,7 +131,7 @@ class Block(NamedTuple):
     tried: dict[int, float]  # every count evaluated, with its loss
 
 
-class Point(NamedTuple):
+class CapPoint(NamedTuple):
     """What a cap on the tokens of a block gives: a point of the paper's Figure 4."""
 
     cap: int
@@ -147,7 +149,7 @@ class RunResult:
       ssim, lpips: means over the frames they were measured on (`metric_frames` of a clip); None: not measured.
     """
 
-    run: Run
+    run: Condition
     blocks: tuple[Block, ...]
     mse: float
     psnr_of_clips: float
@@ -180,11 +182,11 @@ class RunResult:
         return float(np.mean([block.loss <= threshold for block in self.blocks]))
 
 
-class Shown(NamedTuple):
+class Picture(NamedTuple):
     """A frame of which a picture can be drawn."""
 
     name: str
-    run: Run
+    run: Condition
     clip: str
     index: int
     original: np.ndarray
@@ -222,7 +224,7 @@ class Evaluation:
     clips: dict[str, int]
     skipped: dict[str, str]
     runs: tuple[RunResult, ...]
-    shown: tuple[Shown, ...] = dataclasses.field(repr=False)
+    shown: tuple[Picture, ...] = dataclasses.field(repr=False)
 
     def fixed(self) -> list[RunResult]:
         """The runs that gave each block the same count."""
@@ -232,10 +234,10 @@ class Evaluation:
         """The run of a search (None: the first) under a threshold; a model of one count has the one run for all."""
         if fixed_count(self.model) is not None:
             return self.runs[0]
-        run = Run(search or self.config.searches[0], threshold=threshold)
+        run = Condition(search or self.config.searches[0], threshold=threshold)
         return next(result for result in self.runs if result.run == run)
 
-    def curve(self, threshold: float, search: str | None = None) -> list[Point]:
+    def curve(self, threshold: float, search: str | None = None) -> list[CapPoint]:
         """The share of blocks that meet a threshold, against mean tokens, as a cap on the tokens of a block rises.
 
         Follows from the smallest counts m that the search measured: under a cap c a block meets the threshold where m <= c, and takes
@@ -245,13 +247,13 @@ class Evaluation:
         result = self.under(threshold, search)
         if result.run.search == "fixed":
             count = result.blocks[0].num_kept
-            return [Point(count, result.share_met(threshold), float(count))]
+            return [CapPoint(count, result.share_met(threshold), float(count))]
         needed = np.array([block.num_kept if block.met else np.inf for block in result.blocks])
         caps = {self.model.min_toks, *(int(count) for count in needed if count < np.inf)}
         if np.inf in needed:
             caps.add(self.model.max_toks)
         return [
-            Point(cap, float(np.mean(needed <= cap)), float(np.mean(np.minimum(needed, cap))))
+            CapPoint(cap, float(np.mean(needed <= cap)), float(np.mean(np.minimum(needed, cap))))
             for cap in sorted(caps)
         ]
 

@@ -15,7 +15,7 @@ from elastic.io.tree import CheckpointError
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_open(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a file beside `path` for writing; it takes `path`'s place only when the body ends well.
 
     On any error the old file stays as it was and the new one is removed. Missing folders are made.
@@ -93,7 +93,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
 
 
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+def atomic_write(path: str | os.PathLike, data: bytes) -> None:
     """Writes a file so that `path` holds all of `data`, or what it held before.
 
     Raises:

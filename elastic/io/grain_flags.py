@@ -1,7 +1,7 @@
 """Answers grain's own absl flags, so that a script without absl can use grain."""
 
 
-def answer_grain() -> None:
+def mark_grain_flags_parsed() -> None:
     """Grain asks for its own flags, which raises where nobody has parsed the command line. Call it after its import."""
     from absl import flags
 

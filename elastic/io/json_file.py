@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from elastic.io.atomic import write_atomically
+from elastic.io.atomic import atomic_write
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Writes JSON, whole or not at all; numbers that are not finite become null."""
     text = json.dumps(_plain(obj), indent=1, allow_nan=False, ensure_ascii=False)
-    write_atomically(path, (text + "\n").encode())
+    atomic_write(path, (text + "\n").encode())
 
 
 def _plain(obj: Any) -> Any:

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO, cast
 import msgpack
 import numpy as np
 
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 from elastic.io.tensors import Tensor, as_array, dtype_of_name, stored_dtype, write_values
-from elastic.io.tree import CheckpointError, KeyPath, check_paths, flatten, show
+from elastic.io.tree import CheckpointError, KeyPath, check_paths, flatten, path_name
 
 # flax's extension types; 2 is a complex number, which no model here has.
 _ARRAY_CODE, _SCALAR_CODE = 1, 3
@@ -106,7 +106,7 @@ class _Headers:
 
     def array(self, path: KeyPath, size: int) -> Tensor:
         """The array in an extension of `size` bytes, whose code comes next."""
-        name = f"tensor '{show(path)}'"
+        name = f"tensor '{path_name(path)}'"
         code = self.take(1, name)[0]
         if code not in (_ARRAY_CODE, _SCALAR_CODE):
             raise self.error(f"{name} is of extension type {code}, not an array; it is not read")
@@ -130,12 +130,12 @@ class _Headers:
             math.prod(max(1, size) for size in tensor.shape) > 2**48
         ):  # an empty array may declare any size
             raise self.error(
-                f"tensor '{show(tensor.path)}' has an impossible shape, {tensor.shape}"
+                f"tensor '{path_name(tensor.path)}' has an impossible shape, {tensor.shape}"
             )
         found = sum(size for _, size in tensor.pieces)
         if found != tensor.num_bytes:
             raise self.error(
-                f"tensor '{show(tensor.path)}' holds {found:,} bytes, but its shape "
+                f"tensor '{path_name(tensor.path)}' holds {found:,} bytes, but its shape "
                 f"{tensor.shape} of {tensor.dtype} needs {tensor.num_bytes:,}"
             )
 
@@ -144,7 +144,7 @@ class _Headers:
 
         The map is {_CHUNKED: True, 'shape': {'0': n, ...}, 'chunks': {'0': array, ...}}.
         """
-        name = f"tensor '{show(path)}'"
+        name = f"tensor '{path_name(path)}'"
         self.expect("true", name)
         if items != 3 or self.key(name) != "shape":
             raise self.error(f"{name}: expected the shape of a chunked array")
@@ -172,7 +172,7 @@ class _Headers:
 
     def tree(self, path: KeyPath) -> Iterator[Tensor]:
         """Every array at or under the value that comes next."""
-        name = f"tensor '{show(path)}'" if path else "the first value"
+        name = f"tensor '{path_name(path)}'" if path else "the first value"
         what, size = self.next(name)
         if what == "ext":
             yield self.array(path, size)
@@ -180,7 +180,7 @@ class _Headers:
         if what != "map" or len(path) > _MAX_DEPTH:
             raise self.error(f"{name}: expected an array, found msgpack {what}")
         for item in range(size):
-            key = self.key(f"a key under '{show(path)}'")
+            key = self.key(f"a key under '{path_name(path)}'")
             if item == 0 and key == _CHUNKED:
                 yield self.chunked(path, size)
                 return
@@ -205,11 +205,11 @@ def index_stream(path: Path) -> list[Tensor]:
                     f"the key path of {number} has {depth:,} parts; 1 to {_MAX_DEPTH} fit"
                 )
             key_path = tuple(headers.key(f"the key path of {number}") for _ in range(depth))
-            end = headers.expect("bin", f"tensor '{show(key_path)}'") + headers.at
+            end = headers.expect("bin", f"tensor '{path_name(key_path)}'") + headers.at
             found = list(headers.tree(key_path))
             if headers.at != end or len(found) != 1 or found[0].path != key_path:
                 raise headers.error(
-                    f"tensor '{show(key_path)}': its record holds something else than one array"
+                    f"tensor '{path_name(key_path)}': its record holds something else than one array"
                 )
             tensors += found
     check_paths((tensor.path for tensor in tensors), path)
@@ -280,7 +280,7 @@ def write_stream(
     leaves = flatten(tree)
     if not leaves:
         raise CheckpointError(f"{path}: the tree holds no tensors, so nothing is written.")
-    with atomic_file(path) as file:
+    with atomic_open(path) as file:
         for key_path, leaf in leaves.items():
             array = as_array(leaf, key_path)
             dtype = stored_dtype(array, float_dtype)
@@ -291,7 +291,7 @@ def write_stream(
             )
             if size > _BIN_BYTES:
                 raise CheckpointError(
-                    f"'{show(key_path)}' takes {size:,} bytes, above the {_BIN_BYTES:,} that a "
+                    f"'{path_name(key_path)}' takes {size:,} bytes, above the {_BIN_BYTES:,} that a "
                     "streaming file holds in one tensor; number the layers or save as safetensors."
                 )
             file.write(b"\x92" + _pack(key_path) + _header("bin", size))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from elastic.io.tree import CheckpointError, show
+from elastic.io.tree import CheckpointError, path_name
 
 
 class _Global(NamedTuple):
@@ -138,7 +138,7 @@ def _global(module: Any, attribute: Any) -> _Global:
         raise ValueError("a global without a name")
     name = f"{module}.{attribute}"
     if name not in _GLOBALS:
-        raise _Refused(f"it asks for {show((name,))}")
+        raise _Refused(f"it asks for {path_name((name,))}")
     return _Global(name)
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeGuard
 import numpy as np
 
 from elastic.io.tensors import Tensor, as_array, dtype_of_name, stored_dtype, write_values
-from elastic.io.tree import CheckpointError, check_paths, flatten, show
+from elastic.io.tree import CheckpointError, check_paths, flatten, path_name
 
 _DTYPE_NAMES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool",
@@ -63,7 +63,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
         ((offset, count),) = tensor.pieces
         if offset + count > size:
             raise CheckpointError(
-                f"{path}: the file is cut short: tensor '{show(tensor.path)}' ends at byte "
+                f"{path}: the file is cut short: tensor '{path_name(tensor.path)}' ends at byte "
                 f"{offset + count:,}, the file at {size:,}."
             )
         tensors.append(tensor)
@@ -71,7 +71,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
         ((offset, count),) = tensor.pieces
         if offset != end:
             raise CheckpointError(
-                f"{path}: tensor '{show(tensor.path)}' begins at byte {offset:,}, where the one before it ends at {end:,}; "
+                f"{path}: tensor '{path_name(tensor.path)}' begins at byte {offset:,}, where the one before it ends at {end:,}; "
                 "the file is damaged."
             )
         end = offset + count
@@ -84,7 +84,7 @@ def index_safetensors(path: Path) -> list[Tensor]:
 
 
 def _tensor(key_path: tuple[str, ...], entry: Any, start: int, path: Path) -> Tensor:
-    name = f"tensor '{show(key_path)}'"
+    name = f"tensor '{path_name(key_path)}'"
     fields = entry if isinstance(entry, dict) else {}
     shape, offsets = fields.get("shape"), fields.get("data_offsets")
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
@@ -119,7 +119,7 @@ def write_safetensors(
     for path, leaf in flatten(tree).items():
         if any("." in key or "/" in key for key in path):
             raise CheckpointError(
-                f"'{show(path)}': a key may hold neither '.' nor '/' in a safetensors file."
+                f"'{path_name(path)}': a key may hold neither '.' nor '/' in a safetensors file."
             )
         arrays[".".join(path)] = as_array(leaf, path)
     dtypes = {name: stored_dtype(array, float_dtype) for name, array in arrays.items()}

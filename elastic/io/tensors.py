@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from elastic.io.tree import CheckpointError, KeyPath, show
+from elastic.io.tree import CheckpointError, KeyPath, path_name
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)  # 3 bits of mantissa, up to 448, no infinity
@@ -98,7 +98,7 @@ def read_into(
             wanted = raw.nbytes
             if file.readinto(raw.view(np.uint8)) != wanted:  # type: ignore[attr-defined]
                 raise CheckpointError(
-                    f"The file ended inside tensor '{show(tensor.path)}'; was it being written?"
+                    f"The file ended inside tensor '{path_name(tensor.path)}'; was it being written?"
                 )
             if scratch is not None:
                 _without_overflow_warning(raw, piece)
@@ -129,7 +129,7 @@ def as_array(leaf: Any, path: KeyPath) -> np.ndarray:
     array = np.asarray(leaf)
     if _DTYPES.get(array.dtype.name) != array.dtype:
         raise CheckpointError(
-            f"'{show(path)}' is {type(leaf).__name__} of dtype {array.dtype}, which no checkpoint "
+            f"'{path_name(path)}' is {type(leaf).__name__} of dtype {array.dtype}, which no checkpoint "
             f"holds; known are {', '.join(_DTYPES)}."
         )
     return array

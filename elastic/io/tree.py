@@ -11,7 +11,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used as asked; the message says which file, which tensor, why."""
 
 
-def show(path: KeyPath) -> str:
+def path_name(path: KeyPath) -> str:
     """A key path for messages; what a file names is never printed raw or at any length."""
     name = "/".join(path)
     name = name if name.isprintable() else ascii(name)[1:-1]
@@ -23,7 +23,9 @@ def flatten(tree: Mapping[str, Any], prefix: KeyPath = ()) -> dict[KeyPath, Any]
     flat: dict[KeyPath, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str) or not key:
-            raise CheckpointError(f"Key {key!r} under '{show(prefix)}' is not a name; use strings.")
+            raise CheckpointError(
+                f"Key {key!r} under '{path_name(prefix)}' is not a name; use strings."
+            )
         if isinstance(value, Mapping):
             flat |= flatten(value, (*prefix, key))
         elif value is not None:
@@ -51,10 +53,10 @@ def check_paths(paths: Iterable[KeyPath], file: Path) -> None:
             raise CheckpointError(f"{file}: a tensor has an empty name ({list(path)}).")
         above = [path[:depth] for depth in range(1, len(path))]
         if path in seen:
-            raise CheckpointError(f"{file}: tensor '{show(path)}' is in the file twice.")
+            raise CheckpointError(f"{file}: tensor '{path_name(path)}' is in the file twice.")
         if path in branches or not seen.isdisjoint(above):
             raise CheckpointError(
-                f"{file}: '{show(path)}' is both a tensor and a branch of tensors."
+                f"{file}: '{path_name(path)}' is both a tensor and a branch of tensors."
             )
         seen.add(path)
         branches.update(above)

@@ -19,8 +19,8 @@ from elastic.media.source import (
     Frames,
     MediaError,
     MediaInfo,
+    MediaSource,
     Place,
-    Source,
     check_size,
     damaged,
     is_url,
@@ -78,7 +78,7 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the displ
 }
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
+def open_source(path: str | os.PathLike[str]) -> MediaSource:
     """Finds what `path` holds and how to read it; no more is decoded than a video's first frame.
 
     Raises:
@@ -115,7 +115,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return video_source(path, head)
 
 
-def _image_source(path: Place, image: Image.Image) -> Source:
+def _image_source(path: Place, image: Image.Image) -> MediaSource:
     # A TIFF's size as stored: some versions of Pillow have turned the other one already.
     tags = getattr(image, "tag_v2", {})
     width, height = tags.get(256, image.size[0]), tags.get(257, image.size[1])
@@ -136,7 +136,7 @@ def _image_source(path: Place, image: Image.Image) -> Source:
         yield picture
 
     info = MediaInfo(path, "image", width, height, num_frames=1, rate=0.0, variable_rate=False)
-    return Source(info, None, 0.0, frames)
+    return MediaSource(info, None, 0.0, frames)
 
 
 def _orientation(path: Place, image: Image.Image) -> int:
@@ -147,7 +147,7 @@ def _orientation(path: Place, image: Image.Image) -> int:
         return 1
 
 
-def _webp_source(path: Place, image: Image.Image) -> Source:
+def _webp_source(path: Place, image: Image.Image) -> MediaSource:
     durations = []
     with open_file(path) as file:
         file.seek(12)  # RIFF, its size, WEBP; then chunks: name, size, content, padded to even

@@ -25,7 +25,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from elastic.media.images import open_source
-from elastic.media.source import MediaError, MediaInfo, Source
+from elastic.media.source import MediaError, MediaInfo, MediaSource
 from elastic.media.writer import VideoWriter, write_image, write_video
 
 __all__ = [
@@ -160,7 +160,7 @@ class ClipReader:
       resolution: rows and columns of each.
     """
 
-    def __init__(self, source: Source, *, resolution: int, rate: float, picks: np.ndarray):
+    def __init__(self, source: MediaSource, *, resolution: int, rate: float, picks: np.ndarray):
         self.info = source.info
         self.rate = rate
         self.num_frames = len(picks)
@@ -300,7 +300,7 @@ def find_media(
 
 
 def _choose_frames(
-    source: Source, rate: float | int | None, *, tell_rate: bool
+    source: MediaSource, rate: float | int | None, *, tell_rate: bool
 ) -> tuple[float, np.ndarray]:
     """The rate to deliver, and the position in the source of each delivered frame."""
     info = source.info

@@ -55,7 +55,7 @@ Frames = Generator[Image.Image, None, None]  # mode RGB, upright
 
 
 @dataclass(frozen=True)
-class Source:
+class MediaSource:
     """A probed file: its facts, when each frame is shown, and how to get chosen frames."""
 
     info: MediaInfo
@@ -143,7 +143,7 @@ def timed_source(
     duration: float,
     nominal_rate: float | None,
     frames: Callable[[np.ndarray], Frames],
-) -> Source:
+) -> MediaSource:
     """A video from the times of its frames; `nominal_rate`: what the container states, or None."""
     num_frames = len(times)
     variable, rate = False, nominal_rate or 25.0  # one frame, or no times at all
@@ -155,7 +155,7 @@ def timed_source(
         elif nominal_rate is None or abs(nominal_rate * step - 1) > 0.01:
             rate = 1 / step  # the statement is missing or plainly wrong
     info = MediaInfo(path, "video", width, height, num_frames, float(rate), variable)
-    return Source(info, times if variable else None, duration, frames)
+    return MediaSource(info, times if variable else None, duration, frames)
 
 
 def nominal_rate(

@@ -20,8 +20,8 @@ from PIL import Image
 from elastic.media.source import (
     Frames,
     MediaError,
+    MediaSource,
     Place,
-    Source,
     check_size,
     damaged,
     nominal_rate,
@@ -72,7 +72,7 @@ def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
         )
 
 
-def video_source(path: Place, head: bytes) -> Source:
+def video_source(path: Place, head: bytes) -> MediaSource:
     """A video from its packets; `head`: the first bytes of the file.
 
     Counts packets and notes their times; decodes only until the first frame shows the size, and

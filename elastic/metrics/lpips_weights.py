@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 from elastic.io.restricted_pickle import unpickled
 from elastic.io.safetensors_file import index_safetensors, looks_like_safetensors, write_safetensors
 from elastic.io.tensors import read_into
-from elastic.io.tree import CheckpointError, KeyPath, flatten, show, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 from elastic.io.user_cache import cache_folder
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def load_lpips_weights(path: str | os.PathLike | None = None) -> Weights:
     weights = _from_distribution()
     if cache is not None:
         try:
-            with atomic_file(cache) as file:
+            with atomic_open(cache) as file:
                 write_safetensors(file, weights)
         except (OSError, CheckpointError) as error:
             log.warning("The LPIPS weights are not cached: %s", error)
@@ -103,7 +103,7 @@ def _digest(weights: Weights) -> str:
     """Of names and numbers, so that it does not depend on the format of a file."""
     digest = hashlib.sha256()
     for path, array in sorted(flatten(weights).items()):
-        digest.update(show(path).encode())
+        digest.update(path_name(path).encode())
         digest.update(array.data)
     return digest.hexdigest()
 
@@ -178,16 +178,16 @@ def _check_shapes(found: Mapping[KeyPath, tuple[int, ...]], path: Path) -> None:
     for name, shape in SHAPES.items():
         if name not in found:
             raise CheckpointError(
-                f"{path} holds no LPIPS weights of VGG16: '{show(name)}' is missing."
+                f"{path} holds no LPIPS weights of VGG16: '{path_name(name)}' is missing."
             )
         if found[name] != shape:
             raise CheckpointError(
-                f"{path}: '{show(name)}' has shape {found[name]}, but VGG16's has {shape}."
+                f"{path}: '{path_name(name)}' has shape {found[name]}, but VGG16's has {shape}."
             )
 
 
 def _not_finite(name: KeyPath, path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: '{show(name)}' holds numbers that are not finite.")
+    return CheckpointError(f"{path}: '{path_name(name)}' holds numbers that are not finite.")
 
 
 # The restricted reader. `pickletools` names the opcodes and their arguments; it runs nothing.

@@ -15,7 +15,7 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
 from elastic.model import token_masks
 from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
-from elastic.model.layers import Compute, KeysValues, LayerStack, Linear, RMSNorm
+from elastic.model.layers import KVPair, LayerStack, Linear, Module, RMSNorm
 
 
 class Batch(NamedTuple):
@@ -38,18 +38,18 @@ class Encoded(NamedTuple):
 
     codes: Float[Array, "b l c"]
     aux_loss: Float[Array, ""]
-    new: KeysValues | None  # of every layer, with a past
+    new: KVPair | None  # of every layer, with a past
 
 
-class Encoder(Compute):
+class Encoder(Module):
     """Patches -> latents of the bottleneck. Knows which tokens will be kept, unless `condition_encoder` is off."""
 
     num_latents: int = 1
 
     @nn.compact
     def __call__(
-        self, batch: Batch, past: ops.Past | None = None
-    ) -> tuple[Float[Array, "b l z"], KeysValues | None]:
+        self, batch: Batch, past: ops.KVCache | None = None
+    ) -> tuple[Float[Array, "b l z"], KVPair | None]:
         """The latents before the bottleneck, and with a past the new keys and values."""
         shared, config = self.shared(), self.config
         x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)
@@ -67,13 +67,13 @@ class Encoder(Compute):
         return Linear(features=self.num_latents, name="pre_quant", **shared)(x), new
 
 
-class Decoder(Compute):
+class Decoder(Module):
     """Codes -> patches."""
 
     @nn.compact
     def __call__(
-        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.Past | None = None
-    ) -> tuple[Float[Array, "b l p"], KeysValues | None]:
+        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.KVCache | None = None
+    ) -> tuple[Float[Array, "b l p"], KVPair | None]:
         """Reconstructed pixels in (-1, 1), and with a past the new keys and values. Of the batch only the ids are read."""
         shared, config = self.shared(), self.config
         x = Linear(features=config.hidden_size, name="post_quant", **shared)(codes)
@@ -84,7 +84,7 @@ class Decoder(Compute):
         return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **shared)(x)), new
 
 
-class ElasticTok(Compute):
+class ElasticTok(Module):
     """The autoencoder: patches -> kept codes -> patches."""
 
     def setup(self) -> None:
@@ -97,7 +97,11 @@ class ElasticTok(Compute):
         return make_bottleneck(self.config)
 
     def encode(
-        self, batch: Batch, past: ops.Past | None = None, *, key: Shaped[Array, "*k"] | None = None
+        self,
+        batch: Batch,
+        past: ops.KVCache | None = None,
+        *,
+        key: Shaped[Array, "*k"] | None = None,
     ) -> Encoded:
         """Codes of a batch; a key makes the VAE sample, as in training."""
         latents, new = self.encoder(batch, past)
@@ -111,8 +115,8 @@ class ElasticTok(Compute):
         return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new)
 
     def decode(
-        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.Past | None = None
-    ) -> tuple[Float[Array, "b l p"], KeysValues | None]:
+        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.KVCache | None = None
+    ) -> tuple[Float[Array, "b l p"], KVPair | None]:
         """Pixels of codes that are zero where tokens are dropped."""
         return self.decoder(codes, batch, past)
 

@@ -23,10 +23,10 @@ from elastic.ops.feedforward import SAVED as GATES
 _FAR = 1 << 20  # positions: a million tokens are turned as the released code turns them
 
 # A layer's keys and values, for a cache: [batch, heads, length, head_dim] each.
-KeysValues = tuple[Array, Array]
+KVPair = tuple[Array, Array]
 
 
-class Compute(nn.Module):
+class Module(nn.Module):
     """What every module needs to know: the config, the type of products' operands, the mesh. Base class of the modules.
 
     Parameters stay in the type they are stored in; products round their operands to `dtype` and sum in float32; the residual
@@ -44,7 +44,7 @@ class Compute(nn.Module):
     def stored_param(self, name: str, init: Any, shape: tuple[int, ...]) -> Array:
         """A parameter in the type it is stored in; a codec may store bfloat16 as its bits."""
         # Loaded parameters are NumPy's until a jitted function takes them.
-        return bf16_bits.show(jnp.asarray(self.param(name, init, shape, jnp.float32)))
+        return bf16_bits.from_bits(jnp.asarray(self.param(name, init, shape, jnp.float32)))
 
     def attention_implementation(self) -> str | None:
         """What the config asks for; None leaves the choice to the device."""
@@ -59,7 +59,7 @@ class Compute(nn.Module):
         return None if self.attention_implementation() == "reference" else mesh
 
 
-class Linear(Compute):
+class Linear(Module):
     """A matrix product without a bias; the parameter is `kernel`."""
 
     features: int = 0
@@ -76,7 +76,7 @@ class Linear(Compute):
         return self.stored_param("kernel", init, (num_inputs, self.features))
 
 
-class RMSNorm(Compute):
+class RMSNorm(Module):
     """Root mean square normalization in float32, then times `kernel` (Zhang and Sennrich 2019)."""
 
     @nn.compact
@@ -113,7 +113,7 @@ def rope_angles(
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(
+def apply_rope(
     x: Float[Array, "*b l h d"], angles: tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]
 ) -> Float[Array, "*b l h d"]:
     """Turns each pair of channels by its angle, in float32; pair i lies in channels i and d / 2 + i (see `pairs_apart`)."""
@@ -122,7 +122,7 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def pairs_apart(kernel: Float[Array, "i o"], head_dim: int) -> Float[Array, "i o"]:
+def deinterleave_rope(kernel: Float[Array, "i o"], head_dim: int) -> Float[Array, "i o"]:
     """A query or key projection whose interleaved pairs (2i, 2i+1) come out in the channels i and d / 2 + i of their head.
 
     The checkpoints interleave. Logits do not depend on the order of the channels, if it is the same for queries and keys, and halves
@@ -131,7 +131,7 @@ def pairs_apart(kernel: Float[Array, "i o"], head_dim: int) -> Float[Array, "i o
     return rearrange(kernel, "i (h p two) -> i (h two p)", p=head_dim // 2, two=2)
 
 
-class Attention(Compute):
+class Attention(Module):
     """Block-causal self-attention with RoPE; on a sequence, or of one new block on a cached past."""
 
     @nn.compact
@@ -141,9 +141,9 @@ class Attention(Compute):
         angles: tuple[Float[Array, "*a p"], Float[Array, "*a p"]],
         segment_ids: Int[Array, "b l"] | None,
         valid: Bool[Array, "b l"] | None,
-        past: ops.Past | None,
+        past: ops.KVCache | None,
         layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+    ) -> tuple[Float[Array, "b l d"], KVPair | None]:
         """The output, and with a past also the new keys and values."""
         config, (batch, length, _) = self.config, x.shape
 
@@ -152,7 +152,7 @@ class Attention(Compute):
                 x.shape[-1]
             )
             y = ops.dense(
-                x, pairs_apart(kernel, config.head_dim) if rotated else kernel, self.dtype
+                x, deinterleave_rope(kernel, config.head_dim) if rotated else kernel, self.dtype
             )
             return y.reshape(batch, length, config.num_attention_heads, config.head_dim)
 
@@ -161,7 +161,7 @@ class Attention(Compute):
             project("wk", rotated=True),
             project("wv", rotated=False),
         )
-        q, k, v = (y.astype(self.dtype) for y in (rotate(q, angles), rotate(k, angles), v))
+        q, k, v = (y.astype(self.dtype) for y in (apply_rope(q, angles), apply_rope(k, angles), v))
         how: dict[str, Any] = dict(
             mesh=self.mesh,
             implementation=self.attention_implementation(),
@@ -184,13 +184,13 @@ class Attention(Compute):
                 **how,
             )
         else:
-            out = ops.attention_with_past(q, k, v, past=past, layer=layer, **how)
+            out = ops.attention_with_cache(q, k, v, past=past, layer=layer, **how)
             new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         out = out.reshape(batch, length, config.hidden_size)
         return Linear(features=config.hidden_size, name="wo", **self.shared())(out), new
 
 
-class FeedForward(Compute):
+class FeedForward(Module):
     """SwiGLU (Shazeer 2020)."""
 
     @nn.compact
@@ -213,7 +213,7 @@ class FeedForward(Compute):
         )
 
 
-class Layer(Compute):
+class Layer(Module):
     """`x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
 
     @nn.compact
@@ -224,8 +224,8 @@ class Layer(Compute):
         angles: tuple[Float[Array, "*a p"], Float[Array, "*a p"]],
         segment_ids: Int[Array, "b l"] | None = None,
         valid: Bool[Array, "b l"] | None = None,
-        past: ops.Past | None = None,
-    ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+        past: ops.KVCache | None = None,
+    ) -> tuple[Float[Array, "b l d"], KVPair | None]:
         """The new residual stream, and with a past the layer's new keys and values."""
         shared, config = self.shared(), self.config
         attention = _remat(Attention, config.remat_attention, in_scan=config.scan_layers)(
@@ -242,7 +242,7 @@ class Layer(Compute):
         return constrain(x, self.mesh, "batch", "sequence", None), new
 
 
-class LayerStack(Compute):
+class LayerStack(Module):
     """The layers of an encoder or a decoder: stacked and scanned over (`scan_layers`), or numbered."""
 
     num_layers: int = 1
@@ -254,8 +254,8 @@ class LayerStack(Compute):
         position_ids: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"] | None = None,
         valid: Bool[Array, "b l"] | None = None,
-        past: ops.Past | None = None,
-    ) -> tuple[Float[Array, "b l d"], KeysValues | None]:
+        past: ops.KVCache | None = None,
+    ) -> tuple[Float[Array, "b l d"], KVPair | None]:
         """The residual stream after the last layer, and with a past the new keys and values of all, [layers, b, heads, l, head_dim]."""
         mesh = self.balanced_mesh() if past is None else None
         if mesh is None:
@@ -276,8 +276,8 @@ class LayerStack(Compute):
         position_ids: Array,
         segment_ids: Array | None,
         valid: Array | None,
-        past: ops.Past | None,
-    ) -> tuple[Array, KeysValues | None]:
+        past: ops.KVCache | None,
+    ) -> tuple[Array, KVPair | None]:
         angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
         layer_class = self._layer_class()
         everywhere = (angles, segment_ids, valid, past)

@@ -28,7 +28,7 @@ _MASKED = 4.0  # what tells the encoder's kept tokens (+) from the dropped ones 
 _LOGVAR = -5.0  # of the VAE's samples; its means get variance 1
 
 
-def linear_start(
+def linear_init(
     params: dict[str, Any], config: ElasticTokConfig, patches: UInt8[np.ndarray, "n p"]
 ) -> dict[str, Any]:
     """`params` (stacked layers, drawn at random) with the linear codec of `patches` written into them.

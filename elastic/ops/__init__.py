@@ -2,17 +2,17 @@
 
 from elastic.ops.attention.api import attention
 from elastic.ops.attention.dispatch import IMPLEMENTATIONS, choose_implementation
-from elastic.ops.attention.kv_cache import Past, attention_with_past, past_spec
+from elastic.ops.attention.kv_cache import KVCache, attention_with_cache, cache_spec
 from elastic.ops.dense import dense
 from elastic.ops.feedforward import feedforward
 
 __all__ = [
     "IMPLEMENTATIONS",
-    "Past",
+    "KVCache",
     "attention",
-    "attention_with_past",
+    "attention_with_cache",
+    "cache_spec",
     "choose_implementation",
     "dense",
     "feedforward",
-    "past_spec",
 ]

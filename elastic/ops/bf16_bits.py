@@ -11,13 +11,13 @@ import numpy as np
 from jax import lax
 
 
-def hide(x: Any) -> Any:
+def to_bits(x: Any) -> Any:
     """A bfloat16 array as uint16 (NumPy's as a view); any other array as it is."""
     if isinstance(x, np.ndarray):
         return x.view(np.uint16) if x.dtype == jnp.bfloat16 else x
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
-def show(x: Any) -> Any:
+def from_bits(x: Any) -> Any:
     """The inverse of `hide`: uint16 as bfloat16; any other array as it is."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x

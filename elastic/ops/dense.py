@@ -37,7 +37,7 @@ _dense = jax.custom_vjp(_product, nondiff_argnums=(2,))
 def _dense_fwd(x: Array, kernel: Array, dtype: jnp.dtype):
     # Saving the operand as it was multiplied halves what bfloat16 training keeps; as bits, because a scan stacks it.
     return _dense(x, kernel, dtype), (
-        bf16_bits.hide(x.astype(dtype)),
+        bf16_bits.to_bits(x.astype(dtype)),
         kernel,
         jnp.zeros((), x.dtype),
     )
@@ -47,7 +47,7 @@ def _dense_bwd(dtype: jnp.dtype, saved, gradient: Array):
     x, kernel, x_like = saved
     gradient = gradient.astype(dtype)
     dx = dot(gradient, kernel.astype(dtype), (x.ndim - 1, 1)).astype(x_like.dtype)
-    return dx, _weight_gradient(bf16_bits.show(x), gradient).astype(kernel.dtype)
+    return dx, _weight_gradient(bf16_bits.from_bits(x), gradient).astype(kernel.dtype)
 
 
 _dense.defvjp(_dense_fwd, _dense_bwd)
@@ -66,13 +66,13 @@ def _weight_gradient(x: Array, gradient: Array) -> Array:
         # Made first, then turned: what is made in the order of the turned matrix takes three times as long.
         x, gradient = (lax.optimization_barrier(y.reshape(-1, y.shape[-1])) for y in (x, gradient))
         if x.shape[1] > gradient.shape[1]:  # turning is dear: the narrower of the two
-            return turned(dot(turned(gradient), x))
-        return dot(turned(x), gradient)
+            return transposed_in_memory(dot(transposed_in_memory(gradient), x))
+        return dot(transposed_in_memory(x), gradient)
 
     return lax.platform_dependent(x, gradient, cpu=as_matrices, default=at_once)
 
 
-def turned(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
+def transposed_in_memory(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
     """The transposed matrix, to be the left operand of a product on the CPU.
 
     XLA:CPU multiplies in bfloat16 only if it sees no transposition of the left operand, else in float32: 250 against 800 GFLOP/s at

@@ -62,13 +62,13 @@ _gate = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
 def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
     # Rounded like the operands of products, and as bits, because a scan over layers stacks them. The result is made of what is
     # saved, so that the backward pass can make it again without the products.
-    saved = [checkpoint_name(bf16_bits.hide(x.astype(dtype)), SAVED) for x in (a, b)]
-    kept_a, kept_b = (bf16_bits.show(x).astype(a.dtype) for x in saved)
+    saved = [checkpoint_name(bf16_bits.to_bits(x.astype(dtype)), SAVED) for x in (a, b)]
+    kept_a, kept_b = (bf16_bits.from_bits(x).astype(a.dtype) for x in saved)
     return _silu_times(kept_a, kept_b, dtype), saved
 
 
 def _gate_bwd(dtype: jnp.dtype, saved, gradient: Array):
-    a, b = (bf16_bits.show(x).astype(gradient.dtype) for x in saved)
+    a, b = (bf16_bits.from_bits(x).astype(gradient.dtype) for x in saved)
     share = jax.nn.sigmoid(a)
     return gradient * b * share * (1 + a * (1 - share)), gradient * a * share
 

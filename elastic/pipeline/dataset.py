@@ -25,16 +25,16 @@ from elastic.pipeline.dataset_plan import (
     LOCK,
     PLAN,
     UNFINISHED,
-    Plan,
+    DatasetPlan,
     clear_unfinished,
     list_inputs,
     printable,
-    settle,
     sizes,
+    write_or_check,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
 from elastic.tokenizer import ElasticTokenizer
-from elastic.tokenizer.resume import remove_recording
+from elastic.tokenizer.resume import remove_resume_log
 from elastic.tokens import TokenFileError, TokenizedClip, write_shard
 
 __all__ = ["Outcome", "list_inputs", "shard_name", "tokenize_dataset"]
@@ -87,7 +87,7 @@ def tokenize_dataset(
     """
     folder = Path(folder)
     _check_options(tokenizer, inputs, options)
-    plan = Plan(
+    plan = DatasetPlan(
         files=sizes(dict(sorted(inputs.items()))),
         files_per_shard=files_per_shard,
         model=_model(tokenizer),
@@ -95,7 +95,7 @@ def tokenize_dataset(
     )
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settle(folder, plan)
+    write_or_check(folder, plan)
     work = _Work(tokenizer, inputs, folder, plan, batch, options)
     mine = range(process_index, plan.num_shards, process_count)
     with _Progress(work, mine, shown=progress) as bar:
@@ -139,7 +139,7 @@ class _Work:
         tokenizer: ElasticTokenizer,
         inputs: Mapping[str, Path],
         folder: Path,
-        plan: Plan,
+        plan: DatasetPlan,
         batch: int,
         options: Mapping[str, Any],
     ):
@@ -230,7 +230,7 @@ class _Work:
             seconds = time.perf_counter() - started
             # Written last: the file is done.
             write_json(place / f"{number:05d}.json", {"reason": reason, "seconds": seconds})
-            remove_recording(record(which))
+            remove_resume_log(record(which))
             bar.add(0 if isinstance(found, MediaError) else found.num_frames)
             started = time.perf_counter()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic import media
-from elastic.io.atomic import atomic_file, locked
+from elastic.io.atomic import atomic_open, locked
 from elastic.media import MediaError
 
 PLAN = "plan.json"
@@ -24,7 +24,7 @@ _LIST_SUFFIX = ".txt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class DatasetPlan:
     """A run over a data set.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan:
         return (json.dumps(values, separators=(",", ":")) + "\n").encode()
 
     @classmethod
-    def load(cls, path: Path) -> "Plan":
+    def load(cls, path: Path) -> "DatasetPlan":
         """Reads plan.json.
 
         Raises:
@@ -77,7 +77,7 @@ class Plan:
             ) from error
 
 
-def settle(folder: Path, plan: Plan) -> None:
+def write_or_check(folder: Path, plan: DatasetPlan) -> None:
     """Writes the plan of a new run, or sees that it is the one that the folder's run began with.
 
     Raises:
@@ -91,10 +91,10 @@ def settle(folder: Path, plan: Plan) -> None:
                 raise ValueError(
                     f"{folder} holds shards but no {PLAN}; choose another output_folder."
                 )
-            with atomic_file(folder / PLAN) as file:
+            with atomic_open(folder / PLAN) as file:
                 file.write(plan.to_json())
             return
-        found = Plan.load(folder / PLAN)
+        found = DatasetPlan.load(folder / PLAN)
     # As JSON has it: a tuple becomes a list.
     differing = _differences(found, dataclasses.replace(plan, **_plain(plan)))
     if differing:
@@ -104,11 +104,11 @@ def settle(folder: Path, plan: Plan) -> None:
         )
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
+def _plain(plan: DatasetPlan) -> dict[str, Any]:
     return {name: json.loads(json.dumps(getattr(plan, name))) for name in ("model", "options")}
 
 
-def _differences(before: Plan, now: Plan) -> list[str]:
+def _differences(before: DatasetPlan, now: DatasetPlan) -> list[str]:
     """What is another value now, in words."""
     found = []
     for kind in ("model", "options"):

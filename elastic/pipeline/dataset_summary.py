@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from elastic.io.atomic import write_atomically
+from elastic.io.atomic import atomic_write
 from elastic.io.json_file import write_json
-from elastic.pipeline.dataset_plan import Plan, clear_unfinished
+from elastic.pipeline.dataset_plan import DatasetPlan, clear_unfinished
 from elastic.report.figures import new_figure, write_figure
 from elastic.tokens import TokenizedClip
 
@@ -98,7 +98,9 @@ def bars(histogram: Mapping[int, int], tokens_per_block: int) -> dict[str, list[
     return {"edges": edges.tolist(), "blocks": blocks.tolist()}
 
 
-def write_summary(folder: Path, plan: Plan, shards: Sequence[tuple[str, Tally]]) -> dict[str, Any]:
+def write_summary(
+    folder: Path, plan: DatasetPlan, shards: Sequence[tuple[str, Tally]]
+) -> dict[str, Any]:
     """Writes summary.json, summary.png and bad.jsonl from the finished shards; the same shards give the same bytes."""
     total = Tally()
     for _, tally in shards:
@@ -127,7 +129,7 @@ def write_summary(folder: Path, plan: Plan, shards: Sequence[tuple[str, Tally]])
     ]
     for name in (SUMMARY, PLOT, BAD):
         clear_unfinished(folder, name)
-    write_atomically(folder / BAD, "".join(lines).encode())
+    atomic_write(folder / BAD, "".join(lines).encode())
     if total.blocks:
         _plot(found, folder / PLOT)
     write_json(folder / SUMMARY, found)

@@ -21,8 +21,8 @@ from elastic.io.atomic import locked, take_places
 from elastic.media import reader
 from elastic.metrics import psnr_of_mse
 from elastic.tokenizer import BlockResult, ElasticTokenizer
-from elastic.tokenizer.resume import remove_recording
-from elastic.tokenizer.session import Encoding
+from elastic.tokenizer.resume import remove_resume_log
+from elastic.tokenizer.session import EncodeSession
 from elastic.tokens import TokenizedClip, npz_file
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every name that a run may wr
 UNFINISHED, PART = "unfinished", "tokens.part"
 
 
-class Run(NamedTuple):
+class FinishedFile(NamedTuple):
     """One finished run."""
 
     source: Path
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     report: dict[str, Any]
 
 
-class Job:
+class ResultFolder:
     """One file and its folder.
 
     Args:
@@ -57,7 +57,7 @@ class Job:
         self._stack = contextlib.ExitStack()
         self._made: list[Path] = []
         self._locked = False
-        self._encoding: Encoding | None = None
+        self._encoding: EncodeSession | None = None
         self._frames: _Frames | None = None
         self._spent: list[dict[str, Any]] = []
         self._squares, self._earlier = 0, 0.0
@@ -70,7 +70,7 @@ class Job:
 
     def begin(
         self, tokenizer: ElasticTokenizer, options: dict[str, Any], *, alone: bool = True
-    ) -> Encoding:
+    ) -> EncodeSession:
         """Opens the file and the folder, and says which blocks are still to be done.
 
         Args:
@@ -87,7 +87,7 @@ class Job:
         self._lock()
         record = self._work / PART
         if not self._resume:
-            remove_recording(record)
+            remove_resume_log(record)
         if self._viz:
             self._frames = _Frames(self._work, tokenizer.config)
         if not encoding.has_budget:
@@ -110,7 +110,7 @@ class Job:
             self._frames.add(block.frames, block.reconstruction)
         self._note(block.passes, block.seconds, block.squares)
 
-    def finish(self, *, progress: bool = True) -> Run:
+    def finish(self, *, progress: bool = True) -> FinishedFile:
         """Writes the results."""
         assert self._encoding is not None
         seconds = time.perf_counter() - self._started + self._earlier
@@ -129,7 +129,7 @@ class Job:
         take_places(self._work, self._folder, RESULTS)
         self._stack.close()
         shutil.rmtree(self._work, ignore_errors=True)
-        return Run(self.source, self._folder, files, found)
+        return FinishedFile(self.source, self._folder, files, found)
 
     def discard(self) -> None:
         """Removes what was begun: the file is no good."""

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from elastic import media
 from elastic.media import reader
-from elastic.pipeline.result_folder import Job, Run
+from elastic.pipeline.result_folder import FinishedFile, ResultFolder
 from elastic.tokenizer import ElasticTokenizer
-from elastic.tokenizer.session import Encoding
+from elastic.tokenizer.session import EncodeSession
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def tokenize_file(
     viz: bool = True,
     progress: bool = True,
     **options: Any,
-) -> Run:
+) -> FinishedFile:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
     Memory holds one block of frames: those that the picture needs wait in the folder `unfinished` beside the results (twice the size
@@ -74,7 +74,7 @@ def tokenize_file(
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
       OSError: the folder cannot be written to; of a clip of several blocks, what was found so far stays in `unfinished`.
     """
-    job = Job(Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz)
+    job = ResultFolder(Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz)
     try:
         encoding = job.begin(tokenizer, options)
         bar = tqdm(
@@ -110,7 +110,7 @@ def tokenize_files(
     batch: int = 1,
     progress: bool = True,
     **options: Any,
-) -> tuple[list[Run], list[Path]]:
+) -> tuple[list[FinishedFile], list[Path]]:
     """`tokenize_file` for each; of several, one that is no good is named in the log and left out.
 
     Args:
@@ -151,21 +151,21 @@ def _side_by_side(
     resume: bool = True,
     viz: bool = True,
     **options: Any,
-) -> tuple[list[Run], list[Path]]:
-    jobs: dict[Encoding, Job] = {}
-    runs: list[Run] = []
+) -> tuple[list[FinishedFile], list[Path]]:
+    jobs: dict[EncodeSession, ResultFolder] = {}
+    runs: list[FinishedFile] = []
     bad: list[Path] = []
     bar = tqdm(total=len(inputs), unit="file", disable=not progress)
 
-    def leave_out(job: Job, error: Exception) -> None:
+    def leave_out(job: ResultFolder, error: Exception) -> None:
         log.warning("Left out: %s", error)
         bad.append(job.source)
         job.discard()
         bar.update()
 
-    def opened() -> Iterator[Encoding]:
+    def opened() -> Iterator[EncodeSession]:
         for file, name in inputs.items():
-            job = Job(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
+            job = ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
             try:
                 encoding = job.begin(tokenizer, options, alone=False)
             except reader.MediaError as error:
@@ -192,7 +192,7 @@ def _side_by_side(
     return runs, bad
 
 
-def summary(run: Run) -> str:
+def summary(run: FinishedFile) -> str:
     """The closing table of a run."""
     clip, totals = run.report["clip"], run.report["totals"]
     met = f"{totals['blocks_met']} of {totals['blocks']} blocks"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.io.atomic import write_atomically
+from elastic.io.atomic import atomic_write
 from elastic.report.strip import MET, NOT_MET, number
 
 
@@ -74,4 +74,4 @@ def write_figure(figure: Any, path: str | os.PathLike) -> None:
 
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    write_atomically(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())

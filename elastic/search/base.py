@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, SupportsFloat
 
-from elastic.search.rate_curve import Memory
+from elastic.search.rate_curve import SearchHistory
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Seen(Protocol):
         ...
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> SearchHistory:
         """What the blocks before tell."""
         ...
 
@@ -131,18 +131,18 @@ class Seen(Protocol):
         ...
 
 
-Plan = Callable[[SearchOptions, Seen], Iterator[list[int]]]
-_PLANS: dict[str, Plan] = {}
+SearchPlan = Callable[[SearchOptions, Seen], Iterator[list[int]]]
+_PLANS: dict[str, SearchPlan] = {}
 
 
-def plan(name: str) -> Callable[[Plan], Plan]:
+def plan(name: str) -> Callable[[SearchPlan], SearchPlan]:
     """Registers a plan: `(options, seen) -> iterator of groups of untried counts`.
 
     Each group has at least one count, all distinct. When the iterator is resumed, every count of
     the groups so far is in `seen`.
     """
 
-    def register(function: Plan) -> Plan:
+    def register(function: SearchPlan) -> SearchPlan:
         if name in _PLANS:
             raise ValueError(f"A search named {name!r} exists already.")
         _PLANS[name] = function
@@ -162,9 +162,11 @@ class Search:
     `run_search` is that loop. Use `make_search` to build one.
     """
 
-    def __init__(self, options: SearchOptions, groups: Plan, memory: Memory | None = None):
+    def __init__(
+        self, options: SearchOptions, groups: SearchPlan, memory: SearchHistory | None = None
+    ):
         self._options = options
-        self.memory = Memory() if memory is None else memory
+        self.memory = SearchHistory() if memory is None else memory
         self._pending: list[int] | None = None
         self._finished = False
         self._passes = 0
@@ -267,7 +269,7 @@ def make_search(
     width: int = 1,
     full_curve: bool = False,
     tolerance: float = TOLERANCE,
-    memory: Memory | None = None,
+    memory: SearchHistory | None = None,
 ) -> Search:
     """The search of one block.
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from elastic.search.rate_curve import Curve, Memory, Point
+from elastic.search.rate_curve import Curve, Point, SearchHistory
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
 _FORMAT = {"format": "elastic curve prior", "version": 1}
@@ -70,7 +70,7 @@ class CurvePrior:
       means: of the features of the blocks it was fitted on.
       weights: [len(counts), 1 + features]: the mean log losses, and what a feature above its mean adds to them.
       residual: root mean square of log losses less guessed ones, over all counts and the blocks fitted.
-      spread: how far off a guess is in log counts: `Memory.spread` of a clip's first block.
+      spread: how far off a guess is in log counts: `SearchHistory.spread` of a clip's first block.
     """
 
     counts: tuple[int, ...]
@@ -106,8 +106,8 @@ class CurvePrior:
             for count, loss in zip(self.counts, losses, strict=True)
         )
 
-    def memory(self, expected: Curve, before: Memory | None = None) -> Memory:
-        """What to search a block with, in place of `Memory()`: by squared error, not by another metric.
+    def memory(self, expected: Curve, before: SearchHistory | None = None) -> SearchHistory:
+        """What to search a block with, in place of `SearchHistory()`: by squared error, not by another metric.
 
         Args:
           expected: the block's `curve_of`.
@@ -115,7 +115,7 @@ class CurvePrior:
             the pixels of both blocks say of their difference, so that a cut does not mislead.
         """
         if before is None or before.curve is None:
-            return Memory(curve=expected, spread=self.spread, expected=expected)
+            return SearchHistory(curve=expected, spread=self.spread, expected=expected)
         curve, old = before.curve, before.expected
         if old is not None:
             moves = (_TRUST * (expected.at(p.x) - old.at(p.x)) for p in curve.points)
@@ -207,7 +207,7 @@ def fit(
         means=means,
         weights=np.concatenate([level[:, None], (solved / scale[:, None]).T], axis=1),
         residual=residual,
-        spread=float(np.clip(residual / drop, _LEAST_SPREAD, Memory.spread)),
+        spread=float(np.clip(residual / drop, _LEAST_SPREAD, SearchHistory.spread)),
     )
 
 

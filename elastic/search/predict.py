@@ -8,7 +8,7 @@ never known to be wasteful; where guesses fail, halving the range takes over, wh
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from elastic.search.rate_curve import Curve, Memory, Point, log_loss, points_of
+from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, points_of
 
 # Fitted by replaying recorded curves of clips that no figure in the README is measured on.
 _MARGIN = 0.004  # of log counts above the guess: that it meets is worth more than the token
@@ -31,7 +31,7 @@ def predict(
     threshold: float,
     width: int,
     tolerance: float,
-    memory: Memory,
+    memory: SearchHistory,
     losses: Mapping[int, float],
     meets: Callable[[int], bool],
 ) -> Iterator[list[int]]:

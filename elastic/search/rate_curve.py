@@ -85,7 +85,7 @@ def log_loss(loss: float) -> float:
 
 
 @dataclass
-class Memory:
+class SearchHistory:
     """What the blocks of a clip so far tell about the next one. A new clip gets a new memory.
 
     Attributes:
@@ -106,7 +106,7 @@ class Memory:
     expected: Curve | None = None
 
 
-def memory_to_plain(memory: Memory) -> dict[str, Any]:
+def history_to_json(memory: SearchHistory) -> dict[str, Any]:
     """The memory in lists and numbers, for a file; exact."""
     return {
         name: value.points if isinstance(value, Curve) else value
@@ -114,13 +114,13 @@ def memory_to_plain(memory: Memory) -> dict[str, Any]:
     }
 
 
-def memory_from_plain(plain: Mapping[str, Any]) -> Memory:
+def history_from_json(plain: Mapping[str, Any]) -> SearchHistory:
     """What `memory_to_plain` was given."""
 
     def value(x: Any) -> Any:
         return Curve(Point(*point) for point in x) if isinstance(x, list) else x
 
-    return Memory(**{name: value(x) for name, x in plain.items()})
+    return SearchHistory(**{name: value(x) for name, x in plain.items()})
 
 
 def _tilted(moves: list[Point], x: float) -> float:

@@ -25,18 +25,18 @@ from elastic.ops import bf16_bits
 from elastic.patches import to_unit_range
 
 
-class Past(NamedTuple):
+class CodecCache(NamedTuple):
     """What is remembered of the blocks so far: bounded, the oldest block is overwritten first.
 
     Each batch element is a clip of its own, as far along as it is.
     """
 
-    encoder: ops.Past
-    decoder: ops.Past
+    encoder: ops.KVCache
+    decoder: ops.KVCache
     # Committed since the context began; gives positions and the place of the next block.
     num_blocks: Int[Array, "b"]
 
-    def forget(self, elements: Bool[np.ndarray, "b"]) -> "Past":
+    def forget(self, elements: Bool[np.ndarray, "b"]) -> "CodecCache":
         """The same with an empty context for these elements. What lies in the cache is not touched, only no longer seen."""
 
         def zeroed(x: Array) -> Array:
@@ -45,7 +45,7 @@ class Past(NamedTuple):
         encoder, decoder = (
             part._replace(length=zeroed(part.length)) for part in (self.encoder, self.decoder)
         )
-        return Past(encoder, decoder, zeroed(self.num_blocks))
+        return CodecCache(encoder, decoder, zeroed(self.num_blocks))
 
 
 class Trial(NamedTuple):
@@ -138,21 +138,21 @@ class Codec:
 
     def stored(self, params: dict[str, Any]) -> dict[str, Any]:
         """Parameters as the programs want them: on the CPU bfloat16 as its bits (see ops/bits.py). Others work, and cost copies."""
-        return jax.tree.map(bf16_bits.hide, params) if self._hides else params
+        return jax.tree.map(bf16_bits.to_bits, params) if self._hides else params
 
-    def new_past(self, batch: int = 1) -> Past:
+    def new_past(self, batch: int = 1) -> CodecCache:
         """An empty past: zeros that no query sees."""
         config = self.config
         return self._empty(config.num_encoder_layers, config.num_decoder_layers, batch)
 
-    def new_decoder_past(self, batch: int = 1) -> Past:
+    def new_decoder_past(self, batch: int = 1) -> CodecCache:
         """An empty past for decoding alone, which needs no encoder."""
         return self._empty(0, self.config.num_decoder_layers, batch)
 
     def try_counts(
         self,
         params: dict[str, Any],
-        past: Past,
+        past: CodecCache,
         patches: UInt8[Array | np.ndarray, "b l p"],
         counts: Int[Array | np.ndarray, "b k"],
         *,
@@ -188,11 +188,11 @@ class Codec:
 
     def commit(
         self,
-        past: Past,
+        past: CodecCache,
         trial: Trial,
         choice: Int[Array | np.ndarray, "b"],
         elements: Bool[np.ndarray, "b"] | None = None,
-    ) -> tuple[Past, Committed]:
+    ) -> tuple[CodecCache, Committed]:
         """Appends the chosen candidate of each element, or of these elements alone. The past given is used up; nothing is computed again.
 
         Raises:
@@ -205,40 +205,40 @@ class Codec:
     def decode(
         self,
         params: dict[str, Any],
-        past: Past,
+        past: CodecCache,
         tokens: Array | np.ndarray,
         num_kept: Int[Array | np.ndarray, "b"],
-    ) -> tuple[Past, UInt8[Array, "b l p"]]:
+    ) -> tuple[CodecCache, UInt8[Array, "b l p"]]:
         """Pixels of one block of tokens ([b, l] indices or [b, l, c] vectors; what lies after `num_kept` is ignored).
 
         The past given is used up.
         """
         return self._decode(params, past, tokens, num_kept)
 
-    def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> Past:
+    def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> CodecCache:
         config = self.config
         capacity = (self.window_blocks - 1) * config.tokens_per_block
         cache_at, numbers_at = self._places(batch)
 
-        def layers(count: int) -> ops.Past:
+        def layers(count: int) -> ops.KVCache:
             shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
             dtype = jnp.uint16 if self._hides and self.dtype == jnp.bfloat16 else self.dtype
             cache = jnp.zeros(shape, dtype, device=cache_at)
-            return ops.Past(cache, jnp.zeros_like(cache), zero())
+            return ops.KVCache(cache, jnp.zeros_like(cache), zero())
 
         def zero() -> Array:
             return jnp.zeros(batch, jnp.int32, device=numbers_at)
 
-        return Past(layers(encoder_layers), layers(decoder_layers), zero())
+        return CodecCache(layers(encoder_layers), layers(decoder_layers), zero())
 
     def _places(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
         """Where the cache of so many elements lies, and what has one number for each."""
         if self.mesh is None:
             return None, None
-        spec = ops.past_spec(self.mesh, batch, self.config.num_attention_heads)
+        spec = ops.cache_spec(self.mesh, batch, self.config.num_attention_heads)
         return NamedSharding(self.mesh, spec), NamedSharding(self.mesh, P(spec[1]))
 
-    def _positions(self, past: Past, num_candidates: int = 1) -> Int[Array, "n l"]:
+    def _positions(self, past: CodecCache, num_candidates: int = 1) -> Int[Array, "n l"]:
         length = self.config.tokens_per_block
         first = repeat(past.num_blocks * length, "b -> (b k) 1", k=num_candidates)
         return first + jnp.arange(length)[None]
@@ -255,7 +255,9 @@ class Codec:
         frame = token_frame[:, None] + pixel_frame[None]
         return frame[None] < num_frames[:, None, None]
 
-    def _try_impl(self, params, past: Past, patches, counts, num_frames, *, keep: bool) -> Trial:
+    def _try_impl(
+        self, params, past: CodecCache, patches, counts, num_frames, *, keep: bool
+    ) -> Trial:
         num_candidates = counts.shape[1]
         shown = self._shown(jnp.repeat(num_frames, num_candidates))
         x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
@@ -323,14 +325,16 @@ class Codec:
 
         return jax.tree.map(newer, held, one)
 
-    def _commit_impl(self, past: Past, trial: Trial, choice, elements) -> tuple[Past, Committed]:
+    def _commit_impl(
+        self, past: CodecCache, trial: Trial, choice, elements
+    ) -> tuple[CodecCache, Committed]:
         one = self._chosen(trial, choice)
         encoder = self._append(past.encoder, one.encoder_new, past.num_blocks, elements)
         decoder = self._append(past.decoder, one.decoder_new, past.num_blocks, elements)
         new = self._counted(past, encoder, decoder, elements)
         return new, Committed(self._to_tokens(one.codes), one.pixels)
 
-    def _decode_impl(self, params, past: Past, tokens, num_kept) -> tuple[Past, Array]:
+    def _decode_impl(self, params, past: CodecCache, tokens, num_kept) -> tuple[CodecCache, Array]:
         kept = token_masks.kept_mask(num_kept, self.config.tokens_per_block)
         batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(past))
         codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
@@ -340,8 +344,8 @@ class Codec:
         return self._counted(past, past.encoder, decoder, None), pixels
 
     def _append(
-        self, past: ops.Past, new: Any, num_blocks: Array, elements: Array | None
-    ) -> ops.Past:
+        self, past: ops.KVCache, new: Any, num_blocks: Array, elements: Array | None
+    ) -> ops.KVCache:
         """Writes a block over the oldest one. Keys carry their positions, so that their order in the cache does not matter."""
         slots = self.window_blocks - 1
         if slots == 0:
@@ -351,7 +355,7 @@ class Codec:
             elements = jnp.ones(batch, bool)
 
         def write(old: Array, x: Array, number: Array, wanted: Array | None) -> Array:
-            x = bf16_bits.hide(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
+            x = bf16_bits.to_bits(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
             for i in range(old.shape[1]):  # a piece after the other, each in its place
                 piece = x[:, i : i + 1]
                 start = (0, i, 0, (number[i] % slots) * x.shape[3], 0)
@@ -379,8 +383,8 @@ class Codec:
         return past._replace(keys=keys, values=values)
 
     def _counted(
-        self, past: Past, encoder: ops.Past, decoder: ops.Past, elements: Array | None
-    ) -> Past:
+        self, past: CodecCache, encoder: ops.KVCache, decoder: ops.KVCache, elements: Array | None
+    ) -> CodecCache:
         """The past with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
         more = 1 if elements is None else elements.astype(jnp.int32)
         num_blocks = past.num_blocks + more
@@ -390,7 +394,9 @@ class Codec:
             num_blocks, length = (
                 lax.with_sharding_constraint(x, numbers_at) for x in (num_blocks, length)
             )
-        return Past(encoder._replace(length=length), decoder._replace(length=length), num_blocks)
+        return CodecCache(
+            encoder._replace(length=length), decoder._replace(length=length), num_blocks
+        )
 
     def _apply(self, method: str, params, *arguments) -> Any:
         return self.model.apply({"params": params}, *arguments, method=method)

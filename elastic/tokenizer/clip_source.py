@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from elastic import media
 
 Frames = Iterable[UInt8[np.ndarray, "rows columns 3"]]
-Source = str | os.PathLike | np.ndarray | media.ClipReader | Frames
+ClipLike = str | os.PathLike | np.ndarray | media.ClipReader | Frames
 _T = TypeVar("_T")
 
 
@@ -84,7 +84,7 @@ class Clip:
 
 
 def open_clip(
-    source: Source, resolution: int, *, rate: float | None, max_frames: int | None
+    source: ClipLike, resolution: int, *, rate: float | None, max_frames: int | None
 ) -> Clip:
     """The clip in a file, in an array [frames, height, width, 3] or [height, width, 3], in a reader, or of frames that come one by one.
 

@@ -19,7 +19,7 @@ from elastic.io.atomic import written_beside
 from elastic.io.safetensors_file import index_safetensors, write_safetensors
 from elastic.io.tensors import read_into
 from elastic.io.tree import CheckpointError
-from elastic.tokenizer.block_codec import Codec, Past
+from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokens import BlockTokens, TokenFileError, read_token_stream
 from elastic.tokens.stream_file import Recorded, TokenStreamWriter
 
@@ -32,17 +32,17 @@ _MOST_COPY_BYTES = (
 )  # a past larger than this is not copied: a run that goes on repeats one pass for every block
 
 
-class RecordingError(ValueError):
+class ResumeError(ValueError):
     """A recording that does not belong to this run; says which and why."""
 
 
-def remove_recording(path: str | os.PathLike) -> None:
+def remove_resume_log(path: str | os.PathLike) -> None:
     """Removes the files of a recording, where there are any."""
     for file in _files(pathlib.Path(path)):
         file.unlink(missing_ok=True)
 
 
-class Recording:
+class ResumeLog:
     """The files of one tokenization.
 
     Args:
@@ -54,7 +54,7 @@ class Recording:
       blocks: what an earlier run recorded.
 
     Raises:
-      RecordingError: there is one already, of another run.
+      ResumeError: there is one already, of another run.
       OSError: the files cannot be read or written.
     """
 
@@ -71,7 +71,7 @@ class Recording:
             found, blocks = read_token_stream(self.path)
             self.blocks = list(blocks)
         except TokenFileError as error:
-            raise RecordingError(f"{error} Remove it to begin anew.") from error
+            raise ResumeError(f"{error} Remove it to begin anew.") from error
         earlier = found.get("run")
         if not isinstance(earlier, dict) or earlier != about:
             names = sorted(
@@ -79,12 +79,12 @@ class Recording:
                 for name in about.keys() | (earlier or {}).keys()
                 if about.get(name) != (earlier or {}).get(name)
             )
-            raise RecordingError(
+            raise ResumeError(
                 f"{self.path} was begun with another {' and '.join(names)}; remove it to begin anew, or run what began it."
             )
         self._writer = TokenStreamWriter(self.path, {}, keep=len(self.blocks))
 
-    def load_past(self, codec: Codec) -> tuple[int, Past] | None:
+    def load_past(self, codec: Codec) -> tuple[int, CodecCache] | None:
         """The copy of the past and the number of blocks it was made after, if there is one that fits what is recorded."""
         try:
             tensors = index_safetensors(self._past_path)
@@ -119,7 +119,7 @@ class Recording:
         """Records one block more."""
         self._writer.append(tokens, num_frames, **about)
 
-    def copy_past(self, past: Past) -> None:
+    def copy_past(self, past: CodecCache) -> None:
         """Copies the past if it is time to. Where it cannot be written the log says so: going on then takes longer."""
         started = time.monotonic()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(past))
@@ -149,7 +149,7 @@ def _files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     return path, path.with_name(path.name + ".past")
 
 
-def _named(past: Past) -> dict[str, Any]:
+def _named(past: CodecCache) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="_"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(past)

@@ -17,7 +17,7 @@ from elastic.distributed.mesh import memory_limit, platform_of
 from elastic.metrics import Metric
 from elastic.patches import pad_block, patchify, unpatchify
 from elastic.search import Search, SearchResult
-from elastic.tokenizer.block_codec import Codec, Past, Trial
+from elastic.tokenizer.block_codec import Codec, CodecCache, Trial
 from elastic.tokenizer.result import BlockResult
 from elastic.tokens import BlockTokens
 
@@ -45,7 +45,7 @@ class _Work:
         return self.search.options.fallback if best is None else best
 
 
-class Lanes:
+class BatchScheduler:
     """A fixed number of clips in one compiled program.
 
     Args:
@@ -61,7 +61,7 @@ class Lanes:
         *,
         batch: int = 1,
         width: int = 1,
-        past: Past | None = None,
+        past: CodecCache | None = None,
     ):
         config = codec.config
         self.codec, self.batch, self.width = codec, batch, width

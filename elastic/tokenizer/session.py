@@ -18,12 +18,12 @@ from elastic.io.tree import flatten
 from elastic.media.reader import MediaError
 from elastic.metrics import Metric
 from elastic.search import CurvePrior, Search, make_search
-from elastic.search.rate_curve import Curve, Memory, memory_from_plain, memory_to_plain
+from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import Clip, ahead
 from elastic.tokenizer.result import BlockResult
-from elastic.tokenizer.resume import Recording, RecordingError, remove_recording
-from elastic.tokenizer.scheduler import Lanes
+from elastic.tokenizer.resume import ResumeError, ResumeLog, remove_resume_log
+from elastic.tokenizer.scheduler import BatchScheduler
 from elastic.tokenizer.two_pass import Budget, spend
 from elastic.tokens import BlockTokens, TokenizedClip
 
@@ -33,7 +33,7 @@ _AHEAD = 2  # blocks of a clip that are decoded while the model runs
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class TokenizerContext:
     """What all clips of a tokenizer share; `elastic.tokenizer` documents the fields."""
 
     codec: Codec
@@ -58,14 +58,14 @@ class Setting:
         return digest.hexdigest()
 
 
-class Waiting(NamedTuple):
+class PendingBlock(NamedTuple):
     """A block that is to be tokenized."""
 
     frames: UInt8[np.ndarray, "n rows columns 3"]
     expected: Curve | None  # what its pixels say of its curve, where the search asks
 
 
-class Encoding:
+class EncodeSession:
     """A clip being tokenized: iterate over it for one `BlockResult` after the other, then ask for `tokens()`.
 
     Frames are read, tokenized and handed out block by block; nothing but the tokens is held.
@@ -80,7 +80,7 @@ class Encoding:
 
     def __init__(
         self,
-        setting: Setting,
+        setting: TokenizerContext,
         clip: Clip,
         search: dict[str, Any],
         *,
@@ -93,9 +93,9 @@ class Encoding:
         self.num_frames = clip.num_frames
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
-        self._recording: Recording | None = None
+        self._recording: ResumeLog | None = None
         self._past: Any = None
-        self._memory: Memory | None = None
+        self._memory: SearchHistory | None = None
         self.num_done = 0  # blocks that are tokenized
         self._seen_frames = 0
         self._blocks: list[BlockTokens] = []  # these; with a recording they are there instead
@@ -164,15 +164,15 @@ class Encoding:
             )
         about = self._about()
         if about["clip"] is None and os.path.exists(path):
-            raise RecordingError(
+            raise ResumeError(
                 f"{path} is there already, and frames that come cannot be gone through again; give another record."
             )
-        self._recording = Recording(path, about, self._header())
+        self._recording = ResumeLog(path, about, self._header())
         found = self._recording.load_past(self._setting.codec) if most_copied else None
         if found is not None and 0 < found[0] <= most_copied:
             self.first_block, self._past = found
             before = self._recording.blocks[: self.first_block]
-            self._memory = memory_from_plain(before[-1].about["memory"])
+            self._memory = history_from_json(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
     def open_fitting_record(
@@ -181,12 +181,12 @@ class Encoding:
         """The same; a recording of another run is removed, and the log says so."""
         try:
             self.open_record(path, most_copied=most_copied)
-        except RecordingError as error:
+        except ResumeError as error:
             log.warning("Begins anew: %s", error)
-            remove_recording(path)
+            remove_resume_log(path)
             self.open_record(path, most_copied=most_copied)
 
-    def begin(self, lanes: Lanes, lane: int) -> Iterator[Waiting]:
+    def begin(self, lanes: BatchScheduler, lane: int) -> Iterator[PendingBlock]:
         """The blocks to tokenize, `lane` ready for the first. They are read, and their curves guessed, while the model works."""
         lanes.forget(lane)
         self._reset()
@@ -196,13 +196,13 @@ class Encoding:
         guesses = self._search["name"] == "predict" and self.metric is None
         prior = self._setting.prior if guesses else None
 
-        def blocks() -> Iterator[Waiting]:
+        def blocks() -> Iterator[PendingBlock]:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
-                yield Waiting(frames, None if prior is None else prior.curve_of(frames))
+                yield PendingBlock(frames, None if prior is None else prior.curve_of(frames))
 
         return ahead(blocks(), _AHEAD)
 
-    def next_search(self, block: Waiting) -> Search:
+    def next_search(self, block: PendingBlock) -> Search:
         """The search of the next block."""
         number, prior = self.num_done, self._setting.prior
         if self._recording is not None and number < len(self._recording.blocks):
@@ -211,16 +211,16 @@ class Encoding:
         if block.expected is not None and prior is not None:
             self._memory = prior.memory(block.expected, self._memory)
         elif self._memory is None:  # of this clip alone, so that its tokens do not depend on others
-            self._memory = Memory()
+            self._memory = SearchHistory()
         return make_search(memory=self._memory, **self._search)
 
-    def take(self, result: BlockResult, lanes: Lanes) -> BlockResult:
+    def take(self, result: BlockResult, lanes: BatchScheduler) -> BlockResult:
         """Notes what the next block has become."""
         number, recording = self.num_done, self._recording
         if recording is not None and number < len(recording.blocks):
             result = self._repeated(result, number)
         elif recording is not None:
-            memory = memory_to_plain(self._memory or Memory())
+            memory = history_to_json(self._memory or SearchHistory())
             recording.append(
                 result.tokens,
                 len(result.frames),
@@ -276,10 +276,10 @@ class Encoding:
         earlier = self._recording.blocks[number]
         same = np.array_equal(earlier.tokens.values, result.tokens.values)
         if not same or len(result.frames) != earlier.num_frames:
-            raise RecordingError(
+            raise ResumeError(
                 f"{self._recording.path} has other tokens for block {number} than this machine finds; remove it to begin anew."
             )
-        self._memory = memory_from_plain(earlier.about["memory"])
+        self._memory = history_from_json(earlier.about["memory"])
         spent = {name: earlier.about[name] for name in ("passes", "seconds")}
         return result._replace(tokens=earlier.tokens, **spent)
 
@@ -329,11 +329,11 @@ class Encoding:
         return search if self.metric is None else f"{search}:{self._metric_name}"
 
 
-Progress = tuple[Encoding, BlockResult | MediaError | None]
+Progress = tuple[EncodeSession, BlockResult | MediaError | None]
 
 
 def tokenize_side_by_side(
-    setting: Setting, encodings: Iterable[Encoding], *, batch: int = 1
+    setting: TokenizerContext, encodings: Iterable[EncodeSession], *, batch: int = 1
 ) -> Iterator[Progress]:
     """The blocks of several clips as they are done, each with its clip; None says that a clip is finished, an error that it is no good.
 
@@ -344,9 +344,9 @@ def tokenize_side_by_side(
     first = next(waiting, None)
     if first is None:
         return
-    lanes = Lanes(setting.codec, setting.weights, batch=batch, width=first.width)
+    lanes = BatchScheduler(setting.codec, setting.weights, batch=batch, width=first.width)
     waiting = itertools.chain([first], waiting)
-    in_lane: dict[int, tuple[Encoding, Iterator[Waiting]]] = {}
+    in_lane: dict[int, tuple[EncodeSession, Iterator[PendingBlock]]] = {}
     try:
         while True:
             for lane in lanes.free:
@@ -363,10 +363,10 @@ def tokenize_side_by_side(
 
 
 def _fill(
-    setting: Setting,
-    lanes: Lanes,
+    setting: TokenizerContext,
+    lanes: BatchScheduler,
     lane: int,
-    in_lane: dict[int, tuple[Encoding, Iterator[Waiting]]],
+    in_lane: dict[int, tuple[EncodeSession, Iterator[PendingBlock]]],
     waiting: Iterator[Any],
 ) -> Iterator[Progress]:
     """Gives a free lane its clip's next block, or the first one of another clip, if there is one."""

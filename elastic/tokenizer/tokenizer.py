@@ -23,8 +23,8 @@ from elastic.ops import bf16_bits
 from elastic.patches import unpatchify
 from elastic.search import CurvePrior, SearchOptions, load_prior
 from elastic.tokenizer.block_codec import Codec
-from elastic.tokenizer.clip_source import Source, open_clip
-from elastic.tokenizer.session import Encoding, Setting, tokenize_side_by_side
+from elastic.tokenizer.clip_source import ClipLike, open_clip
+from elastic.tokenizer.session import EncodeSession, TokenizerContext, tokenize_side_by_side
 from elastic.tokenizer.targets import check_targets, threshold_of_psnr, tokens_of_bitrate
 from elastic.tokenizer.two_pass import Budget
 from elastic.tokens import BlockTokens, TokenizedClip, read_token_stream
@@ -110,7 +110,7 @@ class ElasticTokenizer:
     @property
     def params(self) -> dict[str, Any]:
         """The parameter tree, in the types it was given in."""
-        return jax.tree.map(bf16_bits.show, self.weights)
+        return jax.tree.map(bf16_bits.from_bits, self.weights)
 
     @classmethod
     def from_pretrained(
@@ -145,7 +145,7 @@ class ElasticTokenizer:
         mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
         return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
 
-    def encode(self, source: Source, **options: Any) -> TokenizedClip:
+    def encode(self, source: ClipLike, **options: Any) -> TokenizedClip:
         """Tokens of a clip: a path, uint8 frames [frames, height, width, 3], or a picture [height, width, 3].
 
         Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
@@ -157,7 +157,7 @@ class ElasticTokenizer:
             pass
         return encoding.tokens()
 
-    def reconstruct(self, source: Source, **options: Any) -> Reconstruction:
+    def reconstruct(self, source: ClipLike, **options: Any) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
         encoding = self.stream(source, **options)
         frames = np.concatenate([result.reconstruction for result in encoding])
@@ -165,7 +165,7 @@ class ElasticTokenizer:
 
     def encode_many(
         self,
-        sources: Iterable[Source],
+        sources: Iterable[ClipLike],
         *,
         batch: int = 1,
         record: Callable[[int], str | os.PathLike] | None = None,
@@ -182,10 +182,10 @@ class ElasticTokenizer:
         Raises:
           ValueError: an option is wrong, or a budget is to be spent by more than one clip at once.
         """
-        numbers: dict[Encoding, int] = {}
+        numbers: dict[EncodeSession, int] = {}
         bad: list[tuple[int, MediaError]] = []
 
-        def opened() -> Iterator[Encoding]:
+        def opened() -> Iterator[EncodeSession]:
             for number, source in enumerate(sources):
                 try:
                     encoding = self.stream(source, **options)
@@ -209,8 +209,8 @@ class ElasticTokenizer:
         yield from bad
 
     def stream_many(
-        self, encodings: Iterable[Encoding], *, batch: int = 1
-    ) -> Iterator[tuple[Encoding, Any]]:
+        self, encodings: Iterable[EncodeSession], *, batch: int = 1
+    ) -> Iterator[tuple[EncodeSession, Any]]:
         """The blocks of several clips made by `stream`, as they are done; after a clip's last one None, or the error that ended it.
 
         Raises:
@@ -244,7 +244,7 @@ class ElasticTokenizer:
 
     def stream(
         self,
-        source: Source,
+        source: ClipLike,
         *,
         threshold: float | None = None,
         psnr: float | None = None,
@@ -261,7 +261,7 @@ class ElasticTokenizer:
         max_fraction: float = 1.0,
         num_counts: int = 100,
         record: str | os.PathLike | None = None,
-    ) -> Encoding:
+    ) -> EncodeSession:
         """As `encode`, block by block, in bounded memory: `for block in tokenizer.stream(reader, threshold=0.01)`.
 
         The source may also be a `ClipReader`, or any iterable of frames that come one by one, a camera's for instance.
@@ -330,7 +330,9 @@ class ElasticTokenizer:
                 budget = make_budget(tokens_of_bitrate(bitrate, clip.rate, self.config))
             except ValueError as error:
                 raise MediaError(f"{_name(source)} cannot have {bitrate=}: {error}") from error
-        encoding = Encoding(self._setting, clip, options, budget=budget, metric=make_metric(metric))
+        encoding = EncodeSession(
+            self._setting, clip, options, budget=budget, metric=make_metric(metric)
+        )
         if record is not None:
             encoding.open_record(record)
         return encoding
@@ -422,8 +424,8 @@ class ElasticTokenizer:
             )
 
     @functools.cached_property
-    def _setting(self) -> Setting:
-        return Setting(self.codec, self.weights, self.model_id, self.context, self.prior)
+    def _setting(self) -> TokenizerContext:
+        return TokenizerContext(self.codec, self.weights, self.model_id, self.context, self.prior)
 
 
 def _check_values(block: BlockTokens, number: int, config: ElasticTokConfig) -> None:
@@ -439,6 +441,6 @@ def _check_values(block: BlockTokens, number: int, config: ElasticTokConfig) -> 
         )
 
 
-def _name(source: Source) -> str:
+def _name(source: ClipLike) -> str:
     """What a message calls a clip."""
     return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "The clip"

@@ -20,9 +20,9 @@ from jaxtyping import UInt8
 from elastic.metrics import Metric
 from elastic.search import geometric_counts, make_search
 from elastic.search.allocation import allocate, counts_to_measure, price_of, read_off
-from elastic.tokenizer.block_codec import Codec, Past
+from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.result import BlockResult
-from elastic.tokenizer.scheduler import Lanes
+from elastic.tokenizer.scheduler import BatchScheduler
 
 _SHARING = 8  # blocks before, at most, that are taken to share a budget like the whole clip
 _SPREAD = 7  # counts of a block that are measured first, over the whole range
@@ -119,8 +119,8 @@ class _Walk:
     metric: Metric | None
 
     def measure(
-        self, past: Past, budget: Budget
-    ) -> tuple[list[BlockResult], list[dict[int, float]], Past]:
+        self, past: CodecCache, budget: Budget
+    ) -> tuple[list[BlockResult], list[dict[int, float]], CodecCache]:
         """Every block with the equal count, and what other counts would give in its place."""
         results, curves, tables = [], [], []
         lanes = self._lanes(past)
@@ -133,7 +133,7 @@ class _Walk:
             tables.append(read_off(curves[-1], budget.smallest, budget.largest))
         return results, curves, lanes.past
 
-    def commit(self, past: Past, counts: list[int]) -> tuple[list[BlockResult], Past]:
+    def commit(self, past: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
         """Every block with its own count."""
         results = []
         lanes = self._lanes(past)
@@ -145,10 +145,10 @@ class _Walk:
             results.append(result)
         return results, lanes.past
 
-    def _lanes(self, past: Past) -> Lanes:
-        return Lanes(self.codec, self.weights, width=self.width, past=past)
+    def _lanes(self, past: CodecCache) -> BatchScheduler:
+        return BatchScheduler(self.codec, self.weights, width=self.width, past=past)
 
-    def _put(self, lanes: Lanes, number: int, frames: np.ndarray, count: int) -> None:
+    def _put(self, lanes: BatchScheduler, number: int, frames: np.ndarray, count: int) -> None:
         if self.restart and number % self.codec.window_blocks == 0:
             lanes.forget(0)
         most = self.codec.config.tokens_per_block

@@ -24,7 +24,7 @@ import numpy as np
 from grain.experimental import FirstFitPackIterDataset
 from jaxtyping import Bool, Float, Int
 
-from elastic.io.grain_flags import answer_grain
+from elastic.io.grain_flags import mark_grain_flags_parsed
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.shards import TokenShards
 
@@ -210,7 +210,7 @@ def token_batches(
     )
     batches = packed.map(_finish).batch(batch_size, drop_remainder=num_epochs is None)
     if workers:
-        answer_grain()
+        mark_grain_flags_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return batches
 

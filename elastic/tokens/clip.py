@@ -312,7 +312,7 @@ class TokenizedClip:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the token file; `path` is replaced as a whole or not touched."""
-        atomic.write_atomically(path, self.to_bytes())
+        atomic.atomic_write(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TokenizedClip":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped, UInt32
 
-from elastic.io.tree import flatten, show
+from elastic.io.tree import flatten, path_name
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -23,7 +23,7 @@ def checksums(tree: dict[str, Any]) -> dict[str, int]:
       tree: nested dicts of arrays whose items have 1, 2 or 4 bytes.
     """
     sums = jax.device_get(_sums(tree))
-    return {show(path): int(value) for path, value in flatten(sums).items()}
+    return {path_name(path): int(value) for path, value in flatten(sums).items()}
 
 
 @jax.jit

@@ -9,12 +9,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from elastic.config import ElasticTokConfig
 from elastic.data.config import DataConfig, sequence_length
-from elastic.data.dataset import Sequences, TrainingData
+from elastic.data.dataset import HostBatch, TrainingData
 from elastic.distributed.hosts import global_array, local_rows
 from elastic.distributed.sharding import fitting_spec
 
 
-class Feed:
+class DeviceBatches:
     """Batches as global arrays: this process decodes the rows that its devices hold."""
 
     def __init__(self, mesh: Mesh, data: DataConfig, elastic: ElasticTokConfig):
@@ -25,17 +25,17 @@ class Feed:
         self._rows = local_rows(self._pixels, shape)
 
     @contextlib.contextmanager
-    def batches(self, data: TrainingData, first: int, count: int) -> Iterator[Iterator[Sequences]]:
+    def batches(self, data: TrainingData, first: int, count: int) -> Iterator[Iterator[HostBatch]]:
         """The batches from number `first` on, `count` of them."""
         with contextlib.closing(data.batches(first, first + count, self._rows)) as local:
             yield map(self.placed, local)
 
-    def placed(self, local: Sequences) -> Sequences:
+    def placed(self, local: HostBatch) -> HostBatch:
         """The rows of this process as its part of the global batch."""
 
         def place(x: np.ndarray, sharding: NamedSharding) -> Any:
             return global_array(x, self._rows, sharding, self._num_rows)
 
-        return Sequences(
+        return HostBatch(
             place(local.patches, self._pixels), *(place(x, self._blocks) for x in local[1:])
         )

@@ -27,7 +27,7 @@ from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import TrainConfig
 from elastic.training.evaluator import FOLDER as EVALUATION
 from elastic.training.evaluator import Evaluator
-from elastic.training.feed import Feed
+from elastic.training.feed import DeviceBatches
 from elastic.training.optimizer import make_optimizer
 from elastic.training.profiler import Profile
 from elastic.training.signals import stop_request
@@ -44,7 +44,7 @@ from elastic.training.state import (
     write_config,
 )
 from elastic.training.step import TrainState, step_program
-from elastic.training.throughput import Recorder
+from elastic.training.throughput import StepRecorder
 from elastic.training.writers import Logs, progress_line
 
 log = logging.getLogger(__name__)
@@ -140,8 +140,8 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
 
         step_fn = step_program(config, model, optimizer, layout[1])
         # It may measure the device's peak, which decoders beside it would lower.
-        record = Recorder(config, elastic, data, first_step=first, devices=mesh.size)
-        feed = Feed(mesh, config.data, elastic)
+        record = StepRecorder(config, elastic, data, first_step=first, devices=mesh.size)
+        feed = DeviceBatches(mesh, config.data, elastic)
         batches = stack.enter_context(
             feed.batches(data, position.batches, config.total_steps - first)
         )

@@ -19,9 +19,9 @@ from elastic.checkpoints import float8
 from elastic.config import ElasticTokConfig, load_config
 from elastic.distributed.hosts import is_first_host
 from elastic.distributed.sharding import param_shardings
-from elastic.io.atomic import atomic_file
+from elastic.io.atomic import atomic_open
 from elastic.model import init_params
-from elastic.model.linear_init import linear_start
+from elastic.model.linear_init import linear_init
 from elastic.training.checkpoints import Checkpoints, absolute
 from elastic.training.config import SaveConfig, TrainConfig
 from elastic.training.step import TrainState, new_state
@@ -119,7 +119,7 @@ def export(
 
 def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
     """Writes config.json."""
-    with atomic_file(folder / CONFIG_FILE) as file:
+    with atomic_open(folder / CONFIG_FILE) as file:
         file.write((json.dumps(elastic.to_json_dict(), indent=2) + "\n").encode())
 
 
@@ -254,7 +254,7 @@ def first_state(
         loaded = checkpoints.load_params(config.load_checkpoint, elastic, dtype=np.float32)
     elif config.init == "linear":
         # On all hosts alike: NumPy and the seed alone decide.
-        loaded = linear_start(_drawn(config, elastic), elastic, sample_patches(_START_PATCHES))
+        loaded = linear_init(_drawn(config, elastic), elastic, sample_patches(_START_PATCHES))
     else:
         start = jax.jit(
             lambda: _state_of(_drawn(config, elastic), config, optimizer), out_shardings=shardings

@@ -10,7 +10,7 @@ from einops import repeat
 from jaxtyping import Array, Float, Int, Shaped
 
 from elastic.checkpoints import float8
-from elastic.data.dataset import Sequences
+from elastic.data.dataset import HostBatch
 from elastic.distributed.sharding import constrain
 from elastic.model import Batch, ElasticTok, token_masks
 from elastic.patches import to_unit_range
@@ -108,7 +108,7 @@ def train_step(
 
 
 def sample_batch(
-    model: ElasticTok, config: TrainConfig, sequences: Sequences, key: Shaped[Array, "*k"]
+    model: ElasticTok, config: TrainConfig, sequences: HostBatch, key: Shaped[Array, "*k"]
 ) -> Batch:
     """Pixels, freshly drawn kept masks, and what keeps packed files apart."""
     elastic = model.config
@@ -153,7 +153,7 @@ def num_updates(opt_state: optax.OptState) -> Int[Array, ""]:
     return optax.tree.get_all_with_path(opt_state, "count")[0][1]
 
 
-Step = Callable[[TrainState, Sequences, Any], tuple[TrainState, dict[str, Array]]]
+Step = Callable[[TrainState, HostBatch, Any], tuple[TrainState, dict[str, Array]]]
 
 
 def step_program(
@@ -170,7 +170,7 @@ def step_program(
     schedule = learning_rate(config.optimizer)
 
     def step_fn(
-        state: TrainState, sequences: Sequences, lpips_weights: Any
+        state: TrainState, sequences: HostBatch, lpips_weights: Any
     ) -> tuple[TrainState, dict[str, Array]]:
         mask_key, vae_key, frame_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         batch = sample_batch(model, config, sequences, mask_key)

@@ -16,7 +16,7 @@ from elastic.model import flops
 from elastic.training.config import TrainConfig
 
 
-class Recorder:
+class StepRecorder:
     """Makes the records of a run out of the terms of its steps and the clock.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from elastic.io.atomic import write_atomically
+from elastic.io.atomic import atomic_write
 from elastic.training.config import LogConfig
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class MetricsFile:
         if first_step and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _step(line) <= first_step]
-        write_atomically(self.path, "".join(kept).encode())
+        atomic_write(self.path, "".join(kept).encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close
 
     def __enter__(self) -> Self:

@@ -38,7 +38,7 @@ def open_data(folder, **options):
 
 
 def frames_of(row, block):
-    """The frames of one block of a row of `Sequences`."""
+    """The frames of one block of a row of `HostBatch`."""
     patches = row.patches.reshape(SIZE, MODEL.tokens_per_block, -1)[block]
     return unpatchify(patches, MODEL.patch_size, 32, 32)
 

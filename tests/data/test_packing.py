@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic.data.packing import Plan, num_lanes
+from elastic.data.packing import PackingPlan, num_streams
 
 
 def make(num_blocks, per_sequence=4, *, chunk_size=8, seed=0):
-    return Plan(
+    return PackingPlan(
         np.array(num_blocks), blocks_per_sequence=per_sequence, chunk_size=chunk_size, seed=seed
     )
 
@@ -96,7 +96,7 @@ def test_order_and_packing_follow_from_the_seed():
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16, 20])
 def test_a_row_walks_through_files_that_lie_together(batch_size):
     plan = make(np.full(400, 12), 2, chunk_size=4)
-    lanes = num_lanes(batch_size)
+    lanes = num_streams(batch_size)
     assert lanes % batch_size == 0 and lanes >= 16
     changes = 0
     for lane in range(lanes):

@@ -14,7 +14,7 @@ from level_clips import damaged_clip, make_folder, write_clip
 from PIL import Image
 
 from elastic.data import workers as data_workers
-from elastic.data.packing import num_lanes
+from elastic.data.packing import num_streams
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def test_workers_share_the_rows_or_take_turns_with_them(num_rows, num_workers, c
     groups, turns = data_workers._share(num_rows, num_workers, batch_size=5)
     assert [row for group in groups for row in group] == list(range(num_rows))
     assert len(groups) * turns <= num_workers < 2 * (len(groups) * turns) + num_rows
-    assert (num_lanes(5) // 5) % turns == 0  # then a worker keeps to its own lanes
+    assert (num_streams(5) // 5) % turns == 0  # then a worker keeps to its own lanes
     used = len(groups) * turns
     assert (f"{used} of {num_workers} workers are used" in caplog.text) == (used < num_workers)
 

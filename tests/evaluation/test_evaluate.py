@@ -18,7 +18,7 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import tables
 from elastic.evaluation.evaluate import EvaluationConfig, _all_counts, evaluate
-from elastic.evaluation.records import Block, Evaluation, Run, RunResult
+from elastic.evaluation.records import Block, Condition, Evaluation, RunResult
 from elastic.io.tree import unflatten
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import SHAPES
@@ -172,7 +172,11 @@ def made_up(needed, threshold=0.1, model=CONFIG):
         for k, n in enumerate(needed)
     )  # fmt: skip
     run = RunResult(
-        run=Run("binary", threshold), blocks=blocks, mse=0.1, psnr_of_clips=16.0, bits_per_pixel=1.0
+        run=Condition("binary", threshold),
+        blocks=blocks,
+        mse=0.1,
+        psnr_of_clips=16.0,
+        bits_per_pixel=1.0,
     )
     return Evaluation(
         config=EvaluationConfig(thresholds=(threshold,)), model=model, model_id="made up",

@@ -11,7 +11,7 @@ from elastic import checkpoints
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.evaluation import tables
-from elastic.evaluation.records import Block, Evaluation, EvaluationConfig, Run, RunResult
+from elastic.evaluation.records import Block, Condition, Evaluation, EvaluationConfig, RunResult
 from elastic.evaluation.tables import RESULTS, check_folder
 from elastic.media.reader import write_image
 from elastic.model import init_params
@@ -28,7 +28,10 @@ def made_up(searches=("binary",)):
     block = Block("a.png", 0, num_kept=4, loss=0.1, met=True, passes=1, seconds=0.5, tried={4: 0.1})
     runs = [
         RunResult(run=run, blocks=(block,), mse=0.1, psnr_of_clips=16.0, bits_per_pixel=1.0)
-        for run in [Run("fixed", num_tokens=4), *(Run(search, 0.1) for search in searches)]
+        for run in [
+            Condition("fixed", num_tokens=4),
+            *(Condition(search, 0.1) for search in searches),
+        ]
     ]
     return Evaluation(
         config=EvaluationConfig(thresholds=(0.1,), num_tokens=(4,), searches=searches), model=CONFIG,

@@ -17,7 +17,7 @@ from elastic.distributed.sharding import param_shardings
 from elastic.model import Batch, ElasticTok, init_params
 from elastic.model.autoencoder import dummy_batch
 from elastic.model.bottleneck import FSQ
-from elastic.model.layers import LayerStack, pairs_apart, rope_angles, rotate
+from elastic.model.layers import LayerStack, apply_rope, deinterleave_rope, rope_angles
 from elastic.ops.attention import ring
 from elastic.training.loss import training_loss
 
@@ -303,7 +303,7 @@ def test_pairs_apart_is_the_interleaved_rotation_with_its_channels_moved():
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in (6, 16))
     angles = rope_angles(jnp.arange(6)[None], 8, 100.0)
-    ours = rotate((x @ pairs_apart(kernel, 8)).reshape(1, 6, 2, 8), angles)
+    ours = apply_rope((x @ deinterleave_rope(kernel, 8)).reshape(1, 6, 2, 8), angles)
     plain = np.asarray(x @ kernel).reshape(1, 6, 2, 4, 2)
     turn = np.asarray(angles[0] + 1j * angles[1])
     turned = (plain[..., 0] + 1j * plain[..., 1]) * turn

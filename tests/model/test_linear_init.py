@@ -8,7 +8,7 @@ import released
 
 from elastic.config import ElasticTokConfig
 from elastic.model import Batch, ElasticTok, init_params, token_masks
-from elastic.model.linear_init import linear_start
+from elastic.model.linear_init import linear_init
 
 SMALL = dict(
     hidden_size=128, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=3, num_attention_heads=1,
@@ -58,7 +58,7 @@ def test_the_first_reconstruction_is_that_of_a_linear_codec(case):
     best, spread = np.mean((kept - flat) ** 2), flat.var()
 
     drawn = init_params(config, jax.random.key(0))
-    started = linear_start(drawn, config, patches)
+    started = linear_init(drawn, config, patches)
     assert jax.tree.map(np.shape, started) == jax.tree.map(np.shape, drawn)
     ours, half = errors(config, started, x)
     assert errors(config, drawn, x)[0] > 0.5 * spread
@@ -73,8 +73,8 @@ def test_what_cannot_start_linear_is_refused():
     config, patches = CONFIGS["fsq"], smooth_patches(400)
     params = init_params(config, jax.random.key(0))
     with pytest.raises(ValueError, match="needs scan_layers=True"):
-        linear_start(params, config.replace(scan_layers=False), patches)
+        linear_init(params, config.replace(scan_layers=False), patches)
     with pytest.raises(ValueError, match=r"300 patches are too few .*; use 384 or more"):
-        linear_start(params, config, patches[:300])
+        linear_init(params, config, patches[:300])
     with pytest.raises(ValueError, match="intermediate_size of 8 or more, not 128 and 6"):
-        linear_start(params, config.replace(intermediate_size=6), patches)
+        linear_init(params, config.replace(intermediate_size=6), patches)

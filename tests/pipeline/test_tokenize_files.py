@@ -356,9 +356,9 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
                 result_folder.report, "plot_report", _raise(OSError(28, "No space left"))
             )
         else:
-            add = result_folder.Job.add
+            add = result_folder.ResultFolder.add
             patched.setattr(
-                result_folder.Job,
+                result_folder.ResultFolder,
                 "add",
                 lambda job, block: (
                     _raise(KeyboardInterrupt)() if len(job._spent) == 3 else add(job, block)

@@ -14,7 +14,7 @@ from elastic.config import load_config
 from elastic.search import CurvePrior, geometric_counts, load_prior, make_search, run_search
 from elastic.search.curve_prior import FILE_NAME, features, fit
 from elastic.search.predict import GUESSES
-from elastic.search.rate_curve import Curve, Memory, points_of
+from elastic.search.rate_curve import Curve, SearchHistory, points_of
 
 COUNTS = geometric_counts(4, 64, 16)
 PATCH = (1, 4, 4)  # of blocks of 4 frames with 16 x 16 pixels
@@ -59,7 +59,7 @@ def test_a_fitted_prior_knows_the_curves_of_other_blocks_and_saves_passes(prior)
         passes["prior"] += len(
             search(frames, prior.memory(prior.curve_of(frames)), threshold).tried
         )
-        passes["none"] += len(search(frames, Memory(), threshold).tried)
+        passes["none"] += len(search(frames, SearchHistory(), threshold).tried)
     assert passes["prior"] <= 0.6 * passes["none"]
 
 
@@ -90,7 +90,7 @@ def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
 def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
     guess, spread, losses, threshold, width
 ):
-    memory = Memory(curve=Curve(points_of(guess)), spread=spread)
+    memory = SearchHistory(curve=Curve(points_of(guess)), spread=spread)
     found = run_search(
         make_search(
             "predict",

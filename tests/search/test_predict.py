@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from elastic.search import make_search, run_search
 from elastic.search.predict import GUESSES
-from elastic.search.rate_curve import Curve, Memory, Point, points_of
+from elastic.search.rate_curve import Curve, Point, SearchHistory, points_of
 
 # Losses that a sick model may give, too: zero, infinite, no number.
 LOSSES = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1e-38, math.inf, math.nan])
@@ -17,7 +17,7 @@ LOSSES = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1e-38, math.inf, math
 
 def search_clip(blocks, memory=None, **options):
     """Searches a clip's blocks ({count: loss} each) with one memory; fails where a count is tried twice or is none."""
-    memory, results = memory or Memory(), []
+    memory, results = memory or SearchHistory(), []
     for losses in blocks:
         seen: list[int] = []
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from elastic.ops.attention.base import Options, Scope
+from elastic.ops.attention.base import MaskArgs, StaticArgs
 
 
 def normal(rng, *shape):
@@ -18,10 +18,10 @@ def piece(
     rng = np.random.default_rng(queries + keys)
     q, k, v, dout = (normal(rng, 4, n, dim) for n in (queries, keys, keys, queries))
     kv_length = kv_start + keys if kv_length is None else kv_length
-    scope = Scope(*map(jnp.int32, (q_start, kv_start, kv_length, 0)))
+    scope = MaskArgs(*map(jnp.int32, (q_start, kv_start, kv_length, 0)))
     if segments:
         ids = (jnp.asarray(rng.integers(0, 2, (2, n))) for n in (queries, keys))
         scope = scope._replace(**dict(zip(("q_segments", "kv_segments"), ids, strict=True)))
     if hidden:
         scope = scope._replace(valid=jnp.asarray(rng.random((2, keys)) < 0.6))
-    return (q, k, v, dout), scope, Options(block, q_tile, kv_tile, 2)
+    return (q, k, v, dout), scope, StaticArgs(block, q_tile, kv_tile, 2)

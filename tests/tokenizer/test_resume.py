@@ -13,7 +13,7 @@ from small_models import load_tokenizer as load
 from elastic import media
 from elastic.distributed.mesh import make_mesh
 from elastic.tokenizer import ElasticTokenizer, resume
-from elastic.tokenizer.resume import RecordingError
+from elastic.tokenizer.resume import ResumeError
 from elastic.tokens import BlockTokens, TokenFileError, read_token_stream
 from elastic.tokens.stream_file import TokenStreamWriter
 
@@ -86,12 +86,12 @@ def test_a_recording_of_another_run_is_refused(tokenizer, frames, options, tmp_p
         (dict(frames=frames[:28], **options), "clip"),
         (dict(frames=frames[:27], **options | {"threshold": 0.1}), "search"),
     ):
-        with pytest.raises(RecordingError, match=f"another {name}; remove it"):
+        with pytest.raises(ResumeError, match=f"another {name}; remove it"):
             tokenizer.stream(other.pop("frames"), **other, record=path)
     params = jax.tree.map(lambda x: np.asarray(x) * 1.001, tokenizer.params)
-    with pytest.raises(RecordingError, match="another model"):
+    with pytest.raises(ResumeError, match="another model"):
         tokenizer.with_params(params).stream(frames[:27], **options, record=path)
-    with pytest.raises(RecordingError, match="cannot be gone through again"):
+    with pytest.raises(ResumeError, match="cannot be gone through again"):
         tokenizer.stream(iter(frames[:27]), **options, record=path)
     with pytest.raises(ValueError, match="a budget is not spent block by block"):
         tokenizer.stream(frames[:27], avg_tokens=16, record=tmp_path / "b.part")

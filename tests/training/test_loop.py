@@ -30,10 +30,10 @@ from elastic.training import loop as training
 from elastic.training import state as train_state
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig
-from elastic.training.feed import Feed
+from elastic.training.feed import DeviceBatches
 from elastic.training.loop import train
 from elastic.training.optimizer import OptimizerConfig
-from elastic.training.throughput import Recorder
+from elastic.training.throughput import StepRecorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
@@ -102,7 +102,7 @@ def test_a_record_says_how_fast_how_full_and_how_long_data_was_waited_for(straig
 def test_an_exception_between_two_checkpoints_loses_no_number(
     clips, tmp_path, straight, monkeypatch
 ):
-    original = Feed.placed
+    original = DeviceBatches.placed
     calls = []
 
     def killed(self, local):
@@ -114,7 +114,7 @@ def test_an_exception_between_two_checkpoints_loses_no_number(
         return original(self, local)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Feed, "placed", killed)
+        patch.setattr(DeviceBatches, "placed", killed)
         train(settings(clips, tmp_path), MODELS["vae"])
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
     assert not (tmp_path / "pretrained").exists()
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     clips, tmp_path, straight, monkeypatch, number
 ):
     before = signal.getsignal(number)
-    record = Recorder.__call__
+    record = StepRecorder.__call__
 
     def signalled(self, step, terms):
         if step == 2:
@@ -199,7 +199,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
         return record(self, step, terms)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "__call__", signalled)
+        patch.setattr(StepRecorder, "__call__", signalled)
         finished = train(settings(clips, tmp_path, save=dict(freq=0)), MODELS["vae"])
     assert int(finished.state.step) == 2 and finished.signal == number
     assert signal.getsignal(number) == before

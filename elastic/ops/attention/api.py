@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from elastic.distributed.sharding import fitting_spec
 from elastic.ops.attention import block_mask, reference, ring
-from elastic.ops.attention.base import Options, Scope, attend_heads, attend_rows, from_rows, rows
+from elastic.ops.attention.base import (
+    MaskArgs,
+    StaticArgs,
+    attend_heads,
+    attend_rows,
+    from_rows,
+    rows,
+)
 from elastic.ops.attention.dispatch import choose_implementation, kernel_of
 
 Q_TILE, KV_TILE = 1024, 512
@@ -63,14 +70,14 @@ def attention(
     q_segments = segment_ids
     if segment_ids is not None and q.shape[1] != k.shape[1]:
         q_segments = lax.dynamic_slice_in_dim(segment_ids, q_start, q.shape[1], 1)
-    call = Call(q, k, v, q_start, kv_length, q_segments, segment_ids, valid)
+    call = AttentionInputs(q, k, v, q_start, kv_length, q_segments, segment_ids, valid)
     how = How(name, block_size, q_tile, kv_tile, whole)
     if mesh is None or mesh.size == 1:
-        return on_device(call, how)[0].astype(q.dtype)
+        return attend_local(call, how)[0].astype(q.dtype)
     return _on_mesh(call, how, mesh, layout).astype(q.dtype)
 
 
-class Call(NamedTuple):
+class AttentionInputs(NamedTuple):
     """The arrays of one call: what a mesh splits."""
 
     q: Array  # [b, q, h, d]
@@ -82,11 +89,11 @@ class Call(NamedTuple):
     kv_segments: Array | None = None  # [b, k]
     valid: Array | None = None  # [b, k]
 
-    def scope(self) -> Scope:
+    def scope(self) -> MaskArgs:
         """The same for a kernel: keys begin at 0, as do their rows."""
         start = jnp.int32(0)
         seen = self.q_segments, self.kv_segments, self.valid
-        return Scope(self.q_start, start, self.kv_length, start, *seen)
+        return MaskArgs(self.q_start, start, self.kv_length, start, *seen)
 
 
 class How(NamedTuple):
@@ -100,12 +107,12 @@ class How(NamedTuple):
         False  # the call is of one whole sequence: q_start is 0, kv_length is that of the keys
     )
 
-    def options(self, heads: int) -> Options:
+    def options(self, heads: int) -> StaticArgs:
         """The same for a kernel, whose rows are heads."""
-        return Options(self.block_size, self.q_tile, self.kv_tile, rows_per_batch=heads)
+        return StaticArgs(self.block_size, self.q_tile, self.kv_tile, rows_per_batch=heads)
 
 
-def _on_mesh(call: Call, how: How, mesh: Mesh, layout: ring.Layout) -> Array:
+def _on_mesh(call: AttentionInputs, how: How, mesh: Mesh, layout: ring.Layout) -> Array:
     """Each device serves its batch elements, heads and queries; keys travel round sp."""
     size = mesh.shape[ring.AXIS]
     for x in (call.q, call.k):
@@ -115,34 +122,36 @@ def _on_mesh(call: Call, how: How, mesh: Mesh, layout: ring.Layout) -> Array:
     parts = (spec, spec, spec, P(), P(), ids, ids, ids)
     specs: Any = [None if x is None else part for x, part in zip(call, parts, strict=True)]
 
-    def run(call: Call) -> Array:
+    def run(call: AttentionInputs) -> Array:
         if size == 1:
-            return on_device(call, how)[0]
+            return attend_local(call, how)[0]
         if how.name == "reference":
             return _gathered(call, how, layout)
-        return on_ring(call, how, size, layout)[0]
+        return attend_ring(call, how, size, layout)[0]
 
     sharded = jax.shard_map(
-        run, mesh=mesh, in_specs=(Call(*specs),), out_specs=spec, check_vma=False
+        run, mesh=mesh, in_specs=(AttentionInputs(*specs),), out_specs=spec, check_vma=False
     )
     return sharded(call)
 
 
-def on_ring(call: Call, how: How, size: int, layout: ring.Layout) -> tuple[Array, Array]:
+def attend_ring(
+    call: AttentionInputs, how: How, size: int, layout: ring.Layout
+) -> tuple[Array, Array]:
     """Output [b, q, h, d] and logsumexp [b, h, q] of one device's part of the sequence, inside `shard_map`."""
     heads = call.q.shape[2]
     out, lse = ring.ring_attend(
         rows(call.q),
         rows(call.k),
         rows(call.v),
-        ring.Places(call.q_start, call.kv_length),
+        ring.GlobalRange(call.q_start, call.kv_length),
         block_mask.ids_of(call.scope(), call.q.shape[1]),
         ring.Ring(size, layout, kernel_of(how.name), how.options(heads)),
     )
     return from_rows(out, lse, heads)
 
 
-def _gathered(call: Call, how: How, layout: ring.Layout) -> Array:
+def _gathered(call: AttentionInputs, how: How, layout: ring.Layout) -> Array:
     """The reference needs all keys at once, and their order."""
     if layout != "plain":
         raise ValueError(f"implementation='reference' has no {layout!r} layout; use 'plain'.")
@@ -152,10 +161,10 @@ def _gathered(call: Call, how: How, layout: ring.Layout) -> Array:
 
     whole = {name: gather(getattr(call, name)) for name in ("k", "v", "kv_segments", "valid")}
     first = call.q_start + lax.axis_index(ring.AXIS) * call.q.shape[1]
-    return on_device(call._replace(q_start=first, **whole), how)[0]
+    return attend_local(call._replace(q_start=first, **whole), how)[0]
 
 
-def on_device(call: Call, how: How) -> tuple[Array, Array]:
+def attend_local(call: AttentionInputs, how: How) -> tuple[Array, Array]:
     """Output [b, q, h, d] in float32 and logsumexp [b, h, q]."""
     q, k, v, q_start, kv_length, q_segments, kv_segments, valid = call
     if how.name == "reference":

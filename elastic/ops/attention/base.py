@@ -19,7 +19,7 @@ from elastic.ops import bf16_bits
 SAVED, VALUES = "attention", "attention_values"
 
 
-class Options(NamedTuple):
+class StaticArgs(NamedTuple):
     """What is known when the program is compiled."""
 
     block_size: int
@@ -29,7 +29,7 @@ class Options(NamedTuple):
     whole: bool = False  # queries are those of the keys: both begin at 0, and every key is there
 
 
-class Scope(NamedTuple):
+class MaskArgs(NamedTuple):
     """What a query may see, known when the program runs.
 
     The query at global position i sees the key at global position j when `j // block_size <= i // block_size`, `j < kv_length`,
@@ -57,8 +57,8 @@ class Forward(Protocol):
         q_NQD: Float[Array, "N Q D"],
         k_MKD: Float[Array, "M K D"],
         v_MKD: Float[Array, "M K D"],
-        scope: Scope,
-        options: Options,
+        scope: MaskArgs,
+        options: StaticArgs,
         /,
     ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]: ...
 
@@ -78,8 +78,8 @@ class Backward(Protocol):
         dout_NQD: Float[Array, "N Q D"],
         lse_NQ: Float[Array, "N Q"],
         delta_NQ: Float[Array, "N Q"],
-        scope: Scope,
-        options: Options,
+        scope: MaskArgs,
+        options: StaticArgs,
         /,
     ) -> tuple[Float[Array, "N Q D"], Float[Array, "N K D"], Float[Array, "N K D"]]: ...
 
@@ -116,8 +116,8 @@ def attend_rows(
     q_NQD: Float[Array, "N Q D"],
     k_MKD: Num[Array, "M K D"],
     v_MKD: Num[Array, "M K D"],
-    scope: Scope,
-    options: Options,
+    scope: MaskArgs,
+    options: StaticArgs,
     kernel: Kernel,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
     """`kernel.forward`, differentiable in q, k and v through the output; the logsumexp carries no gradient.
@@ -131,8 +131,8 @@ def attend_heads(
     q: Float[Array, "b Q h D"],
     k: Float[Array, "b K h D"],
     v: Float[Array, "b K h D"],
-    scope: Scope,
-    options: Options,
+    scope: MaskArgs,
+    options: StaticArgs,
     kernel: Kernel,
 ) -> tuple[Float[Array, "b Q h D"], Float[Array, "b h Q"]]:
     """The same by a kernel that takes heads where they lie."""
@@ -140,7 +140,7 @@ def attend_heads(
 
 
 def _forward(
-    q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel
+    q: Array, k: Array, v: Array, scope: MaskArgs, options: StaticArgs, kernel: Kernel
 ) -> tuple[Array, Array]:
     return kernel.forward(q, k, v, scope, options)
 
@@ -159,23 +159,23 @@ class Saved(NamedTuple):
 
     def shown(self) -> "Saved":
         """The same as numbers."""
-        return Saved(*(bf16_bits.show(x) for x in self))
+        return Saved(*(bf16_bits.from_bits(x) for x in self))
 
 
 def save(q: Array, k: Array, v: Array, out: Array, lse: Array) -> tuple[Saved, Array]:
     """What to save, and the output made of it: so nothing computed before it is needed again."""
-    arrays = (*(bf16_bits.hide(x) for x in (q, k, v, out.astype(q.dtype))), lse)
+    arrays = (*(bf16_bits.to_bits(x) for x in (q, k, v, out.astype(q.dtype))), lse)
     names = (SAVED, SAVED, VALUES, SAVED, SAVED)
     saved = Saved(*(checkpoint_name(x, name) for x, name in zip(arrays, names, strict=True)))
-    return saved, bf16_bits.show(saved.out).astype(out.dtype)
+    return saved, bf16_bits.from_bits(saved.out).astype(out.dtype)
 
 
-def _attend_fwd(q: Array, k: Array, v: Array, scope: Scope, options: Options, kernel: Kernel):
+def _attend_fwd(q: Array, k: Array, v: Array, scope: MaskArgs, options: StaticArgs, kernel: Kernel):
     saved, out = save(q, k, v, *kernel.forward(q, k, v, scope, options))
     return (out, saved.lse), (saved, scope)
 
 
-def _attend_bwd(options: Options, kernel: Kernel, residuals, gradients):
+def _attend_bwd(options: StaticArgs, kernel: Kernel, residuals, gradients):
     (q, k, v, out, lse), scope = residuals[0].shown(), residuals[1]
     dout = gradients[0]
     delta = jnp.sum(out.astype(dout.dtype) * dout, axis=-1)

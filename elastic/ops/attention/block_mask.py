@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from elastic.ops.attention.base import Options, Scope
+from elastic.ops.attention.base import MaskArgs, StaticArgs
 
-HIDDEN = -(2**31)  # the id of a key that nobody sees: no id of a segment in use
+HIDDEN_SEGMENT = -(2**31)  # the id of a key that nobody sees: no id of a segment in use
 _LARGEST = 2**31 - 1
 
 
-class Ids(NamedTuple):
+class SegmentIds(NamedTuple):
     """A query sees only keys of its own id. Hidden keys have one of their own, so that one comparison tells both."""
 
     queries: Int[Array, "b Q"]
     keys: Int[Array, "b K"]
 
 
-class Visits(NamedTuple):
+class TileRanges(NamedTuple):
     """For each tile of one side, the tiles of the other that it meets: from `first` to before `end`.
 
     Those from `plain` to before `plain_end`, within these, are seen whole by all. One line for all batch elements where there are no ids.
@@ -35,10 +35,10 @@ class Visits(NamedTuple):
     plain_end: Int[Array, "b tiles"]
     end: Int[Array, "b tiles"]
 
-    def at(self, b: Array, tile: Array) -> "Visits":
+    def at(self, b: Array, tile: Array) -> "TileRanges":
         """The four numbers of one tile."""
         b = b if len(self.end) > 1 else jnp.zeros_like(b)
-        return Visits(*(x[b, tile] for x in self))
+        return TileRanges(*(x[b, tile] for x in self))
 
     def fold(self, visit: Callable[..., Any], carry: Any) -> Any:
         """`carry = visit(tile, carry, masked=...)` for every tile that one tile meets, whose four numbers these are."""
@@ -56,7 +56,7 @@ class Visits(NamedTuple):
         return lax.fori_loop(0, num_masked, masked, carry)
 
 
-def ids_of(scope: Scope, num_queries: int) -> Ids | None:
+def ids_of(scope: MaskArgs, num_queries: int) -> SegmentIds | None:
     """None where every key may be seen, as far as segments and hidden keys go."""
     q_ids, kv_ids = scope.q_segments, scope.kv_segments
     if q_ids is None or kv_ids is None:
@@ -65,26 +65,28 @@ def ids_of(scope: Scope, num_queries: int) -> Ids | None:
         q_ids = jnp.zeros((len(scope.valid), num_queries), jnp.int32)
         kv_ids = jnp.zeros(scope.valid.shape, jnp.int32)
     q_ids, kv_ids = q_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
-    return Ids(q_ids, kv_ids if scope.valid is None else jnp.where(scope.valid, kv_ids, HIDDEN))
+    return SegmentIds(
+        q_ids, kv_ids if scope.valid is None else jnp.where(scope.valid, kv_ids, HIDDEN_SEGMENT)
+    )
 
 
 def of_queries(
-    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
-) -> Visits:
+    scope: MaskArgs, ids: SegmentIds | None, num_queries: int, num_keys: int, options: StaticArgs
+) -> TileRanges:
     """The tiles of keys that each tile of queries meets; `ids` are those of the scope."""
     return _ranges(*_meetings(scope, ids, num_queries, num_keys, options))
 
 
 def of_keys(
-    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
-) -> Visits:
+    scope: MaskArgs, ids: SegmentIds | None, num_queries: int, num_keys: int, options: StaticArgs
+) -> TileRanges:
     """The tiles of queries that each tile of keys meets; `ids` are those of the scope."""
     meet, plain = _meetings(scope, ids, num_queries, num_keys, options)
     return _ranges(meet.swapaxes(1, 2), plain.swapaxes(1, 2))
 
 
 def seen_until(
-    query: Int[Array, "*n"], scope: Scope, num_keys: int, options: Options
+    query: Int[Array, "*n"], scope: MaskArgs, num_keys: int, options: StaticArgs
 ) -> Int[Array, "*n"]:
     """The first key that a query does not see, by the rule of blocks; both count from the start of their arrays."""
     block = options.block_size
@@ -98,7 +100,7 @@ def any_meet(q_ids: Int[Array, "b Q"], kv_ids: Int[Array, "b K"]) -> Bool[Array,
 
 
 def _meetings(
-    scope: Scope, ids: Ids | None, num_queries: int, num_keys: int, options: Options
+    scope: MaskArgs, ids: SegmentIds | None, num_queries: int, num_keys: int, options: StaticArgs
 ) -> tuple[Bool[Array, "b i j"], Bool[Array, "b i j"]]:
     """Of tiles i of queries and j of keys: whether they meet, and whether each query sees each key."""
     q_tile, kv_tile = options.q_tile, options.kv_tile
@@ -127,7 +129,7 @@ class _Span(NamedTuple):
 def _span(ids: Int[Array, "b n"], tile: int) -> _Span:
     padding = -ids.shape[1] % tile
     tiles = jnp.pad(ids, ((0, 0), (0, padding)), mode="edge").reshape(len(ids), -1, tile)
-    shown = jnp.where(tiles == HIDDEN, _LARGEST, tiles)
+    shown = jnp.where(tiles == HIDDEN_SEGMENT, _LARGEST, tiles)
     return _Span(shown.min(axis=-1), tiles.max(axis=-1), tiles.min(axis=-1))
 
 
@@ -140,7 +142,7 @@ def _of_pairs(a: Int[Array, "b i"], b: Int[Array, "b j"]) -> Bool[Array, "b i j"
     return a[:, :, None] == b[:, None, :]
 
 
-def _ranges(meet: Bool[Array, "b i j"], plain: Bool[Array, "b i j"]) -> Visits:
+def _ranges(meet: Bool[Array, "b i j"], plain: Bool[Array, "b i j"]) -> TileRanges:
     """Along the last axis; of several runs of plain ones the first."""
     size = meet.shape[-1]
     index = jnp.arange(size)[None, None, :]
@@ -149,7 +151,7 @@ def _ranges(meet: Bool[Array, "b i j"], plain: Bool[Array, "b i j"]) -> Visits:
     begin = jnp.where(plain.any(axis=-1), begin, first)
     broken = ~plain & (index >= begin[..., None])
     until = jnp.min(jnp.where(broken, index, size), axis=-1)
-    return Visits(*(x.astype(jnp.int32) for x in (first, begin, until, end)))
+    return TileRanges(*(x.astype(jnp.int32) for x in (first, begin, until, end)))
 
 
 def visible(

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool
 
 from elastic.ops import bf16_bits
 from elastic.ops.attention import block_mask
-from elastic.ops.attention.base import Kernel, Options, Scope
-from elastic.ops.dense import dot, turned
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs
+from elastic.ops.dense import dot, transposed_in_memory
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
 _SHORTEST = (
@@ -20,15 +20,15 @@ _SHORTEST = (
 )
 
 
-def tiles(num_queries: int, num_keys: int, options: Options) -> tuple[int, int]:
+def tiles(num_queries: int, num_keys: int, options: StaticArgs) -> tuple[int, int]:
     """Queries and keys in a tile: no more than asked for, than there are, and than a block, beyond which nothing is seen."""
     block = max(options.block_size, _SHORTEST)
     return min(options.q_tile, num_queries, block), min(options.kv_tile, num_keys, block)
 
 
 def _padded(
-    q_NQD: Array, k_MKD: Array, scope: Scope, options: Options
-) -> tuple[Array, Scope, Options]:
+    q_NQD: Array, k_MKD: Array, scope: MaskArgs, options: StaticArgs
+) -> tuple[Array, MaskArgs, StaticArgs]:
     """The tiles in use, and queries that fill theirs."""
     length = q_NQD.shape[1]
     q_tile, kv_tile = tiles(length, k_MKD.shape[1], options)
@@ -53,7 +53,7 @@ def _pad_rows(x: Array, padding: int, value: float = 0.0) -> Array:
 
 
 def _forward(
-    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options
+    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: MaskArgs, options: StaticArgs
 ) -> tuple[Array, Array]:
     num_queries = q_NQD.shape[1]
     q_NQD, scope, options = _padded(q_NQD, k_MKD, scope, options)
@@ -111,8 +111,8 @@ def _backward(
     dout_NQD: Array,
     lse_NQ: Array,
     delta_NQ: Array,
-    scope: Scope,
-    options: Options,
+    scope: MaskArgs,
+    options: StaticArgs,
 ) -> tuple[Array, Array, Array]:
     """One visit per tile: logits are made again, transposed, so that four of the five products have fast layouts."""
     num_queries, dtype = q_NQD.shape[1], q_NQD.dtype
@@ -156,7 +156,7 @@ def _backward(
                     weights_st = jnp.where(seen_ts.T, weights_st, 0.0)
                 dweights_st = dot(v_sD, dout_tD, (1, 1))
                 dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
-                dq_tD = dq_tD + dot(turned(dlogits_st), k_sD)
+                dq_tD = dq_tD + dot(transposed_in_memory(dlogits_st), k_sD)
                 dk_KD = _add_tile(dk_KD, start, dot(dlogits_st, q_tD))
                 dv_KD = _add_tile(dv_KD, start, dot(weights_st.astype(dtype), dout_tD))
                 return dq_tD, dk_KD, dv_KD
@@ -177,13 +177,13 @@ def _backward(
 KERNEL = Kernel(_forward, _backward)
 
 
-def _tile_start(j: Array, keys: Array, options: Options) -> Array:
+def _tile_start(j: Array, keys: Array, options: StaticArgs) -> Array:
     """Where tile j of the keys begins. The last one moves back to end with the keys, and `_seen` hides what it reads twice."""
     return jnp.minimum(j * options.kv_tile, keys.shape[1] - options.kv_tile)
 
 
 def _seen(
-    n: Array, i: Array, j: Array, keys: Array, scope: Scope, ids: block_mask.Ids | None, options: Options
+    n: Array, i: Array, j: Array, keys: Array, scope: MaskArgs, ids: block_mask.SegmentIds | None, options: StaticArgs
 ) -> Bool[Array, "t s"]:  # fmt: skip
     """The mask of one tile of logits."""
     at, start = i * options.q_tile, _tile_start(j, keys, options)
@@ -200,7 +200,7 @@ def _seen(
 
 def _tile(keys: Array, row: Array, start: Array, size: int) -> Array:
     at, shape = (row, start, jnp.zeros_like(start)), (1, size, keys.shape[-1])
-    return bf16_bits.show(lax.dynamic_slice(keys, at, shape)[0])
+    return bf16_bits.from_bits(lax.dynamic_slice(keys, at, shape)[0])
 
 
 def _add_tile(x: Array, start: Array, tile: Array) -> Array:

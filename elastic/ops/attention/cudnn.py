@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array
 
 from elastic.ops.attention import block_mask, pallas_gpu
-from elastic.ops.attention.base import Kernel, Options, Scope, from_rows, heads_of, rows
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, from_rows, heads_of, rows
 
 _SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
 _MOST_CALLS = 16
@@ -147,7 +147,7 @@ class _Chunks(NamedTuple):
         return len(self.num_keys) <= _MOST_CALLS
 
 
-def _chunks(scope: Scope, options: Options, num_queries: int, num_keys: int) -> _Chunks:
+def _chunks(scope: MaskArgs, options: StaticArgs, num_queries: int, num_keys: int) -> _Chunks:
     block, size = options.block_size, math.gcd(options.block_size, num_queries)
     if size < min(_SMALLEST_CHUNK, num_queries):
         size = num_queries
@@ -185,7 +185,7 @@ def _own_rows(x: Array, q: Array, first_row: Array) -> Array:
     return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, first_row, len(q))
 
 
-def _one_segment(scope: Scope, num_queries: int) -> bool | Array:
+def _one_segment(scope: MaskArgs, num_queries: int) -> bool | Array:
     """Whether every key may be seen by every query, as far as segments and hidden keys go."""
     ids = block_mask.ids_of(scope, num_queries)
     if ids is None:
@@ -202,7 +202,7 @@ class Chunked(NamedTuple):
     heads_in_place: bool
 
     def forward(
-        self, q: Array, k: Array, v: Array, scope: Scope, options: Options
+        self, q: Array, k: Array, v: Array, scope: MaskArgs, options: StaticArgs
     ) -> tuple[Array, Array]:
         """As `local.Forward`."""
         chunks = _chunks(scope, options, q.shape[1], k.shape[1])
@@ -241,7 +241,7 @@ class Chunked(NamedTuple):
         return self._either(q, scope, chunks.even, by_fused, by_other)
 
     def backward(
-        self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scope: Scope, options: Options
+        self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scope: MaskArgs, options: StaticArgs
     ) -> tuple[Array, Array, Array]:  # fmt: skip
         """As `local.Backward`."""
         chunks = _chunks(scope, options, q.shape[1], k.shape[1])
@@ -309,7 +309,7 @@ class Chunked(NamedTuple):
         return out, jnp.where(any_key, lse, -jnp.inf)
 
     def _either(
-        self, q: Array, scope: Scope, even: bool | Array, by_fused: Any, by_other: Any
+        self, q: Array, scope: MaskArgs, even: bool | Array, by_fused: Any, by_other: Any
     ) -> Any:
         if even is False or not serves(q.shape[-1], q.dtype):
             return by_other()

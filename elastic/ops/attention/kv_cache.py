@@ -14,12 +14,19 @@ from jaxtyping import Array, Float, Int, Num
 from elastic.distributed.sharding import fitting_spec
 from elastic.ops import bf16_bits
 from elastic.ops.attention import ring
-from elastic.ops.attention.api import KV_TILE, Q_TILE, Call, How, on_device, on_ring
-from elastic.ops.attention.base import Scope, attend_rows, from_rows, rows
+from elastic.ops.attention.api import (
+    KV_TILE,
+    Q_TILE,
+    AttentionInputs,
+    How,
+    attend_local,
+    attend_ring,
+)
+from elastic.ops.attention.base import MaskArgs, attend_rows, from_rows, rows
 from elastic.ops.attention.dispatch import choose_implementation, kernel_of
 
 
-class Past(NamedTuple):
+class KVCache(NamedTuple):
     """Keys (RoPE applied) and values of earlier blocks, for every layer: what a new block attends to besides itself.
 
     `keys` and `values` are [layers, batch, heads, capacity, head_dim]; of each batch element the first `length` positions are
@@ -32,18 +39,18 @@ class Past(NamedTuple):
     length: Int[Array, "b"]
 
 
-def past_spec(mesh: Mesh, batch: int, heads: int) -> P:
+def cache_spec(mesh: Mesh, batch: int, heads: int) -> P:
     """How keys and values of a past lie on a mesh; what has one entry for each batch element is split like their second axis."""
     batch_axes, head_axes = fitting_spec(mesh, (batch, heads), "batch", "heads")
     return P(None, batch_axes, head_axes, ring.AXIS if mesh.shape[ring.AXIS] > 1 else None, None)
 
 
-def attention_with_past(
+def attention_with_cache(
     q: Float[Array, "n q h d"],
     k: Float[Array, "n q h d"],
     v: Float[Array, "n q h d"],
     *,
-    past: Past,
+    past: KVCache,
     layer: Int[Array, ""],
     mesh: Mesh | None = None,
     implementation: str | None = None,
@@ -66,7 +73,7 @@ def attention_with_past(
         return _with_past(*arguments, how=how, ring_size=1).astype(q.dtype)
     size = mesh.shape[ring.AXIS]
     ring.check_length(q.shape[1], size, "plain")
-    kept = past_spec(mesh, len(past.length), q.shape[2])
+    kept = cache_spec(mesh, len(past.length), q.shape[2])
     # Candidates stay with their past: the batch is split as it is.
     block = P(kept[1], *fitting_spec(mesh, q.shape, None, "sequence", "heads", None)[1:])
     sharded = jax.shard_map(
@@ -93,11 +100,11 @@ def _with_past(
 ) -> Array:
     """Output [n, q, h, d] in float32, of one device's part of the block."""
     batch, capacity = past_keys.shape[1], past_keys.shape[3]
-    call = Call(q, k, v, jnp.int32(0), jnp.int32(how.block_size))
+    call = AttentionInputs(q, k, v, jnp.int32(0), jnp.int32(how.block_size))
     if ring_size == 1:
-        own_out, own_lse = on_device(call, how._replace(whole=True))
+        own_out, own_lse = attend_local(call, how._replace(whole=True))
     else:
-        own_out, own_lse = on_ring(call, how, ring_size, "plain")
+        own_out, own_lse = attend_ring(call, how, ring_size, "plain")
         q = lax.all_gather(q, ring.AXIS, axis=1, tiled=True)
     if capacity == 0:  # a window of one block
         return own_out
@@ -120,11 +127,13 @@ def _past_alone(
     # Queries and keys as if they lay in one block, which therefore sees all of itself.
     start, how = jnp.int32(0), how._replace(block_size=max(q.shape[1], capacity))
     if how.name != "blockwise":  # which slices bits; the others take numbers
-        past_keys, past_values = bf16_bits.show(past_keys), bf16_bits.show(past_values)
+        past_keys, past_values = bf16_bits.from_bits(past_keys), bf16_bits.from_bits(past_values)
     if how.name == "reference":
         keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
         valid = jnp.arange(capacity)[None] < past_length[:, None]
-        return on_device(Call(q, keys, values, start, jnp.int32(capacity), valid=valid), how)
+        return attend_local(
+            AttentionInputs(q, keys, values, start, jnp.int32(capacity), valid=valid), how
+        )
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
     first_row = (layer * batch * heads).astype(jnp.int32)
     kernel = kernel_of(how.name)
@@ -135,7 +144,7 @@ def _past_alone(
 
     def of_element(element: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         q, length, number = element
-        scope = Scope(start, start, length, first_row + number * heads)
+        scope = MaskArgs(start, start, length, first_row + number * heads)
         found = attend_rows(rows(q[None]), keys, values, scope, how.options(heads), kernel)
         out, lse = from_rows(*found, heads)
         return out[0], lse[0]

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array
 
 from elastic.ops.attention import block_mask
-from elastic.ops.attention.base import Kernel, Options, Scope
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs
 
 _NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
 _LOG2_E = math.log2(math.e)
@@ -58,7 +58,7 @@ def tiles(
     head_dim: int,
     dtype: jax.typing.DTypeLike,
     lengths: tuple[int, int],
-    options: Options,
+    options: StaticArgs,
 ) -> Tiles:
     """The tiles of one kernel, for `lengths` of queries and of keys; those of `options` are limits (not below 16).
 
@@ -103,7 +103,7 @@ class _Sizes(NamedTuple):
     num_queries: int
     num_keys: int
     head_dim: int
-    options: Options
+    options: StaticArgs
     tiles: Tiles
 
     @property
@@ -134,8 +134,8 @@ def _read_numbers(numbers_ref: Any, sizes: _Sizes) -> _Numbers:
     return _Numbers(q_start, kv_start, first_row, jnp.minimum(kv_length - kv_start, sizes.num_keys))
 
 
-def _read_tiles(tiles_ref: Any) -> block_mask.Visits:
-    return block_mask.Visits(*(tiles_ref[i] for i in range(4)))
+def _read_tiles(tiles_ref: Any) -> block_mask.TileRanges:
+    return block_mask.TileRanges(*(tiles_ref[i] for i in range(4)))
 
 
 def _load(ref: Any, sizes: _Sizes, there: Array | None, other: float | int = 0) -> Array:
@@ -327,7 +327,7 @@ def _dkv_kernel(
 
 
 def _launch(
-    step: Step, kernel: Any, arrays: tuple, places: str, results: tuple, scope: Scope, options: Options,
+    step: Step, kernel: Any, arrays: tuple, places: str, results: tuple, scope: MaskArgs, options: StaticArgs,
     interpret: bool,
 ) -> Any:  # fmt: skip
     """Runs a kernel, one program per tile and row. `arrays` begin with q and k; a letter of `places` says which part of
@@ -388,7 +388,13 @@ def _like(x: Array) -> jax.ShapeDtypeStruct:
 
 
 def _forward(
-    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options, *, interpret: bool
+    q_NQD: Array,
+    k_MKD: Array,
+    v_MKD: Array,
+    scope: MaskArgs,
+    options: StaticArgs,
+    *,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     results = (_like(q_NQD), jax.ShapeDtypeStruct(q_NQD.shape[:2], jnp.float32))
     arrays = (q_NQD, k_MKD, v_MKD)
@@ -397,7 +403,7 @@ def _forward(
 
 def _backward(
     q_NQD: Array, k_NKD: Array, v_NKD: Array, dout_NQD: Array, lse_NQ: Array, delta_NQ: Array,
-    scope: Scope, options: Options, *, interpret: bool,
+    scope: MaskArgs, options: StaticArgs, *, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Two kernels, each of which makes the logits again: programs share no sum, so that results repeat to the last bit."""
     # In base 2; a query that sees nothing weighs nothing: exp2(logit - inf) is 0.

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from elastic.ops.attention import block_mask
-from elastic.ops.attention.base import Kernel, Options, Scope
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs
 
 _LANES, _INTERPRETED_LANES = 128, 8  # fewer where tests want several tiles of a short array
 _HEAD_DIMS = (32, 256)
@@ -56,7 +56,7 @@ def check(head_dim: int, dtype: DTypeLike) -> None:
 
 
 def tiles(
-    num_queries: int, num_keys: int, head_dim: int, dtype: DTypeLike, options: Options, *, interpret: bool = False
+    num_queries: int, num_keys: int, head_dim: int, dtype: DTypeLike, options: StaticArgs, *, interpret: bool = False
 ) -> tuple[int, int]:  # fmt: skip
     """The q_tile and kv_tile that all three kernels use, where `options` says how long they may be.
 
@@ -94,7 +94,7 @@ class _Plan(NamedTuple):
     end: Any
 
 
-def _plan(num_keys: int, scope: Scope, tiles: block_mask.Visits) -> _Plan:
+def _plan(num_keys: int, scope: MaskArgs, tiles: block_mask.TileRanges) -> _Plan:
     end = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
     row_and_end = jnp.stack([scope.first_row, end]).astype(jnp.int32)
     return _Plan(row_and_end, *(x.reshape(-1) for x in tiles))
@@ -118,7 +118,7 @@ class _Step(NamedTuple):
 # from one outer tile to the next.)
 
 
-def _num_steps(tiles: block_mask.Visits) -> Array:
+def _num_steps(tiles: block_mask.TileRanges) -> Array:
     # Even a tile without visits must write its zeros.
     count = jnp.maximum(tiles.end - tiles.first, 1)
     index = jnp.arange(count.shape[1])[None]
@@ -157,7 +157,9 @@ def _quotient(n: Array, divisor: int) -> Array:
     return lax.div(n, jnp.int32(divisor))
 
 
-def _specs(program: "_Program", grid: _Grid, options: Options, dim: int) -> dict[str, pl.BlockSpec]:
+def _specs(
+    program: "_Program", grid: _Grid, options: StaticArgs, dim: int
+) -> dict[str, pl.BlockSpec]:
     """Which block of an array a step wants."""
     q_tile, kv_tile = options.q_tile, options.kv_tile
 
@@ -332,7 +334,7 @@ _DKV = _Program(
 
 
 def _run(
-    program: _Program, inputs: list[Array], scope: Scope, options: Options, interpret: bool
+    program: _Program, inputs: list[Array], scope: MaskArgs, options: StaticArgs, interpret: bool
 ) -> Sequence[Array]:
     """Runs a kernel on (rows, pairs of outer tiles, steps)."""
     (num_rows, num_queries, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
@@ -393,7 +395,7 @@ def _run(
     )(*plan, *inputs, *masks.values())
 
 
-def _fitted(q_NQD: Array, k_MKD: Array, options: Options, interpret: bool) -> Options:
+def _fitted(q_NQD: Array, k_MKD: Array, options: StaticArgs, interpret: bool) -> StaticArgs:
     (_, num_queries, dim), num_keys, dtype = q_NQD.shape, k_MKD.shape[1], q_NQD.dtype
     q_tile, kv_tile = tiles(num_queries, num_keys, dim, dtype, options, interpret=interpret)
     return options._replace(q_tile=q_tile, kv_tile=kv_tile)
@@ -406,7 +408,13 @@ def _scaled(q_NQD: Array) -> Array:
 
 
 def _forward(
-    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: Scope, options: Options, *, interpret: bool
+    q_NQD: Array,
+    k_MKD: Array,
+    v_MKD: Array,
+    scope: MaskArgs,
+    options: StaticArgs,
+    *,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     options = _fitted(q_NQD, k_MKD, options, interpret)
     inputs = [_scaled(q_NQD), k_MKD, v_MKD]
@@ -416,7 +424,7 @@ def _forward(
 
 def _backward(
     q_NQD: Array, k_NKD: Array, v_NKD: Array, dout_NQD: Array, lse_NQ: Array, delta_NQ: Array,
-    scope: Scope, options: Options, *, interpret: bool,
+    scope: MaskArgs, options: StaticArgs, *, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Two kernels, each of which makes the logits again.
 

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.distributed.sharding import fitting_spec
-from elastic.ops.attention.base import Kernel, Options, Scope, save
-from elastic.ops.attention.block_mask import Ids, any_meet
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, save
+from elastic.ops.attention.block_mask import SegmentIds, any_meet
 
 AXIS = "sp"
 Layout = Literal["plain", "balanced"]
@@ -35,7 +35,7 @@ class Ring(NamedTuple):
     size: int
     layout: Layout
     kernel: Kernel
-    options: Options
+    options: StaticArgs
 
     @property
     def pieces(self) -> int:
@@ -43,7 +43,7 @@ class Ring(NamedTuple):
         return 2 if self.layout == "balanced" else 1
 
 
-class Places(NamedTuple):
+class GlobalRange(NamedTuple):
     """Where queries lie and which keys there are; whole-sequence numbers, the same on every device."""
 
     q_start: Int[Array, ""]
@@ -61,8 +61,8 @@ def ring_attend(
     q_NQD: Float[Array, "N Q D"],
     k_NKD: Float[Array, "N K D"],
     v_NKD: Float[Array, "N K D"],
-    places: Places,
-    ids: Ids | None,
+    places: GlobalRange,
+    ids: SegmentIds | None,
     ring: Ring,
 ) -> tuple[Float[Array, "N Q D"], Float[Array, "N Q"]]:
     """Output and logsumexp (float32) of this device's queries over the keys of all devices. Call it inside `shard_map`.
@@ -74,7 +74,12 @@ def ring_attend(
 
 
 def _forward(
-    q_NQD: Array, k_NKD: Array, v_NKD: Array, places: Places, ids: Ids | None, ring: Ring
+    q_NQD: Array,
+    k_NKD: Array,
+    v_NKD: Array,
+    places: GlobalRange,
+    ids: SegmentIds | None,
+    ring: Ring,
 ) -> tuple[Array, Array]:
     own = lax.axis_index(AXIS)
 
@@ -99,7 +104,9 @@ def _forward(
 _attend = jax.custom_vjp(_forward, nondiff_argnums=(5,))
 
 
-def _attend_fwd(q: Array, k: Array, v: Array, places: Places, ids: Ids | None, ring: Ring):
+def _attend_fwd(
+    q: Array, k: Array, v: Array, places: GlobalRange, ids: SegmentIds | None, ring: Ring
+):
     saved, out = save(q, k, v, *_attend(q, k, v, places, ids, ring))
     return (out, saved.lse), (saved, places, ids)
 
@@ -163,11 +170,17 @@ class _Piece(NamedTuple):
     q: Array
     k: Array
     v: Array
-    scope: Scope
+    scope: MaskArgs
 
 
 def _visible_pairs(
-    own: Array, owner: Array, q: Array, keys: _Keys, places: Places, ids: Ids | None, ring: Ring
+    own: Array,
+    owner: Array,
+    q: Array,
+    keys: _Keys,
+    places: GlobalRange,
+    ids: SegmentIds | None,
+    ring: Ring,
 ) -> Iterator[tuple[int, _Piece]]:
     """Every pair of pieces, with the number of the piece of queries."""
 
@@ -186,7 +199,7 @@ def _visible_pairs(
             seen = kv_starts[j] < jnp.minimum(sees_until, places.kv_length)
             if ids is not None:
                 seen &= any_meet(q_ids[i], kv_ids[j])
-            scope = Scope(
+            scope = MaskArgs(
                 q_start, kv_starts[j], places.kv_length, jnp.int32(0), q_ids[i], kv_ids[j]
             )
             yield i, _Piece(j, seen, qs[i], ks[j], vs[j], scope)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from elastic import ops
 from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, reference, ring
-from elastic.ops.attention.base import Options, Scope, attend_rows
+from elastic.ops.attention.base import MaskArgs, StaticArgs, attend_rows
 
 RUNNABLE = released.RUNNABLE
 FAST = [name for name in RUNNABLE if name != "reference"]
@@ -221,7 +221,7 @@ def past_case(num_past, capacity, candidates, block=24):
     rng = np.random.default_rng(capacity)
     shape = (2, batch, heads, capacity, dim)
     lengths = [num_past, max(0, num_past - block)]  # the second element is a block behind
-    past = ops.Past(normal(rng, *shape), normal(rng, *shape), jnp.array(lengths, jnp.int32))
+    past = ops.KVCache(normal(rng, *shape), normal(rng, *shape), jnp.array(lengths, jnp.int32))
     shape = (batch * candidates, block, heads, dim)
     q, k, v = (normal(rng, *shape) for _ in range(3))
 
@@ -252,7 +252,7 @@ def past_case(num_past, capacity, candidates, block=24):
 def test_candidates_on_a_cached_past_equal_one_shot(implementation, num_past, capacity, candidates):
     qkv, past, layer, one_shot = past_case(num_past, capacity, candidates)
     attend = functools.partial(
-        ops.attention_with_past, implementation=implementation, q_tile=32, kv_tile=20
+        ops.attention_with_cache, implementation=implementation, q_tile=32, kv_tile=20
     )
     out = released.quick_jit(lambda qkv, past, layer: attend(*qkv, past=past, layer=layer))(
         qkv, past, layer
@@ -271,7 +271,7 @@ def test_heads_and_parts_of_a_cached_past_lie_on_several_devices(implementation,
         return rearrange(x, "n b h (blocks s part) d -> n b h (s blocks part) d", blocks=3, s=size)
 
     past = past._replace(keys=spread(past.keys), values=spread(past.values))
-    attend = functools.partial(ops.attention_with_past, mesh=mesh, implementation=implementation)
+    attend = functools.partial(ops.attention_with_cache, mesh=mesh, implementation=implementation)
     out = released.quick_jit(lambda past: attend(q, k, v, past=past, layer=layer))(past)
     assert largest_difference(out, one_shot) <= 2e-6
 
@@ -354,8 +354,8 @@ def test_halves_merge_by_their_logsumexp():
     def tiled(start, stop):
         keys = slice(start, stop)
         rows = (rearrange(x, "b l h d -> (b h) l d") for x in (q, k[:, keys], v[:, keys]))
-        limits = Scope(jnp.int32(32), jnp.int32(0), jnp.int32(32), jnp.int32(0))
-        out, lse = attend_rows(*rows, limits, Options(1, 16, 8, 2), blockwise.KERNEL)
+        limits = MaskArgs(jnp.int32(32), jnp.int32(0), jnp.int32(32), jnp.int32(0))
+        out, lse = attend_rows(*rows, limits, StaticArgs(1, 16, 8, 2), blockwise.KERNEL)
         out = rearrange(out, "(b h) l d -> b l h d", h=2)
         return out, rearrange(lse, "(b h) l -> b h l", h=2)
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.ops.attention import block_mask
-from elastic.ops.attention.base import Options, Scope
+from elastic.ops.attention.base import MaskArgs, StaticArgs
 
 
-def seen_pairs(scope: Scope, num_queries: int, num_keys: int, block: int) -> np.ndarray:
+def seen_pairs(scope: MaskArgs, num_queries: int, num_keys: int, block: int) -> np.ndarray:
     """[b, Q, K], from the words of `Scope`."""
     start, kv_start, kv_length = (int(x) for x in scope[:3])
     i, j = np.ogrid[start : start + num_queries, kv_start : kv_start + num_keys]
@@ -44,7 +44,7 @@ def cases(draw):
     whole = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     num_queries, num_keys, *static = draw(st.sampled_from(SIZES))
     q_start, kv_start = whole(0, 24), whole(0, 24)
-    scope = Scope(*map(jnp.int32, (q_start, kv_start, whole(0, 60), 0)))
+    scope = MaskArgs(*map(jnp.int32, (q_start, kv_start, whole(0, 60), 0)))
     rng = np.random.default_rng(whole(0, 2**16))
     end = max(q_start + num_queries, kv_start + num_keys)
     if draw(st.booleans()):
@@ -56,7 +56,7 @@ def cases(draw):
         )
     if draw(st.booleans()):
         scope = scope._replace(valid=jnp.asarray(rng.random((2, num_keys)) < rng.random()))
-    return scope, num_queries, num_keys, Options(*static, 1)
+    return scope, num_queries, num_keys, StaticArgs(*static, 1)
 
 
 def visited(find, scope, num_queries, num_keys, options):
@@ -94,7 +94,9 @@ def test_every_tile_is_visited_once_and_only_plain_ones_without_a_mask(numbers):
         return counts.at[int(masked), tile].add(1)
 
     first, plain, plain_end, end = numbers
-    counts = block_mask.Visits(*map(jnp.int32, numbers)).fold(visit, jnp.zeros((2, 10), jnp.int32))
+    counts = block_mask.TileRanges(*map(jnp.int32, numbers)).fold(
+        visit, jnp.zeros((2, 10), jnp.int32)
+    )
     index = np.arange(10)
     unmasked = (plain <= index) & (index < plain_end)
     assert (np.asarray(counts[0]) == unmasked).all()
@@ -104,13 +106,13 @@ def test_every_tile_is_visited_once_and_only_plain_ones_without_a_mask(numbers):
 def test_a_packed_sequence_costs_what_its_files_cost():
     """Four files of four tiles each: within a file alone, whatever number they carry."""
     ids = jnp.repeat(jnp.array([[7, 2, 9, 4]]), 16, axis=1)
-    scope = Scope(*map(jnp.int32, (0, 0, 64, 0)), q_segments=ids, kv_segments=ids)
-    found = visited(block_mask.of_queries, scope, 64, 64, Options(4, 4, 4, 1))
+    scope = MaskArgs(*map(jnp.int32, (0, 0, 64, 0)), q_segments=ids, kv_segments=ids)
+    found = visited(block_mask.of_queries, scope, 64, 64, StaticArgs(4, 4, 4, 1))
     tile = np.arange(16)
     assert (np.asarray(found.first[0]) == tile // 4 * 4).all()
     assert (np.asarray(found.end[0]) == tile + 1).all()
     assert (np.asarray(found.plain) == np.asarray(found.first)).all()
     assert (np.asarray(found.plain_end) == np.asarray(found.end)).all()
-    back = visited(block_mask.of_keys, scope, 64, 64, Options(4, 4, 4, 1))
+    back = visited(block_mask.of_keys, scope, 64, 64, StaticArgs(4, 4, 4, 1))
     assert (np.asarray(back.first[0]) == tile).all()
     assert (np.asarray(back.end[0]) == tile // 4 * 4 + 4).all()

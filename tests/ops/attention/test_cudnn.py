@@ -16,8 +16,8 @@ from attention_cases import piece
 from elastic.ops.attention import blockwise, cudnn, dispatch
 from elastic.ops.attention.base import (
     Kernel,
-    Options,
-    Scope,
+    MaskArgs,
+    StaticArgs,
     attend_heads,
     from_rows,
     heads_of,
@@ -154,7 +154,7 @@ def test_the_library_and_the_other_kernel_share_the_work_and_the_numbers(name):
 def test_heads_in_place_give_what_rows_give(whole):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 3, 32)), jnp.bfloat16) for _ in range(3))
-    options = Options(128, 64, 64, rows_per_batch=3, whole=whole)
+    options = StaticArgs(128, 64, 64, rows_per_batch=3, whole=whole)
 
     def results(scope, *parts):
         def loss(q, k, v):
@@ -163,7 +163,7 @@ def test_heads_in_place_give_what_rows_give(whole):
 
         return released.quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
-    scope = Scope(*map(jnp.int32, (0, 0, 256, 0)))
+    scope = MaskArgs(*map(jnp.int32, (0, 0, 256, 0)))
     one, two = jnp.zeros((2, 256), jnp.int32), jnp.arange(256)[None].repeat(2, 0) // 128
     library = results(scope._replace(q_segments=one, kv_segments=one), PlainHeads(), NO_OTHER)
     _, (out, _) = results(scope, NO_LIBRARY, blockwise.KERNEL)  # where the library must be asked
@@ -209,8 +209,10 @@ def test_elements_with_pasts_of_their_own_share_a_call():
     assert ours is not None
     for i, length in enumerate(lengths):
         own = slice(2 * i, 2 * i + 2)
-        scope = Scope(*map(jnp.int32, (0, 0, length, 0)))
-        expected = blockwise.KERNEL.forward(q[own], k[own], v[own], scope, Options(96, 64, 64, 2))
+        scope = MaskArgs(*map(jnp.int32, (0, 0, length, 0)))
+        expected = blockwise.KERNEL.forward(
+            q[own], k[own], v[own], scope, StaticArgs(96, 64, 64, 2)
+        )
         for got, wanted in zip(ours, expected, strict=True):
             np.testing.assert_allclose(got[own], wanted, atol=2e-2)
 

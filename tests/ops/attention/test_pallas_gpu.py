@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_gpu
-from elastic.ops.attention.base import Kernel, Options, Scope, attend_rows
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, attend_rows
 
 # Pieces as a ring passes them: where queries and keys begin, how many there are, how many are filled.
 PIECES = {
@@ -87,11 +87,11 @@ def test_the_logsumexp_is_natural():
 def test_rows_of_a_longer_cache_are_read_in_place_and_rubbish_behind_its_end_never():
     rng = np.random.default_rng(0)
     q, k, v = normal(rng, 2, 24, 32), normal(rng, 6, 90, 32), normal(rng, 6, 90, 32)
-    options = Options(24, 16, 16, 1)
+    options = StaticArgs(24, 16, 16, 1)
 
     @released.quick_jit
     def read(k, v, first_row):
-        scope = Scope(jnp.int32(72), jnp.int32(0), jnp.int32(41), first_row)
+        scope = MaskArgs(jnp.int32(72), jnp.int32(0), jnp.int32(41), first_row)
         return pallas_gpu.INTERPRET_KERNEL.forward(q, k, v, scope, options)
 
     at = slice(3, 5)
@@ -160,7 +160,7 @@ def test_what_it_cannot_do_is_refused_by_name():
 @pytest.mark.parametrize("step", ["forward", "dq", "dkv"])
 def test_tiles_are_powers_of_two_within_the_limits(step, head_dim, dtype):
     def cut(lengths, *limits):
-        return pallas_gpu.tiles(step, head_dim, dtype, lengths, Options(1, *limits, 1))
+        return pallas_gpu.tiles(step, head_dim, dtype, lengths, StaticArgs(1, *limits, 1))
 
     for tiles in (cut((4096, 4096), 1024, 512), cut((4096, 4096), 24, 100), cut((5, 70), 99, 99)):
         assert tiles.q_tile.bit_count() == tiles.kv_tile.bit_count() == 1

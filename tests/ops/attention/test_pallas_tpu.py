@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_tpu
-from elastic.ops.attention.base import Options, Scope, attend_rows
+from elastic.ops.attention.base import MaskArgs, StaticArgs, attend_rows
 
 KERNELS = (pallas_tpu.INTERPRET_KERNEL, blockwise.KERNEL)
 
@@ -51,13 +51,13 @@ def make_case(
     q, k, v, dout = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     elsewhere = [jnp.asarray(rng.normal(size=(rows, num_queries)), jnp.float32) for _ in range(2)]
     kv_length = kv_start + num_keys if kv_length is None else kv_length
-    scope = Scope(*(jnp.int32(x) for x in (q_start, kv_start, kv_length, 0)))
+    scope = MaskArgs(*(jnp.int32(x) for x in (q_start, kv_start, kv_length, 0)))
     if ids:
         segments = [rng.integers(0, 3, (rows // heads, n)) for n in (num_queries, num_keys)]
         q_segments, kv_segments = (jnp.asarray(x, jnp.int32) for x in segments)
         valid = jnp.asarray(rng.random(kv_segments.shape) > 0.3)
         scope = scope._replace(q_segments=q_segments, kv_segments=kv_segments, valid=valid)
-    options = Options(block_size, q_tile=16, kv_tile=24, rows_per_batch=heads)
+    options = StaticArgs(block_size, q_tile=16, kv_tile=24, rows_per_batch=heads)
     return tuple(x.astype(dtype) for x in (q, k, v)), dout, elsewhere, scope, options
 
 
@@ -102,8 +102,8 @@ def test_rows_of_a_cache_are_read_where_they_lie_and_nothing_behind_its_end():
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(12, 77, 32)), jnp.float32) for _ in range(2))
     length, first_row = 45, 7
-    scope = Scope(*(jnp.int32(x) for x in (77, 0, length, first_row)))
-    options = Options(1, q_tile=16, kv_tile=16, rows_per_batch=2)
+    scope = MaskArgs(*(jnp.int32(x) for x in (77, 0, length, first_row)))
+    options = StaticArgs(1, q_tile=16, kv_tile=16, rows_per_batch=2)
     forward = [released.quick_jit(x.forward, static_argnums=4) for x in KERNELS]
     expected = forward[1](q, keys, values, scope, options)
     # Of other rows, and behind the end, not even half of a tile.
@@ -169,7 +169,7 @@ def test_works_where_devices_take_different_branches_in_a_scan_with_remat():
 def test_tiles_are_whole_lanes_within_what_was_asked_and_fit_in_vmem(
     num_queries, num_keys, head_dim, dtype, q_tile, kv_tile, expected
 ):
-    options = Options(4096, q_tile, kv_tile, 8)
+    options = StaticArgs(4096, q_tile, kv_tile, 8)
     assert pallas_tpu.tiles(num_queries, num_keys, head_dim, dtype, options) == expected
 
 
