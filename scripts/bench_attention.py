@@ -3,7 +3,7 @@
   python3 scripts/bench_attention.py                                    # what suits the device
   python3 scripts/bench_attention.py --lengths=16384 --dtypes=fp32,bf16 --devices=1,2
 
-Block-causal self-attention (forward; forward and backward), and one block on a cached past that is filled to 1, 4 and 16 of 16
+Block-causal self-attention (forward; forward and backward), and one block on a cache that is filled to 1, 4 and 16 of 16
 blocks. GFLOP/s count visible pairs of queries and keys alone: 4 d for each forward, 14 d for forward and backward. Where PyTorch is
 installed, it runs beside ours: on the CPU its scaled_dot_product_attention, called once for each row of blocks, on a GPU FlexAttention
 with a mask of blocks. `--implementations` also takes others' for comparison: `jax.nn-xla` and `jax.nn-cudnn`, called once for each row
@@ -144,7 +144,7 @@ def ours(
         "peak_memory_mb": peak_memory_mb(),
     }  # fmt: skip
     if not foreign:
-        result["cached_past"] = cached_past(block, DTYPES[dtype], options, repeats)
+        result["cache"] = cached_attention(block, DTYPES[dtype], options, repeats)
     return result
 
 
@@ -177,8 +177,10 @@ def blocks_of(length: int, block: int) -> list[tuple[slice, slice]]:
     return [(slice(at, at + block), slice(0, at + block)) for at in range(0, length, block)]
 
 
-def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """One block, on a past for 16 blocks that holds 1, 4 or 16."""
+def cached_attention(
+    block: int, dtype: str, options: dict[str, Any], repeats: int
+) -> dict[str, Any]:
+    """One block, on a cache for 16 blocks that holds 1, 4 or 16."""
     import jax
     import jax.numpy as jnp
 
@@ -189,14 +191,16 @@ def cached_past(block: int, dtype: str, options: dict[str, Any], repeats: int) -
         jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(1), 3)
     )
     stored = "uint16" if dtype == "bfloat16" and jax.default_backend() == "cpu" else dtype
-    cache = jnp.zeros((1, 1, HEADS, 16 * block, HEAD_DIM), stored)
+    zeros = jnp.zeros((1, 1, HEADS, 16 * block, HEAD_DIM), stored)
     attend = jax.jit(
-        lambda q, past: ops.attention_with_cache(q, k, v, past=past, layer=jnp.int32(0), **options)
+        lambda q, cache: ops.attention_with_cache(
+            q, k, v, cache=cache, layer=jnp.int32(0), **options
+        )
     )
 
     def timed(filled: int) -> float:
-        past = ops.KVCache(cache, cache, jnp.full(1, filled * block, jnp.int32))
-        return median_seconds(lambda: attend(q, past), repeats)
+        cache = ops.KVCache(zeros, zeros, jnp.full(1, filled * block, jnp.int32))
+        return median_seconds(lambda: attend(q, cache), repeats)
 
     seconds = {filled: timed(filled) for filled in (1, 4, 16)}
     per_block = {  # the block itself counts as one more

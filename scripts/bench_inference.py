@@ -159,7 +159,7 @@ def hardware(num_devices: int) -> dict[str, Any]:
 
 
 def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, Any]:
-    """One case: passes on a growing past, then a whole search."""
+    """One case: passes on a growing cache, then a whole search."""
     jax = start_jax(num_devices)
     import numpy as np
 
@@ -191,14 +191,14 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
     patches = patchify(frames.reshape(BLOCKS, 1, -1, *frames.shape[1:]), config.patch_size)
     counts = np.full((1, 1), config.max_toks, np.int32)
 
-    past, passes = codec.new_past(), {}
+    cache, passes = codec.new_cache(), {}
     for block in range(BLOCKS):
         if block in (0, BLOCKS - 1):
             run = functools.partial(
-                codec.try_counts, tokenizer.weights, past, patches[block], counts, keep=False
+                codec.try_counts, tokenizer.weights, cache, patches[block], counts, keep=False
             )
             seconds = median_seconds(lambda run=run: run().losses, repeats)
-            flops = forward_flops(config, config.max_toks, past=block * config.max_toks)
+            flops = forward_flops(config, config.max_toks, cache=block * config.max_toks)
             passes[f"block {block + 1}"] = {
                 "seconds": round(seconds, 4),
                 "gflops": round(flops / seconds / 1e9, 1),
@@ -206,18 +206,18 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
         peak_of_passes = peak_memory_mb()
         if (
             block < BLOCKS - 1
-        ):  # the past is zeros of the right length: as slow as real numbers, and no trial is held
-            past = past._replace(
-                encoder=past.encoder._replace(length=past.encoder.length + config.max_toks),
-                decoder=past.decoder._replace(length=past.decoder.length + config.max_toks),
-                num_blocks=past.num_blocks + 1,
+        ):  # the cache is zeros of the right length: as slow as real numbers, and no trial is held
+            cache = cache._replace(
+                encoder=cache.encoder._replace(length=cache.encoder.length + config.max_toks),
+                decoder=cache.decoder._replace(length=cache.decoder.length + config.max_toks),
+                num_blocks=cache.num_blocks + 1,
             )
     result = {
         "passes": passes,
         "peak_memory_mb_of_passes": peak_of_passes,
-        "past_mb": round(codec.past_bytes() / 1e6),
+        "cache_mb": round(codec.cache_bytes() / 1e6),
     }
-    del past
+    del cache
     if not case.startswith("200m"):
         result["search"] = search(tokenizer, frames, repeats)
         result["peak_memory_mb"] = peak_memory_mb()

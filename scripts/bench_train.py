@@ -80,10 +80,10 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     from elastic.training.throughput import memory_in_use
 
     preset, changes, batch_size = CASES[case]
-    elastic = update_config(load_config(preset), changes)
-    elastic = update_config(elastic, options["update_elastic_config"])
-    elastic = elastic.replace(lpips_loss_ratio=0.1 if options["lpips"] else 0.0)
-    length = elastic.max_sequence_length
+    model_config = update_config(load_config(preset), changes)
+    model_config = update_config(model_config, options["update_elastic_config"])
+    model_config = model_config.replace(lpips_loss_ratio=0.1 if options["lpips"] else 0.0)
+    length = model_config.max_sequence_length
     config = TrainConfig(
         data=DataConfig(path="not read", batch_size=batch_size),
         output_dir="not written",
@@ -92,13 +92,13 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     )
     mesh = make_mesh(config.mesh_dim)
     optimizer = make_optimizer(config.optimizer)
-    layout = state_layout(config, elastic, optimizer, mesh)
-    state = first_state(config, elastic, optimizer, layout, lambda _: np.zeros(0))
-    model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
+    layout = state_layout(config, model_config, optimizer, mesh)
+    state = first_state(config, model_config, optimizer, layout, lambda _: np.zeros(0))
+    model = ElasticTok(model_config, dtype=config.compute_dtype, mesh=mesh)
     step = step_program(config, model, optimizer, layout[1])
     vgg = load_lpips_weights() if options["lpips"] else None
-    batch = DeviceBatches(mesh, config.data, elastic).placed(
-        random_sequences(elastic, batch_size, length)
+    batch = DeviceBatches(mesh, config.data, model_config).placed(
+        random_sequences(model_config, batch_size, length)
     )
 
     times = []
@@ -110,7 +110,7 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
         if number == 0:
             print(f"{case} {dtype}: compiled in {times[0]:.1f} s", file=sys.stderr, flush=True)
     seconds = float(np.median(times[2:]))
-    rate = batch_size * training_flops(elastic, length) / seconds
+    rate = batch_size * training_flops(model_config, length) / seconds
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind)
     return {
@@ -129,15 +129,15 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def random_sequences(elastic: Any, batch_size: int, length: int) -> Any:
+def random_sequences(model_config: Any, batch_size: int, length: int) -> Any:
     """A batch of noise, one file a sequence."""
     import numpy as np
 
     from elastic.data.dataset import HostBatch
 
-    blocks = (batch_size, length // elastic.tokens_per_block)
+    blocks = (batch_size, length // model_config.tokens_per_block)
     pixels = np.random.default_rng(0).integers(
-        0, 256, (batch_size, length, elastic.patch_dim), np.uint8
+        0, 256, (batch_size, length, model_config.patch_dim), np.uint8
     )
     places = np.broadcast_to(np.arange(blocks[1], dtype=np.int32), blocks)
     return HostBatch(pixels, np.zeros(blocks, np.int32), places, np.ones(blocks, bool))

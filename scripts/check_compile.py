@@ -95,19 +95,19 @@ def reports(flags: app.Values, target: targets.Target) -> list[dict[str, Any]]:
     from elastic.cli import train_config
     from elastic.distributed.mesh import make_mesh
 
-    elastic = train_config.model_of(flags)
-    config = train_config.run_of(flags, elastic, only_compiled=True)
+    model_config = train_config.model_of(flags)
+    config = train_config.run_of(flags, model_config, only_compiled=True)
     mesh = make_mesh(config.mesh_dim, devices)
     rows = []
     if flags["program"] != "inference":
-        rows.append(compile.report_train(config, elastic, mesh, target))
+        rows.append(compile.report_train(config, model_config, mesh, target))
     if flags["program"] != "train":
         window = flags["max_blocks_per_chunk"] or (
-            elastic.max_sequence_length // elastic.tokens_per_block
+            model_config.max_sequence_length // model_config.tokens_per_block
         )
         rows.append(
             compile.report_inference(
-                elastic, mesh, target, dtype=config.dtype, window_blocks=window
+                model_config, mesh, target, dtype=config.dtype, window_blocks=window
             )
         )
     for row in rows:

@@ -101,7 +101,7 @@ def fit_curves(flags: app.Values) -> int:
             bad.append(file)
             continue
         for frames in chosen:
-            # Nothing is committed, so every block finds the past empty.
+            # Nothing is committed, so every block finds the cache empty.
             lanes.put(0, frames, search)
             losses.append(list(lanes.losses_of(0, counts).values()))
             blocks.append(frames)

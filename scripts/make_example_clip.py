@@ -126,7 +126,7 @@ def bounce(start: float, speed: float, frame: int, radius: float) -> float:
 
 
 def balls(frame: int) -> np.ndarray:
-    """Four spinning patterned balls over stones that rush past, with soft shadows."""
+    """Four spinning patterned balls over stones that rush cache, with soft shadows."""
     left = 9 * frame
     picture = pebbles(SIZE, SIZE + 9 * 36)[:, left : left + SIZE].copy()
     places = [

@@ -21,8 +21,8 @@ def train(flags: app.Values) -> int:
     from elastic.cli import train_config
     from elastic.training import loop as training
 
-    elastic = train_config.model_of(flags)
-    finished = training.train(train_config.run_of(flags, elastic), elastic)
+    model_config = train_config.model_of(flags)
+    finished = training.train(train_config.run_of(flags, model_config), model_config)
     return 0 if finished.signal is None else 128 + finished.signal
 
 

@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 _LONGEST = 600  # of a compiler's message
 
 
-def attention_name(elastic: ElasticTokConfig, mesh: Mesh, dtype: str) -> str:
+def attention_name(model_config: ElasticTokConfig, mesh: Mesh, dtype: str) -> str:
     """What attention runs as on the devices of the mesh."""
     return ops.choose_implementation(
-        elastic.attention_implementation,
-        head_dim=elastic.head_dim,
+        model_config.attention_implementation,
+        head_dim=model_config.head_dim,
         dtype=parse_dtype(dtype),
         mesh=mesh,
     )
@@ -60,13 +60,17 @@ class Traced(NamedTuple):
         )
 
 
-def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Traced:
+def train_step(config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh) -> Traced:
     """The training step: forward, backward and update, with the state donated."""
-    model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
+    model = ElasticTok(model_config, dtype=config.compute_dtype, mesh=mesh)
     optimizer = make_optimizer(config.optimizer)
     # Shapes are found on this machine, which need not have the device that a kernel is for.
-    like, shardings = state_layout(config, _plain(elastic), optimizer, mesh)
-    shape = (config.data.batch_size, sequence_length(config.data, elastic), elastic.patch_dim)
+    like, shardings = state_layout(config, _plain(model_config), optimizer, mesh)
+    shape = (
+        config.data.batch_size,
+        sequence_length(config.data, model_config),
+        model_config.patch_dim,
+    )
     spec = fitting_spec(mesh, shape, "batch", "sequence", None)
     for name, size, part in zip(("batch_size", "seq_length"), shape, spec, strict=False):
         if part is None and mesh.size > 1:
@@ -76,7 +80,7 @@ def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Tr
                 size,
                 dict(mesh.shape),
             )
-    blocks = (shape[0], shape[1] // elastic.tokens_per_block)
+    blocks = (shape[0], shape[1] // model_config.tokens_per_block)
     rows = NamedSharding(mesh, fitting_spec(mesh, blocks, "batch", None))
     shapes: tuple[Any, ...] = (
         jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=NamedSharding(mesh, spec)),
@@ -87,7 +91,7 @@ def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Tr
     sequences = HostBatch(*shapes)
     whole = NamedSharding(mesh, P())
     vgg = None
-    if elastic.lpips_loss_ratio:
+    if model_config.lpips_loss_ratio:
         vgg = jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole),
             unflatten(lpips_weights.SHAPES),
@@ -99,25 +103,27 @@ def train_step(config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh) -> Tr
         return Traced(step.lower(*arguments), arguments)
 
 
-def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int) -> Traced:
-    """One candidate of one block in inference, against a past of `window_blocks` - 1 blocks."""
-    codec = Codec(elastic, dtype=parse_dtype(dtype), mesh=mesh, window_blocks=window_blocks)
+def block_step(
+    model_config: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int
+) -> Traced:
+    """One candidate of one block in inference, against a cache of `window_blocks` - 1 blocks."""
+    codec = Codec(model_config, dtype=parse_dtype(dtype), mesh=mesh, window_blocks=window_blocks)
     params = param_shapes(
-        _plain(elastic)
+        _plain(model_config)
     )  # float32, as training writes them; the released are bfloat16
-    past = jax.eval_shape(codec.new_past)
-    patches = (elastic.tokens_per_block, elastic.patch_dim)
+    cache = jax.eval_shape(codec.new_cache)
+    patches = (model_config.tokens_per_block, model_config.patch_dim)
 
     def whole(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))
 
     def cached(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = ops.cache_spec(mesh, 1, elastic.num_attention_heads) if leaf.ndim > 1 else P()
+        spec = ops.cache_spec(mesh, 1, model_config.num_attention_heads) if leaf.ndim > 1 else P()
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     arguments = (
         _placed(params, param_shardings(mesh, params)),
-        jax.tree.map(cached, past),
+        jax.tree.map(cached, cache),
         whole((1, *patches), jnp.uint8),
         whole((1, 1), jnp.int32),
         whole((1,), jnp.int32),
@@ -126,8 +132,8 @@ def block_step(elastic: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_bloc
         return Traced(codec._try.lower(*arguments, keep=True), arguments)
 
 
-def _plain(elastic: ElasticTokConfig) -> ElasticTokConfig:
-    return elastic.replace(attention_implementation="reference")
+def _plain(model_config: ElasticTokConfig) -> ElasticTokConfig:
+    return model_config.replace(attention_implementation="reference")
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -227,17 +233,17 @@ def _in_ring(permute: hlo.Permute) -> bool:
 
 
 def tiles(
-    name: str, elastic: ElasticTokConfig, num_queries: int, num_keys: int, dtype: str
+    name: str, model_config: ElasticTokConfig, num_queries: int, num_keys: int, dtype: str
 ) -> tuple[int, int]:
     """The tiles (queries, keys) that the attention kernel uses on one device."""
     options = StaticArgs(
-        elastic.tokens_per_block,
-        elastic.scan_query_chunk_size,
-        elastic.scan_key_chunk_size,
-        elastic.num_attention_heads,
+        model_config.tokens_per_block,
+        model_config.scan_query_chunk_size,
+        model_config.scan_key_chunk_size,
+        model_config.num_attention_heads,
     )
     shape: dict[str, Any] = dict(
-        head_dim=elastic.head_dim, dtype=parse_dtype(dtype), options=options
+        head_dim=model_config.head_dim, dtype=parse_dtype(dtype), options=options
     )
     if name.startswith("pallas_tpu"):
         from elastic.ops.attention import pallas_tpu
@@ -252,7 +258,7 @@ def tiles(
 
 
 def evenness(
-    elastic: ElasticTokConfig, length: int, num_devices: int, used: tuple[int, int]
+    model_config: ElasticTokConfig, length: int, num_devices: int, used: tuple[int, int]
 ) -> dict[str, Any]:
     """Layout of the ring -> how evenly it shares the attention, with the tiles `used`: see flops.RingWork."""
     found = {}
@@ -260,7 +266,7 @@ def evenness(
         work = flops.ring_work(
             length,
             num_devices,
-            block_size=elastic.tokens_per_block,
+            block_size=model_config.tokens_per_block,
             q_tile=used[0],
             kv_tile=used[1],
             layout=layout,
@@ -273,40 +279,45 @@ def evenness(
 
 
 def report_train(
-    config: TrainConfig, elastic: ElasticTokConfig, mesh: Mesh, target: targets.Target
+    config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh, target: targets.Target
 ) -> dict[str, Any]:
     """The training step in numbers; see `check` and `evenness`."""
-    name = attention_name(elastic, mesh, config.dtype)
-    length, batch = sequence_length(config.data, elastic), config.data.batch_size
+    name = attention_name(model_config, mesh, config.dtype)
+    length, batch = sequence_length(config.data, model_config), config.data.batch_size
     ring = mesh.shape["sp"]
-    piece = length // ring // (2 if ring > 1 and elastic.ring_layout == "balanced" else 1)
-    found = check(train_step(config, elastic, mesh), target, loops_count=_is_xla(name))
-    used = tiles(name, elastic, piece, piece, config.dtype)
-    total = batch * flops.training_flops(elastic, length)
-    return _report("train", name, elastic, mesh, target, config.dtype) | {
+    piece = length // ring // (2 if ring > 1 and model_config.ring_layout == "balanced" else 1)
+    found = check(train_step(config, model_config, mesh), target, loops_count=_is_xla(name))
+    used = tiles(name, model_config, piece, piece, config.dtype)
+    total = batch * flops.training_flops(model_config, length)
+    return _report("train", name, model_config, mesh, target, config.dtype) | {
         "tokens": length,
         "batch": batch,
         "tiles": used,
         "flops": total,
         "flops_per_device": total // mesh.size,
-        "evenness": evenness(elastic, length, ring, used) if ring > 1 else None,
+        "evenness": evenness(model_config, length, ring, used) if ring > 1 else None,
         **found,
     }
 
 
 def report_inference(
-    elastic: ElasticTokConfig, mesh: Mesh, target: targets.Target, *, dtype: str, window_blocks: int
+    model_config: ElasticTokConfig,
+    mesh: Mesh,
+    target: targets.Target,
+    *,
+    dtype: str,
+    window_blocks: int,
 ) -> dict[str, Any]:
-    """The block step of inference in numbers, with a full past."""
-    name = attention_name(elastic, mesh, dtype)
-    length = elastic.tokens_per_block
-    past = (window_blocks - 1) * length
-    traced = block_step(elastic, mesh, dtype=dtype, window_blocks=window_blocks)
-    total = flops.forward_flops(elastic, length, past=past)
-    return _report("inference", name, elastic, mesh, target, dtype) | {
+    """The block step of inference in numbers, with a full cache."""
+    name = attention_name(model_config, mesh, dtype)
+    length = model_config.tokens_per_block
+    cache = (window_blocks - 1) * length
+    traced = block_step(model_config, mesh, dtype=dtype, window_blocks=window_blocks)
+    total = flops.forward_flops(model_config, length, cache=cache)
+    return _report("inference", name, model_config, mesh, target, dtype) | {
         "tokens": window_blocks * length,
         "batch": 1,
-        "tiles": tiles(name, elastic, length, past or length, dtype),
+        "tiles": tiles(name, model_config, length, cache or length, dtype),
         "flops": total,
         "flops_per_device": total // (mesh.shape["tp"] * mesh.shape["sp"]),
         "evenness": None,
@@ -321,7 +332,7 @@ def _is_xla(name: str) -> bool:
 def _report(
     program: str,
     name: str,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     mesh: Mesh,
     target: targets.Target,
     dtype: str,
@@ -331,9 +342,9 @@ def _report(
         "chips": target.num_chips,
         "mesh": dict(mesh.shape),
         "program": program,
-        "bottleneck": elastic.bottleneck_type,
+        "bottleneck": model_config.bottleneck_type,
         "dtype": dtype,
         "attention": name,
-        "ring_layout": elastic.ring_layout,
+        "ring_layout": model_config.ring_layout,
         "jax": jax.__version__,
     }

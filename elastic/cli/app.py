@@ -194,7 +194,7 @@ def _one_line(error: Exception) -> str | None:
     # An OSError or ValueError with these words is about a full disk.
     full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if isinstance(error, MemoryError) or full:
-        return "Out of memory; use a smaller batch, shorter sequences or a shorter past, or --dtype=bf16."
+        return "Out of memory; use a smaller batch, shorter sequences or a shorter cache, or --dtype=bf16."
     if isinstance(error, RuntimeError):
         return None
     if isinstance(error, OSError) and error.filename is not None:

@@ -66,7 +66,9 @@ def model_of(flags: Values) -> ElasticTokConfig:
     return update_config(load_config(flags["load_elastic_config"]), flags["update_elastic_config"])
 
 
-def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = False) -> TrainConfig:
+def run_of(
+    flags: Values, model_config: ElasticTokConfig, *, only_compiled: bool = False
+) -> TrainConfig:
     """The run that the flags describe.
 
     Args:
@@ -79,7 +81,7 @@ def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = Fa
     if only_compiled:
         folder = "not written"
     with _named({"resolution": "train_dataset.vision_dataset.resolution"}):
-        check_resolution(flags["train_dataset.vision_dataset.resolution"], elastic)
+        check_resolution(flags["train_dataset.vision_dataset.resolution"], model_config)
     thresholds = _numbers("eval_thresholds", flags["eval_thresholds"], float)
     counts = _numbers("eval_num_tokens", flags["eval_num_tokens"], int)
     steps = _pair(flags["profile_steps"])
@@ -95,7 +97,7 @@ def run_of(flags: Values, elastic: ElasticTokConfig, *, only_compiled: bool = Fa
         evaluation=_made(EvalConfig, flags, _EVALUATION, thresholds=thresholds, num_tokens=counts),
     )
     if not only_compiled:
-        _check_run(config, elastic)
+        _check_run(config, model_config)
     return config
 
 
@@ -117,15 +119,15 @@ def _named(names: Mapping[str, str]) -> Iterator[None]:
         raise ValueError(name_flags(str(error), names)) from error
 
 
-def _check_run(config: TrainConfig, elastic: ElasticTokConfig) -> None:
+def _check_run(config: TrainConfig, model_config: ElasticTokConfig) -> None:
     """What can be said of a run before its files are looked through."""
     with _named(_DATA):
-        length = sequence_length(config.data, elastic)
-        _check_batch(config.data.batch_size, length, elastic.patch_dim)
+        length = sequence_length(config.data, model_config)
+        _check_batch(config.data.batch_size, length, model_config.patch_dim)
     most = max(config.evaluation.num_tokens, default=0)
-    if config.evaluation.freq and most > elastic.max_toks:
+    if config.evaluation.freq and most > model_config.max_toks:
         raise ValueError(
-            f"--eval_num_tokens={most} must be at most {elastic.max_toks}, the tokens of a block of this model."
+            f"--eval_num_tokens={most} must be at most {model_config.max_toks}, the tokens of a block of this model."
         )
     if config.load_dataset_state:
         try:

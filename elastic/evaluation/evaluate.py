@@ -1,8 +1,8 @@
 """How good a model is on held-out clips: the tokens that a threshold takes, and the quality that a count buys.
 
 A *run* is one way to choose counts, over every clip: a search under a threshold, or the same count for each block. Each run tokenizes
-the clips by itself. Little could be shared: what a block's past holds depends on the counts chosen for the blocks before it, so that two
-runs see the same past in the first block of a clip alone, and sharing that would spoil the seconds of a search, which are measured here.
+the clips by itself. Little could be shared: what a block's cache holds depends on the counts chosen for the blocks before it, so that two
+runs see the same cache in the first block of a clip alone, and sharing that would spoil the seconds of a search, which are measured here.
 What can be had for nothing is: a run of one count is held against every threshold, and every run is measured for quality as it passes.
 """
 

@@ -242,7 +242,7 @@ class Evaluation:
 
         Follows from the smallest counts m that the search measured: under a cap c a block meets the threshold where m <= c, and takes
         min(m, c) tokens, all of the cap where it cannot meet it. That is what a search with the cap would choose but for one thing: here
-        a block's past holds blocks as they were without a cap. A model of one count gives one point.
+        a block's cache holds blocks as they were without a cap. A model of one count gives one point.
         """
         result = self.under(threshold, search)
         if result.run.search == "fixed":

@@ -338,17 +338,19 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
     markers = itertools.cycle(_MARKERS)
     colours = itertools.cycle(_COLOURS)
     for (name, evaluation), colour in zip(evaluations.items(), colours, strict=False):
-        elastic = fixed_count(evaluation.model) is None
-        look = dict(color=colour, marker="o" if elastic else next(markers), ms=6 if elastic else 9)
+        model_config = fixed_count(evaluation.model) is None
+        look = dict(
+            color=colour, marker="o" if model_config else next(markers), ms=6 if model_config else 9
+        )
         runs = evaluation.fixed()
         tokens = [result.mean_tokens for result in runs]
-        label = f"{name}, the same count for all" if elastic else name
-        line = "-" if elastic else ""  # a single point has none in the legend either
+        label = f"{name}, the same count for all" if model_config else name
+        line = "-" if model_config else ""  # a single point has none in the legend either
         axes.plot(tokens, [r.psnr for r in runs], ls=line, **look, mec="white", lw=2, label=label)
         if second is not None:
             values = [getattr(result, measured[0]) for result in runs]
             second.plot(tokens, values, **look, mfc="white", lw=1.3, ls="--")
-        if elastic and evaluation.config.thresholds:
+        if model_config and evaluation.config.thresholds:
             chosen = [evaluation.under(threshold) for threshold in evaluation.config.thresholds]
             x, y = [r.mean_tokens for r in chosen], [r.psnr for r in chosen]
             axes.plot(x, y, "*", color=colour, ms=13, mec="white", label=f"{name}, searched")

@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
     codes: Float[Array, "b l c"]
     aux_loss: Float[Array, ""]
-    new: KVPair | None  # of every layer, with a past
+    new: KVPair | None  # of every layer, with a cache
 
 
 class Encoder(Module):
@@ -48,9 +48,9 @@ class Encoder(Module):
 
     @nn.compact
     def __call__(
-        self, batch: Batch, past: ops.KVCache | None = None
+        self, batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l z"], KVPair | None]:
-        """The latents before the bottleneck, and with a past the new keys and values."""
+        """The latents before the bottleneck, and with a cache the new keys and values."""
         shared, config = self.shared(), self.config
         x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)
         if config.condition_encoder:
@@ -62,7 +62,7 @@ class Encoder(Module):
             x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **shared)
-        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, past)
+        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **shared)(x)
         return Linear(features=self.num_latents, name="pre_quant", **shared)(x), new
 
@@ -72,14 +72,14 @@ class Decoder(Module):
 
     @nn.compact
     def __call__(
-        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.KVCache | None = None
+        self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
-        """Reconstructed pixels in (-1, 1), and with a past the new keys and values. Of the batch only the ids are read."""
+        """Reconstructed pixels in (-1, 1), and with a cache the new keys and values. Of the batch only the ids are read."""
         shared, config = self.shared(), self.config
         x = Linear(features=config.hidden_size, name="post_quant", **shared)(codes)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **shared)
-        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, past)
+        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **shared)(x)
         return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **shared)(x)), new
 
@@ -99,12 +99,12 @@ class ElasticTok(Module):
     def encode(
         self,
         batch: Batch,
-        past: ops.KVCache | None = None,
+        cache: ops.KVCache | None = None,
         *,
         key: Shaped[Array, "*k"] | None = None,
     ) -> Encoded:
         """Codes of a batch; a key makes the VAE sample, as in training."""
-        latents, new = self.encoder(batch, past)
+        latents, new = self.encoder(batch, cache)
         codes, aux_loss = self.bottleneck(
             latents,
             batch.kept,
@@ -115,10 +115,10 @@ class ElasticTok(Module):
         return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new)
 
     def decode(
-        self, codes: Float[Array, "b l c"], batch: Batch, past: ops.KVCache | None = None
+        self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
         """Pixels of codes that are zero where tokens are dropped."""
-        return self.decoder(codes, batch, past)
+        return self.decoder(codes, batch, cache)
 
     def __call__(
         self, batch: Batch, *, key: Shaped[Array, "*k"] | None = None

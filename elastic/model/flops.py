@@ -41,13 +41,13 @@ def visible_pairs(length: int, block_size: int) -> int:
 
 
 def forward_flops(
-    config: ElasticTokConfig, length: int, *, past: int = 0, visible_blocks: float | None = None
+    config: ElasticTokConfig, length: int, *, cache: int = 0, visible_blocks: float | None = None
 ) -> int:
     """FLOPs of encoder and decoder over one sequence.
 
     Args:
       length: tokens of the sequence.
-      past: cached tokens that every query sees besides.
+      cache: cached tokens that every query sees besides.
       visible_blocks: how many blocks of the sequence a token sees, its own among them, in the mean; None: as if one clip filled it.
     """
     width, latents = config.hidden_size, _num_latents(config)
@@ -58,7 +58,7 @@ def forward_flops(
         pairs = visible_pairs(length, config.tokens_per_block)
     else:
         pairs = round(length * visible_blocks * config.tokens_per_block)
-    return 2 * length * weights + 4 * layers * (pairs + length * past) * width
+    return 2 * length * weights + 4 * layers * (pairs + length * cache) * width
 
 
 def training_flops(

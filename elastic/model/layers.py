@@ -132,7 +132,7 @@ def deinterleave_rope(kernel: Float[Array, "i o"], head_dim: int) -> Float[Array
 
 
 class Attention(Module):
-    """Block-causal self-attention with RoPE; on a sequence, or of one new block on a cached past."""
+    """Block-causal self-attention with RoPE; on a sequence, or of one new block on a cache."""
 
     @nn.compact
     def __call__(
@@ -141,10 +141,10 @@ class Attention(Module):
         angles: tuple[Float[Array, "*a p"], Float[Array, "*a p"]],
         segment_ids: Int[Array, "b l"] | None,
         valid: Bool[Array, "b l"] | None,
-        past: ops.KVCache | None,
+        cache: ops.KVCache | None,
         layer: Int[Array, ""],
     ) -> tuple[Float[Array, "b l d"], KVPair | None]:
-        """The output, and with a past also the new keys and values."""
+        """The output, and with a cache also the new keys and values."""
         config, (batch, length, _) = self.config, x.shape
 
         def project(name: str, *, rotated: bool) -> Array:
@@ -169,7 +169,7 @@ class Attention(Module):
             kv_tile=config.scan_key_chunk_size,
         )
         new = None
-        if past is None:
+        if cache is None:
             q, k, v = (
                 constrain(y, self.mesh, "batch", "sequence", "heads", None) for y in (q, k, v)
             )
@@ -184,7 +184,7 @@ class Attention(Module):
                 **how,
             )
         else:
-            out = ops.attention_with_cache(q, k, v, past=past, layer=layer, **how)
+            out = ops.attention_with_cache(q, k, v, cache=cache, layer=layer, **how)
             new = (k.swapaxes(1, 2), v.swapaxes(1, 2))
         out = out.reshape(batch, length, config.hidden_size)
         return Linear(features=config.hidden_size, name="wo", **self.shared())(out), new
@@ -224,9 +224,9 @@ class Layer(Module):
         angles: tuple[Float[Array, "*a p"], Float[Array, "*a p"]],
         segment_ids: Int[Array, "b l"] | None = None,
         valid: Bool[Array, "b l"] | None = None,
-        past: ops.KVCache | None = None,
+        cache: ops.KVCache | None = None,
     ) -> tuple[Float[Array, "b l d"], KVPair | None]:
-        """The new residual stream, and with a past the layer's new keys and values."""
+        """The new residual stream, and with a cache the layer's new keys and values."""
         shared, config = self.shared(), self.config
         attention = _remat(Attention, config.remat_attention, in_scan=config.scan_layers)(
             name="attention", **shared
@@ -235,7 +235,7 @@ class Layer(Module):
             name="feed_forward", **shared
         )
         out, new = attention(
-            RMSNorm(name="attention_norm", **shared)(x), angles, segment_ids, valid, past, layer
+            RMSNorm(name="attention_norm", **shared)(x), angles, segment_ids, valid, cache, layer
         )
         x = x + out
         x = x + feed_forward(RMSNorm(name="ffn_norm", **shared)(x))
@@ -254,12 +254,12 @@ class LayerStack(Module):
         position_ids: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"] | None = None,
         valid: Bool[Array, "b l"] | None = None,
-        past: ops.KVCache | None = None,
+        cache: ops.KVCache | None = None,
     ) -> tuple[Float[Array, "b l d"], KVPair | None]:
-        """The residual stream after the last layer, and with a past the new keys and values of all, [layers, b, heads, l, head_dim]."""
-        mesh = self.balanced_mesh() if past is None else None
+        """The residual stream after the last layer, and with a cache the new keys and values of all, [layers, b, heads, l, head_dim]."""
+        mesh = self.balanced_mesh() if cache is None else None
         if mesh is None:
-            return self._layers(x, position_ids, segment_ids, valid, past)
+            return self._layers(x, position_ids, segment_ids, valid, cache)
 
         def there(y: Array) -> Array:
             return ring.to_balanced(y, mesh)
@@ -267,7 +267,7 @@ class LayerStack(Module):
         x, position_ids = there(x), there(position_ids)
         segment_ids = None if segment_ids is None else there(segment_ids)
         valid = None if valid is None else there(valid)
-        x, new = self._layers(x, position_ids, segment_ids, valid, past)
+        x, new = self._layers(x, position_ids, segment_ids, valid, cache)
         return ring.from_balanced(x, mesh), new  # outside of the layers every sequence is in order
 
     def _layers(
@@ -276,11 +276,11 @@ class LayerStack(Module):
         position_ids: Array,
         segment_ids: Array | None,
         valid: Array | None,
-        past: ops.KVCache | None,
+        cache: ops.KVCache | None,
     ) -> tuple[Array, KVPair | None]:
         angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
         layer_class = self._layer_class()
-        everywhere = (angles, segment_ids, valid, past)
+        everywhere = (angles, segment_ids, valid, cache)
         in_axes: Any = (
             0,
             *(nn.broadcast for _ in everywhere),
@@ -299,7 +299,7 @@ class LayerStack(Module):
         for i in range(self.num_layers):
             x, layer_new = layer_class(name=str(i), **self.shared())(x, index[i], *everywhere)
             new.append(layer_new)
-        return x, None if past is None else jax.tree.map(lambda *layers: jnp.stack(layers), *new)
+        return x, None if cache is None else jax.tree.map(lambda *layers: jnp.stack(layers), *new)
 
     def _layer_class(self) -> Any:
         """`Layer`, recomputed in the backward pass as the config says; where it says nothing, what is dear to make is kept, on a TPU all.

@@ -1,7 +1,7 @@
 """bfloat16 arrays as their bits, for loops on the CPU.
 
 XLA:CPU cannot slice bfloat16: it converts the whole array that is sliced to float32, before the loop that slices it. Stacked weights and a
-cached past would be held once more, twice as large. Integers are sliced as they are.
+cache would be held once more, twice as large. Integers are sliced as they are.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""The jitted block steps: try candidates against a cached past, commit one of them, decode.
+"""The jitted block steps: try candidates against a cache, commit one of them, decode.
 
 One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. A trial keeps what its passes
-computed (new keys and values, codes, pixels), so that committing a candidate moves them into the past instead of computing them again.
+computed (new keys and values, codes, pixels), so that committing a candidate moves them into the cache instead of computing them again.
 """
 
 import math
@@ -75,9 +75,9 @@ class Codec:
 
     Args:
       config: the model.
-      dtype: type of products' operands and of the cached past.
+      dtype: type of products' operands and of the cache.
       mesh: where the arrays lie; None: the default device.
-      window_blocks: blocks in one context, the current one included. The past holds one less.
+      window_blocks: blocks in one context, the current one included. The cache holds one less.
     """
 
     def __init__(
@@ -108,15 +108,15 @@ class Codec:
         self._hides = platform_of(mesh) == "cpu"
         self._try = jax.jit(self._try_impl, static_argnames="keep")
         self._hold = jax.jit(self._hold_impl, donate_argnames="held")
-        self._commit = jax.jit(self._commit_impl, donate_argnames="past")
-        self._decode = jax.jit(self._decode_impl, donate_argnames="past")
+        self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
+        self._decode = jax.jit(self._decode_impl, donate_argnames="cache")
 
-    def past_bytes(self, batch: int = 1) -> int:
-        """Bytes of the whole past of encoder and decoder."""
+    def cache_bytes(self, batch: int = 1) -> int:
+        """Bytes of the whole cache of encoder and decoder."""
         return (self.window_blocks - 1) * self.trial_bytes(batch)
 
-    def past_shards(self, batch: int = 1) -> int:
-        """Parts that the past is split in, over the devices of the mesh."""
+    def cache_shards(self, batch: int = 1) -> int:
+        """Parts that the cache is split in, over the devices of the mesh."""
         cache_at, _ = self._places(batch)
         if cache_at is None:
             return 1
@@ -140,26 +140,26 @@ class Codec:
         """Parameters as the programs want them: on the CPU bfloat16 as its bits (see ops/bits.py). Others work, and cost copies."""
         return jax.tree.map(bf16_bits.to_bits, params) if self._hides else params
 
-    def new_past(self, batch: int = 1) -> CodecCache:
-        """An empty past: zeros that no query sees."""
+    def new_cache(self, batch: int = 1) -> CodecCache:
+        """An empty cache: zeros that no query sees."""
         config = self.config
         return self._empty(config.num_encoder_layers, config.num_decoder_layers, batch)
 
-    def new_decoder_past(self, batch: int = 1) -> CodecCache:
-        """An empty past for decoding alone, which needs no encoder."""
+    def new_decoder_cache(self, batch: int = 1) -> CodecCache:
+        """An empty cache for decoding alone, which needs no encoder."""
         return self._empty(0, self.config.num_decoder_layers, batch)
 
     def try_counts(
         self,
         params: dict[str, Any],
-        past: CodecCache,
+        cache: CodecCache,
         patches: UInt8[Array | np.ndarray, "b l p"],
         counts: Int[Array | np.ndarray, "b k"],
         *,
         num_frames: Int[Array | np.ndarray, "b"] | None = None,
         keep: bool = True,
     ) -> Trial:
-        """Evaluates the candidate counts of one block at once; the past is read where it lies, neither copied nor changed.
+        """Evaluates the candidate counts of one block at once; the cache is read where it lies, neither copied nor changed.
 
         Args:
           num_frames: the block's first so many frames are real; the losses are means over these. None: all.
@@ -167,7 +167,7 @@ class Codec:
         """
         if num_frames is None:
             num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
-        return self._try(params, past, patches, counts, num_frames, keep=keep)
+        return self._try(params, cache, patches, counts, num_frames, keep=keep)
 
     def hold(
         self,
@@ -188,32 +188,32 @@ class Codec:
 
     def commit(
         self,
-        past: CodecCache,
+        cache: CodecCache,
         trial: Trial,
         choice: Int[Array | np.ndarray, "b"],
         elements: Bool[np.ndarray, "b"] | None = None,
     ) -> tuple[CodecCache, Committed]:
-        """Appends the chosen candidate of each element, or of these elements alone. The past given is used up; nothing is computed again.
+        """Appends the chosen candidate of each element, or of these elements alone. The cache given is used up; nothing is computed again.
 
         Raises:
           ValueError: the trial was made with `keep=False`.
         """
         if trial.encoder_new is None:
             raise ValueError("This trial kept nothing to commit; call try_counts with keep=True.")
-        return self._commit(past, trial, choice, elements)
+        return self._commit(cache, trial, choice, elements)
 
     def decode(
         self,
         params: dict[str, Any],
-        past: CodecCache,
+        cache: CodecCache,
         tokens: Array | np.ndarray,
         num_kept: Int[Array | np.ndarray, "b"],
     ) -> tuple[CodecCache, UInt8[Array, "b l p"]]:
         """Pixels of one block of tokens ([b, l] indices or [b, l, c] vectors; what lies after `num_kept` is ignored).
 
-        The past given is used up.
+        The cache given is used up.
         """
-        return self._decode(params, past, tokens, num_kept)
+        return self._decode(params, cache, tokens, num_kept)
 
     def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> CodecCache:
         config = self.config
@@ -238,9 +238,9 @@ class Codec:
         spec = ops.cache_spec(self.mesh, batch, self.config.num_attention_heads)
         return NamedSharding(self.mesh, spec), NamedSharding(self.mesh, P(spec[1]))
 
-    def _positions(self, past: CodecCache, num_candidates: int = 1) -> Int[Array, "n l"]:
+    def _positions(self, cache: CodecCache, num_candidates: int = 1) -> Int[Array, "n l"]:
         length = self.config.tokens_per_block
-        first = repeat(past.num_blocks * length, "b -> (b k) 1", k=num_candidates)
+        first = repeat(cache.num_blocks * length, "b -> (b k) 1", k=num_candidates)
         return first + jnp.arange(length)[None]
 
     def _shown(self, num_frames: Array) -> Bool[Array, "n l p"]:
@@ -256,23 +256,23 @@ class Codec:
         return frame[None] < num_frames[:, None, None]
 
     def _try_impl(
-        self, params, past: CodecCache, patches, counts, num_frames, *, keep: bool
+        self, params, cache: CodecCache, patches, counts, num_frames, *, keep: bool
     ) -> Trial:
         num_candidates = counts.shape[1]
         shown = self._shown(jnp.repeat(num_frames, num_candidates))
         x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
         kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
-        batch = Batch(x, kept, position_ids=self._positions(past, num_candidates))
+        batch = Batch(x, kept, position_ids=self._positions(cache, num_candidates))
         if self.config.condition_encoder:
-            encoded = self._apply("encode", params, batch, past.encoder)
+            encoded = self._apply("encode", params, batch, cache.encoder)
             codes = encoded.codes
         else:  # the encoder gives all candidates the same: it runs once for all
             first = jax.tree.map(lambda y: y[::num_candidates], batch)
             whole = first._replace(kept=jnp.ones_like(first.kept))
-            encoded = self._apply("encode", params, whole, past.encoder)
+            encoded = self._apply("encode", params, whole, cache.encoder)
             codes = repeat(encoded.codes, "b l c -> (b k) l c", k=num_candidates)
         codes = token_masks.drop_tail(self._snapped(codes), kept)
-        out, decoder_new = self._apply("decode", params, codes, batch, past.decoder)
+        out, decoder_new = self._apply("decode", params, codes, batch, cache.decoder)
         out = jnp.clip(out, -1.0, 1.0)
         levels = jnp.round((out + 1) * 127.5)
 
@@ -326,30 +326,30 @@ class Codec:
         return jax.tree.map(newer, held, one)
 
     def _commit_impl(
-        self, past: CodecCache, trial: Trial, choice, elements
+        self, cache: CodecCache, trial: Trial, choice, elements
     ) -> tuple[CodecCache, Committed]:
         one = self._chosen(trial, choice)
-        encoder = self._append(past.encoder, one.encoder_new, past.num_blocks, elements)
-        decoder = self._append(past.decoder, one.decoder_new, past.num_blocks, elements)
-        new = self._counted(past, encoder, decoder, elements)
+        encoder = self._append(cache.encoder, one.encoder_new, cache.num_blocks, elements)
+        decoder = self._append(cache.decoder, one.decoder_new, cache.num_blocks, elements)
+        new = self._counted(cache, encoder, decoder, elements)
         return new, Committed(self._to_tokens(one.codes), one.pixels)
 
-    def _decode_impl(self, params, past: CodecCache, tokens, num_kept) -> tuple[CodecCache, Array]:
+    def _decode_impl(self, params, cache: CodecCache, tokens, num_kept) -> tuple[CodecCache, Array]:
         kept = token_masks.kept_mask(num_kept, self.config.tokens_per_block)
-        batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(past))
+        batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(cache))
         codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
-        out, new = self._apply("decode", params, codes, batch, past.decoder)
-        decoder = self._append(past.decoder, new, past.num_blocks, None)
+        out, new = self._apply("decode", params, codes, batch, cache.decoder)
+        decoder = self._append(cache.decoder, new, cache.num_blocks, None)
         pixels = jnp.round((jnp.clip(out, -1.0, 1.0) + 1) * 127.5).astype(jnp.uint8)
-        return self._counted(past, past.encoder, decoder, None), pixels
+        return self._counted(cache, cache.encoder, decoder, None), pixels
 
     def _append(
-        self, past: ops.KVCache, new: Any, num_blocks: Array, elements: Array | None
+        self, cache: ops.KVCache, new: Any, num_blocks: Array, elements: Array | None
     ) -> ops.KVCache:
         """Writes a block over the oldest one. Keys carry their positions, so that their order in the cache does not matter."""
         slots = self.window_blocks - 1
         if slots == 0:
-            return past
+            return cache
         batch = len(num_blocks)
         if elements is None and batch > 1:
             elements = jnp.ones(batch, bool)
@@ -369,25 +369,25 @@ class Codec:
         if (
             cache_at is not None and numbers_at is not None
         ):  # each device has its part of every block
-            cache, numbers = cache_at.spec, numbers_at.spec
+            cached, numbers = cache_at.spec, numbers_at.spec
             write = jax.shard_map(
                 write,
                 mesh=self.mesh,
-                in_specs=(cache, cache, numbers, None if elements is None else numbers),
-                out_specs=cache,
+                in_specs=(cached, cached, numbers, None if elements is None else numbers),
+                out_specs=cached,
                 check_vma=False,
             )
         keys, values = (
-            write(old, x, num_blocks, elements) for old, x in zip(past[:2], new, strict=True)
+            write(old, x, num_blocks, elements) for old, x in zip(cache[:2], new, strict=True)
         )
-        return past._replace(keys=keys, values=values)
+        return cache._replace(keys=keys, values=values)
 
     def _counted(
-        self, past: CodecCache, encoder: ops.KVCache, decoder: ops.KVCache, elements: Array | None
+        self, cache: CodecCache, encoder: ops.KVCache, decoder: ops.KVCache, elements: Array | None
     ) -> CodecCache:
-        """The past with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
+        """The cache with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
         more = 1 if elements is None else elements.astype(jnp.int32)
-        num_blocks = past.num_blocks + more
+        num_blocks = cache.num_blocks + more
         length = jnp.minimum(num_blocks, self.window_blocks - 1) * self.config.tokens_per_block
         _, numbers_at = self._places(len(num_blocks))
         if numbers_at is not None:

@@ -1,7 +1,7 @@
 """What a tokenization leaves on disk while it runs, so that an interrupted one goes on at the last whole block.
 
-Two files: a token stream, to which every block is appended when it is done, and now and then a copy of the past. What a block's numbers
-depend on is the past; it is taken from the copy, and the blocks recorded since go through the model once, with the count that is known.
+Two files: a token stream, to which every block is appended when it is done, and now and then a copy of the cache. What a block's numbers
+depend on is the cache; it is taken from the copy, and the blocks recorded since go through the model once, with the count that is known.
 So the result is that of an unbroken run.
 """
 
@@ -29,7 +29,7 @@ _COPY_SECONDS = 30.0  # between two copies, at least
 _COPY_SHARE = 20  # and so many times as long as a copy takes
 _MOST_COPY_BYTES = (
     4 << 30
-)  # a past larger than this is not copied: a run that goes on repeats one pass for every block
+)  # a cache larger than this is not copied: a run that goes on repeats one pass for every block
 
 
 class ResumeError(ValueError):
@@ -46,7 +46,7 @@ class ResumeLog:
     """The files of one tokenization.
 
     Args:
-      path: of the token stream; the copy of the past lies beside it.
+      path: of the token stream; the copy of the cache lies beside it.
       about: what the result depends on, as JSON knows it: a recording of other things is refused.
       header: more for readers of the stream.
 
@@ -60,7 +60,7 @@ class ResumeLog:
 
     def __init__(self, path: str | os.PathLike, about: dict[str, Any], header: dict[str, Any]):
         self.path = pathlib.Path(path)
-        _, self._past_path = _files(self.path)
+        _, self._cache_path = _files(self.path)
         self.blocks: list[Recorded] = []
         self._copied, self._wait = time.monotonic(), _COPY_SECONDS
         if not self.path.exists() or not self.path.stat().st_size:
@@ -84,13 +84,13 @@ class ResumeLog:
             )
         self._writer = TokenStreamWriter(self.path, {}, keep=len(self.blocks))
 
-    def load_past(self, codec: Codec) -> tuple[int, CodecCache] | None:
-        """The copy of the past and the number of blocks it was made after, if there is one that fits what is recorded."""
+    def load_cache(self, codec: Codec) -> tuple[int, CodecCache] | None:
+        """The copy of the cache and the number of blocks it was made after, if there is one that fits what is recorded."""
         try:
-            tensors = index_safetensors(self._past_path)
-            empty = codec.new_past()
+            tensors = index_safetensors(self._cache_path)
+            empty = codec.new_cache()
             named = _named(empty)
-            with open(self._past_path, "rb") as file:
+            with open(self._cache_path, "rb") as file:
                 found = {}
                 for tensor in tensors:
                     name = ".".join(tensor.path)
@@ -100,16 +100,16 @@ class ResumeLog:
             number = int(found.pop("committed")[0])
             if number > len(self.blocks) or found.keys() != named.keys():
                 return None
-            past = [
+            cache = [
                 jax.device_put(found[name].astype(leaf.dtype).reshape(leaf.shape), leaf.sharding)
                 for name, leaf in named.items()
             ]
         except FileNotFoundError:
             return None
         except (CheckpointError, KeyError, ValueError, IndexError, OSError) as error:
-            log.warning("The copy of the past beside %s is of no use: %s", self.path, error)
+            log.warning("The copy of the cache beside %s is of no use: %s", self.path, error)
             return None
-        return number, jax.tree.unflatten(jax.tree.structure(empty), past)
+        return number, jax.tree.unflatten(jax.tree.structure(empty), cache)
 
     def tokens(self) -> Iterator[BlockTokens]:
         """The tokens of every block so far."""
@@ -119,19 +119,19 @@ class ResumeLog:
         """Records one block more."""
         self._writer.append(tokens, num_frames, **about)
 
-    def copy_past(self, past: CodecCache) -> None:
-        """Copies the past if it is time to. Where it cannot be written the log says so: going on then takes longer."""
+    def copy_cache(self, cache: CodecCache) -> None:
+        """Copies the cache if it is time to. Where it cannot be written the log says so: going on then takes longer."""
         started = time.monotonic()
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(past))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         if size > _MOST_COPY_BYTES or started - self._copied <= self._wait:
             return
         try:
             self._writer.sync()
-            tree = {name: np.asarray(leaf) for name, leaf in _named(past).items()}
-            with written_beside(self._past_path) as file:
+            tree = {name: np.asarray(leaf) for name, leaf in _named(cache).items()}
+            with written_beside(self._cache_path) as file:
                 write_safetensors(file, tree | {"committed": np.array([self._writer.num_blocks])})
         except OSError as error:
-            log.warning("The past could not be copied beside %s: %s", self.path, error)
+            log.warning("The cache could not be copied beside %s: %s", self.path, error)
         self._copied = time.monotonic()
         self._wait = max(_COPY_SECONDS, _COPY_SHARE * (self._copied - started))
 
@@ -145,12 +145,12 @@ class ResumeLog:
 
 
 def _files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """The token stream, and the copy of the past."""
-    return path, path.with_name(path.name + ".past")
+    """The token stream, and the copy of the cache."""
+    return path, path.with_name(path.name + ".cache")
 
 
-def _named(past: CodecCache) -> dict[str, Any]:
+def _named(cache: CodecCache) -> dict[str, Any]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="_"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(past)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cache)
     }

@@ -1,4 +1,4 @@
-"""Blocks of several clips going through the model side by side, each with a past and a search of its own.
+"""Blocks of several clips going through the model side by side, each with a cache and a search of its own.
 
 A lane whose search has ended commits its block and takes its clip's next one while the others still search: no run of the model waits
 for the slowest.
@@ -51,7 +51,7 @@ class BatchScheduler:
     Args:
       batch: how many lanes.
       width: counts of a block tried in one call.
-      past: what the lanes remember; None: nothing yet. It is used up.
+      cache: what the lanes remember; None: nothing yet. It is used up.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class BatchScheduler:
         *,
         batch: int = 1,
         width: int = 1,
-        past: CodecCache | None = None,
+        cache: CodecCache | None = None,
     ):
         config = codec.config
         self.codec, self.batch, self.width = codec, batch, width
-        self.past = codec.new_past(batch) if past is None else past
+        self.cache = codec.new_cache(batch) if cache is None else cache
         self._weights = weights
         self._work: list[_Work | None] = [None] * batch
         self._keep = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
@@ -83,7 +83,7 @@ class BatchScheduler:
 
     def forget(self, lane: int) -> None:
         """Empties a lane's context: its next block begins a clip, or a window."""
-        self.past = self.past.forget(np.arange(self.batch) == lane)
+        self.cache = self.cache.forget(np.arange(self.batch) == lane)
 
     def put(
         self,
@@ -151,7 +151,7 @@ class BatchScheduler:
         self._given = True
         trial = self.codec.try_counts(
             self._weights,
-            self.past,
+            self.cache,
             self._patches,
             counts,
             num_frames=self._num_frames,
@@ -201,8 +201,8 @@ class BatchScheduler:
         assert self._held is not None
         trial, choice = self._held
         elements = np.isin(np.arange(self.batch), list(finished))
-        self.past, committed = self.codec.commit(
-            self.past, trial, choice, None if self.batch == 1 else elements
+        self.cache, committed = self.codec.commit(
+            self.cache, trial, choice, None if self.batch == 1 else elements
         )
         if self.batch == 1:
             self._held = None

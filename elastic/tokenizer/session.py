@@ -94,7 +94,7 @@ class EncodeSession:
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
         self._recording: ResumeLog | None = None
-        self._past: Any = None
+        self._cache: Any = None
         self._memory: SearchHistory | None = None
         self.num_done = 0  # blocks that are tokenized
         self._seen_frames = 0
@@ -151,7 +151,7 @@ class EncodeSession:
         """Records to `path` from now on; goes on from what an earlier run left there, so that `first_block` is known.
 
         Args:
-          most_copied: blocks after which a copy of the past may be used, at most; 0: none, because other clips will go through the
+          most_copied: blocks after which a copy of the cache may be used, at most; 0: none, because other clips will go through the
             model beside this one. Recorded blocks after the copy go through the model once more.
 
         Raises:
@@ -168,9 +168,9 @@ class EncodeSession:
                 f"{path} is there already, and frames that come cannot be gone through again; give another record."
             )
         self._recording = ResumeLog(path, about, self._header())
-        found = self._recording.load_past(self._setting.codec) if most_copied else None
+        found = self._recording.load_cache(self._setting.codec) if most_copied else None
         if found is not None and 0 < found[0] <= most_copied:
-            self.first_block, self._past = found
+            self.first_block, self._cache = found
             before = self._recording.blocks[: self.first_block]
             self._memory = history_from_json(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
@@ -190,8 +190,8 @@ class EncodeSession:
         """The blocks to tokenize, `lane` ready for the first. They are read, and their curves guessed, while the model works."""
         lanes.forget(lane)
         self._reset()
-        if self._past is not None:
-            lanes.past, self._past = self._past, None
+        if self._cache is not None:
+            lanes.cache, self._cache = self._cache, None
         frames_per_block = self._setting.codec.config.frames_per_block
         guesses = self._search["name"] == "predict" and self.metric is None
         prior = self._setting.prior if guesses else None
@@ -231,7 +231,7 @@ class EncodeSession:
             )
         self._count(result)
         if recording is not None and lanes.batch == 1 and self.num_done > len(recording.blocks):
-            recording.copy_past(lanes.past)
+            recording.copy_cache(lanes.cache)
         return result
 
     def end(self) -> None:

@@ -44,7 +44,7 @@ class ElasticTokenizer:
     Args:
       config: the model.
       params: its parameter tree; kept in the type it has and cast where it is used.
-      dtype: 'fp32' or 'bf16': type of products' operands and of the cached past; sums are float32.
+      dtype: 'fp32' or 'bf16': type of products' operands and of the cache; sums are float32.
       mesh: where the arrays lie; None: `mesh_dim='!1,1,-1,1'` over all devices.
       window_blocks: blocks in one context, the current one included; None: `max_sequence_length` of the config.
       context: 'carry' lets the window slide, 'restart' empties it whenever it is full, as the released code does.
@@ -174,7 +174,7 @@ class ElasticTokenizer:
         """The tokens of several clips as they are finished, each with its number; of one that cannot be read, the error.
 
         Args:
-          batch: clips that go through the model at once: as many as fill the device. Each has its own past and its own search, and
+          batch: clips that go through the model at once: as many as fill the device. Each has its own cache and its own search, and
             one that ends makes room for the next.
           record: names each clip's file of `stream`; what is there of another run is removed.
           options: those of `stream`, for every clip.
@@ -376,17 +376,17 @@ class ElasticTokenizer:
         window = header["window_blocks"]
         if window != codec.window_blocks:
             codec = Codec(config, dtype=codec.dtype, mesh=self.mesh, window_blocks=window)
-        past = codec.new_decoder_past()
+        cache = codec.new_decoder_cache()
         for number, (block, num_frames) in enumerate(blocks):
             if header["context"] == "restart" and number % window == 0:
-                past = codec.new_decoder_past()
+                cache = codec.new_decoder_cache()
             full = np.zeros(
                 (1, config.tokens_per_block, *block.values.shape[1:]), block.values.dtype
             )
             _check_values(block, number, config)
             full[0, : block.num_kept] = block.values
-            past, pixels = codec.decode(
-                self.weights, past, full, np.array([block.num_kept], np.int32)
+            cache, pixels = codec.decode(
+                self.weights, cache, full, np.array([block.num_kept], np.int32)
             )
             size = (config.resolution, config.resolution)
             frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
@@ -413,13 +413,13 @@ class ElasticTokenizer:
                 )
 
     def _check_memory(self) -> None:
-        """Refuses a past that cannot fit, before it is allocated."""
-        shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.past_shards()
-        needed, limit = self.codec.past_bytes() // shards, meshes.memory_limit(self.mesh)
+        """Refuses a cache that cannot fit, before it is allocated."""
+        shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.cache_shards()
+        needed, limit = self.codec.cache_bytes() // shards, meshes.memory_limit(self.mesh)
         if limit is not None and needed > limit:
             most = 1 + int((self.window_blocks - 1) * limit / needed)
             raise ValueError(
-                f"A past of {self.window_blocks - 1} blocks takes {needed / 1e9:.1f} GB, and there are {limit / 1e9:.1f}; hold "
+                f"A cache of {self.window_blocks - 1} blocks takes {needed / 1e9:.1f} GB, and there are {limit / 1e9:.1f}; hold "
                 f"fewer than {most} blocks (window_blocks=, on the command line --max_blocks_per_chunk), or split it over more devices."
             )
 

@@ -83,12 +83,12 @@ def spend(
       width: counts measured in one call.
       restart: whether the context is emptied whenever the window is full.
     """
-    past, first, left = codec.new_past(), 0, 0.0
+    cache, first, left = codec.new_cache(), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
         walk = _Walk(codec, weights, stretch, first, width, restart, metric)
-        kept = jax.tree.map(jnp.copy, past)  # committing uses a past up
-        equal, curves, equal_past = walk.measure(kept, budget)
+        kept = jax.tree.map(jnp.copy, cache)  # committing uses a cache up
+        equal, curves, equal_cache = walk.measure(kept, budget)
         available = math.floor(budget.avg_tokens * len(stretch) + left)
         counts = allocate(
             curves,
@@ -97,9 +97,9 @@ def spend(
             largest=budget.largest,
             weights=[len(frames) for frames in stretch],
         )
-        results, past = walk.commit(past, counts)
+        results, cache = walk.commit(cache, counts)
         if not _error(results) <= _error(equal):
-            results, past = equal, equal_past
+            results, cache = equal, equal_cache
         left = available - sum(result.tokens.num_kept for result in results)
         first += len(stretch)
         for result, curve in zip(results, curves, strict=True):
@@ -119,11 +119,11 @@ class _Walk:
     metric: Metric | None
 
     def measure(
-        self, past: CodecCache, budget: Budget
+        self, cache: CodecCache, budget: Budget
     ) -> tuple[list[BlockResult], list[dict[int, float]], CodecCache]:
         """Every block with the equal count, and what other counts would give in its place."""
         results, curves, tables = [], [], []
-        lanes = self._lanes(past)
+        lanes = self._lanes(cache)
         for number, frames in enumerate(self.stretch, self.first):
             self._put(lanes, number, frames, budget.equal)
             curve = _sampled(functools.partial(lanes.losses_of, 0), budget, self.width, tables)
@@ -131,22 +131,22 @@ class _Walk:
             results.append(result)
             curves.append(curve | result.tried)
             tables.append(read_off(curves[-1], budget.smallest, budget.largest))
-        return results, curves, lanes.past
+        return results, curves, lanes.cache
 
-    def commit(self, past: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
+    def commit(self, cache: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
         """Every block with its own count."""
         results = []
-        lanes = self._lanes(past)
+        lanes = self._lanes(cache)
         for number, (frames, count) in enumerate(
             zip(self.stretch, counts, strict=True), self.first
         ):
             self._put(lanes, number, frames, count)
             ((_, result),) = lanes.step()
             results.append(result)
-        return results, lanes.past
+        return results, lanes.cache
 
-    def _lanes(self, past: CodecCache) -> BatchScheduler:
-        return BatchScheduler(self.codec, self.weights, width=self.width, past=past)
+    def _lanes(self, cache: CodecCache) -> BatchScheduler:
+        return BatchScheduler(self.codec, self.weights, width=self.width, cache=cache)
 
     def _put(self, lanes: BatchScheduler, number: int, frames: np.ndarray, count: int) -> None:
         if self.restart and number % self.codec.window_blocks == 0:

@@ -134,7 +134,7 @@ class TokenizedClip:
       threshold: largest error that the search accepted; None when it had none.
       search: name of the search.
       window_blocks: blocks held in one context.
-      context: 'carry' if the past is carried from window to window, 'restart' if it starts anew.
+      context: 'carry' if the cache is carried from window to window, 'restart' if it starts anew.
       weights: fingerprint of that model's weights (`elastic.fingerprint`); () where it is not known.
 
     Raises:

@@ -47,8 +47,8 @@ class Evaluator:
       ValueError: there is no file to evaluate on, or the options do not fit the model.
     """
 
-    def __init__(self, config: TrainConfig, elastic: ElasticTokConfig):
-        self._dtype, self._elastic = config.dtype, elastic
+    def __init__(self, config: TrainConfig, model_config: ElasticTokConfig):
+        self._dtype, self._elastic = config.dtype, model_config
         self._save = config.save
         self._folder = pathlib.Path(config.output_dir) / FOLDER
         wanted = config.evaluation
@@ -63,7 +63,7 @@ class Evaluator:
             max_frames=wanted.max_frames,
             fps=config.data.fps,
         )
-        self._config.counts(elastic)  # refused now rather than after the first thousand steps
+        self._config.counts(model_config)  # refused now rather than after the first thousand steps
         self._tokenizer: ElasticTokenizer | None = None
 
     def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:

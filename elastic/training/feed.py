@@ -17,9 +17,9 @@ from elastic.distributed.sharding import fitting_spec
 class DeviceBatches:
     """Batches as global arrays: this process decodes the rows that its devices hold."""
 
-    def __init__(self, mesh: Mesh, data: DataConfig, elastic: ElasticTokConfig):
+    def __init__(self, mesh: Mesh, data: DataConfig, model_config: ElasticTokConfig):
         self._num_rows = data.batch_size
-        shape = (self._num_rows, sequence_length(data, elastic), elastic.patch_dim)
+        shape = (self._num_rows, sequence_length(data, model_config), model_config.patch_dim)
         self._pixels = NamedSharding(mesh, fitting_spec(mesh, shape, "batch", "sequence", None))
         self._blocks = NamedSharding(mesh, fitting_spec(mesh, (self._num_rows, 1), "batch", None))
         self._rows = local_rows(self._pixels, shape)

@@ -59,7 +59,7 @@ class Finished(NamedTuple):
     signal: int | None  # what asked it to stop before its last step
 
 
-def train(config: TrainConfig, elastic: ElasticTokConfig) -> Finished:
+def train(config: TrainConfig, model_config: ElasticTokConfig) -> Finished:
     """Trains until `total_steps`; a run that was stopped goes on at its newest checkpoint.
 
     Ctrl-C and SIGTERM save a checkpoint and end the run early. On many hosts, every one calls this
@@ -71,9 +71,9 @@ def train(config: TrainConfig, elastic: ElasticTokConfig) -> Finished:
       OSError: a checkpoint cannot be written.
     """
     folder = pathlib.Path(config.output_dir)
-    check_same_model(config, elastic)
+    check_same_model(config, model_config)
     with _alone_in(folder):
-        return _train(config, elastic, folder)
+        return _train(config, model_config, folder)
 
 
 @contextlib.contextmanager
@@ -96,15 +96,15 @@ def _alone_in(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path) -> Finished:
+def _train(config: TrainConfig, model_config: ElasticTokConfig, folder: pathlib.Path) -> Finished:
     mesh = make_mesh(config.mesh_dim)
-    model = ElasticTok(elastic, dtype=config.compute_dtype, mesh=mesh)
+    model = ElasticTok(model_config, dtype=config.compute_dtype, mesh=mesh)
     optimizer = make_optimizer(config.optimizer)
     lpips_weights = (
-        load_lpips_weights(config.lpips_weights or None) if elastic.lpips_loss_ratio else None
+        load_lpips_weights(config.lpips_weights or None) if model_config.lpips_loss_ratio else None
     )
-    evaluator = Evaluator(config, elastic) if config.evaluation.freq else None
-    data = _open_data(config, elastic, folder)
+    evaluator = Evaluator(config, model_config) if config.evaluation.freq else None
+    data = _open_data(config, model_config, folder)
 
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(folder, config.save)
@@ -115,7 +115,7 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
                 f"{checkpoints.path} holds a run up to step {newest}, and --autoresume=False starts anew: choose "
                 "another output_dir, or remove that one first."
             )
-        layout = state_layout(config, elastic, optimizer, mesh)
+        layout = state_layout(config, model_config, optimizer, mesh)
 
         def check(notes: dict[str, Any]) -> None:
             check_resumable(config, notes)
@@ -124,30 +124,33 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
         restored = checkpoints.restore_newest(*layout, check)
         if restored is None:
             check_new(config, checkpoints)
-            state = first_state(config, elastic, optimizer, layout, data.sample_patches)
+            state = first_state(config, model_config, optimizer, layout, data.sample_patches)
             first = int(state.step)
             position = _first_position(config, data, first)
         else:
             state, first = restored.state, restored.step
             position = DataPosition.from_json(restored.notes["position"]).for_data(data)
         if is_first_host():
-            write_config(folder, elastic)
+            write_config(folder, model_config)
         if restored is not None and config.save.is_milestone(first):
-            _write_milestone(config, elastic, folder, first, state, position)  # if it was not
+            _write_milestone(config, model_config, folder, first, state, position)  # if it was not
         if first > config.total_steps:
-            log.warning("total_steps=%d is past: there is nothing to train.", config.total_steps)
+            log.warning("total_steps=%d is cache: there is nothing to train.", config.total_steps)
         log.info("Training in %s from step %d to %d.", folder, first, config.total_steps)
 
         step_fn = step_program(config, model, optimizer, layout[1])
         # It may measure the device's peak, which decoders beside it would lower.
-        record = StepRecorder(config, elastic, data, first_step=first, devices=mesh.size)
-        feed = DeviceBatches(mesh, config.data, elastic)
+        record = StepRecorder(config, model_config, data, first_step=first, devices=mesh.size)
+        feed = DeviceBatches(mesh, config.data, model_config)
         batches = stack.enter_context(
             feed.batches(data, position.batches, config.total_steps - first)
         )
         logs = None
         if is_first_host():
-            settings = {"model": elastic.to_json_dict(), "training": dataclasses.asdict(config)}
+            settings = {
+                "model": model_config.to_json_dict(),
+                "training": dataclasses.asdict(config),
+            }
             logs = stack.enter_context(
                 Logs(config.log, folder, first_step=first if restored else 0, settings=settings)
             )
@@ -173,23 +176,23 @@ def _train(config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path)
                 evaluator(step, state, logs)
                 record.restart(step)
             if config.save.due(step):
-                _save(checkpoints, config, elastic, folder, step, state, position)
+                _save(checkpoints, config, model_config, folder, step, state, position)
                 saved = step
                 record.restart(step)
         if saved != step:
-            _save(checkpoints, config, elastic, folder, step, state, position)
+            _save(checkpoints, config, model_config, folder, step, state, position)
         checkpoints.wait()
     if step < config.total_steps:
         log.warning("Stopped and saved at step %d; the same command goes on from there.", step)
         return Finished(state, stop.signal)
-    export(folder, config, elastic, state, pretrained=folder / PRETRAINED)
+    export(folder, config, model_config, state, pretrained=folder / PRETRAINED)
     wait_for_hosts("finished")
     log.info("Finished; %s is ready for inference.", folder / PRETRAINED)
     return Finished(state, None)
 
 
 def _open_data(
-    config: TrainConfig, elastic: ElasticTokConfig, folder: pathlib.Path
+    config: TrainConfig, model_config: ElasticTokConfig, folder: pathlib.Path
 ) -> TrainingData:
     """The files: the first host looks through them, the others take what it found."""
     path = folder / INDEX_FILE
@@ -197,7 +200,7 @@ def _open_data(
         # What the run writes is not trained on: its pictures show the held-out files.
         own = folder.resolve()
         own = own / EVALUATION if own == pathlib.Path(config.data.path).resolve() else own
-        index = load_index(config.data, elastic, path=path, without=own)
+        index = load_index(config.data, model_config, path=path, without=own)
         wait_for_hosts("index")
     else:
         wait_for_hosts("index")
@@ -206,7 +209,7 @@ def _open_data(
                 f"{path} is not there on host {jax.process_index()}: output_dir must be a folder that all hosts share."
             )
         index = FileIndex.load(path)
-    return TrainingData(config.data, elastic, index=index)
+    return TrainingData(config.data, model_config, index=index)
 
 
 def _first_position(config: TrainConfig, data: TrainingData, step: int) -> DataPosition:
@@ -218,7 +221,7 @@ def _first_position(config: TrainConfig, data: TrainingData, step: int) -> DataP
 def _save(
     checkpoints: Checkpoints,
     config: TrainConfig,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     folder: pathlib.Path,
     step: int,
     state: TrainState,
@@ -228,17 +231,17 @@ def _save(
     notes = {
         "step": step,
         "position": position.to_json(),
-        "model": elastic.to_json_dict(),
+        "model": model_config.to_json_dict(),
         "training": dataclasses.asdict(config),  # the seed too: all that is drawn comes from it
     }
     checkpoints.save(step, state, notes)
     if config.save.is_milestone(step):
-        _write_milestone(config, elastic, folder, step, state, position)
+        _write_milestone(config, model_config, folder, step, state, position)
 
 
 def _write_milestone(
     config: TrainConfig,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     folder: pathlib.Path,
     step: int,
     state: TrainState,
@@ -251,6 +254,6 @@ def _write_milestone(
     wait_for_hosts(f"milestone {step}")  # all look before one writes
     if there:
         return
-    export(place, config, elastic, state)
+    export(place, config, model_config, state)
     if is_first_host():
         position.save(last)

@@ -86,7 +86,7 @@ def used_params(save: SaveConfig, params: dict[str, Any]) -> dict[str, Any]:
 def export(
     folder: pathlib.Path,
     config: TrainConfig,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     state: TrainState,
     *,
     pretrained: pathlib.Path | None = None,
@@ -112,15 +112,15 @@ def export(
     checkpoints.save_params(folder / PARAMS_FILE, params, float_dtype=released)
     if save.optimizer_state:
         checkpoints.save_train_state(folder / STATE_FILE, state_tree(host))
-    write_config(folder, elastic)
+    write_config(folder, model_config)
     if pretrained is not None:
-        checkpoints.save_pretrained(pretrained, elastic, params, float_dtype=save.float_dtype)
+        checkpoints.save_pretrained(pretrained, model_config, params, float_dtype=save.float_dtype)
 
 
-def write_config(folder: pathlib.Path, elastic: ElasticTokConfig) -> None:
+def write_config(folder: pathlib.Path, model_config: ElasticTokConfig) -> None:
     """Writes config.json."""
     with atomic_open(folder / CONFIG_FILE) as file:
-        file.write((json.dumps(elastic.to_json_dict(), indent=2) + "\n").encode())
+        file.write((json.dumps(model_config.to_json_dict(), indent=2) + "\n").encode())
 
 
 # Where a run begins
@@ -199,7 +199,7 @@ def _changed(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, An
         yield name, then, now
 
 
-def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
+def check_same_model(config: TrainConfig, model_config: ElasticTokConfig) -> None:
     """Refuses the folder of another model's run.
 
     Raises:
@@ -214,27 +214,27 @@ def check_same_model(config: TrainConfig, elastic: ElasticTokConfig) -> None:
         raise ValueError(
             f"{folder / CONFIG_FILE} is not of a run ({error}); choose another output_dir."
         ) from error
-    if found != elastic.config_hash():
+    if found != model_config.config_hash():
         raise ValueError(
             f"{folder} holds the run of another model (config {found}, this one is "
-            f"{elastic.config_hash()}); choose another output_dir."
+            f"{model_config.config_hash()}); choose another output_dir."
         )
 
 
 def state_layout(
     config: TrainConfig,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the state."""
-    like = jax.eval_shape(lambda: _state_of(_drawn(config, elastic), config, optimizer))
+    like = jax.eval_shape(lambda: _state_of(_drawn(config, model_config), config, optimizer))
     return like, param_shardings(mesh, like)
 
 
 def first_state(
     config: TrainConfig,
-    elastic: ElasticTokConfig,
+    model_config: ElasticTokConfig,
     optimizer: optax.GradientTransformation,
     layout: tuple[TrainState, TrainState],
     sample_patches: Callable[[int], np.ndarray],
@@ -248,16 +248,19 @@ def first_state(
     like, shardings = layout
     if config.load_checkpoint.startswith("trainstate::"):
         return restore_state(
-            checkpoints.load_train_state(config.load_checkpoint, elastic), like, shardings
+            checkpoints.load_train_state(config.load_checkpoint, model_config), like, shardings
         )
     if config.load_checkpoint:
-        loaded = checkpoints.load_params(config.load_checkpoint, elastic, dtype=np.float32)
+        loaded = checkpoints.load_params(config.load_checkpoint, model_config, dtype=np.float32)
     elif config.init == "linear":
         # On all hosts alike: NumPy and the seed alone decide.
-        loaded = linear_init(_drawn(config, elastic), elastic, sample_patches(_START_PATCHES))
+        loaded = linear_init(
+            _drawn(config, model_config), model_config, sample_patches(_START_PATCHES)
+        )
     else:
         start = jax.jit(
-            lambda: _state_of(_drawn(config, elastic), config, optimizer), out_shardings=shardings
+            lambda: _state_of(_drawn(config, model_config), config, optimizer),
+            out_shardings=shardings,
         )
         return start()
     placed = jax.tree.map(_put, loaded, like.params, shardings.params)
@@ -265,8 +268,8 @@ def first_state(
     return start(placed)
 
 
-def _drawn(config: TrainConfig, elastic: ElasticTokConfig) -> dict[str, Any]:
-    return init_params(elastic, jax.random.key(config.seed))
+def _drawn(config: TrainConfig, model_config: ElasticTokConfig) -> dict[str, Any]:
+    return init_params(model_config, jax.random.key(config.seed))
 
 
 def _state_of(

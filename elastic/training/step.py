@@ -111,15 +111,15 @@ def sample_batch(
     model: ElasticTok, config: TrainConfig, sequences: HostBatch, key: Shaped[Array, "*k"]
 ) -> Batch:
     """Pixels, freshly drawn kept masks, and what keeps packed files apart."""
-    elastic = model.config
-    length = elastic.tokens_per_block
+    model_config = model.config
+    length = model_config.tokens_per_block
     filled = jnp.asarray(sequences.filled)
     num_kept = token_masks.sample_num_kept(
         key,
         filled.shape,
-        min_kept=elastic.min_toks,
-        max_kept=elastic.max_toks,
-        keep_fraction=elastic.keep_fraction,
+        min_kept=model_config.min_toks,
+        max_kept=model_config.max_toks,
+        keep_fraction=model_config.keep_fraction,
         full_fraction=config.mask_full_fraction,
         log_uniform=config.mask_log_uniform,
     )

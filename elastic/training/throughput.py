@@ -28,7 +28,7 @@ class StepRecorder:
     def __init__(
         self,
         config: TrainConfig,
-        elastic: ElasticTokConfig,
+        model_config: ElasticTokConfig,
         data: TrainingData,
         *,
         first_step: int,
@@ -37,7 +37,7 @@ class StepRecorder:
         self._config, self._data = config, data
         self._step, self._time = first_step, time.perf_counter()
         self._waited = 0.0
-        self._elastic, self._length = elastic, sequence_length(config.data, elastic)
+        self._elastic, self._length = model_config, sequence_length(config.data, model_config)
         self._rows = config.data.batch_size
         self._peak = device_peak(config.dtype) * devices
 

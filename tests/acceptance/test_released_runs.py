@@ -42,7 +42,7 @@ def test_a_fixed_count_gives_the_tokens_of_the_released_script(
 def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
     tokenizers, golden, case, file, rate, search
 ):
-    """Given the released counts, and so the same past, the tokens of every block are the same.
+    """Given the released counts, and so the same cache, the tokens of every block are the same.
 
     The counts differ on purpose. They keep one token more than the count that they tried (DESIGN 4,
     line 1): what is stored is that many. And their binary search returns what it tried last (line 2):
@@ -58,17 +58,17 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
     clip = media.open_clip(
         golden / "media" / file, resolution=32, rate=rate, max_frames=size * len(theirs)
     )
-    past = codec.new_past()
+    cache = codec.new_cache()
     for number, (frames, expected) in enumerate(zip(clip.blocks(size), theirs, strict=True)):
         if number % 4 == 0:
-            past = codec.new_past()
+            cache = codec.new_cache()
         patches = patchify(pad_block(frames, size), codec.config.patch_size)[None]
 
-        def losses(counts, past=past, patches=patches):
+        def losses(counts, cache=cache, patches=patches):
             return [
                 float(
                     codec.try_counts(
-                        tokenizers[case].weights, past, patches, np.array([[count]])
+                        tokenizers[case].weights, cache, patches, np.array([[count]])
                     ).losses[0, 0]
                 )
                 for count in counts
@@ -85,8 +85,8 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
             assert result.num_kept == len(expected) == 32
 
         trial = codec.try_counts(
-            tokenizers[case].weights, past, patches, np.array([[len(expected)]])
+            tokenizers[case].weights, cache, patches, np.array([[len(expected)]])
         )
-        past, committed = codec.commit(past, trial, np.array([0]))
+        cache, committed = codec.commit(cache, trial, np.array([0]))
         tokens = np.asarray(committed.tokens[0, : len(expected)])
         np.testing.assert_allclose(tokens, expected, atol=2e-5, rtol=0)

@@ -145,7 +145,7 @@ def test_pictures_show_the_first_clips_under_every_threshold(measured):
 
 
 def test_no_search_finds_fewer_tokens_in_the_first_block_than_the_ground_truth(measured):
-    """Later blocks have a past that the counts before them made, so that only the first is comparable one by one."""
+    """Later blocks have a cache that the counts before them made, so that only the first is comparable one by one."""
     for threshold in measured.config.thresholds:
         ours, truth = (measured.under(threshold, s).blocks for s in ("binary", "linear"))
         for a, b in zip(ours, truth, strict=True):

@@ -371,7 +371,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
         ["tokens.npz", "unfinished"]
         + [f"unfinished/{name}" for name in (".lock", "original.rgb", "reconstruction.rgb")]
         + ["unfinished/tokens.part"]
-        + ["unfinished/tokens.part.past"] * copies
+        + ["unfinished/tokens.part.cache"] * copies
         + (["unfinished/tokens.npz", "unfinished/report.json"] if stage == "drawing" else [])
     )
     part = decode_files.open_tokens(out / "unfinished" / "tokens.part")

@@ -183,10 +183,10 @@ def test_further_flags_come_last_and_whole(run):
 @pytest.mark.parametrize("kind", ["fsq", "vae"])
 def test_the_fixed_length_has_a_folder_of_its_own(run, kind):
     fixed = flags_of(run("run_inference_fixed.sh", bottleneck=kind, n_codes="96"))
-    elastic = flags_of(run(f"run_inference_{kind}.sh"))
+    model_config = flags_of(run(f"run_inference_{kind}.sh"))
     assert (fixed["--search_alg"], fixed["--n_codes"]) == ("fixed", "96")
-    assert fixed["--load_checkpoint"] == elastic["--load_checkpoint"]
-    assert fixed["--output_folder"] != elastic["--output_folder"]
+    assert fixed["--load_checkpoint"] == model_config["--load_checkpoint"]
+    assert fixed["--output_folder"] != model_config["--output_folder"]
 
 
 def test_an_unknown_bottleneck_is_refused(run):

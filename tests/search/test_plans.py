@@ -135,7 +135,7 @@ def test_a_loss_equal_to_the_threshold_meets_it():
 
 @pytest.mark.parametrize("name", ["binary", "linear", "predict"])
 def test_a_fallback_that_meets_after_all_is_an_answer(name):
-    # Only 12 of 4..32 meets: binary walks up past it, linear (3 counts: 4, 11, 32) steps over it.
+    # Only 12 of 4..32 meets: binary walks up cache it, linear (3 counts: 4, 11, 32) steps over it.
     search = make_search(
         name, min_kept=4, max_kept=32, threshold=0.5, fallback_fraction=0.375, num_counts=3
     )

@@ -22,7 +22,7 @@ CASES = {
 
 
 def load_tokenizers(golden: pathlib.Path) -> dict[str, ElasticTokenizer]:
-    """{case: tokenizer}, each with the released context: four blocks, then an empty past."""
+    """{case: tokenizer}, each with the released context: four blocks, then an empty cache."""
     return {
         case: ElasticTokenizer.from_pretrained(
             f"params::{golden}/{case}/ckpt/params_scan_fp32",

@@ -1,4 +1,4 @@
-"""Block by block equals one-shot, equals the released system; candidates do not touch the past."""
+"""Block by block equals one-shot, equals the released system; candidates do not touch the cache."""
 
 import json
 
@@ -27,39 +27,41 @@ def case(request, golden):
     return config, params, patches, np.load(folder / "kvcache.npz")
 
 
-def commit(codec, params, past, patches, counts):
-    """One block at known counts: the new past, its losses and what was committed."""
-    trial = codec.try_counts(params, past, patches, np.asarray(counts, np.int32)[:, None])
-    past, committed = codec.commit(past, trial, np.zeros(len(counts), np.int32))
-    return past, trial, committed
+def commit(codec, params, cache, patches, counts):
+    """One block at known counts: the new cache, its losses and what was committed."""
+    trial = codec.try_counts(params, cache, patches, np.asarray(counts, np.int32)[:, None])
+    cache, committed = codec.commit(cache, trial, np.zeros(len(counts), np.int32))
+    return cache, trial, committed
 
 
 def test_every_cached_block_loss_equals_the_released_one(case):
     """Design section 4, line 1: the released argument n keeps n + 1 tokens, so its row n is our count n + 1."""
     config, params, patches, released = case
     codec = Codec(config, window_blocks=4)
-    past = codec.new_past(batch=2)
+    cache = codec.new_cache(batch=2)
     kept = np.minimum(released["table_ntoks"] + 1, 32).astype(np.int32)
     for block in range(4):
-        trial = codec.try_counts(params, past, patches[:, block], np.tile(kept, (2, 1)), keep=False)
+        trial = codec.try_counts(
+            params, cache, patches[:, block], np.tile(kept, (2, 1)), keep=False
+        )
         np.testing.assert_allclose(
             trial.losses.T, released["table_dense"][block], rtol=0, atol=2e-6
         )
         counts = np.full(2, min(released["table_commit_ntoks"][block] + 1, 32))
-        past, _, _ = commit(codec, params, past, patches[:, block], counts)
+        cache, _, _ = commit(codec, params, cache, patches[:, block], counts)
 
 
 def test_block_by_block_equals_one_shot_and_decoding_repeats_it(case):
     config, params, patches, _ = case
     counts = np.array([[4, 32, 11, 7], [32, 5, 20, 13]], np.int32)
     codec = Codec(config, window_blocks=4)
-    past, decoder_past = codec.new_past(batch=2), codec.new_decoder_past(batch=2)
+    cache, decoder_cache = codec.new_cache(batch=2), codec.new_decoder_cache(batch=2)
     losses = []
     for block in range(4):
-        past, trial, committed = commit(codec, params, past, patches[:, block], counts[:, block])
+        cache, trial, committed = commit(codec, params, cache, patches[:, block], counts[:, block])
         losses.append(np.asarray(trial.losses)[:, 0])
-        decoder_past, pixels = codec.decode(
-            params, decoder_past, committed.tokens, counts[:, block]
+        decoder_cache, pixels = codec.decode(
+            params, decoder_cache, committed.tokens, counts[:, block]
         )
         np.testing.assert_array_equal(pixels, committed.pixels)
 
@@ -76,18 +78,18 @@ def test_block_by_block_equals_one_shot_and_decoding_repeats_it(case):
 def test_candidates_tried_together_equal_candidates_tried_alone(case):
     config, params, patches, _ = case
     codec = Codec(config, window_blocks=4)
-    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [9, 30])
+    cache, _, _ = commit(codec, params, codec.new_cache(batch=2), patches[:, 0], [9, 30])
     counts = np.array([[4, 17, 32], [8, 8, 21]], np.int32)
-    together = codec.try_counts(params, past, patches[:, 1], counts)
-    alone = [codec.try_counts(params, past, patches[:, 1], counts[:, k : k + 1]) for k in range(3)]
+    together = codec.try_counts(params, cache, patches[:, 1], counts)
+    alone = [codec.try_counts(params, cache, patches[:, 1], counts[:, k : k + 1]) for k in range(3)]
     np.testing.assert_allclose(
         together.losses, np.concatenate([t.losses for t in alone], 1), rtol=0, atol=1e-6
     )
     # The second element commits its third candidate, the first its second: as if tried alone.
-    past_after, committed = codec.commit(past, together, np.array([1, 2], np.int32))
+    cache_after, committed = codec.commit(cache, together, np.array([1, 2], np.int32))
     expected = np.stack([np.asarray(alone[1].pixels)[0], np.asarray(alone[2].pixels)[1]])
     np.testing.assert_allclose(np.asarray(committed.pixels, int), expected, atol=1)
-    assert past_after.num_blocks.tolist() == [2, 2]
+    assert cache_after.num_blocks.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -95,17 +97,17 @@ def test_a_trial_reads_the_past_in_place(case, dtype):
     """No array of the cache's size is made by a trial: it is an argument, and no result of an operation, nor of a conversion."""
     config, params, patches, _ = case
     codec = Codec(config.replace(scan_attention=True), dtype=dtype, window_blocks=1000)
-    past = codec.new_past(batch=1)
+    cache = codec.new_cache(batch=1)
     lowered = codec._try.lower(
         params,
-        past,
+        cache,
         patches[:1, 0],
         np.array([[9]], np.int32),
         np.array([config.frames_per_block], np.int32),
         keep=True,
     )
     memory = lowered.compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.02 * codec.past_bytes()
+    assert memory.temp_size_in_bytes < 0.02 * codec.cache_bytes()
 
 
 def test_the_window_forgets_the_oldest_block_only(case):
@@ -120,10 +122,10 @@ def test_the_window_forgets_the_oldest_block_only(case):
     codec = Codec(one_layer, window_blocks=3)
 
     def last_tokens(first_block):
-        past = codec.new_past(batch=2)
+        cache = codec.new_cache(batch=2)
         for block in (first_block, patches[:, 1], patches[:, 2]):
-            past, _, _ = commit(codec, params, past, block, [20, 20])
-        return np.asarray(commit(codec, params, past, patches[:, 3], [20, 20])[2].tokens)
+            cache, _, _ = commit(codec, params, cache, block, [20, 20])
+        return np.asarray(commit(codec, params, cache, patches[:, 3], [20, 20])[2].tokens)
 
     same, other = last_tokens(patches[:, 0]), last_tokens(255 - patches[:, 0])
     np.testing.assert_array_equal(same, other)
@@ -132,11 +134,11 @@ def test_the_window_forgets_the_oldest_block_only(case):
 def test_a_window_of_one_block_has_no_past(case):
     config, params, patches, _ = case
     codec = Codec(config, window_blocks=1)
-    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [20, 20])
-    assert codec.past_bytes() == 0 and past.encoder.keys.size == 0
+    cache, _, _ = commit(codec, params, codec.new_cache(batch=2), patches[:, 0], [20, 20])
+    assert codec.cache_bytes() == 0 and cache.encoder.keys.size == 0
     fresh = Codec(config, window_blocks=4)
-    _, first, _ = commit(fresh, params, fresh.new_past(batch=2), patches[:, 1], [9, 9])
-    _, later, _ = commit(codec, params, past, patches[:, 1], [9, 9])
+    _, first, _ = commit(fresh, params, fresh.new_cache(batch=2), patches[:, 1], [9, 9])
+    _, later, _ = commit(codec, params, cache, patches[:, 1], [9, 9])
     np.testing.assert_allclose(
         later.losses, first.losses, rtol=0, atol=1e-5
     )  # rotated further, alike
@@ -147,10 +149,10 @@ def test_errors_name_the_way_out(case):
     with pytest.raises(ValueError, match="window_blocks=0 must be 1 or more"):
         Codec(config, window_blocks=0)
     codec = Codec(config, window_blocks=2)
-    past = codec.new_past(batch=2)
-    trial = codec.try_counts(params, past, patches[:, 0], np.full((2, 1), 9, np.int32), keep=False)
+    cache = codec.new_cache(batch=2)
+    trial = codec.try_counts(params, cache, patches[:, 0], np.full((2, 1), 9, np.int32), keep=False)
     with pytest.raises(ValueError, match="keep=True"):
-        codec.commit(past, trial, np.zeros(2, np.int32))
+        codec.commit(cache, trial, np.zeros(2, np.int32))
 
 
 def test_bfloat16_is_near_float32(case):
@@ -163,11 +165,11 @@ def test_bfloat16_is_near_float32(case):
     assert all(x.dtype == np.uint16 for x in jax.tree.leaves(in_bits))
     losses = []
     for codec, weights in ((exact, params), (rounded, params), (rounded, in_bits)):
-        past, _, _ = commit(codec, weights, codec.new_past(2), patches[:, 0], [24, 24])
-        losses.append(codec.try_counts(weights, past, patches[:, 1], counts).losses)
+        cache, _, _ = commit(codec, weights, codec.new_cache(2), patches[:, 0], [24, 24])
+        losses.append(codec.try_counts(weights, cache, patches[:, 1], counts).losses)
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
     np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
-    assert rounded.past_bytes() * 2 == exact.past_bytes()
+    assert rounded.cache_bytes() * 2 == exact.cache_bytes()
 
 
 def test_an_unconditioned_encoder_runs_once_for_all_counts(case):
@@ -182,15 +184,15 @@ def test_an_unconditioned_encoder_runs_once_for_all_counts(case):
     assert config.config_hash() != config.replace(condition_encoder=True).config_hash()
 
     codec = Codec(config, window_blocks=3)
-    past, _, _ = commit(codec, params, codec.new_past(batch=2), patches[:, 0], [9, 30])
+    cache, _, _ = commit(codec, params, codec.new_cache(batch=2), patches[:, 0], [9, 30])
     counts = np.array([[4, 20], [32, 7]], np.int32)
-    together = codec.try_counts(params, past, patches[:, 1], counts)
+    together = codec.try_counts(params, cache, patches[:, 1], counts)
     assert together.encoder_new[0].shape[1] == 2 and together.decoder_new[0].shape[1] == 4
     for candidate in range(2):
-        alone = codec.try_counts(params, past, patches[:, 1], counts[:, candidate : candidate + 1])
+        alone = codec.try_counts(params, cache, patches[:, 1], counts[:, candidate : candidate + 1])
         np.testing.assert_allclose(together.losses[:, candidate], alone.losses[:, 0], rtol=1e-6)
     codes = np.asarray(together.codes).reshape(2, 2, *together.codes.shape[1:])
     np.testing.assert_array_equal(codes[0, 0, :4], codes[0, 1, :4])
-    later, committed = codec.commit(past, together, np.array([1, 0], np.int32))
+    later, committed = codec.commit(cache, together, np.array([1, 0], np.int32))
     assert later.num_blocks.tolist() == [2, 2]
     np.testing.assert_array_equal(committed.pixels[1], together.pixels[2])

@@ -54,7 +54,7 @@ def interrupted(tokenizer, frames, options, path, blocks):
 def test_a_run_that_goes_on_gives_what_an_unbroken_one_gives(
     tokenizer, frames, options, unbroken, tmp_path, monkeypatch, copies
 ):
-    """Interrupted three times; with a copy of the past after every block, and with none, when blocks are repeated."""
+    """Interrupted three times; with a copy of the cache after every block, and with none, when blocks are repeated."""
     monkeypatch.setattr(resume, "_COPY_SECONDS", 0.0 if copies else 1e9)
     monkeypatch.setattr(resume, "_COPY_SHARE", 0)
     path = tmp_path / "tokens.part"

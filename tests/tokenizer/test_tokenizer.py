@@ -16,7 +16,7 @@ from elastic.tokens import BlockTokens, TokenizedClip
 
 @pytest.mark.parametrize("mesh_dim", ["!1,1,2,1", "1,1,1,4", "1,1,2,2"])
 def test_a_mesh_changes_no_token(golden, clip, mesh_dim):
-    """Heads over tp as the released command has it, the sequence and its past over sp; a window that slides."""
+    """Heads over tp as the released command has it, the sequence and its cache over sp; a window that slides."""
     devices = int(np.prod([int(size) for size in mesh_dim.lstrip("!").split(",")]))
     one = load(golden, "fsq", window_blocks=3)
     mesh = make_mesh(mesh_dim, jax.devices()[:devices])

@@ -1,4 +1,4 @@
-"""Attention of a new block to itself and to a cached past, which is read where it lies."""
+"""Attention of a new block to itself and to a cache, which is read where it lies."""
 
 import functools
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class KVCache(NamedTuple):
 
 
 def cache_spec(mesh: Mesh, batch: int, heads: int) -> P:
-    """How keys and values of a past lie on a mesh; what has one entry for each batch element is split like their second axis."""
+    """How keys and values of a cache lie on a mesh; what has one entry for each batch element is split like their second axis."""
     batch_axes, head_axes = fitting_spec(mesh, (batch, heads), "batch", "heads")
     return P(None, batch_axes, head_axes, ring.AXIS if mesh.shape[ring.AXIS] > 1 else None, None)
 
@@ -50,34 +50,34 @@ def attention_with_cache(
     k: Float[Array, "n q h d"],
     v: Float[Array, "n q h d"],
     *,
-    past: KVCache,
+    cache: KVCache,
     layer: Int[Array, ""],
     mesh: Mesh | None = None,
     implementation: str | None = None,
     q_tile: int = Q_TILE,
     kv_tile: int = KV_TILE,
 ) -> Float[Array, "n q h d"]:
-    """One new block that sees itself and all of `past` in layer `layer`.
+    """One new block that sees itself and all of `cache` in layer `layer`.
 
     There may be several candidates of each block: n = batch * candidates, the candidates of one element side by side. They share
-    its past, which is read in place. Both parts are attended to apart and merged by their logsumexp. The cost follows each
-    element's own past.
+    its cache, which is read in place. Both parts are attended to apart and merged by their logsumexp. The cost follows each
+    element's own cache.
 
-    Over a mesh the block's own keys travel round sp. The past, which may be a thousand times longer than the block, stays where it is:
+    Over a mesh the block's own keys travel round sp. The cache, which may be a thousand times longer than the block, stays where it is:
     the queries visit every part of it, and what they found is merged.
     """
     name = choose_implementation(implementation, head_dim=q.shape[-1], dtype=q.dtype, mesh=mesh)
     how = How(name, q.shape[1], q_tile, kv_tile)
-    arguments = (q, k, v, past.keys, past.values, past.length, jnp.asarray(layer))
+    arguments = (q, k, v, cache.keys, cache.values, cache.length, jnp.asarray(layer))
     if mesh is None or mesh.size == 1:
-        return _with_past(*arguments, how=how, ring_size=1).astype(q.dtype)
+        return _with_cache(*arguments, how=how, ring_size=1).astype(q.dtype)
     size = mesh.shape[ring.AXIS]
     ring.check_length(q.shape[1], size, "plain")
-    kept = cache_spec(mesh, len(past.length), q.shape[2])
-    # Candidates stay with their past: the batch is split as it is.
+    kept = cache_spec(mesh, len(cache.length), q.shape[2])
+    # Candidates stay with their cache: the batch is split as it is.
     block = P(kept[1], *fitting_spec(mesh, q.shape, None, "sequence", "heads", None)[1:])
     sharded = jax.shard_map(
-        functools.partial(_with_past, how=how, ring_size=size),
+        functools.partial(_with_cache, how=how, ring_size=size),
         mesh=mesh,
         in_specs=(block, block, block, kept, kept, P(kept[1]), P()),
         out_specs=block,
@@ -86,20 +86,20 @@ def attention_with_cache(
     return sharded(*arguments).astype(q.dtype)
 
 
-def _with_past(
+def _with_cache(
     q: Array,
     k: Array,
     v: Array,
-    past_keys: Array,
-    past_values: Array,
-    past_length: Array,
+    cached_keys: Array,
+    cached_values: Array,
+    cached_length: Array,
     layer: Array,
     *,
     how: How,
     ring_size: int,
 ) -> Array:
     """Output [n, q, h, d] in float32, of one device's part of the block."""
-    batch, capacity = past_keys.shape[1], past_keys.shape[3]
+    batch, capacity = cached_keys.shape[1], cached_keys.shape[3]
     call = AttentionInputs(q, k, v, jnp.int32(0), jnp.int32(how.block_size))
     if ring_size == 1:
         own_out, own_lse = attend_local(call, how._replace(whole=True))
@@ -108,10 +108,12 @@ def _with_past(
         q = lax.all_gather(q, ring.AXIS, axis=1, tiled=True)
     if capacity == 0:  # a window of one block
         return own_out
-    # Candidates side by side: one long query against the past that they share, all of which it sees.
+    # Candidates side by side: one long query against the cache that they share, all of which it sees.
     length = q.shape[1]
     queries = rearrange(q, "(b n) l h d -> b (n l) h d", b=batch)
-    out, lse = _past_alone(queries, past_keys, past_values, past_length // ring_size, layer, how)
+    out, lse = _cache_alone(
+        queries, cached_keys, cached_values, cached_length // ring_size, layer, how
+    )
     out = rearrange(out, "b (n l) h d -> (b n) l h d", l=length)
     lse = rearrange(lse, "b h (n l) -> (b n) l h", l=length)
     if ring_size > 1:
@@ -119,26 +121,31 @@ def _with_past(
     return ring.merge(out, lse, own_out, rearrange(own_lse, "b h l -> b l h"))[0]
 
 
-def _past_alone(
-    q: Array, past_keys: Array, past_values: Array, past_length: Array, layer: Array, how: How
+def _cache_alone(
+    q: Array, cached_keys: Array, cached_values: Array, cached_length: Array, layer: Array, how: How
 ) -> tuple[Array, Array]:
-    """Queries [b, q, h, d] that see all of their past, `past_length` [b], in one layer; each element reads its own past and no more."""
-    _, batch, heads, capacity, _ = past_keys.shape
+    """Queries [b, q, h, d] that see all of their cache, `cached_length` [b], in one layer; each element reads its own cache and no more."""
+    _, batch, heads, capacity, _ = cached_keys.shape
     # Queries and keys as if they lay in one block, which therefore sees all of itself.
     start, how = jnp.int32(0), how._replace(block_size=max(q.shape[1], capacity))
     if how.name != "blockwise":  # which slices bits; the others take numbers
-        past_keys, past_values = bf16_bits.from_bits(past_keys), bf16_bits.from_bits(past_values)
+        cached_keys, cached_values = (
+            bf16_bits.from_bits(cached_keys),
+            bf16_bits.from_bits(cached_values),
+        )
     if how.name == "reference":
-        keys, values = (rearrange(x[layer], "b h c d -> b c h d") for x in (past_keys, past_values))
-        valid = jnp.arange(capacity)[None] < past_length[:, None]
+        keys, values = (
+            rearrange(x[layer], "b h c d -> b c h d") for x in (cached_keys, cached_values)
+        )
+        valid = jnp.arange(capacity)[None] < cached_length[:, None]
         return attend_local(
             AttentionInputs(q, keys, values, start, jnp.int32(capacity), valid=valid), how
         )
-    keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (past_keys, past_values))
+    keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (cached_keys, cached_values))
     first_row = (layer * batch * heads).astype(jnp.int32)
     kernel = kernel_of(how.name)
     if kernel.prefixes is not None and batch > 1:
-        found = kernel.prefixes(rows(q), keys, values, first_row, past_length)
+        found = kernel.prefixes(rows(q), keys, values, first_row, cached_length)
         if found is not None:
             return from_rows(*found, heads)
 
@@ -149,7 +156,7 @@ def _past_alone(
         out, lse = from_rows(*found, heads)
         return out[0], lse[0]
 
-    elements = (q, past_length, jnp.arange(batch))
+    elements = (q, cached_length, jnp.arange(batch))
     if batch > 1:
         return lax.map(of_element, elements)
     out, lse = of_element(jax.tree.map(lambda x: x[0], elements))
@@ -157,7 +164,7 @@ def _past_alone(
 
 
 def _merge_parts(out: Array, lse: Array) -> tuple[Array, Array]:
-    """What all queries [n, q, h] found in each device's part of the past, as what this device's queries found in all of it."""
+    """What all queries [n, q, h] found in each device's part of the cache, as what this device's queries found in all of it."""
     top = lax.pmax(lse, ring.AXIS)
     weight = jnp.exp(lse - jnp.where(jnp.isneginf(top), 0.0, top))
 

@@ -215,13 +215,13 @@ def is_program(x):
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
 
 
-def past_case(num_past, capacity, candidates, block=24):
-    """A past of two layers with rubbish behind its end, and candidates for the next block."""
+def cache_case(num_cached, capacity, candidates, block=24):
+    """A cache of two layers with rubbish behind its end, and candidates for the next block."""
     batch, heads, dim, layer = 2, 2, 32, 1
     rng = np.random.default_rng(capacity)
     shape = (2, batch, heads, capacity, dim)
-    lengths = [num_past, max(0, num_past - block)]  # the second element is a block behind
-    past = ops.KVCache(normal(rng, *shape), normal(rng, *shape), jnp.array(lengths, jnp.int32))
+    lengths = [num_cached, max(0, num_cached - block)]  # the second element is a block behind
+    cache = ops.KVCache(normal(rng, *shape), normal(rng, *shape), jnp.array(lengths, jnp.int32))
     shape = (batch * candidates, block, heads, dim)
     q, k, v = (normal(rng, *shape) for _ in range(3))
 
@@ -232,7 +232,7 @@ def past_case(num_past, capacity, candidates, block=24):
             for old, new in zip(
                 (
                     rearrange(x[layer, [element], :, :filled], "b h c d -> b c h d")
-                    for x in past[:2]
+                    for x in cache[:2]
                 ),
                 (k, v),
                 strict=True,
@@ -243,19 +243,21 @@ def past_case(num_past, capacity, candidates, block=24):
         )
 
     whole = jnp.concatenate([one_shot(*pair) for pair in enumerate(lengths)])
-    return (q, k, v), past, jnp.int32(layer), whole
+    return (q, k, v), cache, jnp.int32(layer), whole
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
-@pytest.mark.parametrize(("num_past", "capacity"), [(0, 0), (0, 72), (24, 72), (72, 72)], ids=str)
+@pytest.mark.parametrize(("num_cached", "capacity"), [(0, 0), (0, 72), (24, 72), (72, 72)], ids=str)
 @pytest.mark.parametrize("candidates", [1, 3])
-def test_candidates_on_a_cached_past_equal_one_shot(implementation, num_past, capacity, candidates):
-    qkv, past, layer, one_shot = past_case(num_past, capacity, candidates)
+def test_candidates_on_a_cached_past_equal_one_shot(
+    implementation, num_cached, capacity, candidates
+):
+    qkv, cache, layer, one_shot = cache_case(num_cached, capacity, candidates)
     attend = functools.partial(
         ops.attention_with_cache, implementation=implementation, q_tile=32, kv_tile=20
     )
-    out = released.quick_jit(lambda qkv, past, layer: attend(*qkv, past=past, layer=layer))(
-        qkv, past, layer
+    out = released.quick_jit(lambda qkv, cache, layer: attend(*qkv, cache=cache, layer=layer))(
+        qkv, cache, layer
     )
     assert largest_difference(out, one_shot) <= 2e-6
 
@@ -263,16 +265,16 @@ def test_candidates_on_a_cached_past_equal_one_shot(implementation, num_past, ca
 @pytest.mark.parametrize("mesh_dim", ["1,1,2,1", "1,1,1,4", "1,1,2,2", "2,1,2,1"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
 def test_heads_and_parts_of_a_cached_past_lie_on_several_devices(implementation, mesh_dim):
-    (q, k, v), past, layer, one_shot = past_case(24, 72, 3)
+    (q, k, v), cache, layer, one_shot = cache_case(24, 72, 3)
     mesh = make_mesh(mesh_dim, jax.devices()[: 2 if mesh_dim == "1,1,2,1" else 4])
     size = mesh.shape["sp"]
 
     def spread(x):  # each device has its part of every block, so the filled positions too
         return rearrange(x, "n b h (blocks s part) d -> n b h (s blocks part) d", blocks=3, s=size)
 
-    past = past._replace(keys=spread(past.keys), values=spread(past.values))
+    cache = cache._replace(keys=spread(cache.keys), values=spread(cache.values))
     attend = functools.partial(ops.attention_with_cache, mesh=mesh, implementation=implementation)
-    out = released.quick_jit(lambda past: attend(q, k, v, past=past, layer=layer))(past)
+    out = released.quick_jit(lambda cache: attend(q, k, v, cache=cache, layer=layer))(cache)
     assert largest_difference(out, one_shot) <= 2e-6
 
 
