@@ -29,4 +29,4 @@ case "$bottleneck" in
         ;;
 esac
 
-exec bash "scripts/run_inference_$bottleneck.sh" --search_alg=fixed --n_codes="$n_codes" "$@"
+exec bash scripts/run_inference.sh "$bottleneck" --search_alg=fixed --n_codes="$n_codes" "$@"

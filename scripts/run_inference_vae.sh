@@ -18,35 +18,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # - a folder with a config.json, such as example/vae or the folder pretrained/ of a training run:
 #   it says how its model is built, all others are built as the released one;
 # - whatever else --load_checkpoint takes, such as "trainstate_params::OUT/streaming_train_state".
-checkpoint_path="${checkpoint_path:-example/vae}"
+export checkpoint_path="${checkpoint_path:-example/vae}"
 # The image or video to tokenize.
-input_path="${input_path:-example/video.mp4}"
+export input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
-output_folder="${output_folder:-example/outputs_vae}"
+export output_folder="${output_folder:-example/outputs_vae}"
 # -------------------------------------------------------------------------------------------------
 
-source scripts/setup_env.sh run
-
-threshold=0.003
-# The small model's error at full length is higher.
-[[ "${checkpoint_path%/}" != example/vae ]] || threshold=0.03
-settings=()
-if [[ ! -f "$checkpoint_path/config.json" ]]; then
-    settings=(
-        --max_blocks_per_chunk=4
-        --load_elastic_config='200m'
-        --update_elastic_config="dict(mask_type='elastic',min_toks=128,max_toks=2048,frames_per_block=4,patch_size=(2,8,8),bottleneck_type='vae',vae_bottleneck_dim=8,theta=5000000,max_sequence_length=8192,use_flash_attention=True,scan_attention=True,scan_query_chunk_size=512,scan_key_chunk_size=512,remat_attention='',scan_mlp=True,scan_mlp_chunk_size=8192,remat_mlp='nothing_saveable',remat_block='',scan_layers=True)"
-    )
-fi
-# Only what is a file: a prefix would keep anything else from being found, and a typo from being named.
-[[ ! -f "$checkpoint_path" ]] || checkpoint_path="params::$checkpoint_path"
-
-exec "$PYTHON" -u scripts/inference.py \
-    --input_path="$input_path" \
-    --output_folder="$output_folder" \
-    --mesh_dim='!1,1,-1,1' \
-    --dtype='fp32' \
-    --threshold="$threshold" \
-    ${settings[@]+"${settings[@]}"} \
-    --load_checkpoint="$checkpoint_path" \
-    "$@"
+exec bash scripts/run_inference.sh vae "$@"

@@ -1,7 +1,7 @@
 """Files <-> frames: pictures through Pillow, video through PyAV.
 
 Why PyAV: it decodes bit for bit what decord and decord2 decode, about as fast and in a fraction of
-the memory, and it alone shows packets and rotation (`scripts/bench_readers.py` prints the numbers).
+the memory, and it alone shows packets and rotation (`scripts/bench/readers.py` prints the numbers).
 
 What a frame is: 8-bit RGB as displayed, so rotation (EXIF, display matrix) is applied, transparency
 is composited over white, and 16-bit pictures are scaled. Pixels are taken as square and fields are

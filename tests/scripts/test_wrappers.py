@@ -89,7 +89,7 @@ def test_without_a_checkpoint_the_small_model_runs(run, kind):
 
 
 def test_with_a_checkpoint_the_documented_command_runs(run, tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("**/README.md")))
     command = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
     assert command is not None
     documented = flags_of(shlex.split(command[0].replace("\\\n", " ")))
@@ -192,6 +192,19 @@ def test_the_fixed_length_has_a_folder_of_its_own(run, kind):
 def test_an_unknown_bottleneck_is_refused(run):
     message = run("run_inference_fixed.sh", bottleneck="gan", expect=1)
     assert "bottleneck='gan' must be fsq or vae" in message
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vae"])
+def test_the_model_by_its_name_is_what_its_wrapper_runs(run, kind):
+    flags = ["--threshold=0.006", "--fps=12"]
+    assert run("run_inference.sh", kind, *flags) == run(f"run_inference_{kind}.sh", *flags)
+
+
+@pytest.mark.parametrize("arguments", [[], ["gan"], ["--threshold=0.1"]])
+def test_a_model_that_is_not_named_is_asked_for(run, arguments):
+    message = run("run_inference.sh", *arguments, expect=1)
+    given = arguments[0] if arguments else ""
+    assert f"the model '{given}' must be fsq or vae" in message and message.count("\n") == 1
 
 
 def test_decoding_needs_only_the_tokens_and_the_model(run):

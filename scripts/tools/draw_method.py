@@ -1,4 +1,4 @@
-"""Draws imgs/method.png, the picture of the method: python scripts/draw_method.py [FILE]
+"""Draws imgs/method.png, the picture of the method: python scripts/tools/draw_method.py [FILE]
 
 Everything is placed by hand on a canvas of 128 x 74 units; the same input gives the same file.
 """
@@ -225,7 +225,7 @@ def draw(path: pathlib.Path):
 
 
 if __name__ == "__main__":
-    default = pathlib.Path(__file__).resolve().parent.parent / "imgs" / "method.png"
+    default = pathlib.Path(__file__).resolve().parents[2] / "imgs" / "method.png"
     parser = argparse.ArgumentParser(description="Draws the picture of the method.")
     parser.add_argument(
         "output", nargs="?", type=pathlib.Path, default=default, help="[%(default)s]"

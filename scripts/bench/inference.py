@@ -1,7 +1,7 @@
 """Measures tokenizing on this machine and prints one JSON object: passes, seconds, memory, share of the matrix rate.
 
-  python3 scripts/bench_inference.py                                  # every case, fp32
-  python3 scripts/bench_inference.py --cases=200m-fsq --dtypes=fp32,bf16
+  python3 scripts/bench/inference.py                                  # every case, fp32
+  python3 scripts/bench/inference.py --cases=200m-fsq --dtypes=fp32,bf16
 
 Each case runs in a process of its own, so that its peak memory is its own. Weights are random except for those in example/: time does
 not depend on them, only the number of passes does.
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 # The released command's settings; a block is 4 frames of 256 x 256 pixels.

@@ -1,11 +1,11 @@
 """Measures training steps on this machine and prints one JSON object: seconds, tokens/s, FLOP/s, memory.
 
-  python3 scripts/bench_train.py                                  # debug and 200m-fsq, fp32
-  python3 scripts/bench_train.py --cases=debug --dtypes=fp32,bf16 --mesh_dim='!2,1,1,1'
-  python3 scripts/bench_train.py --cases=200m-fsq-16k --dtypes=bf16   # on an accelerator
+  python3 scripts/bench/train.py                                  # debug and 200m-fsq, fp32
+  python3 scripts/bench/train.py --cases=debug --dtypes=fp32,bf16 --mesh_dim='!2,1,1,1'
+  python3 scripts/bench/train.py --cases=200m-fsq-16k --dtypes=bf16   # on an accelerator
 
 Each case runs in a process of its own, so that its peak memory is its own. Data are random: time does not depend on them. What the
-data path delivers is measured by scripts/bench_data.py.
+data path delivers is measured by scripts/bench/data.py.
 """
 
 import json
@@ -14,10 +14,10 @@ import sys
 import time
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench_inference import (  # noqa: E402
+from scripts.bench.inference import (  # noqa: E402
     case_parser,
     hardware,
     in_new_process,

@@ -1,10 +1,10 @@
 """How many frames a second the data path delivers, as JSON: by size, by length of sequences, by workers.
 
-    python3 scripts/bench_data.py FOLDER --seconds=20
+    python3 scripts/bench/data.py FOLDER --seconds=20
 
 The first epoch decodes the folder, as far as `--seconds` goes; later ones find it in the workers'
 memory, if it fits (`--warm` reads an epoch first, and then measures). What a training step takes is
-measured by scripts/bench_train.py.
+measured by scripts/bench/train.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 
 def cpu_seconds() -> float:

@@ -1,6 +1,6 @@
 """Which library should read video: speed, memory and exactness of each, as JSON on standard output.
 
-    python3 -m scripts.bench_readers FOLDER_OR_FILES...
+    python3 -m scripts.bench.readers FOLDER_OR_FILES...
 
 Every reader gets every file in a process of its own, delivers all frames as RGB arrays, four at a time, and keeps
 none. `exact` is asked of the test clip, whose frames carry their number as a barcode. decord and
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 FRAMES_PER_BLOCK = 4
-BARCODE_CLIP = pathlib.Path(__file__).parents[1] / "tests/golden/media/clip_160x120_30fps_97f.mp4"
+BARCODE_CLIP = pathlib.Path(__file__).parents[2] / "tests/golden/media/clip_160x120_30fps_97f.mp4"
 
 
 def read_elastic(path: str) -> Iterator[np.ndarray]:
@@ -60,7 +60,7 @@ def read_imageio(path: str) -> Iterator[np.ndarray]:
 
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[str], Iterator[np.ndarray]]]] = {
-    "elastic.media_read": (("av", "pillow"), read_elastic),
+    "elastic.media": (("av", "pillow"), read_elastic),
     "pyav": (("av",), read_pyav),
     "decord": (("decord", "decord2"), read_decord),
     "imageio-ffmpeg": (("imageio", "imageio-ffmpeg"), read_imageio),
@@ -130,7 +130,7 @@ def main() -> None:
     for reader in options.readers:
         entry: dict[str, object] = {"versions": versions(READERS[reader][0])}
         for file in files:
-            command = [sys.executable, "-m", "scripts.bench_readers", "--child", reader, file]
+            command = [sys.executable, "-m", "scripts.bench.readers", "--child", reader, file]
             child = subprocess.run(command, capture_output=True, text=True, check=False)
             if child.returncode:
                 entry[pathlib.Path(file).name] = {"failed": child.stderr.strip().splitlines()[-1:]}

@@ -1,6 +1,6 @@
 """Renders example/video.mp4 and example/video.json: a short film whose need for tokens changes.
 
-    python3 scripts/make_example_clip.py
+    python3 scripts/tools/make_example_clip.py
 
 Still shots, a slow pan, fast motion, a cut, fine texture, moving text and a fade, drawn with NumPy and
 Pillow alone from fixed seeds. Shots begin at multiples of 4 frames, so that no block straddles a cut,
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from elastic.media.reader import VideoWriter
 
@@ -283,7 +283,7 @@ def to_uint8(picture: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    folder = pathlib.Path(__file__).parents[1] / "example"
+    folder = pathlib.Path(__file__).parents[2] / "example"
     parser.add_argument("--output", type=pathlib.Path, default=folder / "video.mp4")
     parser.add_argument("--quantizer", type=int, default=23, help="x264's: higher is smaller")
     options = parser.parse_args()

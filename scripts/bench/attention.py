@@ -1,7 +1,7 @@
 """Measures attention alone on this machine and prints one JSON object.
 
-  python3 scripts/bench_attention.py                                    # what suits the device
-  python3 scripts/bench_attention.py --lengths=16384 --dtypes=fp32,bf16 --devices=1,2
+  python3 scripts/bench/attention.py                                    # what suits the device
+  python3 scripts/bench/attention.py --lengths=16384 --dtypes=fp32,bf16 --devices=1,2
 
 Block-causal self-attention (forward; forward and backward), and one block on a cache that is filled to 1, 4 and 16 of 16
 blocks. GFLOP/s count visible pairs of queries and keys alone: 4 d for each forward, 14 d for forward and backward. Where PyTorch is
@@ -21,10 +21,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from elastic.model.flops import visible_pairs
-from scripts.bench_inference import (
+from scripts.bench.inference import (
     hardware,
     in_new_process,
     median_of_runs,
