@@ -78,7 +78,7 @@ def test_a_wrong_option_is_refused_with_the_rule(changes, message):
 
 
 def test_an_old_spelling_is_understood_with_a_warning(caplog):
-    """DESIGN 4.7: the released scripts pass `mask_mode`, which the released code ignores."""
+    """Difference 7 in elastic/README.md: the released scripts pass `mask_mode`, which the released code ignores."""
     with caplog.at_level(logging.WARNING, "elastic.config"):
         config = update_config(load_config("200m"), "dict(mask_mode='fixed_0.25')")
     assert config.keep_fraction == 0.25
@@ -114,7 +114,7 @@ def test_options_are_read_from_either_spelling_of_a_dict(text):
     ],
 )
 def test_only_literals_are_read_and_nothing_is_run(text, tmp_path, monkeypatch):
-    """DESIGN 4.7: no `eval`."""
+    """Difference 7 in elastic/README.md: no `eval`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="is not a dict of literals, such as"):
         parse_dict(text)
@@ -172,7 +172,7 @@ def test_equal_configs_are_one_key():
 
 
 def test_every_option_is_stored():
-    """DESIGN 4.7, and TRAPS 20: the released class forgets `vae_bottleneck_dim`."""
+    """Difference 7 in elastic/README.md: the released class forgets `vae_bottleneck_dim`."""
     config = ElasticTokConfig(vae_bottleneck_dim=5, bottleneck_type="vae")
     assert config.code_dim == 5
     assert list(config.to_json_dict()) == option_names()

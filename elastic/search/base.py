@@ -4,7 +4,7 @@ A count meets the threshold when its loss is at most the threshold. A search ret
 count that was *measured* to meet it. When none does, it returns the fallback count, measured too,
 and says `met=False`. No count is evaluated twice; the smallest and the largest are candidates.
 
-This differs from the released system on purpose (DESIGN section 4, line 2): there the binary search
+This differs from the released system on purpose (difference 2 in elastic/README.md): there the binary search
 returns the count that it tried last, met or not, never tries the smallest one, and does not mark a
 block that misses the threshold.
 

@@ -44,10 +44,10 @@ def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
 ):
     """Given the released counts, and so the same cache, the tokens of every block are the same.
 
-    The counts differ on purpose. They keep one token more than the count that they tried (DESIGN 4,
-    line 1): what is stored is that many. And their binary search returns what it tried last (line 2):
-    never the smallest count, and here twice one that misses the threshold. Ours is the smallest count
-    that it measured to meet the threshold, or every token where none does.
+    The counts differ on purpose (differences 1 and 2 in elastic/README.md). The released code keeps and
+    stores one token more than the count that it tried. Its binary search returns the count that it tried
+    last: never the smallest one, and here twice one that misses the threshold. Ours returns the smallest
+    count that it measured to meet the threshold, or every token where none does.
     """
     threshold, codec = 0.522, tokenizers[case].codec
     name = "fsq_png" if file == PHOTO else f"{case}_video"

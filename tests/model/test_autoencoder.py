@@ -87,7 +87,7 @@ def test_every_stage_on_the_way_is_the_released_one(case):
 
 
 def test_the_released_statistics_count_every_token_and_ours_the_kept_ones():
-    """A deliberate difference (TRAPS 11): tokens that are not sent are no use of the codebook."""
+    """Difference 11 in elastic/README.md: tokens that are not sent are no use of the codebook."""
     golden = released.arrays("fsq", "forward")
     fsq = FSQ(released.config("fsq").fsq_quant_levels)
     statistics = jax.jit(fsq.statistics)
@@ -113,7 +113,7 @@ def test_the_released_statistics_count_every_token_and_ours_the_kept_ones():
 
 @pytest.mark.parametrize("case", released.CASES)
 def test_rows_that_see_nothing_disturb_no_other_row(case):
-    """A deliberate difference (TRAPS 9): such a row attends to nothing, in every implementation.
+    """Difference 13 in elastic/README.md: such a row attends to nothing, in every implementation.
 
     The two paths of the released system disagree there by more than 1.2; elsewhere all agree.
     """
@@ -279,7 +279,7 @@ def test_bfloat16_is_near_and_leaves_sums_and_gradients_in_float32():
 
 
 def test_angles_are_exact_at_positions_far_out():
-    """TRAPS 6: in bfloat16 positions repeat from 256 on. DESIGN 4.9: no table of a million rows."""
+    """Difference 9 in elastic/README.md: no table of a million rows; in bfloat16 positions would repeat from 256 on."""
     positions = jnp.asarray([[0, 1, 255, 257, 16_383, 1_000_003]])
     cos, sin = rope_angles(positions, 128, 5e7)
     assert cos.dtype == sin.dtype == jnp.float32

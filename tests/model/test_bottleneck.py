@@ -51,7 +51,7 @@ def test_indices_give_the_released_codes_back(table):
     ids=str,
 )
 def test_every_code_has_an_index_of_its_own_and_comes_back(levels):
-    """DESIGN 4.3: rounded; truncation loses a code of 47 or of 99 levels."""
+    """Difference 3 in elastic/README.md: rounded; truncation loses a code of 47 or of 99 levels."""
     fsq = FSQ(levels)
     indices = jnp.arange(fsq.codebook_size)
     codes = fsq.indices_to_codes(indices)
@@ -61,7 +61,7 @@ def test_every_code_has_an_index_of_its_own_and_comes_back(levels):
 
 @pytest.mark.parametrize("levels", [LEVELS, (47,), (99,), (2, 3)], ids=str)
 def test_quantized_latents_have_the_index_of_their_levels(levels):
-    """DESIGN 4.3, for codes that came from latents."""
+    """Difference 3 in elastic/README.md, for codes that came from latents."""
     fsq = FSQ(levels)
     latents = jax.random.normal(jax.random.key(0), (5000, len(levels))) * 3
     digits = np.rint(np.asarray(fsq.bound(latents))) + np.array(levels) // 2
@@ -87,7 +87,7 @@ def test_rounding_lets_the_gradient_of_the_squashing_through():
 
 
 def test_statistics_count_kept_tokens_only():
-    """DESIGN 4.4: counted without a one-hot, and (TRAPS 11) without the tokens that are dropped."""
+    """Differences 4 and 11: counted without a one-hot array, and without the dropped tokens."""
     rng = np.random.default_rng(0)
     fsq = FSQ((3, 3))
     indices, kept = rng.integers(0, 7, (2, 50)), rng.random((2, 50)) < 0.4
@@ -109,7 +109,7 @@ def test_statistics_of_all_tokens_are_the_released_ones(table):
 
 
 def test_statistics_make_no_array_of_tokens_by_codebook():
-    """DESIGN 4.4."""
+    """Difference 4 in elastic/README.md."""
     shapes = jax.ShapeDtypeStruct((4096, 6), jnp.float32), jax.ShapeDtypeStruct((4096,), bool)
     jaxpr = jax.make_jaxpr(FSQ(LEVELS).statistics)(*shapes)
     largest = max(var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars)
@@ -122,7 +122,7 @@ def vae_latents(seed: int = 0) -> jax.Array:
 
 @pytest.mark.parametrize("tokens_per_block", [3, 4, 12])
 def test_the_divergence_is_summed_over_a_block_s_kept_tokens(tokens_per_block):
-    """DESIGN 4.5: by the block size, not by 2048 tokens."""
+    """Difference 5 in elastic/README.md: by the block size, not by 2048 tokens."""
     latents = vae_latents()
     kept = np.random.default_rng(1).random((2, 12)) < 0.5
     out = VAE(3)(latents, jnp.asarray(kept), tokens_per_block=tokens_per_block)

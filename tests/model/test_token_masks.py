@@ -11,7 +11,7 @@ from elastic.ops.attention import block_mask
 
 
 def test_a_block_keeps_exactly_the_number_asked_for():
-    """DESIGN 4.1: the released code keeps one more."""
+    """Difference 1 in elastic/README.md: the released code keeps one more."""
     counts = jnp.arange(33).reshape(3, 11)
     kept = np.asarray(token_masks.kept_mask(counts, 32))
     assert kept.shape == (3, 11, 32)
@@ -21,7 +21,7 @@ def test_a_block_keeps_exactly_the_number_asked_for():
 
 @pytest.mark.parametrize("case", released.CASES)
 def test_the_released_masks_are_ours_of_one_token_more(case):
-    """DESIGN 4.1, seen in the masks that the released search built (it keeps argument + 1)."""
+    """Difference 1 in elastic/README.md, seen in the masks that the released search built (it keeps argument + 1)."""
     kv = released.arrays(case, "kvcache")
     ours = token_masks.kept_mask(jnp.minimum(jnp.asarray(kv["table_ntoks"]) + 1, 32), 32)
     assert (np.asarray(ours) == kv["table_masks"]).all()
@@ -48,7 +48,7 @@ def test_the_smallest_range_is_one_number():
 
 
 def test_a_fixed_share_keeps_that_share():
-    """DESIGN 4.1: half of 32 is 16, the released code keeps 17."""
+    """Difference 1 in elastic/README.md: half of 32 is 16, the released code keeps 17."""
     draw = token_masks.sample_num_kept(
         jax.random.key(0), (2, 3), min_kept=4, max_kept=32, keep_fraction=0.5
     )

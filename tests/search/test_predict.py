@@ -91,7 +91,7 @@ def test_a_clip_that_stands_still_soon_costs_one_pass_a_block(scale):
 @pytest.mark.parametrize("noise", [0.0, 0.003])
 @pytest.mark.parametrize("slope", [0.5, 0.8, 1.5])
 def test_smooth_curves_that_drift_cost_few_passes_and_few_tokens(slope, noise):
-    """DESIGN section 7: at most 2.5 passes a block; a fiftieth of the tokens of trying every count."""
+    """At most 2.5 passes a block; a fiftieth of the tokens of trying every count."""
     random, counts = np.random.default_rng(0), range(32, 4097)
     blocks, least = [], 700.0  # tokens that meet the threshold
     for change in random.normal(0, 0.12, 100):

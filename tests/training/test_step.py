@@ -62,7 +62,7 @@ def run(case, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("case", released.CASES)
 def test_three_steps_have_the_released_losses_and_norms(case, name):
-    """FSQ trains: DESIGN 4.4."""
+    """FSQ trains: difference 4 in elastic/README.md."""
     _, terms = run(case, name)
     for step, ours in enumerate(terms):
         theirs = released.meta(case)["train"]["steps"][f"{name}/{step}"]
@@ -163,7 +163,7 @@ def test_the_learning_rate_is_the_released_schedule(name):
 
 
 def test_the_released_metrics_log_the_rate_of_the_next_step():
-    """A deliberate difference (TRAPS 15): ours, `schedule(step)`, is the rate that the step used."""
+    """Difference 17 in elastic/README.md: ours, `schedule(step)`, is the rate that the step used."""
     schedule = learning_rate(optimizer_config("fsq", "fast"))
     for step in range(3):
         logged = released.meta("fsq")["train"]["steps"][f"fast/{step}"]["learning_rate"]
@@ -185,7 +185,7 @@ def small_params():
 
 @pytest.mark.parametrize("decay_norms", [False, True])
 def test_norms_and_embeddings_decay_only_when_asked_to(decay_norms):
-    """A deliberate difference (TRAPS 16): the released optimizer decays them always."""
+    """Difference 10 in elastic/README.md: the released optimizer decays them always."""
     config = OptimizerConfig(
         init_lr=0.1,
         lr=0.1,

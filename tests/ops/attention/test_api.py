@@ -137,7 +137,7 @@ def test_the_reference_is_the_definition(case):
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
 def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(implementation):
-    """A deliberate difference (TRAPS 9): the released paths average over hidden keys, each over others."""
+    """Difference 13 in elastic/README.md: the released paths average over hidden keys, each over others."""
     qkv, cotangent, scope, static = make_case(jnp.float32, **CASES["hidden keys"])
     scope["valid"] = jnp.ones((2, 96), bool).at[1, :32].set(False)
     out, *grads = run(implementation, qkv, cotangent, scope, static)
