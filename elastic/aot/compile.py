@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from elastic import ops
 from elastic.aot import hlo, targets
 from elastic.config import ElasticTokConfig, parse_dtype
-from elastic.data.config import sequence_length
 from elastic.data.dataset import HostBatch
+from elastic.data.packing import sequence_length
 from elastic.distributed.sharding import fitting_spec, param_shardings
 from elastic.io.tree import unflatten
 from elastic.metrics import lpips_weights

@@ -10,10 +10,10 @@ import jax
 
 from elastic.cli.app import Values, name_flags, words
 from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
-from elastic.data.config import DataConfig, sequence_length
+from elastic.data.config import DataConfig
 from elastic.data.dataset import DataPosition
-from elastic.training.config import EvalConfig, LogConfig, SaveConfig, TrainConfig
-from elastic.training.optimizer import OptimizerConfig
+from elastic.data.packing import sequence_length
+from elastic.training.config import EvalConfig, LogConfig, OptimizerConfig, SaveConfig, TrainConfig
 
 _T = TypeVar("_T")
 

@@ -1,78 +1,64 @@
 """Options of the training data."""
 
 import dataclasses
-import math
 
-from elastic.config import ElasticTokConfig
+from elastic.io.options import REQUIRED, at_least, check_options, finite_above, option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Flags `--train_dataset.vision_dataset.*`.
-
-    Attributes:
-      path: the folder of images and videos, local or in a bucket (gs://...); folders inside it count too.
-      ext: endings to take, such as 'mp4' or 'jpg,png'; '' takes all that can be read.
-      batch_size: sequences in a step, over all devices of all hosts.
-      seq_length: tokens of a sequence, whole blocks; 0: the model's max_sequence_length.
-      fps: frames per second taken from a video.
-      seed: draws the order of the data, crops and motion.
-      workers: processes of each host that decode; 0: threads of the training process do.
-      max_prefetch: batches prepared ahead.
-      max_frames: frames used of a video, its first ones; 0: all.
-      chunk_size: files that are shuffled among each other; 16 or more such chunks are read at a time.
-        More of them mix better, and need a larger cache lest a file be decoded repeatedly.
-      image_blocks: blocks that an image becomes: one is still, more show a moving crop of it, drawn
-        anew in each epoch. It is also how images are weighed against videos.
-      random_crop: draw crop and mirroring of every piece anew in each epoch, and for a video's also a
-        shift by less than a block. Otherwise files are shown as inference sees them.
-      cache_gigabytes: memory of each worker for decoded frames; those used longest ago are dropped first.
-      cache_path: a folder on a local disk where decoded frames are kept for all workers, epochs and runs, uncompressed;
-        '' is none. For many epochs of a few thousand clips, where decoding would hold up a fast device.
+    """Which files a run is trained on, and how sequences are made of them: flags `--train_dataset.vision_dataset.*`.
 
     Raises:
       ValueError: an option is out of its range.
     """
 
-    path: str
-    ext: str = ""
-    batch_size: int = 2
-    seq_length: int = 0
-    fps: float = 24.0
-    seed: int = 0
-    workers: int = 2
-    max_prefetch: int = 4
-    max_frames: int = 0
-    chunk_size: int = 8
-    image_blocks: int = 1
-    random_crop: bool = False
-    cache_gigabytes: float = 4.0
-    cache_path: str = ""
+    path: str = option(
+        REQUIRED,
+        "the folder of images and videos, with the folders in it; a bucket (gs://...) where its fsspec package is installed",
+    )
+    ext: str = option("", "endings to take, such as mp4 or jpg,png; '' takes all")
+    batch_size: int = option(
+        2, "sequences in a step, over all devices of all hosts", check=at_least(1)
+    )
+    seq_length: int = option(
+        0,
+        "tokens of a sequence, whole blocks; 0: the model's max_sequence_length",
+        check=at_least(0),
+    )
+    fps: float = option(24.0, "frames per second taken from a video", check=finite_above(0))
+    seed: int = option(0, "draws the order of the files, crops and motion", check=at_least(0))
+    workers: int = option(
+        2, "processes of a host that decode; 0: threads of the trainer", check=at_least(0)
+    )
+    max_prefetch: int = option(4, "batches prepared ahead", check=at_least(1))
+    max_frames: int = option(0, "frames used of a video, its first ones; 0: all", check=at_least(0))
+    # Larger chunks mix better, and need a larger cache: otherwise a file is decoded several times.
+    chunk_size: int = option(
+        8,
+        "files that are shuffled among each other; 16 or more such chunks are read at a time",
+        check=at_least(1),
+    )
+    # The number of blocks is also the weight of an image against a video.
+    image_blocks: int = option(
+        1, "blocks made of an image; more than 1 pan and zoom over it", check=at_least(1)
+    )
+    # A video's piece is also shifted in time, by less than a block. All is drawn anew in each epoch.
+    random_crop: bool = option(
+        False, "crop and mirror by chance, instead of the middle that inference sees"
+    )
+    cache_gigabytes: float = option(
+        4.0,
+        "memory of each process for decoded frames; the frames unused for longest are dropped first",
+        check=at_least(0),
+    )
+    # For many epochs of a few thousand clips, where decoding would hold up a fast device.
+    cache_path: str = option(
+        "",
+        "folder on a local disk where decoded frames are kept for all workers, epochs and runs, uncompressed; '' is none",
+    )
 
     def __post_init__(self):
         if not self.path:
             raise ValueError("path is empty; name the folder of images and videos.")
-        for name in ("batch_size", "max_prefetch", "chunk_size", "image_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        for name in ("seq_length", "seed", "workers", "max_frames", "cache_gigabytes"):
-            if not getattr(self, name) >= 0:  # nan is refused too
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more.")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps={self.fps} must be above 0 and finite.")
-
-
-def sequence_length(data: DataConfig, model: ElasticTokConfig) -> int:
-    """Tokens of a training sequence.
-
-    Raises:
-      ValueError: they are not a whole number of blocks.
-    """
-    length = data.seq_length or model.max_sequence_length
-    num_blocks, rest = divmod(length, model.tokens_per_block)
-    if rest:
-        raise ValueError(
-            f"seq_length={length} is not a whole number of blocks of {model.tokens_per_block} "
-            f"tokens; use {max(1, num_blocks) * model.tokens_per_block}."
-        )
-    return length
+        check_options(self)

@@ -19,9 +19,9 @@ from jaxtyping import UInt8
 
 from elastic.config import ElasticTokConfig
 from elastic.data import file_index
-from elastic.data.config import DataConfig, sequence_length
+from elastic.data.config import DataConfig
 from elastic.data.file_index import FileIndex
-from elastic.data.packing import PackingPlan
+from elastic.data.packing import PackingPlan, sequence_length
 from elastic.data.reader import DecodeSpec, HostBatch, SequenceReader
 from elastic.data.workers import BatchIterator
 from elastic.io.atomic import atomic_open

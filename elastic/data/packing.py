@@ -18,12 +18,31 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from elastic.config import ElasticTokConfig
+from elastic.data.config import DataConfig
+
 # A longer file counts as several of this many blocks, so that a chunk has a bounded size.
 _PART_BLOCKS = 256
 # The last sequences of a chunk are seldom full; with so many in it, that is 3 % of it at most.
 _CHUNK_SEQUENCES = 32
 # A small batch is drawn from so many places in the data, and can be decoded by as many processes.
 _LANES = 16
+
+
+def sequence_length(data: DataConfig, model_config: ElasticTokConfig) -> int:
+    """Tokens of a training sequence.
+
+    Raises:
+      ValueError: they are not a whole number of blocks.
+    """
+    length = data.seq_length or model_config.max_sequence_length
+    num_blocks, rest = divmod(length, model_config.tokens_per_block)
+    if rest:
+        raise ValueError(
+            f"seq_length={length} is not a whole number of blocks of {model_config.tokens_per_block} "
+            f"tokens; use {max(1, num_blocks) * model_config.tokens_per_block}."
+        )
+    return length
 
 
 class Piece(NamedTuple):

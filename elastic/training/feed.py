@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from elastic.config import ElasticTokConfig
-from elastic.data.config import DataConfig, sequence_length
+from elastic.data.config import DataConfig
 from elastic.data.dataset import HostBatch, TrainingData
+from elastic.data.packing import sequence_length
 from elastic.distributed.hosts import global_array, local_rows
 from elastic.distributed.sharding import fitting_spec
 

@@ -1,6 +1,5 @@
 """The optimizer of the released scripts: clipped AdamW with a warm-up and a cosine."""
 
-import dataclasses
 from typing import Any, cast
 
 import jax
@@ -8,53 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
+from elastic.training.config import OptimizerConfig
+
 _EPS = 1e-8  # of AdamW
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Flags `--optimizer.adamw_optimizer.*`, and `--optimizer.accumulate_gradient_steps`. Defaults are the released ones.
-
-    Raises:
-      ValueError: an option is out of its range.
-    """
-
-    init_lr: float = 0.0
-    lr: float = 1e-4
-    end_lr: float = 1e-4
-    lr_warmup_steps: int = 2000
-    lr_decay_steps: int = 2_000_000
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_gradient: float = 1.0  # inf clips nothing
-    weight_decay: float = 1e-4
-    bf16_momentum: bool = False
-    decay_norms: bool = False  # the released code decays norm weights and embeddings too
-    accumulate_gradient_steps: int = 1
-
-    def __post_init__(self):
-        # Written so that nan is refused too, and what is infinite in float32, as the step computes.
-        if not 0 < self.lr <= _LARGEST:
-            raise ValueError(f"lr={self.lr} must be above 0 and finite, such as 1e-4.")
-        for name in ("init_lr", "end_lr", "weight_decay"):
-            if not 0 <= getattr(self, name) <= _LARGEST:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and finite.")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more, and below 1.")
-        if not self.clip_gradient > 0:
-            raise ValueError(
-                f"clip_gradient={self.clip_gradient} must be above 0; inf clips nothing."
-            )
-        if not 0 <= self.lr_warmup_steps < self.lr_decay_steps:
-            raise ValueError(
-                f"lr_warmup_steps={self.lr_warmup_steps} must be 0 or more and below lr_decay_steps={self.lr_decay_steps}."
-            )
-        if self.accumulate_gradient_steps < 1:
-            raise ValueError(
-                f"accumulate_gradient_steps={self.accumulate_gradient_steps} must be 1 or more."
-            )
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:

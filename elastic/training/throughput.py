@@ -10,8 +10,8 @@ import numpy as np
 
 from elastic import metrics
 from elastic.config import ElasticTokConfig
-from elastic.data.config import sequence_length
 from elastic.data.dataset import TrainingData
+from elastic.data.packing import sequence_length
 from elastic.model import flops
 from elastic.training.config import TrainConfig
 

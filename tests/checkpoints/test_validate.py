@@ -11,7 +11,8 @@ from elastic.checkpoints import load_params, load_train_state, save_train_state
 from elastic.checkpoints.params import CheckpointError
 from elastic.io import msgpack_stream
 from elastic.io.tree import flatten, unflatten
-from elastic.training.optimizer import OptimizerConfig, make_optimizer
+from elastic.training.config import OptimizerConfig
+from elastic.training.optimizer import make_optimizer
 from elastic.training.state import state_tree
 from elastic.training.step import new_state
 

@@ -9,7 +9,7 @@ import pytest
 from elastic.cli import app
 from elastic.cli.flags_train import TRAIN
 from elastic.cli.train_config import model_of, run_of
-from elastic.training.optimizer import OptimizerConfig
+from elastic.training.config import OptimizerConfig
 
 ADAMW = "--optimizer.adamw_optimizer"
 VISION = "--train_dataset.vision_dataset"

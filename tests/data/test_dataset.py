@@ -14,8 +14,9 @@ from level_clips import damaged_clip, make_folder, write_clip
 from elastic import media
 from elastic.config import ElasticTokConfig
 from elastic.data import file_index
-from elastic.data.config import DataConfig, sequence_length
+from elastic.data.config import DataConfig
 from elastic.data.dataset import DataPosition, TrainingData, load_index
+from elastic.data.packing import sequence_length
 from elastic.media import reader
 from elastic.patches import pad_block, unpatchify
 

@@ -11,7 +11,8 @@ from elastic.config import load_config
 from elastic.distributed import sharding
 from elastic.distributed.mesh import AXES, make_mesh, parse_mesh_dim
 from elastic.model import param_shapes
-from elastic.training.optimizer import OptimizerConfig, make_optimizer
+from elastic.training.config import OptimizerConfig
+from elastic.training.optimizer import make_optimizer
 
 
 @pytest.mark.parametrize(

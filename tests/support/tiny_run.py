@@ -9,8 +9,7 @@ import numpy as np
 from elastic.config import ElasticTokConfig
 from elastic.data.config import DataConfig
 from elastic.media import reader
-from elastic.training.config import LogConfig, SaveConfig, TrainConfig
-from elastic.training.optimizer import OptimizerConfig
+from elastic.training.config import LogConfig, OptimizerConfig, SaveConfig, TrainConfig
 from elastic.training.throughput import CLOCK
 
 MODELS = {

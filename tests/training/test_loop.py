@@ -29,10 +29,9 @@ from elastic.tokenizer import ElasticTokenizer
 from elastic.training import loop as training
 from elastic.training import state as train_state
 from elastic.training.checkpoints import Checkpoints
-from elastic.training.config import EvalConfig
+from elastic.training.config import EvalConfig, OptimizerConfig
 from elastic.training.feed import DeviceBatches
 from elastic.training.loop import train
-from elastic.training.optimizer import OptimizerConfig
 from elastic.training.throughput import StepRecorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only

@@ -14,8 +14,9 @@ from elastic.checkpoints import load_train_state
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
 from elastic.model import ElasticTok
+from elastic.training.config import OptimizerConfig
 from elastic.training.loss import training_loss
-from elastic.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from elastic.training.optimizer import learning_rate, make_optimizer
 from elastic.training.state import restore_state, state_tree
 from elastic.training.step import new_state, train_step
 
