@@ -18,7 +18,7 @@ from tqdm import tqdm
 from elastic import media
 from elastic.io.atomic import atomic_open
 from elastic.media import MediaError
-from elastic.media.source import Place, is_url
+from elastic.media.files import Place, is_url
 
 log = logging.getLogger(__name__)
 

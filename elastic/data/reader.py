@@ -19,8 +19,7 @@ from PIL import Image
 from elastic import media
 from elastic.data.frame_cache import FrameCache
 from elastic.data.packing import PackingPlan, Piece
-from elastic.media import reader
-from elastic.media.source import Place
+from elastic.media.files import Place
 from elastic.patches import pad_block, patchify
 
 # Videos are held this much larger than a crop, images twice as large: room to move in.
@@ -111,7 +110,7 @@ class _Recent(Generic[_Key, _Value]):
             self._total -= self._size(self._held.popitem(last=False)[1])
 
 
-class Stopped(Exception):
+class DecodeCancelled(Exception):
     """Decoding was told to stop."""
 
 
@@ -119,7 +118,7 @@ class SequenceReader:
     """Decodes sequences. May be used by several threads; a copy in another process starts empty.
 
     Attributes:
-      stopped: asked after every frame; True ends the decoding with `Stopped`.
+      stopped: asked after every frame; True ends the decoding with `DecodeCancelled`.
     """
 
     def __init__(self, pictures: DecodeSpec, plan: PackingPlan, *, whole_spans: bool = True):
@@ -277,15 +276,15 @@ class SequenceReader:
                     self._open.put(file, clip)
             frames = np.empty((stop - start, clip.resolution, clip.resolution, 3), np.uint8)
             if clip.num_frames < stop:
-                raise reader.MediaError(
+                raise media.MediaError(
                     f"{str(place)!r} has fewer frames than when it was measured; start anew."
                 )
             for frame in clip.frames(start, stop):
                 frames[found] = frame
                 found += 1
                 if self.stopped():
-                    raise Stopped
-        except (reader.MediaError, OSError) as error:
+                    raise DecodeCancelled
+        except (media.MediaError, OSError) as error:
             return _Span(frames[:found].copy(), str(error))
         return _Span(frames, "")
 

@@ -44,7 +44,7 @@ class WorkerSource:
         batches: range,
         stop: str = "",
     ):
-        """`rows`: which rows of the batches; `batches`: their numbers; `stop`: see `_StopSign`."""
+        """`rows`: which rows of the batches; `batches`: their numbers; `stop`: see `_CancelFlag`."""
         self._reader, self._batch_size = reader, batch_size
         self._rows, self._batches = tuple(rows), batches
         self._stop = stop
@@ -55,7 +55,7 @@ class WorkerSource:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         if self._stop and not self._watched:
-            self._reader.stopped, self._watched = _StopSign.watch(self._stop), True
+            self._reader.stopped, self._watched = _CancelFlag.watch(self._stop), True
         start = self._batches[i] * self._batch_size
         read = [self._reader.read(start + row, self._batch_size) for row in self._rows]
         parts = map(np.concatenate, zip(*read, strict=True))
@@ -64,7 +64,7 @@ class WorkerSource:
         return HostBatch(*parts)._asdict() | {"bad": bad}
 
 
-class _StopSign:
+class _CancelFlag:
     """A byte that parent and workers share: a long decoding is not waited for when it is set.
 
     (Grain's own sign is looked at between two elements only.)
@@ -126,7 +126,7 @@ class BatchIterator(Iterator[HostBatch]):
         groups, turns = _share(len(rows), max(1, workers), batch_size)
         ahead = -(-min(ahead, max(1, len(numbers))) // turns)
         through_pipes = False
-        self._stop = _StopSign() if workers else None
+        self._stop = _CancelFlag() if workers else None
         if workers:
             row_bytes = sum(x.nbytes for x in reader.empty_row())
             ahead, through_pipes = _fit(ahead, turns * len(rows) * row_bytes)

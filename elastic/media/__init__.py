@@ -1,7 +1,9 @@
 """Files to frames and back."""
 
-from elastic.media.reader import ClipReader, find_media, fit_frame, is_media, open_clip, probe
-from elastic.media.source import MediaError, MediaInfo
+from elastic.media.errors import MediaError
+from elastic.media.folders import find_media, is_media
+from elastic.media.reader import ClipReader, fit_frame, open_clip, probe
+from elastic.media.source import MediaInfo
 from elastic.media.writer import VideoWriter, write_image, write_video
 
 __all__ = [

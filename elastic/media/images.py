@@ -15,20 +15,11 @@ import zlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from elastic.media.source import (
-    Frames,
-    MediaError,
-    MediaInfo,
-    MediaSource,
-    Place,
-    check_size,
-    damaged,
-    is_url,
-    open_file,
-    reason,
-    timed_source,
-    to_rgb,
-)
+from elastic.media.color import to_rgb
+from elastic.media.errors import MediaError, check_size, damaged, reason
+from elastic.media.files import Place, is_url, open_file
+from elastic.media.source import Frames, MediaInfo, MediaSource
+from elastic.media.timing import timed_source
 from elastic.media.video import video_source
 
 log = logging.getLogger(__name__)

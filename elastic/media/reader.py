@@ -12,51 +12,20 @@ that the decoder shows are used. The log tells both, and a file that ends before
 frame in the middle that cannot be decoded, or one missing that an index lists, is an error.
 """
 
-import logging
 import math
 import os
-import pathlib
 import weakref
 from collections.abc import Generator, Iterator
 from typing import Self
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from elastic.media.images import open_source
-from elastic.media.source import MediaError, MediaInfo, MediaSource
-from elastic.media.writer import VideoWriter, write_image, write_video
+from elastic.media.source import MediaInfo, MediaSource
+from elastic.media.timing import choose_frames
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "ClipReader",
-    "MediaError",
-    "MediaInfo",
-    "VideoWriter",
-    "find_media",
-    "fit_frame",
-    "frame_indices",
-    "is_media",
-    "open_clip",
-    "probe",
-    "write_image",
-    "write_video",
-]
-
-log = logging.getLogger(__name__)
-
-# fmt: off
-IMAGE_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pnm", ".jp2", ".avif", ".qoi",
-))
-VIDEO_SUFFIXES = frozenset((
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts",
-    ".flv", ".wmv", ".3gp", ".ogv", ".mxf", ".gif", ".apng",
-))
-# fmt: on
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
 _EXTREME_ASPECT = 4
 
@@ -102,22 +71,8 @@ def open_clip(
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
     source = open_source(path)
-    delivered_rate, picks = _choose_frames(source, rate, tell_rate=tell_rate)
+    delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
     return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
-
-
-def frame_indices(
-    num_frames: int, source_rate: float | int, rate: float | int
-) -> Int[np.ndarray, "picked"]:
-    """The released rule for a fixed rate: which frames of an evenly spaced video to take.
-
-    `int(num_frames * rate / source_rate)` positions spread evenly from the first frame to the
-    last and rounded down; at least one. (Above the source's rate it repeats frames, but `open_clip`
-    never asks for that.)
-    """
-    # The tiny addition keeps a whole number whole when the division falls just short of it.
-    picked = max(1, int(num_frames * rate / source_rate + 1e-9))
-    return np.linspace(0, num_frames - 1, picked).astype(np.int64)
 
 
 def fit_frame(
@@ -253,77 +208,3 @@ class ClipReader:
                     block, filled = None, 0
         finally:
             frames.close()
-
-
-def is_media(path: str | os.PathLike[str]) -> bool:
-    """Whether the name ends like an image or a video, in any case. Opening decides by content."""
-    return pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
-
-
-def find_media(
-    folder: str | os.PathLike[str], *, without: str | os.PathLike[str] | None = None
-) -> list[pathlib.Path]:
-    """All files below `folder` that `is_media` knows, sorted; links are followed, each folder once.
-
-    Left out are names that start with a dot (unfinished or system files), and what lies in the folder
-    `without`, such as results.
-
-    Raises:
-      MediaError: `folder` is not a folder that can be read.
-    """
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise MediaError(
-            f"{str(folder)!r} is not a folder; give the folder that holds the media files."
-        )
-    found, seen = [], set()
-
-    def unreadable(error: OSError) -> None:
-        log.warning("Leaving out a folder: %s", error)
-
-    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen:  # reached again through a link
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            pathlib.Path(root, name)
-            for name in files
-            if not name.startswith(".") and is_media(name)
-        ]
-    if without is not None:
-        apart = pathlib.Path(without).resolve()
-        found = [file for file in found if apart not in file.resolve().parents]
-    return sorted(found)
-
-
-def _choose_frames(
-    source: MediaSource, rate: float | int | None, *, tell_rate: bool
-) -> tuple[float, np.ndarray]:
-    """The rate to deliver, and the position in the source of each delivered frame."""
-    info = source.info
-    everything = np.arange(info.num_frames)
-    if info.kind == "image" or rate is None:
-        return info.rate, everything
-    # A screen recording pauses and bursts: its mean rate says nothing about what it can give.
-    limit = (
-        info.rate
-        if source.times is None
-        else max(info.rate, 1 / float(np.median(np.diff(source.times))))
-    )
-    if rate > limit:
-        level = (
-            logging.WARNING if tell_rate and rate > 1.01 * limit else logging.DEBUG
-        )  # 23.976 for 24 is no news
-        message = "%s has %.6g frames/s, fewer than the %.6g asked for; it is read at its own rate."
-        log.log(level, message, info.path, limit, rate)
-        rate = limit
-    if source.times is not None:
-        steps = np.arange(max(1, int(source.duration * rate + 1e-9)))
-        shown = np.searchsorted(source.times, steps / rate + 1e-6, side="right") - 1
-        return float(rate), shown
-    if rate == info.rate:
-        return float(rate), everything
-    return float(rate), frame_indices(info.num_frames, info.rate, rate)

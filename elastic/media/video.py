@@ -17,20 +17,11 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
-from elastic.media.source import (
-    Frames,
-    MediaError,
-    MediaSource,
-    Place,
-    check_size,
-    damaged,
-    nominal_rate,
-    open_file,
-    reason,
-    timed_source,
-    to_rgb,
-    warn_once,
-)
+from elastic.media.color import to_rgb
+from elastic.media.errors import MediaError, check_size, damaged, reason, warn_once
+from elastic.media.files import Place, open_file
+from elastic.media.source import Frames, MediaSource
+from elastic.media.timing import nominal_rate, timed_source
 
 log = logging.getLogger(__name__)
 

@@ -1,34 +1,40 @@
-"""Frames -> files: pictures through Pillow, video through the ffmpeg that imageio-ffmpeg brings.
+"""Writes frames to files: pictures through Pillow, H.264 video through PyAV.
 
-A file appears under its name only when it is complete: it is written beside, synced and renamed.
-`elastic.media` re-exports everything here.
+A file appears under its name only when it is complete: it is written beside that name, synced and renamed.
 """
 
 import contextlib
 import os
 import pathlib
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from typing import IO, NamedTuple, Self, cast
+from typing import NamedTuple, Self
 
+import av
+import av.container
+import av.error
 import numpy as np
+from av.video.frame import PictureType
+from av.video.reformatter import Interpolation
 from jaxtyping import UInt8
 from PIL import Image
 
-from elastic.media.source import MediaError
+from elastic.media.errors import MediaError
 
 WRITABLE_VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv"})
+_SCALING = (
+    Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+)  # RGB -> YUV with halved colour planes
+_ERRORS = (av.error.FFmpegError, OSError)  # PyAV has errors of both kinds
 
 
 class _Encoder(NamedTuple):
-    """A running ffmpeg."""
+    """An open file and the stream that is encoded into it."""
 
-    process: subprocess.Popen[bytes]
-    input: IO[bytes]
-    messages: IO[bytes]
+    container: av.container.OutputContainer
+    stream: av.VideoStream
     scratch: pathlib.Path
     shape: tuple[int, ...]  # of every frame
 
@@ -36,19 +42,19 @@ class _Encoder(NamedTuple):
 class VideoWriter:
     """Writes H.264 video frame by frame; `path` appears when the `with` block ends without error.
 
+    The first frame sets the size. H.264 with halved colour planes needs even sizes, so an odd size gets
+    one more row or column that repeats the edge; nothing is cropped.
+
     Args:
       path: .mp4, .m4v, .mov or .mkv; its folder is made when missing.
       rate: frames per second.
       crf: x264's constant rate factor, 0 (lossless) to 51; 18 is visually transparent.
-        None leaves the quality to `output_options`.
-      output_options: further options of ffmpeg for the output, such as ("-threads", "1").
-
-    The first frame sets the size. H.264 with halved colour wants even sizes, so an odd size gets
-    one more row or column that repeats the edge; nothing is cropped.
+        None leaves the quality to `codec_options`.
+      codec_options: further options of ffmpeg's libx264 encoder, such as {"preset": "slow"}.
 
     Raises:
-      MediaError: no frame came, a frame has another size, ffmpeg is missing or failed, or the place
-        cannot be written to. Nothing is left behind then.
+      MediaError: no frame came, a frame has another size, the encoder refused an option or failed, or the
+        place cannot be written to. Nothing is left behind then.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class VideoWriter:
         rate: float | int | Fraction,
         *,
         crf: int | None = 18,
-        output_options: tuple[str, ...] = (),
+        codec_options: Mapping[str, str] | None = None,
     ):
         self.path = pathlib.Path(path)
         if self.path.suffix.lower() not in WRITABLE_VIDEO_SUFFIXES:
@@ -71,15 +77,16 @@ class VideoWriter:
             )
         # 29.97 and its kin are ratios over 1001; anything else is near enough to one.
         self._rate = Fraction(rate).limit_denominator(1001) or Fraction(rate)
-        quality = () if crf is None else ("-crf", str(crf))
-        self._options = (*quality, *output_options)
+        self._options = {} if crf is None else {"crf": str(crf)}
+        self._options |= codec_options or {}
         self._encoder: _Encoder | None = None  # started by the first frame
+        self._num_frames = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def write(self, frame: UInt8[np.ndarray, "rows columns 3"]) -> None:
-        """Appends one frame."""
+    def write(self, frame: UInt8[np.ndarray, "rows columns 3"], *, keyframe: bool = False) -> None:
+        """Appends one frame; `keyframe`: it can be decoded without the frames before it."""
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or frame.size == 0:
             raise MediaError(
                 f"A frame of {str(self.path)!r} must be uint8 [rows, columns, 3], "
@@ -94,10 +101,14 @@ class VideoWriter:
             )
         rows, columns = frame.shape[:2]
         padded = np.pad(frame, ((0, rows % 2), (0, columns % 2), (0, 0)), mode="edge")
-        try:
-            self._encoder.input.write(np.ascontiguousarray(padded).data)
-        except OSError:  # ffmpeg has ended early; its own words say why
-            raise self._failure(self._encoder) from None
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
+        picture = rgb.reformat(format="yuv420p", interpolation=_SCALING)
+        picture.pts, picture.time_base = self._num_frames, 1 / self._rate
+        if keyframe:
+            picture.pict_type = PictureType.I
+        self._num_frames += 1
+        with _one_error(self.path):
+            self._encoder.container.mux(self._encoder.stream.encode(picture))
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -107,37 +118,32 @@ class VideoWriter:
             self._discard()
 
     def _start(self, shape: tuple[int, ...]) -> _Encoder:
-        import imageio_ffmpeg
-
-        try:
-            ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-        except RuntimeError as error:
-            raise MediaError(
-                f"Cannot write {str(self.path)!r}: no ffmpeg ({error}). pip install imageio-ffmpeg."
-            ) from error
-        rows, columns = (size + size % 2 for size in shape[:2])
         scratch = _scratch_path(self.path)
-        # A file, as a pipe that nobody empties would block ffmpeg; `_discard` closes it.
-        messages = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [ffmpeg, "-hide_banner", "-loglevel", "error", "-y", "-f", "rawvideo"]
-        command += [
-            "-pix_fmt",
-            "rgb24",
-            "-s",
-            f"{columns}x{rows}",
-            "-r",
-            str(self._rate),
-            "-i",
-            "-",
-        ]
-        command += ["-an", "-c:v", "libx264", "-pix_fmt", "yuv420p", *self._options]
+        # The index stands in front, where players that load a file over a network want it.
+        muxing = {"fflags": "+bitexact"}
         if self.path.suffix.lower() != ".mkv":
-            command += ["-movflags", "+faststart"]
-        command += [f"file:{scratch}"]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=messages
-        )
-        return _Encoder(process, cast(IO[bytes], process.stdin), messages, scratch, shape)
+            muxing["movflags"] = "+faststart"
+        container = None
+        try:
+            with _one_error(self.path):
+                container = av.open(f"file:{scratch}", "w", container_options=muxing)
+                stream = container.add_stream("libx264", self._rate, options=dict(self._options))
+                stream.height, stream.width = (size + size % 2 for size in shape[:2])
+                stream.pix_fmt = "yuv420p"
+                stream.thread_type = "AUTO"  # slices, the default, make larger files
+                container.start_encoding()
+            unknown = sorted(stream.codec_context.options)
+            if unknown:
+                raise MediaError(
+                    f"Cannot write {str(self.path)!r}: the encoder libx264 has no option "
+                    f"{unknown[0]!r}; leave it out."
+                )
+        except MediaError:
+            if container is not None:
+                _close(container)
+            scratch.unlink(missing_ok=True)
+            raise
+        return _Encoder(container, stream, scratch, shape)
 
     def _finish(self) -> None:
         encoder = self._encoder
@@ -145,35 +151,24 @@ class VideoWriter:
             raise MediaError(
                 f"No frames to write to {str(self.path)!r}; a video needs at least one."
             )
-        try:
-            encoder.input.close()
-        except OSError:
-            raise self._failure(encoder) from None
-        if encoder.process.wait() != 0:
-            raise self._failure(encoder)
+        with _one_error(self.path):
+            encoder.container.mux(
+                encoder.stream.encode(None)
+            )  # the frames that the encoder holds back
+            encoder.container.close()
         _publish(encoder.scratch, self.path)
 
-    def _failure(self, encoder: _Encoder) -> MediaError:
-        code = encoder.process.wait()
-        encoder.messages.seek(0)
-        words = encoder.messages.read().decode(errors="replace").strip().splitlines()
-        return MediaError(
-            f"Cannot write {str(self.path)!r}: ffmpeg ended with status {code} "
-            f"({words[-1] if words else 'no message'}). "
-            "Check the free space and the folder's rights."
-        )
-
     def _discard(self) -> None:
-        """Ends ffmpeg and removes what is not published; harmless after success."""
-        if self._encoder is None:
-            return
-        if self._encoder.process.poll() is None:
-            self._encoder.process.kill()
-            self._encoder.process.wait()
-        with contextlib.suppress(OSError):  # bytes that the dead process no longer takes
-            self._encoder.input.close()
-        self._encoder.messages.close()
-        self._encoder.scratch.unlink(missing_ok=True)
+        """Ends the encoder and removes what is not published; harmless after success."""
+        if self._encoder is not None:
+            _close(self._encoder.container)
+            self._encoder.scratch.unlink(missing_ok=True)
+
+
+def _close(container: av.container.OutputContainer) -> None:
+    """Closes a file that is thrown away; what cannot be written of it any more does not matter."""
+    with contextlib.suppress(*_ERRORS):
+        container.close()
 
 
 def write_video(
@@ -234,7 +229,7 @@ def _publish(scratch: pathlib.Path, path: pathlib.Path) -> None:
 def _one_error(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except _ERRORS as error:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else None
         hint = "" if free is None or free > 1 << 20 else " The disk is full."
         raise MediaError(f"Cannot write {str(path)!r}: {error.strerror or error}.{hint}") from error

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from elastic.io.atomic import locked
 from elastic.io.json_file import write_json
-from elastic.media.reader import IMAGE_SUFFIXES, MediaError
+from elastic.media import MediaError
+from elastic.media.folders import IMAGE_SUFFIXES
 from elastic.pipeline.dataset_plan import (
     LOCK,
     PLAN,

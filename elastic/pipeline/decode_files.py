@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from elastic import media
 from elastic.config import ElasticTokConfig
-from elastic.media import reader
 from elastic.media.writer import WRITABLE_VIDEO_SUFFIXES
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenFileError, TokenizedClip, read_token_stream
@@ -103,10 +103,10 @@ def decode_to_file(
     if first is None:
         raise ValueError(f"{tokens} has no block yet; decode it later, or wait with --follow.")
     if tokens.is_image:
-        reader.write_image(path, first[0])
+        media.write_image(path, first[0])
         return
     with (
-        reader.VideoWriter(path, tokens.rate) as video,
+        media.VideoWriter(path, tokens.rate) as video,
         tqdm(total=total, desc=path.name, unit="block", disable=not progress) as bar,
     ):
         for block in _chain(first, blocks):
@@ -121,7 +121,7 @@ def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip | TokenPar
     video = suffix in WRITABLE_VIDEO_SUFFIXES
     if video == tokens.is_image:
         what, way = ("a picture", ".png") if tokens.is_image else ("a video", ".mp4")
-        raise reader.MediaError(
+        raise media.MediaError(
             f"The tokens are of {what}; {str(path)!r} does not end like one, use {way}."
         )
 

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from elastic import report
+from elastic import media, report
 from elastic.config import ElasticTokConfig
 from elastic.io import json_file
 from elastic.io.atomic import locked, take_places
-from elastic.media import reader
 from elastic.metrics import psnr_of_mse
 from elastic.tokenizer import BlockResult, ElasticTokenizer
 from elastic.tokenizer.resume import remove_resume_log
@@ -264,7 +263,7 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
             loss=block.loss,
             met=block.met_threshold,
         )
-        reader.write_image(work / PICTURE, picture)
+        media.write_image(work / PICTURE, picture)
         return
     drawn = report.strip_frames(
         originals,
@@ -279,4 +278,4 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
     bar = tqdm(
         drawn, total=tokens.num_frames, desc=VIDEO, unit="frame", leave=False, disable=not progress
     )
-    reader.write_video(work / VIDEO, bar, tokens.rate)
+    media.write_video(work / VIDEO, bar, tokens.rate)

@@ -9,7 +9,6 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic import media
-from elastic.media import reader
 from elastic.pipeline.result_folder import FinishedFile, ResultFolder
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokenizer.session import EncodeSession
@@ -31,12 +30,12 @@ def find_inputs(
     """
     path = Path(path)
     if not path.exists():
-        raise reader.MediaError(f"There is no file {str(path)!r}; check --input_path.")
+        raise media.MediaError(f"There is no file {str(path)!r}; check --input_path.")
     if not path.is_dir():
         return {path: ""}
     files = media.find_media(path, without=output_folder)
     if not files:
-        raise reader.MediaError(f"There is no image or video in {str(path)!r} or its folders.")
+        raise media.MediaError(f"There is no image or video in {str(path)!r} or its folders.")
     names = [file.relative_to(path) for file in files]
     stems = [str(name.with_suffix("")) for name in names]
     return {
@@ -129,7 +128,7 @@ def tokenize_files(
             log.info("%s (%d of %d)", file, number + 1, len(inputs))
         try:
             run = tokenize_file(tokenizer, file, folder / name, progress=progress, **options)
-        except reader.MediaError as error:
+        except media.MediaError as error:
             if len(inputs) == 1:
                 raise
             log.warning("Left out: %s", error)
@@ -168,7 +167,7 @@ def _side_by_side(
             job = ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
             try:
                 encoding = job.begin(tokenizer, options, alone=False)
-            except reader.MediaError as error:
+            except media.MediaError as error:
                 leave_out(job, error)
                 continue
             jobs[encoding] = job
@@ -177,7 +176,7 @@ def _side_by_side(
     try:
         with bar:
             for encoding, block in tokenizer.stream_many(opened(), batch=batch):
-                if isinstance(block, reader.MediaError):
+                if isinstance(block, media.MediaError):
                     leave_out(jobs.pop(encoding), block)
                 elif block is not None:
                     jobs[encoding].add(block)

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from elastic.checkpoints.fingerprint import fingerprint
 from elastic.io.tree import flatten
-from elastic.media.reader import MediaError
+from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.search import CurvePrior, Search, make_search
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json

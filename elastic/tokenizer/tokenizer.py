@@ -17,7 +17,7 @@ from elastic import checkpoints
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
-from elastic.media.reader import MediaError
+from elastic.media import MediaError
 from elastic.metrics import Metric, make_metric
 from elastic.ops import bf16_bits
 from elastic.patches import unpatchify

@@ -11,7 +11,6 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.hosts import is_first_host, wait_for_hosts
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import evaluate as evaluation
-from elastic.media import reader
 from elastic.tokenizer import ElasticTokenizer
 from elastic.training.config import TrainConfig
 from elastic.training.state import to_host, used_params
@@ -30,7 +29,7 @@ def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
         try:
             media.probe(file)
             good.append(file)
-        except reader.MediaError as error:
+        except media.MediaError as error:
             if is_first_host():
                 log.warning("Not evaluated on: %s", error)
     if not good:
@@ -83,7 +82,7 @@ class Evaluator:
             for name, picture in pictures.items():
                 place = self._folder / f"{step:08d}" / f"{name.replace('/', '_')}.png"
                 place.parent.mkdir(parents=True, exist_ok=True)
-                reader.write_image(place, picture)
+                media.write_image(place, picture)
             numbers = "  ".join(
                 f"{name.removeprefix('eval/')} {value:.4g}" for name, value in scalars.items()
             )

@@ -19,13 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from elastic.media.reader import VideoWriter
+from elastic.media import VideoWriter
 
 SIZE, RATE = 256, 24
 # Constant quantizers, the first frame of a shot finer than the rest. One thread and no dates: the
 # same bytes every time.
 X264 = "ipratio=2:subme=9:trellis=2:aq-mode=0:psy=0:mbtree=0:scenecut=0:keyint=1000:bframes=0:threads=1"
-BIT_EXACT = ("-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1")
 
 
 def noise(rows: int, columns: int, cell: float, seed: int) -> np.ndarray:
@@ -293,7 +292,6 @@ def main() -> None:
         last = first + num_frames - 1
         shots.append({"name": name, "first_frame": first, "last_frame": last, "motion": motion})
         first = last + 1
-    starts = ",".join(str(shot["first_frame"] / RATE) for shot in shots)
     # After the first frame of a still shot nothing is worth a bit at so coarse a quantizer: the frames
     # are skipped, not refined, and stay identical.
     still = "/".join(
@@ -301,15 +299,15 @@ def main() -> None:
         for shot in shots
         if shot["motion"] == "still"
     )
-    encoding = ("-preset", "slow", "-qp", str(options.quantizer))
-    encoding += ("-x264-params", f"{X264}:zones={still}", "-force_key_frames", starts, *BIT_EXACT)
-    with VideoWriter(options.output, RATE, crf=None, output_options=encoding) as writer:
+    encoding = {"preset": "slow", "qp": str(options.quantizer), "flags": "+bitexact"}
+    encoding |= {"x264-params": f"{X264}:zones={still}"}
+    with VideoWriter(options.output, RATE, crf=None, codec_options=encoding) as writer:
         for _, num_frames, motion, render in SHOTS:
             picture = to_uint8(render(0))
             for frame in range(num_frames):
                 if frame and motion != "still":
                     picture = to_uint8(render(frame))
-                writer.write(picture)
+                writer.write(picture, keyframe=frame == 0)
     facts = {"frames": first, "rate": RATE, "size": SIZE, "shots": shots}
     options.output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"{options.output}: {first} frames, {options.output.stat().st_size:,} bytes")

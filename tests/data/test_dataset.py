@@ -17,7 +17,6 @@ from elastic.data import file_index
 from elastic.data.config import DataConfig
 from elastic.data.dataset import DataPosition, TrainingData, load_index
 from elastic.data.packing import sequence_length
-from elastic.media import reader
 from elastic.patches import pad_block, unpatchify
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -144,7 +143,7 @@ def test_kept_frames_change_nothing_and_spare_decoding(clips, tmp_path, monkeypa
 
     names = sorted(pathlib.Path(file.name).name for file in plain.index.files)
     monkeypatch.setattr(
-        reader, "open_clip", lambda *a, **k: opened.append(a[0]) or open_clip(*a, **k)
+        media, "open_clip", lambda *a, **k: opened.append(a[0]) or open_clip(*a, **k)
     )
     assert decoded_by_a_new_reader() == names
     assert decoded_by_a_new_reader() == []
@@ -176,7 +175,7 @@ def test_max_frames_uses_the_first_ones(clips):
 def test_crops_are_drawn_anew_in_each_epoch_and_hold_for_a_piece(tmp_path):
     columns = np.linspace(0, 255, 64).astype(np.uint8)
     ramp = np.broadcast_to(columns[None, :, None], (64, 64, 3))
-    reader.write_video(tmp_path / "a.mp4", [ramp] * 6, 24)
+    media.write_video(tmp_path / "a.mp4", [ramp] * 6, 24)
     still, drawn = open_data(tmp_path), open_data(tmp_path, random_crop=True)
     assert (still.sequence(0).patches == still.sequence(1).patches).all()
     shown = [np.concatenate([frames_of(drawn.sequence(n), b) for b in range(3)]) for n in range(12)]
@@ -189,7 +188,7 @@ def test_crops_are_drawn_anew_in_each_epoch_and_hold_for_a_piece(tmp_path):
 
 def test_an_image_is_one_still_block_or_as_many_with_a_moving_crop_as_asked_for(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    reader.write_image(tmp_path / "a.png", picture)
+    media.write_image(tmp_path / "a.png", picture)
     row = open_data(tmp_path).sequence(0)
     assert row.filled.tolist() == [[True, False, False]]
     assert (frames_of(row, 0)[0] == frames_of(row, 0)[1]).all()

@@ -13,7 +13,7 @@ from elastic.config import ElasticTokConfig
 from elastic.evaluation import tables
 from elastic.evaluation.records import Block, Condition, Evaluation, EvaluationConfig, RunResult
 from elastic.evaluation.tables import RESULTS, check_folder
-from elastic.media.reader import write_image
+from elastic.media import write_image
 from elastic.model import init_params
 from scripts import evaluate
 from scripts.tools import fit_curves

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from media_cases import CLIP, ffmpeg
 
-from elastic.media import open_clip, probe
+from elastic.media import MediaError, open_clip, probe
 from elastic.media import video as media_video
-from elastic.media.reader import MediaError
 
 CUTS = {  # file -> how it is written, and where it is cut: at a second, or at a share of its bytes
     "mpeg2.ts": ("-c:v mpeg2video -g 12 -bf 2", "0.7"),

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import tracemalloc
 
 import av
@@ -12,8 +13,18 @@ import pytest
 from media_cases import CLIP, ffmpeg, gray_frames, psnr, read_one, texture
 from PIL import Image
 
-from elastic.media import find_media, images, is_media, open_clip, probe, video
-from elastic.media.reader import MediaError, VideoWriter, write_image, write_video
+from elastic.media import (
+    MediaError,
+    VideoWriter,
+    find_media,
+    images,
+    is_media,
+    open_clip,
+    probe,
+    video,
+    write_image,
+    write_video,
+)
 
 # Bounded memory, lazy decoding
 
@@ -226,12 +237,51 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(MediaError, match="size of its first"):
         write_video(path, [*gray_frames(1), *gray_frames(1, rows=50)], 24)
     with (
-        pytest.raises(MediaError, match="ffmpeg ended with status"),
-        VideoWriter(path, 24, output_options=("-no_such_option", "1")) as writer,
+        pytest.raises(MediaError, match="no option 'no_such_option'"),
+        VideoWriter(path, 24, codec_options={"no_such_option": "1"}) as writer,
+    ):
+        writer.write(gray_frames(1)[0])
+    with (
+        pytest.raises(MediaError, match="Cannot write"),
+        VideoWriter(path, 24, codec_options={"preset": "no_such_preset"}) as writer,
     ):
         writer.write(gray_frames(1)[0])
     assert os.listdir(tmp_path) == ["a.mp4"]
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("crf", [0, 30])  # the file grows as frames come, or at the end only
+def test_a_file_that_cannot_grow_is_one_sentence(tmp_path, crf):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 128, 128, 3), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # like a disk that is full
+    try:
+        with pytest.raises(MediaError, match=r"Cannot write .*a\.mp4.*File too large"):
+            write_video(tmp_path / "a.mp4", noise, 24, crf=crf)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
+
+
+def test_equal_frames_give_a_file_of_equal_bytes_with_the_index_in_front(tmp_path):
+    frames = [texture(48, 48, seed) for seed in range(12)]
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, frames, 24)
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data == (tmp_path / "b.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        coded = container.streams.video[0].codec_context
+        assert (coded.name, coded.pix_fmt) == ("h264", "yuv420p")
+
+
+def test_a_keyframe_stands_where_it_is_asked_for(tmp_path):
+    with VideoWriter(tmp_path / "a.mp4", 24) as writer:
+        for number, frame in enumerate(gray_frames(9)):
+            writer.write(frame, keyframe=number in (0, 5))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+    assert sum(packet.is_keyframe for packet in packets) == 2
 
 
 def test_a_name_that_cannot_be_written_is_refused(tmp_path):

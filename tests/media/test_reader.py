@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from media_cases import CLIP, PATCH, ffmpeg, gray_frames, numbers, psnr, read_one, texture
 from PIL import Image
 
-from elastic.media import fit_frame, images, open_clip, probe
+from elastic.media import MediaError, fit_frame, images, open_clip, probe, write_video
 from elastic.media import video as media_video
-from elastic.media.reader import MediaError, frame_indices, write_video
-from elastic.media.source import nominal_rate
+from elastic.media.timing import frame_indices, nominal_rate
 from elastic.patches import patchify
 
 

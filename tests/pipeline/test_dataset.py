@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from elastic import media
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
-from elastic.media import reader
 from elastic.pipeline import dataset
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
 from elastic.tokenizer import ElasticTokenizer
@@ -260,7 +260,7 @@ def test_inputs_are_a_folder_a_file_or_a_list(clips, tmp_path):
     found = list_inputs(listed, tmp_path / "out")
     assert found == {f"{clips}/b/clip.mp4": clips / "b/clip.mp4", "x/1.png": tmp_path / "x/1.png"}
     listed.write_text("a.png\na.png\n")
-    with pytest.raises(reader.MediaError, match=r"names 'a\.png' twice"):
+    with pytest.raises(media.MediaError, match=r"names 'a\.png' twice"):
         list_inputs(listed, tmp_path)
     odd = tmp_path / os.fsdecode(b"odd-\xff.png")
     odd.touch()
@@ -270,7 +270,7 @@ def test_inputs_are_a_folder_a_file_or_a_list(clips, tmp_path):
         name for name in names if name.startswith("b/")
     }
     os.mkfifo(tmp_path / "files.fifo.txt")
-    with pytest.raises(reader.MediaError, match="is no regular file"):
+    with pytest.raises(media.MediaError, match="is no regular file"):
         list_inputs(tmp_path / "files.fifo.txt", tmp_path)
 
 

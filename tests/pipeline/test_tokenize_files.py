@@ -16,7 +16,6 @@ from elastic import media, metrics
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
-from elastic.media import reader
 from elastic.pipeline import decode_files, result_folder
 from elastic.pipeline import tokenize_files as runs
 from elastic.tokenizer import ElasticTokenizer, resume
@@ -221,7 +220,7 @@ def test_the_files_of_a_folder_get_folders_and_a_bad_one_is_left_out(
 def test_a_clip_cut_off_leaves_nothing(tokenizers, tmp_path, golden):
     data = (golden / "media" / CLIP).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-    with pytest.raises(reader.MediaError, match=r"cut\.mp4"):
+    with pytest.raises(media.MediaError, match=r"cut\.mp4"):
         runs.tokenize_file(
             tokenizers["fsq"],
             tmp_path / "cut.mp4",

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from elastic import media
 from elastic.config import ElasticTokConfig
 from elastic.data.config import DataConfig
-from elastic.media import reader
 from elastic.training.config import LogConfig, OptimizerConfig, SaveConfig, TrainConfig
 from elastic.training.throughput import CLOCK
 
@@ -26,11 +26,11 @@ def make_clips(folder: pathlib.Path) -> pathlib.Path:
     """Clips of 40 x 40 pixels: a ramp that moves, and a dot; 8 and 7 frames, so that one block is padded."""
     ramp = np.linspace(0, 255, 40).astype(np.uint8)
     pan = [np.broadcast_to(np.roll(ramp, k)[:, None], (40, 40, 3)).copy() for k in range(8)]
-    reader.write_video(folder / "pan.mp4", pan, 24)
+    media.write_video(folder / "pan.mp4", pan, 24)
     dot = np.full((7, 40, 40, 3), 30, np.uint8)
     for k, frame in enumerate(dot):
         frame[10:20, 3 * k : 3 * k + 10] = (250, 180, 20)
-    reader.write_video(folder / "dot.mp4", list(dot), 24)
+    media.write_video(folder / "dot.mp4", list(dot), 24)
     return folder
 
 
