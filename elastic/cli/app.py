@@ -1,27 +1,29 @@
 """Flags for the scripts: parsing, `--help`, and how an error ends: in one line and exit code 1.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once. The tables of
-flags are in `elastic.cli_flags`.
+flags are in `elastic.cli.flags` and `elastic.cli.flags_train`.
 """
 
 import contextlib
 import difflib
 import logging
 import os
-import re
 import signal
 import sys
 import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
-from elastic.cli.flags import Flag, Script
+from elastic.cli.options import name_flags, words
+from elastic.cli.script import Flag, Script, Values
 from elastic.io.user_cache import keep_programs
+
+__all__ = ["Values", "check_target", "encode_options", "help_text", "log", "parse", "run", "words"]
 
 log = logging.getLogger(__name__)
 
@@ -30,40 +32,6 @@ _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
 _TERMINATED = 128 + signal.SIGTERM
 _INTERRUPTED = 128 + signal.SIGINT
-
-
-# Arguments of the package that a flag has another name for, as error messages spell them.
-_FLAG_OF = {
-    "num_tokens": "n_codes",
-    "max_fraction": "max_prop_codes",
-    "fallback_fraction": "default_prop_codes",
-    "window_blocks": "max_blocks_per_chunk",
-    "width": "search_width",
-    "rate": "fps",
-}
-
-
-class Values:
-    """The values of all flags of a script; `values["output_folder"]`."""
-
-    def __init__(self, values: dict[str, Any], given: frozenset[str]):
-        self._values, self._given = values, given
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def given(self, name: str) -> bool:
-        """Whether the flag stood on the command line."""
-        return name in self._given
-
-    def under(self, prefix: str) -> dict[str, Any]:
-        """The flags `prefix.*` by the last part of their name."""
-        prefix += "."
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self._values.items()
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-        }
 
 
 def parse(script: Script, arguments: Sequence[str]) -> Values:
@@ -98,11 +66,6 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
     for flag in script.flags:
         _refuse_unbuilt(flag, values[flag.name], given=flag.name in given)
     return Values(values, given)
-
-
-def words(text: str) -> list[str]:
-    """The parts of a list separated by commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def check_target(values: Values) -> None:
@@ -204,15 +167,7 @@ def _one_line(error: Exception) -> str | None:
 
 def _with_flags(message: str, script: Script) -> str:
     """A message of the package in the words of the command line."""
-    known = {flag.name for flag in script.flags}
-    names = {name: flag for name, flag in _FLAG_OF.items() if flag in known and name not in known}
-    return name_flags(message, names) if names else message
-
-
-def name_flags(message: str, flag_of: Mapping[str, str]) -> str:
-    """`message` with the flags of options instead of their names: keep=0 -> --checkpointer.keep=0."""
-    pattern = rf"(?<![\w.-])({'|'.join(flag_of)})="
-    return re.sub(pattern, lambda found: f"--{flag_of[found[1]]}=", message)
+    return name_flags(message, script.flag_of_option)
 
 
 def _define(flag: Flag, holder: flags.FlagValues) -> None:

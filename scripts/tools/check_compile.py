@@ -12,8 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 from elastic.aot import targets  # noqa: E402
 from elastic.cli import app  # noqa: E402
-from elastic.cli.flags import Flag, Script  # noqa: E402
 from elastic.cli.flags_train import TRAIN  # noqa: E402
+from elastic.cli.script import Flag, Script  # noqa: E402
 from elastic.io.literals import parse_dict  # noqa: E402
 
 DOES_NOT_FIT = 2

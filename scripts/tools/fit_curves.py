@@ -8,7 +8,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from elastic.cli import app
-from elastic.cli.flags import INFERENCE, Flag, Script
+from elastic.cli.flags import INFERENCE
+from elastic.cli.script import Flag, Script
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 _WIDTH = 8  # counts in one call

@@ -54,7 +54,7 @@ def described(*arguments):
         ("--eval_num_tokens=2.5", "must be whole numbers such as 256,512"),
         ("--eval_thresholds=0.1,inf", "must all be above 0 and finite"),
         ("--eval_thresholds=low", "must be numbers such as 0.1,0.05"),
-        ("--profile_steps=a,b", "must be two steps, such as 10,15"),
+        ("--profile_steps=a,b", "must be 2 whole numbers such as 10,15"),
         ("--profile_steps=3,2", "must be the first and the last step to trace"),
     ],
 )

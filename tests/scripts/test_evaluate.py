@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 
+from elastic import metrics
 from elastic.cli import app
 from elastic.evaluation.evaluate import EvaluationConfig
-from elastic.metrics import lpips_weights
 from scripts import evaluate as script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, 
     def missing(path):
         raise ValueError("there are no weights")
 
-    monkeypatch.setattr(lpips_weights, "load_lpips_weights", missing)
+    monkeypatch.setattr(metrics, "load_lpips_weights", missing)
     command = ["--input_path=a", "--output_folder=b", "--models=c"]
     config = EvaluationConfig(metrics=("psnr", "ssim", "lpips"))
     found, weights = script.with_lpips(app.parse(script.EVALUATE, command), config)
