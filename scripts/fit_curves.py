@@ -1,4 +1,4 @@
-"""Fits what the first guess of a block's token count comes from: the documented path of scripts/tools/fit_curves.py."""
+"""Fits curves.json, from which the search takes its first guess: the documented path of scripts/tools/fit_curves.py."""
 
 import pathlib
 import sys

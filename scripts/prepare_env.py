@@ -175,7 +175,7 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
             " Check the network and the free space, then run the command again."
         )
         if state == "incomplete":
-            _UNFINISHED.unlink()  # pip ended by itself and took back what it did: as good as before
+            _UNFINISHED.unlink()  # pip failed and undid its changes: the environment is as before
         return 1
     for name in (
         REQUIREMENTS if purpose == "test" else ("run",)

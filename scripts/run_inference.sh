@@ -48,7 +48,7 @@ source scripts/setup_env.sh run
 threshold=0.003 # suits the released models
 [[ "${checkpoint_path%/}" != "example/$model" ]] || threshold="$small_threshold"
 settings=()
-if [[ ! -f "$checkpoint_path/config.json" ]]; then # else the folder says how its model is built
+if [[ ! -f "$checkpoint_path/config.json" ]]; then # else config.json describes the model
     settings=(--max_blocks_per_chunk=4 --load_elastic_config='200m' --update_elastic_config="$release")
 fi
 # "params::" only before what is a file: it would keep a folder or a name from being found, and a typo from being reported.

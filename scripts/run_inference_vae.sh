@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # - the file `params` downloaded from https://huggingface.co/LargeWorldModel/ElasticTok-VAE, with or
 #   without "params::" before it, or LargeWorldModel/ElasticTok-VAE, which downloads it;
 # - a folder with a config.json, such as example/vae or the folder pretrained/ of a training run:
-#   it says how its model is built, all others are built as the released one;
+#   its config.json describes the model; a model without one is built as the released one;
 # - whatever else --load_checkpoint takes, such as "trainstate_params::OUT/streaming_train_state".
 export checkpoint_path="${checkpoint_path:-example/vae}"
 # The image or video to tokenize.

@@ -9,7 +9,7 @@ installed, it runs beside ours: on the CPU its scaled_dot_product_attention, cal
 with a mask of blocks. `--implementations` also takes others' for comparison: `jax.nn-xla` and `jax.nn-cudnn`, called once for each row
 of blocks, and, where tokamax is installed, `tokamax-mosaic_gpu` and `tokamax-triton`.
 
-Each case runs in a process of its own; with --together those of one implementation share one, which saves starts on a GPU.
+Each case runs in a process of its own; with --together the cases of one implementation share a process, which saves starts on a GPU.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
 def of_lengths(
     function: Callable[..., dict[str, Any]], lengths: list[int], values: tuple[Any, ...]
 ) -> list[dict[str, Any]]:
-    """The function's cases; of one that the machine or a library refuses, the reason."""
+    """The function's result for each length, or the reason why the machine or a library refuses it."""
     cases = []
     for length in lengths:
         try:
@@ -98,7 +98,7 @@ def of_lengths(
 
 
 def figures(seconds: float, flops: float) -> dict[str, float]:
-    """Seconds and rate."""
+    """Seconds, and GFLOP/s."""
     return {"seconds": round(seconds, 4), "gflops": round(flops / seconds / 1e9, 1)}
 
 
@@ -180,7 +180,7 @@ def blocks_of(length: int, block: int) -> list[tuple[slice, slice]]:
 def cached_attention(
     block: int, dtype: str, options: dict[str, Any], repeats: int
 ) -> dict[str, Any]:
-    """One block, on a cache for 16 blocks that holds 1, 4 or 16."""
+    """Times of one block on a cache for 16 blocks that holds 1, 4 or 16 blocks."""
     import jax
     import jax.numpy as jnp
 

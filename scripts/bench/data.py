@@ -1,10 +1,10 @@
-"""How many frames a second the data path delivers, as JSON: by size, by length of sequences, by workers.
+"""Measures how many frames a second the training data path delivers and prints JSON: by size, sequence length and workers.
 
     python3 scripts/bench/data.py FOLDER --seconds=20
 
 The first epoch decodes the folder, as far as `--seconds` goes; later ones find it in the workers'
-memory, if it fits (`--warm` reads an epoch first, and then measures). What a training step takes is
-measured by scripts/bench/train.py.
+memory, if it fits (`--warm` reads an epoch first, and then measures). scripts/bench/train.py
+measures training steps.
 """
 
 import argparse
@@ -24,13 +24,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 
 def cpu_seconds() -> float:
-    """Of this process and the workers that have ended."""
+    """CPU seconds of this process and of the workers that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def measure(args: Any, index: str, side: int, num_blocks: int, workers: int) -> dict[str, Any]:
-    """One setting. The frames of an image's block count like a video's."""
+    """Frames a second in one setting. The frames of an image's block count like those of a video."""
     from elastic.config import ElasticTokConfig
     from elastic.data.config import DataConfig
     from elastic.data.dataset import TrainingData, load_index

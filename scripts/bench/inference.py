@@ -76,7 +76,7 @@ def case_parser(
 
 
 def parse_cases(parser: argparse.ArgumentParser, cases: Collection[str]) -> argparse.Namespace:
-    """The command line; a case that there is not ends the script."""
+    """Parses the command line; an unknown case is an error."""
     arguments = parser.parse_args()
     unknown = [case for case in arguments.cases.split(",") if case not in cases]
     if unknown:
@@ -92,7 +92,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def start_jax(num_devices: int) -> Any:
-    """jax with so many CPU devices, or whatever accelerator there is; set up as the scripts do it otherwise."""
+    """Imports jax, set up as in the scripts, with this number of CPU devices or with the accelerator."""
     import jax
 
     from elastic.distributed.cpu_devices import return_after_compiling
@@ -103,7 +103,7 @@ def start_jax(num_devices: int) -> Any:
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall-clock time of a run, after one that is not counted; what it returns is waited for."""
+    """Median wall-clock time of a run, until its results are there; a first run is not counted."""
     import jax
 
     return median_of_runs(
@@ -114,7 +114,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 def median_of_runs(
     run: Callable[[], Any], wait_for: Callable[[Any], Any], repeats: int, *, queued: bool
 ) -> float:
-    """The same for any library. `queued`: what is over too soon to be timed is asked for many times in a row."""
+    """The same for any library. `queued`: short runs are started many times in a row, and timed together."""
 
     def timed(count: int) -> float:
         started = time.perf_counter()
@@ -129,7 +129,7 @@ def median_of_runs(
 
 
 def hardware(num_devices: int) -> dict[str, Any]:
-    """What this machine is, and how fast it multiplies matrices (bf16: operands in bfloat16, sums in float32).
+    """The machine, and how fast it multiplies matrices (bf16: operands in bfloat16, sums in float32).
 
     They are of 3072 x 3072 numbers, on an accelerator 8192 x 8192, drawn at random: zeros and ones can be faster.
     """

@@ -1,4 +1,4 @@
-"""Which library should read video: speed, memory and exactness of each, as JSON on standard output.
+"""Compares libraries that read video and prints JSON: speed, memory and exactness of each.
 
     python3 -m scripts.bench.readers FOLDER_OR_FILES...
 

@@ -131,7 +131,7 @@ def _names(flags: app.Values) -> list[str]:
 
 
 def layout(rows: list[dict[str, Any]]) -> str:
-    """The records as a table for the eye, in GiB (2**30 bytes) per device."""
+    """The records as a Markdown table, in GiB (2**30 bytes) per device."""
     head = "target program model tokens batch mesh attention tiles args out temp total limit fits PFLOP overlap even s"
     lines = [[str(name) for name in head.split()]]
     for row in rows:
@@ -161,7 +161,7 @@ def layout(rows: list[dict[str, Any]]) -> str:
 
 
 def table(flags: app.Values) -> int:
-    """Every case of the table that the --json file does not hold yet, one process after the other."""
+    """Compiles every case that the --json file does not hold yet, each in a process of its own; prints the table."""
     if not flags["json"]:
         raise ValueError("--table needs --json=FILE: it goes on from what stands there.")
     file = pathlib.Path(flags["json"])
@@ -184,7 +184,7 @@ def _rows(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _cases(flags: app.Values) -> list[list[str]]:
-    """The command lines of the table. Flags given besides --table stand above its own, and --target above its slices."""
+    """The command lines of the table. Flags given besides --table replace its own, and --target its slices."""
     given = {name: flags[name] for name in _names(flags)}
     changes = parse_dict(given.pop("update_elastic_config", "dict()"))
     slices = [given.pop("target")] if "target" in given else _SLICES

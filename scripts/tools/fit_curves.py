@@ -1,4 +1,4 @@
-"""Measures a model's curves on clips and fits what its first guess of a block's count comes from; `--help` lists the flags."""
+"""Fits curves.json, from which the search takes its first guess of a block's token count; `--help` lists the flags."""
 
 import os
 import pathlib
@@ -40,7 +40,7 @@ FIT_CURVES = Script(
 
 
 def fit_curves(flags: app.Values) -> int:
-    """Measures block after block, fits, writes."""
+    """Measures the blocks, fits the prior, writes curves.json."""
     folder = pathlib.Path(flags["load_checkpoint"])
     if not folder.is_dir():
         raise ValueError(f"--load_checkpoint={flags['load_checkpoint']} must be a model's folder.")
@@ -121,7 +121,7 @@ def fit_curves(flags: app.Values) -> int:
 
 
 def spread(blocks: list, flags: app.Values) -> list:
-    """Up to `blocks_per_clip` of them, evenly from the first to the last; a short last one is left out where others are."""
+    """Up to `blocks_per_clip` blocks at equal distances; a short last block is used only where it is the only one."""
     whole = [block for block in blocks if len(block) == len(blocks[0])]
     most = min(flags["blocks_per_clip"], len(whole))
     places = {round(i * (len(whole) - 1) / max(most - 1, 1)) for i in range(most)}

@@ -118,14 +118,14 @@ BALLS = [
 
 
 def bounce(start: float, speed: float, frame: int, radius: float) -> float:
-    """Where a ball is that runs between two walls."""
-    room = SIZE - 2 * radius - 8
-    way = (start - radius - 4 + speed * frame) % (2 * room)
-    return radius + 4 + min(way, 2 * room - way)
+    """The place of a ball that runs between two walls."""
+    span = SIZE - 2 * radius - 8
+    way = (start - radius - 4 + speed * frame) % (2 * span)
+    return radius + 4 + min(way, 2 * span - way)
 
 
 def balls(frame: int) -> np.ndarray:
-    """Four spinning patterned balls over stones that rush cache, with soft shadows."""
+    """Four spinning patterned balls over stones that rush past, with soft shadows."""
     left = 9 * frame
     picture = pebbles(SIZE, SIZE + 9 * 36)[:, left : left + SIZE].copy()
     places = [
@@ -243,7 +243,7 @@ def text(frame: int) -> np.ndarray:
 
 
 def moonlight() -> np.ndarray:
-    """A moon over a calm sea: hardly anything to say."""
+    """A moon over a calm sea: hardly any detail."""
     y, x = grid()
     picture = mix((24, 32, 66), (120, 112, 140), y / 170)
     # A faint haze: in a bare gradient the encoder cannot tell rest from motion along it.
