@@ -1,9 +1,10 @@
-"""Every option of the model, its default and its check; presets; `dict(...)` strings.
+"""Every option of the model, its default and its check; presets.
 
-`ElasticTokConfig` keeps the field names of the released system, because they are what users type in
-`--update_elastic_config` and what `config.json` files hold. Derived numbers are properties.
+`ElasticTokConfig` keeps the field names of the released system: users type them in
+`--update_elastic_config`, and `config.json` files hold them. Derived numbers are properties.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -13,16 +14,12 @@ import os
 import pathlib
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from elastic.io.literals import parse_dict
 
-# Only transformers' configuration class is used; its notice that PyTorch is missing says nothing here.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-logging.getLogger("transformers").addFilter(
-    lambda record: "PyTorch was not found" not in record.getMessage()
-)
-from transformers import PreTrainedConfig  # noqa: E402
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +33,18 @@ REMAT_POLICIES = (
     "dots_with_no_batch_dims_saveable",
     "checkpoint_dots_with_no_batch_dims",
 )
+_MODEL_TYPE = "elastic_tok"  # what transformers calls a model of this kind
 _OLD_NAMES = {"mask_mode": "mask_type"}
-_IGNORED = {
-    "return_feats",
-    "mesh_dim",
-}  # fields of released config files that never changed a number
 
 
-class ElasticTokConfig(PreTrainedConfig):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElasticTokConfig:
     """The shape of an ElasticTok model and how it is computed.
 
     Raises:
-      ValueError: an option is unknown (with the nearest known name), has the wrong type, or
-        contradicts another one.
+      ValueError: an option is unknown (the message suggests the nearest known name), has the wrong
+        type, or contradicts another one.
     """
-
-    model_type = "elastic_tok"
 
     # The transformer.
     hidden_size: int = 1024
@@ -92,16 +85,19 @@ class ElasticTokConfig(PreTrainedConfig):
     scan_layers: bool = True
     param_scan_axis: int = 0
 
-    def __post_init__(self, **kwargs):
-        """Checks every field; unknown names raise."""
-        kwargs = {key: value for key, value in kwargs.items() if key not in _IGNORED}
-        unknown = [key for key in kwargs if key not in _KNOWN_TO_TRANSFORMERS]
-        if unknown:
-            raise ValueError("; ".join(_unknown_option(key) for key in unknown))
-        for name in option_names():
-            setattr(self, name, _typed(name, getattr(self, name)))
+    if not TYPE_CHECKING:  # editors complete the options from the fields
+
+        def __new__(cls, **options):
+            """Refuses unknown options before `__init__` does, with a suggestion."""
+            unknown = [key for key in options if key not in option_names()]
+            if unknown:
+                raise ValueError("; ".join(_unknown_option(key) for key in unknown))
+            return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in option_names():  # a frozen record is set this way
+            object.__setattr__(self, name, _typed(name, getattr(self, name)))
         self._check()
-        super().__post_init__(**kwargs)
 
     def _check(self) -> None:
         positive = (
@@ -255,16 +251,26 @@ class ElasticTokConfig(PreTrainedConfig):
             values[name] = value
         return ElasticTokConfig(**values)
 
-    def __hash__(self):
-        return hash(json.dumps(self.to_json_dict(), sort_keys=True))
+    def to_transformers(self) -> "PreTrainedConfig":
+        """The same options as a configuration of Hugging Face transformers.
 
-    def __eq__(self, other):
-        return isinstance(other, ElasticTokConfig) and self.to_json_dict() == other.to_json_dict()
+        For `push_to_hub` and `save_pretrained`; `load_config` reads the config.json that these write.
+        transformers is imported here and nowhere else, because its import takes half a second.
+        """
+        # Only its configuration class is used, so its notice that PyTorch is missing is no news.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        logging.getLogger("transformers").addFilter(
+            lambda record: "PyTorch was not found" not in record.getMessage()
+        )
+        from transformers import PreTrainedConfig
+
+        base = type("ElasticTokPreTrainedConfig", (PreTrainedConfig,), {"model_type": _MODEL_TYPE})
+        return base(**self.to_json_dict())
 
 
 def option_names() -> list[str]:
     """The names of all options, in the order of their definition."""
-    return [name for name in ElasticTokConfig.__annotations__ if name != "model_type"]
+    return [field.name for field in dataclasses.fields(ElasticTokConfig)]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -299,14 +305,6 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
-_KNOWN_TO_TRANSFORMERS = {
-    "name_or_path",
-    "torch_dtype",
-    "model_type",
-    "_name_or_path",
-    "_commit_hash",
-    "attn_implementation",
-}
 # What transformers 4 wrote into every config.json; none of it concerns this model.
 _OLD_TRANSFORMERS_FIELDS = frozenset(
     """_attn_implementation_autoset _name_or_path add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id

@@ -1,29 +1,48 @@
-"""Clip <-> patches: the layout of pixels in tokens, the block grid, padding and trimming the tail."""
+"""Clip <-> patches, and pixels <-> [-1, 1]: how blocks of frames lie in tokens.
 
-import jax
+The functions take NumPy's arrays and JAX's and give the same kind back. jax is not imported, because
+processes that decode training data use this module.
+"""
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Real, Shaped, UInt8
+
+if TYPE_CHECKING:
+    import jax
+
+    Array = TypeVar("Array", np.ndarray, jax.Array)
+else:
+    Array = Any  # jaxtyping checks shape and dtype of whatever has them
 
 _VIDEO, _PATCHES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
+_HALF_RANGE = 127.5  # of the 256 values of a pixel
 
 
 def patchify(
-    video: Shaped[np.ndarray | jax.Array, "*b frames rows columns channels"],
-    patch_size: tuple[int, int, int],
-) -> Shaped[np.ndarray | jax.Array, "*b tokens patch"]:
+    video: Shaped[Array, "*b frames rows columns channels"], patch_size: tuple[int, int, int]
+) -> Shaped[Array, "*b tokens patch"]:
     """Cuts each clip into patches, one token each; any leading dimensions."""
     pt, ph, pw = patch_size
     return rearrange(video, f"{_VIDEO} -> {_PATCHES}", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(
-    patches: Shaped[np.ndarray | jax.Array, "*b tokens patch"],
+    patches: Shaped[Array, "*b tokens patch"],
     patch_size: tuple[int, int, int],
     rows: int,
     columns: int,
-) -> Shaped[np.ndarray | jax.Array, "*b frames rows columns channels"]:
-    """The inverse of `patchify` for frames of `rows` x `columns` pixels."""
+) -> Shaped[Array, "*b frames rows columns channels"]:
+    """The inverse of `patchify`.
+
+    Args:
+      patches: one patch per token, its pixels in the order of `patchify`.
+      patch_size: frames, rows and columns of a patch.
+      rows: rows of a frame in pixels.
+      columns: columns of a frame in pixels.
+    """
     pt, ph, pw = patch_size
     return rearrange(
         patches, f"{_PATCHES} -> {_VIDEO}", pt=pt, ph=ph, pw=pw, h=rows // ph, w=columns // pw
@@ -43,11 +62,19 @@ def pad_block(
     return np.concatenate([frames, np.repeat(frames[-1:], frames_per_block - len(frames), axis=0)])
 
 
-def to_unit_range(patches: UInt8[np.ndarray | jax.Array, "*shape"]) -> Float[jax.Array, "*shape"]:
-    """uint8 pixels -> float32 in [-1, 1], as the released models were trained."""
-    return jax.numpy.asarray(patches).astype(jax.numpy.float32) / 127.5 - 1
+def to_unit_range(pixels: Real[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Pixels, 0 to 255 -> float32 in [-1, 1], as the released models were trained."""
+    return pixels.astype(np.float32) / _HALF_RANGE - 1
 
 
-def to_uint8(x: Float[np.ndarray | jax.Array, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """[-1, 1] -> uint8, rounded (the released code truncates, which darkens by half a level)."""
-    return np.clip(np.rint((np.asarray(x, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
+def to_levels(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """[-1, 1] -> the nearest pixel values, whole numbers of 0 to 255 that are still floats.
+
+    They are rounded; the released code truncates, which darkens by half a level.
+    """
+    return ((x + 1) * _HALF_RANGE).round()
+
+
+def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+    """[-1, 1] -> pixels, the inverse of `to_unit_range`; what is outside is clipped."""
+    return to_levels(x.clip(-1, 1)).astype(np.uint8)

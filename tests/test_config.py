@@ -178,6 +178,22 @@ def test_every_option_is_stored():
     assert list(config.to_json_dict()) == option_names()
 
 
+def test_transformers_reads_and_writes_the_same_options(tmp_path):
+    from transformers import PreTrainedConfig
+
+    config = load_config("small-vae")
+    theirs = config.to_transformers()
+    assert isinstance(theirs, PreTrainedConfig) and theirs.model_type == "elastic_tok"
+    theirs.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)) == config
+    assert ElasticTokConfig.from_json_dict(theirs.to_dict()) == config
+
+
+def test_a_config_cannot_be_changed_in_place():
+    with pytest.raises(AttributeError):
+        load_config("debug").min_toks = 7
+
+
 def test_every_name_of_a_remat_policy_is_one_of_jax():
     import jax
 

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from scipy.ndimage import gaussian_filter
 
 # Of SSIM (Wang et al. 2004): an 11 x 11 Gaussian window of deviation 1.5, and what keeps flat windows apart from 0 / 0.
 _RADIUS, _DEVIATION = 5, 1.5
@@ -53,6 +52,8 @@ def ssim(
 def _ssim_of_images(
     a: UInt8[np.ndarray, "rows columns c"], b: UInt8[np.ndarray, "rows columns c"]
 ) -> float:
+    from scipy.ndimage import gaussian_filter  # takes half a second, and only SSIM needs it
+
     x, y = a.astype(np.float64), b.astype(np.float64)
 
     def mean(z: Float[np.ndarray, "rows columns c"]) -> Float[np.ndarray, "r k c"]:

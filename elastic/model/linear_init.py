@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 
 from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ, make_bottleneck
+from elastic.patches import to_unit_range
 
 _CONSTANT = 16.0  # the constant channel's value
 _SIGNAL = 0.04  # energy of the other channels, as a share of the constant's
@@ -57,7 +58,7 @@ def linear_init(
             f"use {4 * config.patch_dim} or more."
         )
     params = jax.tree.map(lambda x: np.array(x, np.float32), params)
-    pixels = patches.astype(np.float32) / 127.5 - 1
+    pixels = to_unit_range(patches)
     mean = pixels.mean(axis=0)
     variance, basis = np.linalg.eigh(np.cov((pixels - mean).T))
     variance, basis = variance[::-1].clip(1e-8), basis[:, ::-1]

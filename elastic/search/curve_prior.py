@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from elastic.patches import to_unit_range
 from elastic.search.rate_curve import Curve, Point, SearchHistory
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
@@ -46,7 +47,7 @@ def features(
       patch_size: frames, rows and columns of a token.
       counts: the counts for which the decoders' errors are taken.
     """
-    video = frames.astype(np.float32) / 127.5 - 1
+    video = to_unit_range(frames)
     motion = float(np.abs(np.diff(video, axis=0)).mean()) if len(video) > 1 else 0.0
     powers = _powers(video)
     details = [a - b for a, b in zip(powers, [*powers[1:], 0.0], strict=True)]

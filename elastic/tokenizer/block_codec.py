@@ -22,7 +22,7 @@ from elastic.distributed.mesh import platform_of
 from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
 from elastic.model.bottleneck import FSQ
 from elastic.ops import bf16_bits
-from elastic.patches import to_unit_range
+from elastic.patches import to_levels, to_uint8, to_unit_range
 
 
 class CodecCache(NamedTuple):
@@ -274,7 +274,7 @@ class Codec:
         codes = token_masks.drop_tail(self._snapped(codes), kept)
         out, decoder_new = self._apply("decode", params, codes, batch, cache.decoder)
         out = jnp.clip(out, -1.0, 1.0)
-        levels = jnp.round((out + 1) * 127.5)
+        levels = to_levels(out)
 
         def mean_over_shown(error: Array) -> Array:
             total = jnp.sum(jnp.where(shown, jnp.square(error), 0.0), axis=(1, 2))
@@ -282,7 +282,7 @@ class Codec:
 
         return Trial(
             losses=mean_over_shown(out - x),
-            pixel_losses=mean_over_shown(levels / 127.5 - 1 - x),
+            pixel_losses=mean_over_shown(to_unit_range(levels) - x),
             codes=codes,
             pixels=levels.astype(jnp.uint8),
             encoder_new=encoded.new if keep else None,
@@ -340,7 +340,7 @@ class Codec:
         codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
         out, new = self._apply("decode", params, codes, batch, cache.decoder)
         decoder = self._append(cache.decoder, new, cache.num_blocks, None)
-        pixels = jnp.round((jnp.clip(out, -1.0, 1.0) + 1) * 127.5).astype(jnp.uint8)
+        pixels = to_uint8(out)
         return self._counted(cache, cache.encoder, decoder, None), pixels
 
     def _append(
