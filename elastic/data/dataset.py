@@ -1,8 +1,8 @@
-"""Files -> batches for training. Which blocks a batch holds follows from the seed and its number alone.
+"""Files -> batches for training. The seed and the number of a batch determine its blocks.
 
 So the position in the data is a number of batches. It is exact after any interruption, on another
-number of hosts and with another number of workers; what else may change is said at `DataPosition`.
-`elastic.data_plan` says in which order the blocks come, `elastic.data_read` decodes them.
+number of hosts and with another number of workers; `DataPosition` lists what else may change.
+`elastic.data.packing` determines the order of the blocks, `elastic.data.reader` decodes them.
 """
 
 import concurrent.futures
@@ -47,28 +47,32 @@ def load_index(
     path: str | os.PathLike[str] | None = None,
     without: pathlib.Path | None = None,
 ) -> FileIndex:
-    """The files of the folder as it is now, but for those in the folder `without`.
+    """The files of the data folder as it is now.
 
-    The index kept in `path` spares measuring them again.
+    Args:
+      data: names the folder, the endings and the frame rate.
+      model: the config of the model, which the length of a sequence must fit.
+      path: a file that keeps the index, so that known files are not measured again.
+      without: leave out the files in this folder.
 
     Raises:
       ValueError: there is no such folder, no usable file in it, or the options do not fit the model.
     """
-    sequence_length(data, model)  # said before a long search, not after
+    sequence_length(data, model)  # a wrong length is reported before a long search
     return file_index.load_or_build(
         data.path, fps=data.fps, ext=data.ext, path=path, without=without
     )
 
 
 class TrainingData:
-    """The sequences of a folder: an endless stream, of which any batch can be had at any time.
+    """The sequences of a folder: an endless stream with random access to its batches.
 
     Attributes:
       num_blocks: blocks of a sequence.
       num_sequences: sequences of an epoch.
-      blocks_per_epoch: blocks of an epoch, padding not counted.
-      frames_per_epoch: frames of an epoch, those that only fill up a block not counted.
-      bad_files: files that cannot be used, or not to their end, as far as is known: name -> reason.
+      blocks_per_epoch: blocks of an epoch, without padding.
+      frames_per_epoch: frames of an epoch, without those that fill up a block.
+      bad_files: name -> reason, of files known to be unusable or damaged before their end.
 
     Raises:
       ValueError: the sequence is not a whole number of blocks.
@@ -92,7 +96,7 @@ class TrainingData:
         self.blocks_per_epoch = self.plan.num_blocks
         self.frames_per_epoch = int(frames.sum())
         self.bad_files = {str(index.place(name)): bad.reason for name, bad in index.bad.items()}
-        self._pictures = DecodeSpec(
+        self._spec = DecodeSpec(
             places=[index.place(file.name) for file in index.files],
             num_frames=np.where(is_image, 0, frames),
             fps=data.fps,
@@ -107,7 +111,7 @@ class TrainingData:
             stamps=[file.stamp for file in index.files],
             blocks_per_sequence=self.num_blocks,
         )
-        self._reader = SequenceReader(self._pictures, self.plan)
+        self._reader = SequenceReader(self._spec, self.plan)
         if data.cache_path:
             size = self._reader.decoded_bytes() / 1e9
             log.info("Decoded frames are kept in %s, %.1f GB in all.", data.cache_path, size)
@@ -115,20 +119,20 @@ class TrainingData:
 
     @property
     def fill(self) -> float:
-        """The share of an epoch's places that hold a block; the rest is padding."""
+        """The share of an epoch's block positions that hold a block; the rest is padding."""
         return self.blocks_per_epoch / (self.num_sequences * self.num_blocks)
 
     @property
     def wait_seconds(self) -> float:
-        """How long `next` of all its batches has taken so far."""
+        """Seconds that the consumer has waited for batches so far."""
         return sum(batches.wait_seconds for batches in self._started)
 
     def epoch_of(self, batch: int) -> float:
-        """How many epochs have been given out before this batch."""
+        """How many epochs have been delivered before this batch."""
         return batch * self.data.batch_size / self.num_sequences
 
     def position(self, batches: int) -> "DataPosition":
-        """The position after so many batches."""
+        """The position after this number of batches."""
         return DataPosition(
             batches=batches,
             batch_size=self.data.batch_size,
@@ -145,10 +149,12 @@ class TrainingData:
         return row
 
     def batches(self, first: int, last: int, rows: Sequence[int] | None = None) -> BatchIterator:
-        """Batches `first` to `last` (not included), prepared ahead, in order. Close it to end that.
+        """Batches `first` to `last` (exclusive) in order, prepared ahead. Close the iterator to end its workers.
 
         Args:
-          rows: which rows of the global batch this host wants, in this order; None: all.
+          first: number of the first batch.
+          last: number after the last batch.
+          rows: rows of the global batch that this host takes, in this order; None: all.
         """
         rows = list(range(self.data.batch_size) if rows is None else map(int, rows))
         if not rows or not 0 <= min(rows) <= max(rows) < self.data.batch_size:
@@ -168,18 +174,18 @@ class TrainingData:
         return batches
 
     def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
-        """At least `count` patches of drawn sequences, always the same.
+        """At least `count` patches of randomly drawn sequences, the same in every call.
 
         Raises:
           ValueError: nothing can be decoded.
         """
         rng = np.random.default_rng((self.data.seed, 3))
-        # Scattered: what stands around a piece would be decoded in vain.
-        reader = SequenceReader(self._pictures, self.plan, whole_spans=False)
-        per_sequence = min(count, 160)  # many files, few patches of each
+        # The sequences are scattered: the rest of a span would be decoded in vain.
+        reader = SequenceReader(self._spec, self.plan, whole_spans=False)
+        per_sequence = min(count, 160)  # so that they come from many files
         found: list[np.ndarray] = []
         with concurrent.futures.ThreadPoolExecutor(max(1, self.data.workers)) as pool:
-            for _ in range(20):  # once, unless there are damaged files
+            for _ in range(20):  # one round is enough unless files are damaged
                 missing = -(-count // per_sequence) - len(found)
                 numbers = rng.integers(self.num_sequences, size=missing).tolist()
                 for row in pool.map(lambda n: reader.read(n, self.data.batch_size), numbers):
@@ -203,19 +209,19 @@ class TrainingData:
 class DataPosition:
     """How far a run has got in its data, and what that depends on.
 
-    What follows is exact (the same blocks in the same batches) as long as the folder holds the same
-    files and fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed and
-    the global batch size are the same. The number of hosts and devices, workers, max_prefetch and
-    cache_gigabytes and cache_path may change. `random_crop` changes what is shown of a block, not which comes when.
-    If anything else changes, training goes on at the same fraction of the epoch, with a warning.
+    A run goes on exactly (the same blocks in the same batches) if these have not changed: the files
+    of the folder, fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed
+    and the global batch size. The number of hosts and devices, workers, max_prefetch, cache_gigabytes
+    and cache_path may change. random_crop changes the pixels of a block and not the order of blocks.
+    After any other change training goes on at the same fraction of the epoch, with a warning.
 
     Attributes:
-      batches: how many have been given out.
-      batch_size: sequences of each, over all hosts.
+      batches: batches delivered so far.
+      batch_size: sequences of a batch, over all hosts.
       num_sequences: sequences of an epoch.
-      seed: what drew their order.
-      files: names the files and their lengths.
-      blocks: names what was made of them.
+      seed: seed of their order.
+      files: digest of the files and their lengths.
+      blocks: digest of the sequences made of them.
     """
 
     batches: int
@@ -226,11 +232,11 @@ class DataPosition:
     blocks: str
 
     def after(self, batches: int) -> "DataPosition":
-        """The position when so many more batches have been given out."""
+        """The position after `batches` more."""
         return dataclasses.replace(self, batches=self.batches + batches)
 
     def for_data(self, data: TrainingData) -> "DataPosition":
-        """Where to go on in `data`: here if it is the same data, else near to it, with a warning."""
+        """Where to go on in `data`: here if the data is the same, otherwise nearby, with a warning."""
         same = data.position(self.batches)
         if self == same:
             return self

@@ -1,4 +1,4 @@
-"""The files of a data folder: found, measured once, remembered; bad ones are named and left out."""
+"""The index of a data folder: its files are found, opened once, and remembered; bad files are left out and named."""
 
 import concurrent.futures
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 
 from elastic import media
+from elastic.io import json_file
 from elastic.io.atomic import atomic_open
 from elastic.media import MediaError
 from elastic.media.files import Place, is_url
@@ -23,7 +24,7 @@ from elastic.media.files import Place, is_url
 log = logging.getLogger(__name__)
 
 _FORMAT = {"format": "elastictok-index", "version": 1}
-_URL_THREADS = 16  # waiting for a bucket costs no core
+_URL_THREADS = 16  # threads that wait for a bucket use no core
 
 
 class MediaFile(NamedTuple):
@@ -31,9 +32,9 @@ class MediaFile(NamedTuple):
 
     Attributes:
       name: its path in the folder, with '/'.
-      kind: by content, not by name.
-      num_frames: how many it delivers at the index's `fps`.
-      stamp: its size and time of change; a file with another one is measured again.
+      kind: what the content is, whatever the name says.
+      num_frames: frames that it delivers at the index's `fps`.
+      stamp: its size and time of change; a file whose stamp has changed is measured again.
     """
 
     name: str
@@ -43,7 +44,7 @@ class MediaFile(NamedTuple):
 
 
 class BadFile(NamedTuple):
-    """A file that cannot be used, and why."""
+    """A file that cannot be used: the reason, and its stamp."""
 
     reason: str
     stamp: str
@@ -51,12 +52,12 @@ class BadFile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileIndex:
-    """What a folder holds.
+    """The files of a folder.
 
     Attributes:
       folder: a local folder, or a URL of one in a bucket.
-      ext: endings that were taken, such as 'mp4' or 'jpg,png'; '' takes all that can be read.
-      fps: frames per second that were counted.
+      ext: endings of the files that were taken, such as 'mp4' or 'jpg,png'; '' takes all images and videos.
+      fps: frames per second at which frames were counted.
       files: the usable ones, sorted by name.
       bad: the others, by name.
     """
@@ -77,9 +78,14 @@ class FileIndex:
         known: "FileIndex | None" = None,
         without: pathlib.Path | None = None,
     ) -> "FileIndex":
-        """Finds and measures all files but those in `without`. Those that `known` holds unchanged are not opened again.
+        """Finds and measures all files. Every bad file is named in the log once, with the reason.
 
-        Every bad file is named in the log once, with the reason.
+        Args:
+          folder: a local folder, or a URL of one in a bucket.
+          fps: frames per second at which frames are counted.
+          ext: endings to take, such as 'mp4' or 'jpg,png'; '' takes all images and videos.
+          known: an earlier index; files that have not changed since are not opened again.
+          without: leave out the files in this folder.
 
         Raises:
           ValueError: there is no such folder, or no usable file in it.
@@ -118,13 +124,13 @@ class FileIndex:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hex digits that name the usable files, their order and their lengths."""
+        """16 hex digits that identify the usable files, their order and their lengths."""
         lines = (f"{file.name}\0{file.kind}\0{file.num_frames}\n" for file in self.files)
         text = "".join([f"{self.fps!r}\n", *lines])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def place(self, name: str) -> Place:
-        """Where to open the file of this name."""
+        """The path or URL of the file of this name."""
         return _place(self.folder, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -132,7 +138,7 @@ class FileIndex:
         values = _FORMAT | {"folder": self.folder, "ext": self.ext, "fps": self.fps}
         values["files"] = [list(file) for file in self.files]
         values["bad"] = {name: list(bad) for name, bad in self.bad.items()}
-        with atomic_open(path) as file:  # a name need not be UTF-8; ASCII escapes hold any
+        with atomic_open(path) as file:  # ASCII escapes can hold names that are not UTF-8
             file.write(json.dumps(values, ensure_ascii=True).encode())
 
     @classmethod
@@ -144,9 +150,7 @@ class FileIndex:
           OSError: it cannot be read.
         """
         try:
-            values: dict[str, Any] = json.loads(pathlib.Path(path).read_bytes())
-            if {key: values[key] for key in _FORMAT} != _FORMAT:
-                raise ValueError("its format is another one")
+            values = json_file.read_marked(path, _FORMAT)
             files = tuple(MediaFile(*file) for file in values["files"])
             bad = {name: BadFile(*bad) for name, bad in values["bad"].items()}
             return cls(values["folder"], values["ext"], values["fps"], files, bad)
@@ -164,15 +168,22 @@ def load_or_build(
     path: str | os.PathLike[str] | None = None,
     without: pathlib.Path | None = None,
 ) -> FileIndex:
-    """The index of a folder as it is now, but for what lies in `without`; `path` keeps it, so that only what is new is measured.
+    """The index of a folder as it is now.
+
+    Args:
+      folder: a local folder, or a URL of one in a bucket.
+      fps: frames per second at which frames are counted.
+      ext: endings to take, such as 'mp4' or 'jpg,png'; '' takes all images and videos.
+      path: a file that keeps the index, so that only new files are measured.
+      without: leave out the files in this folder.
 
     Raises:
-      ValueError: as in `FileIndex.build`; or what lies at `path` is no index.
+      ValueError: as in `FileIndex.build`; or the file at `path` is no index.
       OSError: it cannot be read or written.
     """
     known = None
     if path is not None and os.path.exists(path):
-        known = FileIndex.load(path)  # what is no index is not ours to replace
+        known = FileIndex.load(path)  # raises, rather than replace a file that is no index
         if known.folder != folder:
             known = None
     index = FileIndex.build(folder, fps=fps, ext=ext, known=known, without=without)
@@ -182,7 +193,7 @@ def load_or_build(
 
 
 def _find(folder: str, without: pathlib.Path | None) -> dict[str, str]:
-    """Name in the folder -> stamp, sorted by name."""
+    """Name in the folder -> stamp of each file, sorted by name."""
     if is_url(folder):
         return _find_in_bucket(folder)
     root = pathlib.Path(folder)
@@ -236,7 +247,7 @@ def _measure_all(
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="index")
     try:
         jobs = [pool.submit(_measure, folder, name, stamp, fps) for name, stamp in files]
-        # Shown on a terminal, and only if there is something to wait for.
+        # Shown on a terminal only, and only if it takes more than a second.
         bar = tqdm(zip(files, jobs, strict=True), "Files", len(jobs), disable=None, delay=1)
         return {name: job.result() for (name, _), job in bar}
     finally:

@@ -1,6 +1,6 @@
-"""Decoded frames kept as files: a span is decoded once, by whichever process needs it first.
+"""Decoded frames in files: a span is decoded once, by the first process that needs it.
 
-The files are plain .npy arrays, mapped into memory and not read: processes of a machine share one copy.
+The files are .npy arrays and are mapped into memory, so that the processes of a machine share one copy.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from elastic.io.atomic import atomic_open
 
 
 class FrameCache:
-    """Spans of frames in a folder, by what they were made of.
+    """Spans of frames in a folder, found by a key: file, stamp, frame rate, size, first and last frame.
 
-    Nothing is ever removed: the folder may be deleted whenever nobody trains.
+    Nothing is ever removed. The folder may be deleted while no training runs.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -25,15 +25,15 @@ class FrameCache:
     def get(
         self, key: tuple[object, ...], shape: tuple[int, int, int, int]
     ) -> UInt8[np.ndarray, "n h w 3"] | None:
-        """The frames, mapped; None where they are not there, or not whole and of this shape."""
+        """The frames, mapped; None if there is no complete file of this shape."""
         try:
             frames = np.load(self._path(key), mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # if the folder is amiss, `put` says so
+        except (OSError, ValueError, EOFError):  # `put` reports what is wrong with the folder
             return None
         return frames if (frames.shape, frames.dtype) == (shape, np.uint8) else None
 
     def put(self, key: tuple[object, ...], frames: UInt8[np.ndarray, "n h w 3"]) -> None:
-        """Writes them. Two processes may do so at once: the files are alike.
+        """Writes the frames. Two processes may do so at once, because their files are equal.
 
         Raises:
           ValueError: the folder cannot be written to, or its disk is full.
@@ -43,8 +43,8 @@ class FrameCache:
                 np.save(file, frames, allow_pickle=False)
         except OSError as error:
             raise ValueError(
-                f"cache_path={str(self._folder)!r} cannot take decoded frames: {error}. Name a folder with more room, or "
-                "leave it out."
+                f"cache_path={str(self._folder)!r} cannot take decoded frames: {error}. Name a folder on a disk "
+                "with more free space, or leave cache_path out."
             ) from error
 
     def _path(self, key: tuple[object, ...]) -> pathlib.Path:

@@ -1,13 +1,14 @@
-"""Which blocks stand in which training sequence, and in which order the sequences come.
+"""Packing: which blocks make a training sequence, and the order of the sequences.
 
-Files are cut into pieces, and pieces are packed into sequences, once, by the seed. An epoch is a
-permutation of the sequences, so every block is seen once in it. The stream of sequences is endless
-and a pure function of the files, the seed and the global batch size: number g is number g % N of
-epoch g // N. How many hosts and processes read it changes nothing.
+Files are cut into pieces, and pieces are packed into sequences once, by the seed. An epoch is a
+permutation of the sequences, so it shows every block once. The endless sequence of sequences is a
+pure function of the files, the seed and the global batch size: number g is number g % N of epoch
+g // N. The number of hosts and processes that read it makes no difference.
 
-Neighbours share files, so that a decoded file serves several sequences before it is forgotten:
-chunks of files are permuted, sequences are shuffled within a chunk, and the row of sequences is cut
-into lanes. Successive batches walk along the lanes, each row along its own.
+Sequences that are read near each other share files, so that a decoded file serves several of them
+before it leaves the cache: chunks of files are permuted, sequences are shuffled within a chunk, and
+the order of an epoch is cut into streams. Successive batches advance along the streams, and each row
+of a batch keeps to its own.
 """
 
 import functools
@@ -21,12 +22,12 @@ from jaxtyping import Int
 from elastic.config import ElasticTokConfig
 from elastic.data.config import DataConfig
 
-# A longer file counts as several of this many blocks, so that a chunk has a bounded size.
+# A longer file is cut into parts of this many blocks, so that the size of a chunk is bounded.
 _PART_BLOCKS = 256
-# The last sequences of a chunk are seldom full; with so many in it, that is 3 % of it at most.
+# Sequences of a chunk, at least. Its last ones are seldom full, which then wastes 3 % at most.
 _CHUNK_SEQUENCES = 32
-# A small batch is drawn from so many places in the data, and can be decoded by as many processes.
-_LANES = 16
+# Streams of a small batch, at least: as many processes can decode it.
+_STREAMS = 16
 
 
 def sequence_length(data: DataConfig, model_config: ElasticTokConfig) -> int:
@@ -54,17 +55,17 @@ class Piece(NamedTuple):
 
 
 def num_streams(batch_size: int) -> int:
-    """A multiple of the batch size, so that a row keeps to its own lanes."""
-    return batch_size * -(-_LANES // batch_size)
+    """Number of streams: a multiple of the batch size, so that each row keeps to its own streams."""
+    return batch_size * -(-_STREAMS // batch_size)
 
 
 class PackingPlan:
     """The sequences of a set of files.
 
     Attributes:
-      blocks_per_sequence: how many a sequence holds at most.
-      num_sequences: how many there are in an epoch.
-      num_blocks: how many blocks there are in an epoch, padding not counted.
+      blocks_per_sequence: blocks of a sequence, at most.
+      num_sequences: sequences of an epoch.
+      num_blocks: blocks of an epoch, without padding.
     """
 
     def __init__(
@@ -75,7 +76,14 @@ class PackingPlan:
         chunk_size: int,
         seed: int,
     ):
-        """Packs files of so many blocks; see `DataConfig` on `chunk_size`."""
+        """Packs files into sequences.
+
+        Args:
+          num_blocks: blocks of each file.
+          blocks_per_sequence: blocks of a sequence, at most.
+          chunk_size: files that are shuffled among each other.
+          seed: seed of all orders.
+        """
         self.blocks_per_sequence = blocks_per_sequence
         self.num_blocks = int(num_blocks.sum())
         self._seed = seed
@@ -95,33 +103,33 @@ class PackingPlan:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hex digits that name the sequences."""
+        """16 hex digits that identify the sequences."""
         hasher = hashlib.sha256()
         for array in (self._pieces, self._ends, self._chunks):
             hasher.update(array.tobytes())
         return hasher.hexdigest()[:16]
 
     def pieces(self, sequence: int) -> list[Piece]:
-        """What stands in one of the `num_sequences` sequences, in this order."""
+        """The pieces of a sequence (0 to `num_sequences` - 1), in their order."""
         start, stop = self._ends[sequence : sequence + 2]
         return [Piece(*map(int, piece)) for piece in self._pieces[start:stop]]
 
     def locate(self, number: int, batch_size: int) -> tuple[int, int]:
-        """The epoch and the sequence that number `number` of the endless stream is."""
+        """Epoch and sequence at position `number` of the endless order."""
         epoch, index = divmod(number, self.num_sequences)
-        lanes = num_streams(batch_size)
-        step, lane = divmod(index, lanes)
-        length, longer = divmod(self.num_sequences, lanes)  # the first lanes have one more
-        return epoch, int(_order(self, epoch)[lane * length + min(lane, longer) + step])
+        streams = num_streams(batch_size)
+        step, stream = divmod(index, streams)
+        length, longer = divmod(self.num_sequences, streams)  # the first streams have one more
+        return epoch, int(_order(self, epoch)[stream * length + min(stream, longer) + step])
 
     def order(self, epoch: int) -> Int[np.ndarray, "sequences"]:
-        """The sequences of an epoch, chunk by chunk: what is cut into lanes."""
+        """The sequences of an epoch, chunk by chunk, before they are cut into streams."""
         rng = np.random.default_rng((self._seed, 1, epoch))
         rank = rng.permutation(self._chunks[-1] + 1)
         return np.lexsort((rng.random(self.num_sequences), rank[self._chunks]))
 
 
-@functools.lru_cache(maxsize=4)  # a batch may stand on the border of two epochs
+@functools.lru_cache(maxsize=4)  # a batch may hold the end of one epoch and the start of the next
 def _order(plan: PackingPlan, epoch: int) -> np.ndarray:
     return plan.order(epoch)
 
@@ -135,13 +143,13 @@ def _cut(num_blocks: np.ndarray, most: int) -> np.ndarray:
 
 
 def _chunks(parts: np.ndarray, per_sequence: int, chunk_size: int) -> Iterator[np.ndarray]:
-    """Cuts the row of parts where there are enough files, and enough blocks for dense packing."""
+    """Cuts the parts into chunks with enough files, and with enough blocks for dense packing."""
     enough = _CHUNK_SEQUENCES * per_sequence
     total = np.concatenate([[0], np.cumsum(parts[:, 2])])
     start = 0
     while start < len(parts):
         stop = max(start + chunk_size, int(np.searchsorted(total, total[start] + enough)))
-        # What is too little for a chunk of its own goes to the last one.
+        # A rest that is too small for a chunk goes to the last one.
         rest_is_small = (
             len(parts) - stop < chunk_size or total[-1] - total[min(stop, len(parts))] < enough
         )

@@ -1,18 +1,18 @@
-"""Pieces of files -> the patches of a training sequence: decoding, cropping, remembering.
+"""Pieces of files -> the patches of a training sequence: decoding, cropping, caching.
 
-Decoded frames are held, the ones used longest ago are dropped first. Files are decoded in spans
-that do not depend on what was asked for before: what a sequence holds is a function of its number,
-damaged files included.
+Decoded frames are kept in a cache of limited size (least recently used). Files are decoded in spans
+that do not depend on earlier requests: the content of a sequence is a function of its number, also
+where files are damaged.
 """
 
-import collections
 import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 from jaxtyping import Bool, Int32, UInt8
 from PIL import Image
 
@@ -22,11 +22,11 @@ from elastic.data.packing import PackingPlan, Piece
 from elastic.media.files import Place
 from elastic.patches import pad_block, patchify
 
-# Videos are held this much larger than a crop, images twice as large: room to move in.
+# Videos are decoded this much larger than a crop, and images twice as large, so that a crop can move.
 _VIDEO_MARGIN, _IMAGE_MARGIN = 1.25, 2.0
-# Decoding starts at a keyframe, often 250 frames away: a span of so many blocks makes that pay.
+# Decoding starts at a keyframe, often 250 frames earlier: a span is long enough to make up for that.
 _SPAN_BLOCKS = 64
-_MAX_OPEN = 64  # files whose frames' places are remembered
+_MAX_OPEN = 64  # files that stay open, with their tables of frames
 _NUM_LOCKS = 64
 
 
@@ -35,9 +35,9 @@ class HostBatch(NamedTuple):
 
     Attributes:
       patches: the pixels, block by block; zeros where not filled.
-      segment_ids: per block; equal ids are one piece of one file, in order. Padding has ids of its own.
-      block_index: the place of the block in its piece, which gives its positions.
-      filled: False for padding and for a block that could not be decoded: no loss is taken there.
+      segment_ids: one per block; blocks with equal ids are successive blocks of one file. Each block of padding has its own id.
+      block_index: the index of the block in its piece, which determines its position ids.
+      filled: False for padding and for blocks that could not be decoded; the loss leaves them out.
     """
 
     patches: UInt8[np.ndarray, "b l p"]
@@ -48,20 +48,22 @@ class HostBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSpec:
-    """How the files' frames become blocks.
+    """How frames of files become blocks.
 
     Attributes:
       places: the files.
-      num_frames: how many frames are used of each; 0: it is an image.
+      num_frames: frames used of each file; 0 marks an image.
       fps: frames per second taken from a video.
-      resolution, frames_per_block, patch_size: the model's.
-      image_blocks: blocks of an image; more than one show a moving crop of it.
+      resolution: rows and columns of a block's frames in pixels.
+      frames_per_block: frames of a block.
+      patch_size: frames, rows and columns of a patch.
+      image_blocks: blocks made of an image; if more than one, they show a moving crop.
       random_crop: draw a crop, a flip and a small shift in time for each piece.
-      seed: draws them.
+      seed: seed of these draws.
       cache_bytes: memory for decoded frames.
       cache_path: folder for decoded frames; '' is none.
-      stamps: what tells a file from a later one of its name.
-      blocks_per_sequence: the longest piece.
+      stamps: size and time of change of each file; a changed file is decoded again.
+      blocks_per_sequence: blocks of the longest piece.
     """
 
     places: Sequence[Place]
@@ -80,67 +82,54 @@ class DecodeSpec:
 
 
 class _Span(NamedTuple):
-    """The decoded frames of a span: fewer than it has where it is damaged."""
+    """The decoded frames of a span; fewer than its length if the file is damaged."""
 
     frames: np.ndarray
     error: str
 
 
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-class _Recent(Generic[_Key, _Value]):
-    """Things that may be dropped: those used longest ago, once all together are too large."""
-
-    def __init__(self, most: float, size: Callable[[_Value], float]):
-        self._most, self._size, self._total = most, size, 0.0
-        self._held: collections.OrderedDict[_Key, _Value] = collections.OrderedDict()
-
-    def get(self, key: _Key) -> _Value | None:
-        if key in self._held:
-            self._held.move_to_end(key)
-        return self._held.get(key)
-
-    def put(self, key: _Key, value: _Value) -> None:
-        """The newest always stays: it is in use."""
-        self._held[key] = value
-        self._total += self._size(value)
-        while len(self._held) > 1 and self._total > self._most:
-            self._total -= self._size(self._held.popitem(last=False)[1])
-
-
 class DecodeCancelled(Exception):
-    """Decoding was told to stop."""
+    """Decoding was cancelled."""
 
 
 class SequenceReader:
     """Decodes sequences. May be used by several threads; a copy in another process starts empty.
 
     Attributes:
-      stopped: asked after every frame; True ends the decoding with `DecodeCancelled`.
+      cancelled: called after every frame; True ends the decoding with `DecodeCancelled`.
     """
 
-    def __init__(self, pictures: DecodeSpec, plan: PackingPlan, *, whole_spans: bool = True):
-        """`whole_spans=False` decodes just what is asked for: for few, scattered sequences."""
-        self.pictures, self.plan = pictures, plan
+    def __init__(self, spec: DecodeSpec, plan: PackingPlan, *, whole_spans: bool = True):
+        """Makes a reader with an empty cache.
+
+        Args:
+          spec: how files are decoded.
+          plan: which pieces make a sequence.
+          whole_spans: decode and cache whole spans. False decodes only the requested frames, which
+            suits few, scattered sequences.
+        """
+        self.spec, self.plan = spec, plan
         self._whole_spans = whole_spans
         self._start()
 
     def _start(self) -> None:
-        self._locks = [threading.Lock() for _ in range(_NUM_LOCKS)]  # a file is decoded by one
-        self._lock = threading.Lock()  # of what follows
-        self._spans: _Recent[tuple[int, int, int], _Span] = _Recent(
-            self.pictures.cache_bytes, lambda span: span.frames.nbytes + 1000
+        self._locks = [
+            threading.Lock() for _ in range(_NUM_LOCKS)
+        ]  # a file is decoded by one thread at a time
+        self._lock = threading.Lock()  # for the attributes below
+        # A span larger than the whole cache counts as its size: it is in use, so it is kept alone.
+        most = max(self.spec.cache_bytes, 1)
+        self._spans: LRUCache[tuple[int, int, int], _Span] = LRUCache(
+            most, getsizeof=lambda span: min(span.frames.nbytes + 1000, most)
         )
-        self._open: _Recent[int, media.ClipReader] = _Recent(_MAX_OPEN, lambda _: 1)
-        path = self.pictures.cache_path
+        self._open: LRUCache[int, media.ClipReader] = LRUCache(_MAX_OPEN)
+        path = self.spec.cache_path
         self._files = FrameCache(path) if path and self._whole_spans else None
         self._bad: dict[str, str] = {}
-        self.stopped: Callable[[], bool] = lambda: False
+        self.cancelled: Callable[[], bool] = lambda: False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("pictures", "plan", "_whole_spans")}
+        return {name: getattr(self, name) for name in ("spec", "plan", "_whole_spans")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -154,12 +143,14 @@ class SequenceReader:
         ids = row.segment_ids[0]
         start = 0
         for segment, piece in enumerate(self.plan.pieces(sequence)):
-            rng = np.random.default_rng((self.pictures.seed, 2, epoch, sequence, segment))
+            rng = np.random.default_rng((self.spec.seed, 2, epoch, sequence, segment))
             blocks = self._piece(piece, rng)
             good, stop = start + len(blocks), start + piece.num_blocks
             if len(blocks):
-                patches[start:good] = patchify(blocks, self.pictures.patch_size)
-            ids[start:stop] = start  # so is an id of its own for each block of padding
+                patches[start:good] = patchify(blocks, self.spec.patch_size)
+            ids[start:stop] = (
+                start  # the start of a piece is its id; padding keeps the ids of `empty_row`
+            )
             row.block_index[0, start:stop] = np.arange(piece.num_blocks)
             row.filled[0, start:good] = True
             start = stop
@@ -167,36 +158,36 @@ class SequenceReader:
 
     def empty_row(self) -> HostBatch:
         """One row of padding."""
-        pictures, size = self.pictures, self.plan.blocks_per_sequence
-        patch_dim = math.prod(pictures.patch_size) * 3
-        numbers = size * pictures.frames_per_block * pictures.resolution**2 * 3
+        spec, size = self.spec, self.plan.blocks_per_sequence
+        patch_dim = math.prod(spec.patch_size) * 3
+        numbers = size * spec.frames_per_block * spec.resolution**2 * 3
         patches = np.zeros((1, numbers // patch_dim, patch_dim), np.uint8)
         ids = np.arange(size, dtype=np.int32)[None]
         return HostBatch(patches, ids, 0 * ids, np.zeros((1, size), bool))
 
     def decoded_bytes(self) -> int:
-        """What the frames of all files take once they are decoded."""
-        num_frames = np.maximum(self.pictures.num_frames, 1).tolist()
+        """Bytes of all files' decoded frames."""
+        num_frames = np.maximum(self.spec.num_frames, 1).tolist()
         return sum(3 * n * self._side(file) ** 2 for file, n in enumerate(num_frames))
 
     def take_bad_files(self) -> dict[str, str]:
-        """The files found bad since the last call, and why."""
+        """Name and reason of each file found bad since the last call."""
         with self._lock:
             bad, self._bad = self._bad, {}
         return bad
 
     def _piece(self, piece: Piece, rng: np.random.Generator) -> np.ndarray:
         """The blocks up to the first one that cannot be decoded."""
-        pictures, size = self.pictures, self.pictures.frames_per_block
-        if pictures.num_frames[piece.file] == 0:
+        spec, size = self.spec, self.spec.frames_per_block
+        if spec.num_frames[piece.file] == 0:
             source = self._decode(piece.file, 0, 1).frames
             if not len(source):
                 return source[:0, None]
             num_frames = piece.num_blocks * size
-            moving = pictures.image_blocks > 1
-            if moving or pictures.random_crop:
+            moving = spec.image_blocks > 1
+            if moving or spec.random_crop:
                 index = np.zeros(num_frames, int)
-                frames = _crop(source, index, pictures.resolution, rng, moving=moving)
+                frames = _crop(source, index, spec.resolution, rng, moving=moving)
             else:
                 frames = np.repeat(source, num_frames, axis=0)
             return frames.reshape(-1, size, *frames.shape[1:])
@@ -204,12 +195,12 @@ class SequenceReader:
         first *= size
         wanted = min(
             piece.num_blocks * size,
-            int(pictures.num_frames[piece.file]) - piece.first_block * size,
+            int(spec.num_frames[piece.file]) - piece.first_block * size,
         )
         if self._whole_spans:
             span_frames = self._span_blocks * size
             start = span * span_frames
-            stop = min(start + span_frames, int(pictures.num_frames[piece.file]))
+            stop = min(start + span_frames, int(spec.num_frames[piece.file]))
             source = self._decode(piece.file, start, stop).frames
         else:
             start = piece.first_block * size
@@ -219,9 +210,9 @@ class SequenceReader:
             good -= good % size
         if not good:
             return source[:0, None]
-        if pictures.random_crop:
+        if spec.random_crop:
             index = _shifted(first, good, len(source), size, rng)
-            frames = _crop(source, index, pictures.resolution, rng, moving=False)
+            frames = _crop(source, index, spec.resolution, rng, moving=False)
         else:
             frames = source[first : first + good]
         whole = good - good % size
@@ -232,7 +223,7 @@ class SequenceReader:
 
     @property
     def _span_blocks(self) -> int:
-        longest = self.pictures.blocks_per_sequence
+        longest = self.spec.blocks_per_sequence
         return longest * max(1, _SPAN_BLOCKS // longest)
 
     def _decode(self, file: int, start: int, stop: int) -> _Span:
@@ -243,18 +234,18 @@ class SequenceReader:
             if span is None:
                 span = self._from_disk(*key)
                 with self._lock:
-                    self._spans.put(key, span)
+                    self._spans[key] = span
                     if span.error:
-                        self._bad[str(self.pictures.places[file])] = span.error
+                        self._bad[str(self.spec.places[file])] = span.error
             return span
 
     def _from_disk(self, file: int, start: int, stop: int) -> _Span:
-        """The span as a process before left it; else decoded, and left there if it is whole."""
+        """The span from the folder of decoded frames; if it is not there, it is decoded, and stored there if it is complete."""
         if self._files is None:
             return self._decode_anew(file, start, stop)
-        pictures, side = self.pictures, self._side(file)
-        place, stamp = str(pictures.places[file]), pictures.stamps[file]
-        key = (place, stamp, pictures.fps, side, start, stop)
+        spec, side = self.spec, self._side(file)
+        place, stamp = str(spec.places[file]), spec.stamps[file]
+        key = (place, stamp, spec.fps, side, start, stop)
         frames = self._files.get(key, (stop - start, side, side, 3))
         if frames is not None:
             return _Span(frames, "")
@@ -264,7 +255,7 @@ class SequenceReader:
         return span
 
     def _decode_anew(self, file: int, start: int, stop: int) -> _Span:
-        place = self.pictures.places[file]
+        place = self.spec.places[file]
         frames = np.empty((0, 1, 1, 3), np.uint8)
         found = 0
         try:
@@ -273,7 +264,7 @@ class SequenceReader:
             if clip is None:
                 clip = self._open_clip(file)
                 with self._lock:
-                    self._open.put(file, clip)
+                    self._open[file] = clip
             frames = np.empty((stop - start, clip.resolution, clip.resolution, 3), np.uint8)
             if clip.num_frames < stop:
                 raise media.MediaError(
@@ -282,35 +273,35 @@ class SequenceReader:
             for frame in clip.frames(start, stop):
                 frames[found] = frame
                 found += 1
-                if self.stopped():
+                if self.cancelled():
                     raise DecodeCancelled
         except (media.MediaError, OSError) as error:
             return _Span(frames[:found].copy(), str(error))
         return _Span(frames, "")
 
     def _open_clip(self, file: int) -> media.ClipReader:
-        pictures = self.pictures
+        spec = self.spec
         return media.open_clip(
-            pictures.places[file],
+            spec.places[file],
             resolution=self._side(file),
-            rate=pictures.fps,
+            rate=spec.fps,
             tell_rate=False,
         )
 
     def _side(self, file: int) -> int:
-        """Rows and columns that a file's frames are held with."""
-        pictures = self.pictures
-        is_image = pictures.num_frames[file] == 0
+        """Rows and columns that a file is decoded to."""
+        spec = self.spec
+        is_image = spec.num_frames[file] == 0
         margin = 1.0
-        if pictures.random_crop or (is_image and pictures.image_blocks > 1):
+        if spec.random_crop or (is_image and spec.image_blocks > 1):
             margin = _IMAGE_MARGIN if is_image else _VIDEO_MARGIN
-        return round(pictures.resolution * margin)
+        return round(spec.resolution * margin)
 
 
 def _shifted(
     first: int, count: int, total: int, frames_per_block: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The frames of a piece, shifted by less than a block within the span, or a still clip."""
+    """Indices of a piece's frames, shifted by less than a block within the span; one in ten is a still clip."""
     most = frames_per_block - 1
     shift = int(rng.integers(-min(most, first), min(most, total - first - count) + 1))
     stride = 0 if rng.random() < 0.1 else 1
@@ -320,16 +311,24 @@ def _shifted(
 def _crop(
     source: np.ndarray, index: np.ndarray, size: int, rng: np.random.Generator, *, moving: bool
 ) -> np.ndarray:
-    """Square crops of frames `index` of a clip or an image, uint8 [n, size, size, 3], maybe flipped.
+    """Square crops of frames of a clip or an image, flipped half of the time.
 
-    The crop is held, or (`moving`) held, panned or zoomed.
+    Args:
+      source: the decoded frames, uint8 [frames, side, side, 3].
+      index: which of them to crop, [n].
+      size: rows and columns of the result in pixels.
+      rng: draws crop, flip and motion.
+      moving: pan and zoom the crop in three of four cases; otherwise it stays where it is.
+
+    Returns:
+      uint8 [n, size, size, 3].
     """
     side = source.shape[1]
     width = side * rng.uniform(size / side, 1.0)
     velocity = np.zeros(2)
     zoom = 0.0
     if moving and rng.random() < 0.75:
-        # 0.1 % to 5 % of the picture in a frame.
+        # 0.1 % to 5 % of the picture per frame.
         velocity = rng.normal(size=2) * side * 10 ** rng.uniform(-3, -1.3)
         zoom = rng.normal() * 0.004
     centre = rng.uniform(width / 2, side - width / 2, size=2)
@@ -348,7 +347,7 @@ def _crop(
 
 
 def _reflect(x: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Keeps positions inside [low, high] by turning back at the ends."""
+    """Keeps positions inside [low, high] by reflecting them at the ends."""
     span = max(high - low, 1e-6)
     folded = np.abs((x - low) % (2 * span))
     return low + np.where(folded > span, 2 * span - folded, folded)

@@ -1,7 +1,7 @@
-"""Batches from worker processes, through grain: started, fed, watched and ended.
+"""Batches from grain's worker processes: how workers are started, cancelled and ended.
 
-A worker ends with its parent, whatever ends that; one that dies is an error in the parent. This
-room knows nothing of the model, so that a worker starts soon.
+A worker ends with its parent, also if the parent is killed. A worker that dies is an error in the
+parent. This module imports neither jax nor the model, so that a worker starts fast.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from elastic.media import video
 
 log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 30  # that a worker outlives a SIGTERM, if its parent does not end it
+_GRACE_SECONDS = 30  # a worker ends so long after a SIGTERM, if its parent does not end it
 _SHARED_MEMORY = "/dev/shm"
-_SHARED_MEMORY_SHARE = 0.8  # of what is free, for batches on their way from the workers
+_SHARED_MEMORY_SHARE = 0.8  # of the free shared memory, for batches in transit from the workers
 
 
 class WorkerSource:
-    """What grain asks for elements: one is a worker's rows of one batch."""
+    """The data source that grain reads: an element holds a worker's rows of one batch."""
 
     def __init__(
         self,
@@ -42,32 +42,40 @@ class WorkerSource:
         batch_size: int,
         rows: Sequence[int],
         batches: range,
-        stop: str = "",
+        cancel_flag: str = "",
     ):
-        """`rows`: which rows of the batches; `batches`: their numbers; `stop`: see `_CancelFlag`."""
+        """Reads rows of batches.
+
+        Args:
+          reader: decodes the sequences.
+          batch_size: rows of a global batch.
+          rows: which of them this worker reads.
+          batches: numbers of the batches.
+          cancel_flag: name of a `_CancelFlag`; '' is none.
+        """
         self._reader, self._batch_size = reader, batch_size
         self._rows, self._batches = tuple(rows), batches
-        self._stop = stop
-        self._watched = False
+        self._cancel_flag = cancel_flag
+        self._watching = False
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        if self._stop and not self._watched:
-            self._reader.stopped, self._watched = _CancelFlag.watch(self._stop), True
+        if self._cancel_flag and not self._watching:
+            self._reader.cancelled, self._watching = _CancelFlag.watch(self._cancel_flag), True
         start = self._batches[i] * self._batch_size
         read = [self._reader.read(start + row, self._batch_size) for row in self._rows]
         parts = map(np.concatenate, zip(*read, strict=True))
-        # A bad file's name travels with the batch that it was met in; the log is the parent's.
+        # Names of bad files travel with the batch, because the parent writes the log.
         bad = np.frombuffer(json.dumps(self._reader.take_bad_files()).encode(), np.uint8)
         return HostBatch(*parts)._asdict() | {"bad": bad}
 
 
 class _CancelFlag:
-    """A byte that parent and workers share: a long decoding is not waited for when it is set.
+    """A byte in shared memory: when the parent sets it, workers cancel a decoding that is under way.
 
-    (Grain's own sign is looked at between two elements only.)
+    (Grain checks its own flag between two elements only.)
     """
 
     def __init__(self):
@@ -78,29 +86,29 @@ class _CancelFlag:
 
     @staticmethod
     def watch(name: str) -> Callable[[], bool]:
-        """What tells a worker whether to stop."""
+        """A function that tells a worker whether the flag is set."""
         memory = shared_memory.SharedMemory(name)
         return lambda: cast(memoryview, memory.buf)[0] != 0
 
     def set(self) -> None:
-        """Stops the workers, for good."""
+        """Cancels the decoding of all workers, for good."""
         self._buffer[0] = 1
 
     def close(self) -> None:
-        """Once the workers have ended."""
+        """Frees the shared memory; call it after the workers have ended."""
         self._buffer.release()
         self._memory.close()
         self._memory.unlink()
 
 
 class BatchIterator(Iterator[HostBatch]):
-    """A running iteration over batches; made by `TrainingData.batches`. Close it when done.
+    """A running iteration over batches, made by `TrainingData.batches`. Close it when done.
 
-    A row is always decoded by the same worker, as its neighbours in time share files with it. With
-    more workers than rows, several take turns with a row.
+    The same worker decodes a row of successive batches, because these share files. With more workers
+    than rows, several workers take turns with a row.
 
     Attributes:
-      wait_seconds: how long `next` has taken so far.
+      wait_seconds: seconds spent in `next` so far.
     """
 
     def __init__(
@@ -114,19 +122,26 @@ class BatchIterator(Iterator[HostBatch]):
         ahead: int,
         report: Callable[[Mapping[str, str]], None],
     ):
-        """Starts to prepare the rows of the batches with these numbers, `ahead` of them in advance.
+        """Starts the workers.
 
-        `report` is told of the files that were found bad, and why.
+        Args:
+          reader: decodes the sequences.
+          batch_size: rows of a global batch.
+          rows: which of them to read.
+          numbers: numbers of the batches.
+          workers: worker processes; 0 decodes in threads of this process.
+          ahead: batches prepared in advance.
+          report: is called with name -> reason of the files found bad.
         """
         self.wait_seconds = 0.0
-        self._iterators: list[list[Any]] = []  # of each turn
+        self._iterators: list[list[Any]] = []  # [turn][group of rows]
         self._report, self._numbers, self._given = report, numbers, 0
-        # By chance, a host may have only the bad ones of a few files in several epochs.
+        # With few files, a host may by chance get only the bad ones for several epochs.
         self._num_empty, self._most_empty = 0, 20 + -(-reader.plan.num_sequences // batch_size)
         groups, turns = _share(len(rows), max(1, workers), batch_size)
         ahead = -(-min(ahead, max(1, len(numbers))) // turns)
         through_pipes = False
-        self._stop = _CancelFlag() if workers else None
+        self._cancel_flag = _CancelFlag() if workers else None
         if workers:
             row_bytes = sum(x.nbytes for x in reader.empty_row())
             ahead, through_pipes = _fit(ahead, turns * len(rows) * row_bytes)
@@ -139,7 +154,7 @@ class BatchIterator(Iterator[HostBatch]):
                         batch_size=batch_size,
                         rows=[rows[i] for i in group],
                         batches=numbers[turn::turns],
-                        stop=self._stop.name if self._stop else "",
+                        cancel_flag=self._cancel_flag.name if self._cancel_flag else "",
                     )
                     self._iterators[-1].append(_start(source, workers, ahead, through_pipes))
         except BaseException:
@@ -192,26 +207,26 @@ class BatchIterator(Iterator[HostBatch]):
     def close(self) -> None:
         """Ends the workers."""
         iterators = [iterator for turn in self._iterators for iterator in turn]
-        stop, self._iterators, self._stop = self._stop, [], None
-        if stop:
-            stop.set()
-        # All at once: each takes a moment.
+        flag, self._iterators, self._cancel_flag = self._cancel_flag, [], None
+        if flag:
+            flag.set()
+        # In parallel, because each takes a moment.
         threads = [threading.Thread(target=iterator.close) for iterator in iterators]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        if stop:
-            stop.close()
+        if flag:
+            flag.close()
 
 
 def _share(num_rows: int, num_workers: int, batch_size: int) -> tuple[list[list[int]], int]:
-    """Rows -> one group for each worker; and how many workers take turns with each group."""
+    """The rows in one group for each worker, and the number of workers that take turns with each group."""
     if num_workers <= num_rows:
         return [list(map(int, group)) for group in np.array_split(range(num_rows), num_workers)], 1
-    # Whoever takes a turn keeps to its own lanes, see `elastic.data_plan`.
-    lanes = num_streams(batch_size) // batch_size
-    turns = max(n for n in range(1, num_workers // num_rows + 1) if lanes % n == 0)
+    # A worker keeps to its own streams, see `elastic.data.packing`.
+    streams = num_streams(batch_size) // batch_size
+    turns = max(n for n in range(1, num_workers // num_rows + 1) if streams % n == 0)
     used = num_rows * turns
     if used < num_workers:
         log.warning(
@@ -224,15 +239,15 @@ def _share(num_rows: int, num_workers: int, batch_size: int) -> tuple[list[list[
 
 
 def _fit(ahead: int, batch_bytes: int) -> tuple[int, bool]:
-    """How many batches may be ahead so that shared memory holds them; and whether it holds none."""
+    """How many batches to prepare so that shared memory holds them, and whether to use pipes in its place."""
     if not os.path.isdir(_SHARED_MEMORY):
         return ahead, False
-    room = _SHARED_MEMORY_SHARE * shutil.disk_usage(_SHARED_MEMORY).free
-    most = int(room // batch_bytes) - 4  # some are being written and read
+    usable = _SHARED_MEMORY_SHARE * shutil.disk_usage(_SHARED_MEMORY).free
+    most = int(usable // batch_bytes) - 4  # some are being written and read
     if most >= ahead:
         return ahead, False
     log.warning(
-        "%s has room for few batches of %d bytes, so %s; a container gets more with --shm-size.",
+        "%s can hold only a few batches of %d bytes, so %s; a container gets more with --shm-size.",
         _SHARED_MEMORY,
         batch_bytes,
         f"only {most} are prepared ahead" if most > 0 else "they take a slower way",

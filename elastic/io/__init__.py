@@ -1,1 +1,1 @@
-"""Files of every kind, read with suspicion and written atomically."""
+"""File formats and files: everything read is checked first, everything written is written atomically."""

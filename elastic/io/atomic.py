@@ -1,9 +1,7 @@
-"""Files that appear whole or not at all, and locks."""
+"""Files that appear whole or not at all, and locks between processes."""
 
 import contextlib
-import fcntl
 import os
-import pathlib
 import secrets
 import shutil
 import tempfile
@@ -15,82 +13,39 @@ from elastic.io.tree import CheckpointError
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a file beside `path` for writing; it takes `path`'s place only when the body ends well.
+def atomic_open(path: str | os.PathLike, *, make_folders: bool = True) -> Iterator[BinaryIO]:
+    """Opens a temporary file for writing, which replaces `path` when the body ends without an error.
 
-    On any error the old file stays as it was and the new one is removed. Missing folders are made.
-    """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    if target.is_dir():
-        raise CheckpointError(f"{path} is a folder; name a file in it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with written_beside(target) as file:
-        yield file
+    After an error the old file is as it was and the temporary file is gone. A symbolic link stays
+    one: the file that it points to is replaced. A power cut cannot undo a finished replacement.
 
-
-@contextlib.contextmanager
-def replaced_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """A folder to work in. When the body ends well its files `names` move to `folder`; it always goes.
-
-    It lies on the same disk as `folder`, so that moving is renaming. Files of these names that the body did
-    not make are an earlier run's, and are removed from `folder` then.
-    """
-    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
-    try:
-        yield work
-        folder.mkdir(parents=True, exist_ok=True)
-        take_places(work, folder, names)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def take_places(work: Path, folder: Path, names: Collection[str]) -> None:
-    """Moves the files `names` from `work` to `folder`; those that are not in `work` are an earlier run's, and are removed."""
-    for name in names:
-        if (work / name).exists():
-            os.replace(work / name, folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def written_beside(target: Path) -> Iterator[BinaryIO]:
-    """Opens a file beside `target`, which takes its place, safe from a power cut, when the body ends well.
+    Args:
+      path: the file.
+      make_folders: make missing folders above it; otherwise a missing folder is an error.
 
     Raises:
-      OSError: the folder is missing, full or not writable; the old file stays, nothing is left behind.
+      OSError: the folder is missing, full or not writable.
+      CheckpointError: `path` is a folder.
     """
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a file in it.")
+    if make_folders:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(beside, "xb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, target)
+        os.replace(temporary, target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # else a power cut can undo the rename
+            os.fsync(folder)  # otherwise a power cut can undo the rename
         finally:
             os.close(folder)
     finally:
-        beside.unlink(missing_ok=True)  # gone already when it was renamed
-
-
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Holds a lock that ends with the process, however that ends; gives whether it was to be had.
-
-    Raises:
-      OSError: the file cannot be made.
-    """
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        temporary.unlink(missing_ok=True)  # there is none any more after the rename
 
 
 def atomic_write(path: str | os.PathLike, data: bytes) -> None:
@@ -99,5 +54,60 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
     Raises:
       OSError: the folder is missing, full or not writable; nothing is left behind.
     """
-    with written_beside(pathlib.Path(path)) as file:
+    with atomic_open(path, make_folders=False) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def replaced_together(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """Gives a temporary folder, whose files `names` move to `folder` when the body ends without an error.
+
+    The temporary folder lies on the same disk as `folder`, so that moving is renaming, and is always
+    removed. Files of these names that the body did not write are left from an earlier run, and are
+    removed from `folder`.
+    """
+    here = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    work = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=here))
+    try:
+        yield work
+        folder.mkdir(parents=True, exist_ok=True)
+        move_files(work, folder, names)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def move_files(work: Path, folder: Path, names: Collection[str]) -> None:
+    """Moves the files `names` from `work` to `folder`, and removes from `folder` those that `work` lacks."""
+    for name in names:
+        if (work / name).exists():
+            os.replace(work / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds the lock file `path` during the body; gives False when another process holds it.
+
+    The operating system frees the lock when the process ends, even if it is killed. The file stays.
+
+    Args:
+      path: the lock file, which is made if it is missing.
+      wait: wait until the lock is free, and give True.
+
+    Raises:
+      OSError: the file cannot be made.
+    """
+    from filelock import FileLock, Timeout  # loads asyncio, and most entrances lock nothing
+
+    # Without `fallback_to_soft`: a lock that is a mere file would outlive a killed process.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

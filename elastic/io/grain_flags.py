@@ -1,8 +1,11 @@
-"""Answers grain's own absl flags, so that a script without absl can use grain."""
+"""Marks grain's absl flags as parsed, so that a script without absl can use grain."""
 
 
 def mark_grain_flags_parsed() -> None:
-    """Grain asks for its own flags, which raises where nobody has parsed the command line. Call it after its import."""
+    """Marks grain's own flags as parsed; call it after importing grain.
+
+    Grain reads these flags, and absl raises where nobody has parsed the command line.
+    """
     from absl import flags
 
     for name in flags.FLAGS:

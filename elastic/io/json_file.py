@@ -1,8 +1,9 @@
-"""JSON files without NaN, written atomically."""
+"""JSON files: written atomically and without NaN; read by their format mark."""
 
 import json
 import math
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +18,29 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     atomic_write(path, (text + "\n").encode())
 
 
+def read_marked(path: str | os.PathLike, mark: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON file that holds a format mark, such as {"format": "elastictok-index", "version": 1}.
+
+    Returns:
+      The object in the file without the mark's keys.
+
+    Raises:
+      ValueError: the file holds no JSON object, or one with another mark.
+      OSError: the file cannot be read.
+    """
+    try:
+        values = json.loads(pathlib.Path(path).read_bytes())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__} and no object")
+    if any(values.pop(key, None) != value for key, value in mark.items()):
+        raise ValueError("its format is another one")
+    return values
+
+
 def _plain(obj: Any) -> Any:
-    """Only what JSON knows: mappings, lists, strings, integers, booleans, finite numbers, null."""
+    """`obj` in JSON's own types: dicts, lists, strings, booleans, integers, finite numbers, None."""
     if isinstance(obj, Mapping):
         return {str(key): _plain(value) for key, value in obj.items()}
     if isinstance(obj, np.ndarray):

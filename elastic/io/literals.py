@@ -12,7 +12,7 @@ def parse_dict(text: str) -> dict[str, Any]:
     """
     try:
         return _literal_dict(ast.parse(text.strip(), mode="eval").body)
-    # The last two: what is nested too deep.
+    # The last two come from text that is nested too deeply.
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(
             f'{text[:200]!r} is not a dict of literals, such as "dict(min_toks=256, patch_size=(1, 8, 8))": {error}.'

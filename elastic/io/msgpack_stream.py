@@ -1,13 +1,13 @@
-"""The streaming msgpack format, in which the released checkpoints are written.
+"""The streaming msgpack format of the released checkpoints, and flax's msgpack blobs.
 
-A streaming file is a run of msgpack pairs `[key path as an array of str, bin]` and nothing else;
-the bin holds msgpack again: `ExtType(1, [shape, dtype name, raw little-endian bytes])`, which is
-what flax's `to_bytes` makes of an array. Arrays above 1 GiB are cut into pieces in a map, as flax
-cuts them. A flax blob is one msgpack map, nested, with the same arrays as leaves.
+A streaming file is a sequence of msgpack pairs `[key path as an array of str, bin]`. The bin holds
+msgpack again: `ExtType(1, [shape, dtype name, raw little-endian bytes])`, which is what flax's
+`to_bytes` makes of an array. Arrays above 1 GiB are cut into pieces in a map, as flax does. A flax
+blob is one nested msgpack map with the same arrays as leaves.
 
-Only headers are parsed here, and nothing a file says can run code: the only extension types
-accepted are arrays (1) and scalars (3), the dtypes are a fixed list of numbers, and a key path only
-ever becomes keys of a dict.
+Only headers are parsed, and nothing in a file can run code: the only extension types accepted are
+arrays (1) and scalars (3), the dtypes are a fixed list of numbers, and a key path only becomes keys
+of a dict.
 """
 
 import math
@@ -26,7 +26,7 @@ from elastic.io.tree import CheckpointError, KeyPath, check_paths, flatten, path
 # flax's extension types; 2 is a complex number, which no model here has.
 _ARRAY_CODE, _SCALAR_CODE = 1, 3
 _CHUNKED = "__msgpack_chunked_array__"
-_CHUNK_BYTES = 2**30  # flax cuts larger arrays; a test lowers it
+_CHUNK_BYTES = 2**30  # flax cuts larger arrays
 _BIN_BYTES = 2**32 - 1  # msgpack's limit for one value
 _MAX_RANK, _MAX_DEPTH, _MAX_KEY_BYTES = 32, 32, 4096
 
@@ -43,7 +43,7 @@ _SIZED = {  # first byte -> (what, bytes of the size that follows)
 
 
 class _Headers:
-    """A position in a file and the msgpack headers from there on; the data is stepped over."""
+    """Reads msgpack headers from a position in a file on, and skips the data between them."""
 
     def __init__(self, file: BinaryIO, path: Path):
         self.path = path
@@ -55,7 +55,7 @@ class _Headers:
         return CheckpointError(f"{self.path}: {what} (byte {self.at:,} of {self.size:,}).")
 
     def skip(self, count: int, name: str) -> tuple[int, int]:
-        """Steps over `count` bytes of data; returns where they lie."""
+        """Skips `count` bytes of data; returns their offset and number."""
         if self.at + count > self.size:
             raise self.error(
                 f"the file is cut short: {name} needs {count:,} more bytes, "
@@ -72,7 +72,7 @@ class _Headers:
         return self._file.read(count)
 
     def next(self, name: str) -> tuple[str, int]:
-        """What comes next, and its size: ("map", items), ("bin", bytes), ("int", value), ..."""
+        """Type and size of the next value: ("map", items), ("bin", bytes), ("int", value), ..."""
         first = self.take(1, name)[0]
         if first < 0x80:
             return "int", first
@@ -105,7 +105,7 @@ class _Headers:
             raise self.error(f"{name} is not text") from None
 
     def array(self, path: KeyPath, size: int) -> Tensor:
-        """The array in an extension of `size` bytes, whose code comes next."""
+        """The array in an extension of `size` bytes; the extension's code comes next in the file."""
         name = f"tensor '{path_name(path)}'"
         code = self.take(1, name)[0]
         if code not in (_ARRAY_CODE, _SCALAR_CODE):
@@ -171,7 +171,7 @@ class _Headers:
         return tensor
 
     def tree(self, path: KeyPath) -> Iterator[Tensor]:
-        """Every array at or under the value that comes next."""
+        """All arrays in the next value."""
         name = f"tensor '{path_name(path)}'" if path else "the first value"
         what, size = self.next(name)
         if what == "ext":
@@ -188,9 +188,10 @@ class _Headers:
 
 
 def index_stream(path: Path) -> list[Tensor]:
-    """The tensors of a streaming file, in file order; the whole file is walked, no data is read.
+    """The tensors of a streaming file, in file order; all headers are read, and no data.
 
-    Raises `CheckpointError` naming the tensor where the file is damaged or cut short.
+    Raises:
+      CheckpointError: the file is damaged or cut short; the message names the tensor.
     """
     tensors = []
     with open(path, "rb") as file:
@@ -253,7 +254,7 @@ def _array_parts(
 
 
 def _value_parts(array: np.ndarray, dtype: np.dtype) -> list[bytes | np.ndarray]:
-    """What flax's `to_bytes` gives for `array` as `dtype`: headers, and data still to convert."""
+    """What flax's `to_bytes` gives for `array` as `dtype`: headers as bytes, data as arrays still to convert."""
     flat = array.reshape(-1)
     if flat.size * dtype.itemsize <= _CHUNK_BYTES:
         return [*_array_parts(flat, array.shape, dtype)]
@@ -274,8 +275,15 @@ def write_stream(
 ) -> None:
     """Writes nested dicts of arrays as a streaming file, in the tree's own order, atomically.
 
-    Floats are written as `float_dtype` if one is given; arrays may be NumPy's or JAX's. One leaf at
-    a time is brought to the host.
+    One leaf at a time is copied to the host.
+
+    Args:
+      path: the file.
+      tree: the arrays, NumPy's or JAX's.
+      float_dtype: dtype in which floats are written; None keeps theirs.
+
+    Raises:
+      CheckpointError: there is no tensor, a leaf is no array of numbers, or a tensor is too large.
     """
     leaves = flatten(tree)
     if not leaves:

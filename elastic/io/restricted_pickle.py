@@ -1,4 +1,9 @@
-"""Reads dicts of float arrays from a pickle without running it."""
+"""Dicts of float arrays from a pickle, read without running it.
+
+A pickle is a program for a stack machine. `pickletools` lists its opcodes and arguments and runs
+nothing. The interpreter below knows the twenty opcodes that build dicts, tuples, numbers and NumPy
+arrays, and refuses all others.
+"""
 
 import math
 import pickletools
@@ -11,62 +16,56 @@ from elastic.io.tree import CheckpointError, path_name
 
 
 class _Global(NamedTuple):
-    """A name that the pickle asks for; never looked up."""
+    """A name that the pickle refers to; it is compared with a list and never imported."""
 
     name: str
 
 
 class _Call(NamedTuple):
-    """`function(*arguments)`, not called; of an array or a dtype, before its state is set."""
+    """`function(*arguments)` as a record: a NumPy array or dtype whose state is not set yet."""
 
     function: str
     arguments: tuple[Any, ...]
 
 
 _RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-
-
 _GLOBALS = {*_RECONSTRUCT, "numpy.ndarray", "numpy.dtype"}
-
-
 _FLOATS = ("f2", "f4", "f8")
-
-
 _MARK = object()
-
-
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-
-
 _VALUES = (
     "BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BININT BININT1 BININT2"
 ).split()
 
 
-def unpickled(data: bytes, path: Path) -> Any:
-    """The dicts of arrays in a pickle.
+def read_float_arrays(data: bytes, path: Path) -> Any:
+    """The nested dicts of float arrays in a pickle.
+
+    Args:
+      data: the bytes of the pickle.
+      path: its file, for messages.
 
     Raises:
-      CheckpointError: it is cut short, or asks for anything but float arrays.
+      CheckpointError: the pickle is damaged, or holds anything else.
     """
     try:
-        return _run(data)
+        return _interpret(data)
     except _Refused as refused:
         raise CheckpointError(
             f"{path} is refused: {refused}; only dicts of float arrays are read. Store its weights as safetensors."
         ) from None
     except (ValueError, TypeError, IndexError, KeyError) as error:
-        # Whatever a damaged opcode leads to: an empty stack, a length beyond the end, a list for a key.
+        # A damaged opcode leads to one of these: an empty stack, a length beyond the end, a list for a key.
         raise CheckpointError(
             f"{path} is a damaged pickle or cut short ({str(error)[:100] or type(error).__name__})."
         ) from None
 
 
 class _Refused(Exception):
-    """The pickle asks for what is not read."""
+    """The pickle holds something that is not read."""
 
 
-def _run(data: bytes) -> Any:
+def _interpret(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
@@ -121,7 +120,7 @@ def _run(data: bytes) -> Any:
             arguments, function = stack.pop(), stack.pop()
             stack.append(_call(function, arguments))
         elif name == "BUILD":
-            # In a pickle the object changes in place and the memo keeps it; here it is replaced there too.
+            # Unpickling would change the object in place; here the memo gets the new object too.
             state, made = stack.pop(), stack.pop()
             built = _built(made, state)
             memo |= {k: built for k, value in memo.items() if value is made}
@@ -157,7 +156,7 @@ def _call(function: Any, arguments: Any) -> _Call:
 
 
 def _built(made: Any, state: Any) -> Any:
-    """An array or a dtype with its state, as their `__setstate__` would set it."""
+    """An array or a dtype with its state, as NumPy's `__setstate__` would set it."""
     if not isinstance(made, _Call) or not isinstance(state, tuple):
         raise _Refused("it sets the state of what is no array")
     if made.function == "numpy.dtype":

@@ -1,9 +1,9 @@
 """The safetensors format, read and written one tensor at a time.
 
-The file is `u64 header length | JSON {name: {dtype, shape, data_offsets}} | data`. The library of
-that name maps or copies whole files; reading through `elastic.tensor_file` keeps memory at the size
-of the result. A test holds the two against each other. A name is a key path joined by '.', as the
-Hugging Face libraries join it ('/' is read too).
+A file is `u64 header length | JSON {name: {dtype, shape, data_offsets}} | data`. The safetensors
+library is not used, because it maps or copies whole files: here memory holds the result and 8 MiB,
+conversion included, and a tensor is written without a copy of all. A test compares the two. The name
+of a tensor is its key path joined by '.', as in the Hugging Face libraries ('/' is read too).
 """
 
 import json
@@ -30,14 +30,15 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if len(set(names)) != len(names):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return dict(pairs)
 
 
 def index_safetensors(path: Path) -> list[Tensor]:
     """The tensors of a safetensors file, in the order of its header; no data is read.
 
-    Raises `CheckpointError` naming the tensor where the file is damaged or cut short.
+    Raises:
+      CheckpointError: the file is damaged or cut short; the message names the tensor.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -108,11 +109,15 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 def write_safetensors(
     file: BinaryIO, tree: Mapping[str, Any], *, float_dtype: np.dtype | None = None
 ) -> None:
-    """Writes nested dicts of arrays to an open file, sorted by name; the same tree gives the same
-    bytes.
+    """Writes nested dicts of arrays to an open file; the same tree always gives the same bytes.
 
-    Raises `CheckpointError` for a key with a '.' or '/' in it and for what is not an array of
-    numbers.
+    Args:
+      file: the file, open for writing.
+      tree: the arrays, NumPy's or JAX's.
+      float_dtype: dtype in which floats are written; None keeps theirs.
+
+    Raises:
+      CheckpointError: a key holds a '.' or '/', or a leaf is no array of numbers.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "flax"}}
     arrays = {}
@@ -123,7 +128,7 @@ def write_safetensors(
             )
         arrays[".".join(path)] = as_array(leaf, path)
     dtypes = {name: stored_dtype(array, float_dtype) for name, array in arrays.items()}
-    # Wide types first, so that every tensor is aligned to its own size, as the library does.
+    # Wide dtypes first, so that every tensor is aligned to the size of its numbers, as the library does.
     names = sorted(arrays, key=lambda name: (-dtypes[name].itemsize, name))
     end = 0
     for name in names:
@@ -142,5 +147,5 @@ def write_safetensors(
 
 
 def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file that starts with `head` (9 bytes or more) is in this format."""
+    """Whether a file that starts with `head` (at least 9 bytes) is in this format."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER_BYTES

@@ -1,10 +1,10 @@
-"""What files of named tensors have in common, whatever their format.
+"""One tensor in a file, whatever the format: where it lies, how it is read and written.
 
-Reading is two steps. An `index_*` function of a format walks over the headers alone and returns one
-`Tensor` each, every declared size checked against the shape and against the bytes that the file
-really has. Then `read_into` moves one tensor's bytes to where they belong, piece by piece,
-converting on the way. So memory holds the result and a few megabytes, and a damaged file is refused
-before anything is loaded. Data is little-endian, as are the machines this runs on.
+Reading takes two steps. First the `index_*` function of a format reads the headers alone and returns
+a `Tensor` for each tensor; it checks each declared size against the shape and against the size of
+the file. Then `read_into` copies the bytes of one tensor to their destination, in pieces of at most
+8 MiB, and converts them. So memory holds the result and a few megabytes, and a damaged file is
+refused before anything is loaded. Data is little-endian.
 """
 
 import math
@@ -17,14 +17,14 @@ import numpy as np
 from elastic.io.tree import CheckpointError, KeyPath, path_name
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)  # 3 bits of mantissa, up to 448, no infinity
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)  # 3 bits of mantissa, at most 448, no infinity
 _NAMES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool"
 _DTYPES = {name: np.dtype(name) for name in _NAMES.split()} | {
     "bfloat16": BFLOAT16,
     "float8_e4m3fn": FLOAT8,
 }
 
-_PIECE_BYTES = 8 * 2**20  # what reading and writing hold at once besides the tensors
+_PIECE_BYTES = 8 * 2**20  # of buffer memory, besides the tensors
 
 
 class Tensor(NamedTuple):
@@ -37,36 +37,32 @@ class Tensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """What shape and dtype say the data takes."""
+        """Bytes of data, by shape and dtype."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether `dtype` is a floating type, those included that NumPy does not know as such."""
+    """Whether `dtype` is a floating type; bfloat16 and float8 are, though NumPy does not say so."""
     return dtype.kind == "f" or dtype in (BFLOAT16, FLOAT8)
 
 
 def dtype_of_name(name: str, where: str) -> np.dtype:
-    """The dtype that a file names, of plain numbers only; `where` starts the message if not."""
+    """The dtype of this name; only dtypes of plain numbers are known. `where` starts the error message."""
     if name not in _DTYPES:
         raise CheckpointError(f"{where} has dtype {name[:40]!r}; known are {', '.join(_DTYPES)}.")
     return _DTYPES[name]
 
 
-# Nested dicts and flat ones
-
-
-# Moving data
-
-
 def _without_overflow_warning(source: np.ndarray, out: np.ndarray) -> None:
-    # A value too large for a narrower float becomes inf; the reader's own check reports it by name.
+    # A value too large for a narrower float becomes inf, which `read_into` reports.
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, source, casting="unsafe")
 
 
 def _all_finite(values: np.ndarray) -> bool:
-    if values.dtype == BFLOAT16:  # ml_dtypes' own test is slow; inf and NaN have a full exponent
+    if (
+        values.dtype == BFLOAT16
+    ):  # ml_dtypes' own test is slow; inf and NaN have all exponent bits set
         return bool(((values.view(np.uint16) & 0x7F80) != 0x7F80).all())
     if values.dtype == FLOAT8:
         return bool(((values.view(np.uint8) & 0x7F) != 0x7F).all())
@@ -76,10 +72,16 @@ def _all_finite(values: np.ndarray) -> bool:
 def read_into(
     file: BinaryIO, tensor: Tensor, out: np.ndarray, *, progress: Callable[[int], Any] | None = None
 ) -> bool:
-    """Reads one tensor into `out` (same shape, contiguous, any dtype); tells whether it is finite.
+    """Reads one tensor into `out`, with at most 8 MiB besides; returns whether all values are finite.
 
-    Holds at most 8 MiB besides `out`. `progress` is called with the bytes read. Raises
-    `CheckpointError` when the file has become shorter since it was indexed.
+    Args:
+      file: the open file.
+      tensor: what the format's `index_*` function found.
+      out: the destination: contiguous, of the same shape, of any dtype.
+      progress: is called with the number of bytes after each piece.
+
+    Raises:
+      CheckpointError: the file has become shorter since it was indexed.
     """
     if out.shape != tensor.shape or not out.flags.c_contiguous:
         raise ValueError(f"{out.shape=} must be contiguous and of shape {tensor.shape}.")
@@ -95,8 +97,8 @@ def read_into(
             count = min(last - done, _PIECE_BYTES // tensor.dtype.itemsize)
             piece = flat[done : done + count]
             raw = piece if scratch is None else scratch[:count]
-            wanted = raw.nbytes
-            if file.readinto(raw.view(np.uint8)) != wanted:  # type: ignore[attr-defined]
+            num_bytes = raw.nbytes
+            if file.readinto(raw.view(np.uint8)) != num_bytes:  # type: ignore[attr-defined]
                 raise CheckpointError(
                     f"The file ended inside tensor '{path_name(tensor.path)}'; was it being written?"
                 )
@@ -105,12 +107,12 @@ def read_into(
             finite = finite and _all_finite(piece)
             done += count
             if progress is not None:
-                progress(wanted)
+                progress(num_bytes)
     return finite
 
 
 def write_values(file: BinaryIO, values: np.ndarray, dtype: np.dtype) -> None:
-    """Writes `values` as `dtype`, in C order, converting at most 8 MiB at a time."""
+    """Writes `values` in C order, converted to `dtype` at most 8 MiB at a time."""
     flat = values.reshape(-1)  # a copy only where the array is not contiguous
     step = _PIECE_BYTES // max(dtype.itemsize, values.dtype.itemsize)
     for start in range(0, flat.size, step):
@@ -123,7 +125,7 @@ def write_values(file: BinaryIO, values: np.ndarray, dtype: np.dtype) -> None:
 
 
 def as_array(leaf: Any, path: KeyPath) -> np.ndarray:
-    """A tree's leaf as NumPy (Python numbers as JAX would: int32, float32); plain numbers only."""
+    """A leaf of a tree as a NumPy array of plain numbers; a Python number becomes int32 or float32, as in JAX."""
     if type(leaf) is float or (type(leaf) is int and -(2**31) <= leaf < 2**31):
         leaf = np.asarray(leaf, np.float32 if type(leaf) is float else np.int32)
     array = np.asarray(leaf)
@@ -136,5 +138,5 @@ def as_array(leaf: Any, path: KeyPath) -> np.ndarray:
 
 
 def stored_dtype(array: np.ndarray, float_dtype: np.dtype | None) -> np.dtype:
-    """The dtype to write an array in: floats in `float_dtype` if given, all else as it is."""
+    """The dtype in which an array is written: `float_dtype`, if given, for floats; otherwise its own."""
     return float_dtype if float_dtype is not None and is_float(array.dtype) else array.dtype

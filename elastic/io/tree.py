@@ -1,4 +1,8 @@
-"""Nested dicts and their flat form, keyed by paths of names."""
+"""Nested dicts <-> flat dicts, whose keys are paths of names.
+
+flax.traverse_util has two similar functions, but importing flax imports jax, which readers of token
+files do without; and a key that is no string is an error here, because no file format can hold it.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,14 +16,14 @@ class CheckpointError(ValueError):
 
 
 def path_name(path: KeyPath) -> str:
-    """A key path for messages; what a file names is never printed raw or at any length."""
+    """A key path as text for messages: printable and at most 200 characters long."""
     name = "/".join(path)
     name = name if name.isprintable() else ascii(name)[1:-1]
     return name if len(name) <= 200 else f"{name[:197]}..."
 
 
 def flatten(tree: Mapping[str, Any], prefix: KeyPath = ()) -> dict[KeyPath, Any]:
-    """`{'a': {'b': x}}` -> `{('a', 'b'): x}`, in the tree's order; empty branches vanish."""
+    """`{'a': {'b': x}}` -> `{('a', 'b'): x}`, in the tree's order; empty branches and None are left out."""
     flat: dict[KeyPath, Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str) or not key:

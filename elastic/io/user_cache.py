@@ -1,6 +1,8 @@
-"""Programs that XLA has compiled, kept on disk by jax: a run that goes on starts at once, and takes less memory.
+"""The user's cache folder, and the programs compiled by XLA that are kept there.
 
-Only environment variables are set, before jax is imported, so that scripts may ask for it before they know whether they need jax.
+A process that finds its programs there starts sooner and takes less memory. Only environment
+variables are set, before jax is imported, so that a script can ask for this before it knows whether
+it needs jax.
 """
 
 import hashlib
@@ -8,39 +10,56 @@ import os
 import pathlib
 import platform
 import sys
-from pathlib import Path
 
-_MOST_BYTES = 1_000_000_000  # then those go that were not used for longest
-_LEAST_SECONDS = 0.2  # what compiles faster is not kept
+_MAX_BYTES = 1_000_000_000  # of all programs; jax then removes those unused for longest
+_MIN_SECONDS = 0.2  # programs that compile faster are not kept
+
+
+def cache_folder() -> pathlib.Path | None:
+    """`elastic` in the user's cache folder ($XDG_CACHE_HOME or ~/.cache on Linux), which may not exist yet.
+
+    None where the user has no home, or where $XDG_CACHE_HOME is relative, which its standard forbids.
+    """
+    import platformdirs
+
+    if not os.path.isabs(os.environ.get("XDG_CACHE_HOME") or "/"):
+        return None
+    try:
+        folder = platformdirs.user_cache_path("elastic", appauthor=False)
+    except RuntimeError:  # there is no home
+        return None
+    return folder if folder.is_absolute() else None
 
 
 def keep_programs() -> None:
-    """Has jax keep programs in `elastic/programs` of $XDG_CACHE_HOME or ~/.cache.
+    """Has jax keep compiled programs in the folder `programs` of the user's cache.
 
-    What is set already is left as it is: JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
+    The user's own settings stay: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=false keeps none. Does nothing where jax is imported already.
     """
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    place = cache_folder()
-    if place is None:
+    cache = cache_folder()
+    if cache is None:
         return
-    folder = place / "programs" / _processor()
+    folder = cache / "programs" / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written to: compiled anew each time, as without this
+        return  # without a writable home everything is compiled anew in each process
     if os.access(folder, os.W_OK):
-        _remove_halves(folder)
+        _remove_truncated(folder)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # Not the user's, if there is one: without a limit jax does not note what was used, which `_remove_halves` goes by.
-        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_MOST_BYTES)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
+        # Set in any case: without a limit jax writes no `-atime` files, which `_remove_truncated` needs.
+        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_MAX_BYTES)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_MIN_SECONDS))
 
 
-def _remove_halves(folder: pathlib.Path) -> None:
-    """Removes what a kill left: jax writes a program in place, then beside it when it was used, and takes what is there for whole.
+def _remove_truncated(folder: pathlib.Path) -> None:
+    """Removes truncated programs.
 
-    One that another process is just writing goes too, and is compiled once more.
+    jax does not write a program atomically: a killed process can leave one without its `-atime`
+    file. A program that another process is just writing is removed too, and is compiled once more.
     """
     for program in folder.glob("*-cache"):
         used = program.with_name(program.name.removesuffix("-cache") + "-atime")
@@ -49,7 +68,7 @@ def _remove_halves(folder: pathlib.Path) -> None:
 
 
 def _processor() -> str:
-    """A name for processors of this kind: machines may share a home, and XLA:CPU compiles for the instructions of one."""
+    """Names the kind of processor: machines may share a home, and XLA compiles for one instruction set."""
     described = [platform.machine(), platform.processor()]
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -58,10 +77,3 @@ def _processor() -> str:
     for name in ("model name", "flags", "Features"):
         described += [line for line in lines if line.startswith(name)][:1]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:12]
-
-
-def cache_folder() -> Path | None:
-    """`elastic` in $XDG_CACHE_HOME or ~/.cache, which need not be there yet; None where a user has no such place."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Without a home directory '~' stays as it is; a relative folder is no cache (XDG's own rule).
-    return Path(root, "elastic") if os.path.isabs(root) else None

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from elastic.io.atomic import atomic_open
-from elastic.io.restricted_pickle import unpickled
+from elastic.io.restricted_pickle import read_float_arrays
 from elastic.io.safetensors_file import index_safetensors, looks_like_safetensors, write_safetensors
 from elastic.io.tensors import read_into
 from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
@@ -129,7 +129,7 @@ def _from_distribution() -> Weights:
             f"{path} (of {_DISTRIBUTION} {distribution.version}) is not the file of version {_VERSION}: its sha256 is "
             f"{found}, not {_FILE_SHA256}; {way_out}."
         )
-    return _checked(unpickled(data, path), path)
+    return _checked(read_float_arrays(data, path), path)
 
 
 def _read(path: Path) -> Weights:
@@ -139,7 +139,7 @@ def _read(path: Path) -> Weights:
     if looks_like_safetensors(head):
         return _read_safetensors(path)
     if head[:1] == b"\x80":
-        return _checked(unpickled(path.read_bytes(), path), path)
+        return _checked(read_float_arrays(path.read_bytes(), path), path)
     raise CheckpointError(
         f"{path} holds no LPIPS weights: it is neither a safetensors file nor a pickle such as vgg16.ckpt."
     )
@@ -188,6 +188,3 @@ def _check_shapes(found: Mapping[KeyPath, tuple[int, ...]], path: Path) -> None:
 
 def _not_finite(name: KeyPath, path: Path) -> CheckpointError:
     return CheckpointError(f"{path}: '{path_name(name)}' holds numbers that are not finite.")
-
-
-# The restricted reader. `pickletools` names the opcodes and their arguments; it runs nothing.

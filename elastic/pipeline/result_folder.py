@@ -17,7 +17,7 @@ from tqdm import tqdm
 from elastic import media, report
 from elastic.config import ElasticTokConfig
 from elastic.io import json_file
-from elastic.io.atomic import locked, take_places
+from elastic.io.atomic import locked, move_files
 from elastic.metrics import psnr_of_mse
 from elastic.tokenizer import BlockResult, ElasticTokenizer
 from elastic.tokenizer.resume import remove_resume_log
@@ -125,7 +125,7 @@ class ResultFolder:
             self._frames.flush()
             _draw(tokens, self._frames, self._work, progress=progress)
         files = tuple(self._folder / name for name in RESULTS if (self._work / name).exists())
-        take_places(self._work, self._folder, RESULTS)
+        move_files(self._work, self._folder, RESULTS)
         self._stack.close()
         shutil.rmtree(self._work, ignore_errors=True)
         return FinishedFile(self.source, self._folder, files, found)

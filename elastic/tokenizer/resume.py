@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from elastic.io.atomic import written_beside
+from elastic.io.atomic import atomic_open
 from elastic.io.safetensors_file import index_safetensors, write_safetensors
 from elastic.io.tensors import read_into
 from elastic.io.tree import CheckpointError
@@ -128,7 +128,7 @@ class ResumeLog:
         try:
             self._writer.sync()
             tree = {name: np.asarray(leaf) for name, leaf in _named(cache).items()}
-            with written_beside(self._cache_path) as file:
+            with atomic_open(self._cache_path, make_folders=False) as file:
                 write_safetensors(file, tree | {"committed": np.array([self._writer.num_blocks])})
         except OSError as error:
             log.warning("The cache could not be copied beside %s: %s", self.path, error)

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic.io.atomic import written_beside
+from elastic.io.atomic import atomic_open
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.npz_file import TokenFileError
 from elastic.tokens.same_weights import are_apart
@@ -75,7 +75,7 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
     seen: set[str] = set()
     group: list[tuple[str, TokenizedClip]] = []
     waiting = 0
-    with written_beside(Path(path)) as file:
+    with atomic_open(path, make_folders=False) as file:
         # The low and the high bytes of tokens lie apart: a fifth smaller than plain, and as fast.
         writer = pq.ParquetWriter(
             file,

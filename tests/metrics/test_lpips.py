@@ -251,7 +251,7 @@ def small_tree():
 @pytest.mark.parametrize("protocol", [3, 4])
 def test_dicts_of_arrays_are_read_as_pickle_reads_them(protocol):
     data = pickle.dumps(small_tree(), protocol)
-    ours = restricted_pickle._unpickled(data, pathlib.Path("x"))
+    ours = restricted_pickle.read_float_arrays(data, pathlib.Path("x"))
     assert same(ours, small_tree())
     assert all(ours["b"][key].dtype == x.dtype for key, x in small_tree()["b"].items())
 
@@ -304,13 +304,13 @@ def test_a_pickle_cut_anywhere_or_with_any_byte_changed_is_never_more_than_refus
     path = pathlib.Path("some.ckpt")
     for end in range(len(data)):
         with pytest.raises(ValueError, match=r"some\.ckpt"):
-            restricted_pickle._unpickled(data[:end], path)
+            restricted_pickle.read_float_arrays(data[:end], path)
     rng = np.random.default_rng(1)
     for at in range(len(data)):
         changed = bytearray(data)
         changed[at] = rng.integers(256)
         try:
-            restricted_pickle._unpickled(bytes(changed), path)
+            restricted_pickle.read_float_arrays(bytes(changed), path)
         except ValueError as error:
             assert "some.ckpt" in str(error)
 
