@@ -1,4 +1,4 @@
-"""Weights and the files that hold them."""
+"""Checkpoints: loads, validates and saves a model's parameters and training states."""
 
 from elastic.checkpoints.params import (
     folder_of,

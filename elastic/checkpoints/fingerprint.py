@@ -1,7 +1,8 @@
-"""What tells the weights of two models of one shape apart, whatever type they are stored in and however their layers lie.
+"""A fingerprint of weights: 16 numbers that tell two models of one shape apart.
 
-Each parameter tensor is projected on a few fixed directions; the sums over all tensors are the fingerprint. Rounding to bfloat16 moves
-it by 0.2 %, to float8 by some 3 %, other weights by more than 100 %.
+It does not depend on the layout of the layers, and hardly on the dtype. Each parameter tensor is
+projected on fixed directions, and the fingerprint is the sum over all tensors. Rounding to bfloat16
+changes it by 0.2 %, to float8 by some 3 %; other weights change it by more than 100 %.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ SIZE = 16
 
 
 def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
-    """`SIZE` numbers made of all parameters; stacked and numbered layers, and bfloat16 as its bits, give the same."""
+    """`SIZE` numbers computed from all parameters; layers may be stacked or numbered, bfloat16 may be held as bits."""
     total = np.zeros(SIZE)
     numpy = jax.tree.map(lambda leaf: np.asarray(bf16_bits.from_bits(leaf)), dict(params))
     for path, leaf in flatten(convert_layout(numpy, scan_layers=False)).items():
@@ -28,7 +29,7 @@ def fingerprint(params: Mapping[str, Any]) -> tuple[float, ...]:
             values = np.pad(values, (0, missing))
         values = values.reshape(-1, 2 * SIZE)
         sums = np.ones(len(values), np.float32) @ values
-        # Differences, so that a constant, as the scales of a new norm are, does not count.
+        # Of differences, so that constants do not count, such as the scales of a new norm.
         apart = (sums[:SIZE] - sums[SIZE:]) / (np.sqrt(np.vdot(values, values)) or 1.0)
         digest = np.frombuffer(hashlib.sha256("/".join(path).encode()).digest()[:SIZE], np.uint8)
         total += np.where(digest & 1, 1, -1) * apart

@@ -1,7 +1,8 @@
-"""Weights in float8 (e4m3): which of a model's are, how they are stored, and how it is trained for that.
+"""Weights in float8 (e4m3): which parameters, how they are stored, and rounding during training.
 
-The matrices of attention and feed-forward are nearly all of a model. Everything else stays in bfloat16. Three bits of
-mantissa change a weight by 2.6 % (root mean square); training with the rounded weights makes up for most of it.
+Only the matrices of attention and feed-forward, which are most of a model, are stored in float8; all
+else in bfloat16. Three bits of mantissa change a weight by 2.6 % (root mean square). Training with
+rounded weights makes up for most of the loss.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from jax import lax
 from elastic.io.tensors import BFLOAT16, FLOAT8
 from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 
-_MOST_CHANGE = 0.05  # of a matrix by rounding, root mean square
+_MAX_CHANGE = 0.05  # of a matrix by rounding, root mean square
 
 
 def is_matrix(path: KeyPath) -> bool:
@@ -23,9 +24,9 @@ def is_matrix(path: KeyPath) -> bool:
 
 
 def rounded(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters as they will come back from a file, in their own type; gradients pass as if they were not rounded.
+    """The parameters with matrices rounded to float8, in their own dtype.
 
-    (The straight-through estimator, Bengio et al. 2013, section 3.)
+    Gradients ignore the rounding (the straight-through estimator, Bengio et al. 2013, section 3).
     """
     flat = flatten(params)
     for path, x in flat.items():
@@ -35,7 +36,7 @@ def rounded(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_stored(params: Mapping[str, Any]) -> dict[str, Any]:
-    """NumPy arrays: matrices in float8, all else in bfloat16.
+    """The parameters as NumPy arrays: matrices in float8, all else in bfloat16.
 
     Raises:
       CheckpointError: a matrix's values are too large or too small for float8.
@@ -46,10 +47,10 @@ def as_stored(params: Mapping[str, Any]) -> dict[str, Any]:
         flat[path] = values.astype(FLOAT8 if is_matrix(path) else BFLOAT16)
         if is_matrix(path):
             change = _size(flat[path].astype(np.float32) - values) / _size(values)
-            if not change <= _MOST_CHANGE:  # NaN too: what is above 448
+            if not change <= _MAX_CHANGE:  # NaN, too, which values above 448 become
                 raise CheckpointError(
                     f"'{path_name(path)}' would lose too much in float8, which holds 0.002 to 448: rounding changes it by "
-                    f"{change:.1%}, at most {_MOST_CHANGE:.0%} is allowed; store it as 'bf16'."
+                    f"{change:.1%}, at most {_MAX_CHANGE:.0%} is allowed; store it as 'bf16'."
                 )
     return unflatten(flat)
 

@@ -1,16 +1,16 @@
-"""Reads and writes a model's parameters and training states: the one door to checkpoint files.
+"""Loads and saves a model's parameters and training states.
 
-What a checkpoint is called (`spec`):
-  params::FILE             the bare parameter tree, streaming format (the released file `params`)
+How a checkpoint is named (`spec`):
+  params::FILE             the parameter tree, streaming format (the released file `params`)
   trainstate_params::FILE  the parameters inside a streaming_train_state
-  trainstate::FILE         the same; `load_train_state` takes the whole of it
+  trainstate::FILE         the same; `load_train_state` loads all of it
   flax_params::FILE        the parameter tree as one msgpack blob
   hf::org/name, org/name   a Hugging Face repository with a file `params` or `model.safetensors`
   FOLDER                   a folder that holds one of these files
   FILE                     any of them; its format is recognised
 
-Layers may be stacked in a file (`.../scan_decoder/...`) or numbered (`.../0/...`); either loads
-into either. Names and shapes are held against the model's before memory is taken for any tensor.
+Layers may be stacked in a file (`.../scan_decoder/...`) or numbered (`.../0/...`), whatever the
+model has. Names and shapes are compared with the model's before any tensor is allocated.
 """
 
 import json
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _State = TypeVar("_State")
-_PROGRESS_BYTES = 50e6  # smaller files load before a bar could be read
+_PROGRESS_BYTES = 50e6  # smaller files load at once and need no bar
 _FLOAT_NAMES = {
     "fp16": np.float16,
     "fp32": np.float32,
@@ -78,36 +78,36 @@ def load_params(
     local_files_only: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The parameters that `spec` names (see the top of this file), as nested dicts of NumPy arrays.
+    """The parameters that `spec` names, as nested dicts of NumPy arrays.
 
     Args:
-      spec: prefix and file, repository, folder or file.
-      config: the model the parameters must fit; its `scan_layers` picks the layout of the result.
-      dtype: float type of the result (a dtype, 'bf16', 'fp32', ...); None keeps the stored one, of which only float8
-        becomes bfloat16, where its values are exact.
+      spec: prefix and file, repository, folder or file; see the top of this file.
+      config: the model that the parameters must fit; its `scan_layers` determines the layout of the result.
+      dtype: float dtype of the result (a dtype, 'bf16', 'fp32', ...). None keeps the stored one, but for float8,
+        which becomes bfloat16; this is exact.
       revision: branch, tag or commit of a repository.
       local_files_only: look in the Hugging Face cache only.
       progress: show a bar for files above 50 MB.
 
     Returns:
-      The bare tree `{'encoder': ..., 'decoder': ...}` in the file's order. Peak memory is the
-      result's size and a few megabytes.
+      The tree `{'encoder': ..., 'decoder': ...}` in the file's order. Peak memory is the size of the
+      result and a few megabytes.
 
     Raises:
-      CheckpointError: there is no such file, it is damaged or in a foreign format, or it does not
-      fit `config`.
+      CheckpointError: there is no such file, it is damaged or in an unknown format, or it does not
+        fit `config`.
     """
-    path, wanted = resolve(spec, revision=revision, local_files_only=local_files_only)
+    path, expected = resolve(spec, revision=revision, local_files_only=local_files_only)
     tensors = index_tensors(path)
-    holds = checkpoint_kind(tensors)
-    if wanted is not None and wanted != holds:
-        way = "params" if holds == PARAMS else "trainstate_params"
-        raise CheckpointError(f"{path} holds {holds}, not {wanted}; load it as {way}::{path}.")
+    kind = checkpoint_kind(tensors)
+    if expected is not None and expected != kind:
+        prefix = "params" if kind == PARAMS else "trainstate_params"
+        raise CheckpointError(f"{path} holds {kind}, not {expected}; load it as {prefix}::{path}.")
     groups = param_groups(tensors)
-    prefix = STATE_PARAMS if holds == TRAIN_STATE else next(iter(groups))
-    found = groups.pop(prefix, {})
-    validate_tensors(found, prefix, config, path)
-    if holds == TRAIN_STATE:
+    above = STATE_PARAMS if kind == TRAIN_STATE else next(iter(groups))
+    found = groups.pop(above, {})
+    validate_tensors(found, above, config, path)
+    if kind == TRAIN_STATE:
         check_whole_state([tensor.path for tensor in tensors], path)
     elif groups:
         raise CheckpointError(
@@ -128,13 +128,17 @@ def load_train_state(
 ) -> dict[str, Any]:
     """A whole training state `{'step', 'params': {'params': ...}, 'opt_state': ...}`, NumPy arrays.
 
-    Parameters and moments come in the layout that `config.scan_layers` asks for; keys of
-    `opt_state` are strings ('1', '0', 'mu', ...), as `flax.serialization.from_state_dict` takes
-    them. `dtype` converts every float, None keeps what is stored. `path` is a file, a folder with a
-    `streaming_train_state`, or `trainstate::FILE`.
+    The keys of `opt_state` are strings ('1', '0', 'mu', ...), as
+    `flax.serialization.from_state_dict` takes them.
+
+    Args:
+      path: a file, a folder with a `streaming_train_state`, or `trainstate::FILE`.
+      config: the model that the state must fit; its `scan_layers` determines the layout of parameters and moments.
+      dtype: dtype of all floats; None keeps the stored one.
+      progress: show a bar for files above 50 MB.
 
     Raises:
-      CheckpointError: as `load_params`; also when moments are shaped unlike the parameters.
+      CheckpointError: as `load_params`; also where moments and parameters differ in shape.
     """
     file, _ = resolve(path, names=("streaming_train_state",), local=True)
     tensors = index_tensors(file)
@@ -159,12 +163,12 @@ def load_train_state(
 
 
 def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
-    """`target`, a flax `TrainState` or any tree of states, with the values of a loaded training state.
+    """`target` (a flax `TrainState` or any tree of states) with the values of a loaded training state.
 
-    Optimizer states without arrays, which files leave out, stay as they are in `target`.
+    Optimizer states without arrays are not in files; they stay as they are in `target`.
 
     Raises:
-      CheckpointError: `state` lacks an array of `target`, has another one, or one of another shape.
+      CheckpointError: an array is missing in `state`, is not in `target`, or has another shape.
     """
     ours, found = flax.serialization.to_state_dict(target), flatten(state)
     expected = flatten(ours)
@@ -201,10 +205,10 @@ def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
 def load_config(
     spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
 ) -> ElasticTokConfig | None:
-    """The configuration stored beside the weights that `spec` names, or None when there is none.
+    """The config stored beside the weights that `spec` names; None if there is none.
 
     Raises:
-      ValueError: there is a config.json that is no configuration of ours.
+      ValueError: there is a config.json that is no config of this model.
       CheckpointError: there are no such weights.
     """
     path = folder_of(spec, revision=revision, local_files_only=local_files_only) / "config.json"
@@ -214,7 +218,7 @@ def load_config(
 def folder_of(
     spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
 ) -> Path:
-    """Where the weights that `spec` names lie, with what belongs to them; a repository's are fetched.
+    """The folder of the weights that `spec` names and of their other files; a repository is downloaded.
 
     Raises:
       CheckpointError: there are no such weights.
@@ -231,7 +235,15 @@ def _read(
     dtype: np.dtype | None,
     progress: bool,
 ) -> dict[KeyPath, np.ndarray]:
-    """Reads the tensors, named by the mapping's keys; `scan_layers` stacks numbered layers."""
+    """Reads the tensors.
+
+    Args:
+      path: the file.
+      tensors: name in the result -> tensor in the file.
+      scan_layers: stack numbered layers.
+      dtype: dtype of all floats; None keeps the stored one.
+      progress: show a bar for files above 50 MB.
+    """
     homes = stacked_homes(tensors, path) if scan_layers else {}
     num_layers: dict[KeyPath, int] = {}
     for stack, _ in homes.values():
@@ -242,14 +254,14 @@ def _read(
     with open(path, "rb") as file, _bar(path, total, progress) as bar:
         for name, tensor in tensors.items():
             stored = BFLOAT16 if tensor.dtype == FLOAT8 else tensor.dtype
-            wanted = dtype if dtype is not None and is_float(tensor.dtype) else stored
+            target = dtype if dtype is not None and is_float(tensor.dtype) else stored
             stack, layer = homes.get(name, (name, None))
             if stack not in flat:
                 flat[stack] = np.empty(
-                    tensor.shape if layer is None else (num_layers[stack], *tensor.shape), wanted
+                    tensor.shape if layer is None else (num_layers[stack], *tensor.shape), target
                 )
             out = flat[stack] if layer is None else flat[stack][layer, ...]  # a view, 0-d too
-            if (out.shape, out.dtype) != (tensor.shape, wanted):
+            if (out.shape, out.dtype) != (tensor.shape, target):
                 raise CheckpointError(
                     f"{path}: '{path_name(tensor.path)}', {tensor.shape} of {tensor.dtype}, "
                     "is unlike the other layers."
@@ -297,9 +309,13 @@ def save_params(
 ) -> None:
     """Writes a parameter tree as a streaming file (`params::FILE`), atomically.
 
-    The order is the tree's own: a loaded tree keeps its file's, so what is read and saved again has
-    the same bytes; a tree that JAX made is sorted by key. `float_dtype` converts floats, None keeps
-    them.
+    Tensors are written in the tree's own order. A loaded tree has the order of its file, so loading
+    and saving gives the same bytes. A tree made by JAX is sorted by key.
+
+    Args:
+      path: the file.
+      params: the tree; {'params': tree} is accepted, too.
+      float_dtype: dtype in which floats are written; None keeps theirs.
     """
     write_stream(path, _bare(params), float_dtype=_float_dtype(float_dtype))
 
@@ -309,13 +325,15 @@ def save_train_state(
 ) -> None:
     """Writes a whole training state as a streaming file (`trainstate::FILE`), atomically.
 
-    `state_tree` is a flax `TrainState` or nested dicts with `step`, `params` (`{'params': tree}`)
-    and `opt_state`; these three are written in this order, everything below in the tree's own.
-    `float_dtype` converts every float, the moments too: with None a resumed run repeats the numbers
-    exactly, with 'bf16' (the released default) it does not.
+    Args:
+      path: the file.
+      state_tree: a flax `TrainState`, or nested dicts with `step`, `params` (`{'params': tree}`) and
+        `opt_state`; these three are written in this order, everything below in the tree's own.
+      float_dtype: dtype in which floats are written, moments included. With None a resumed run repeats
+        the numbers exactly, with 'bf16' (the released default) it does not.
 
     Raises:
-      CheckpointError: a part is missing that loading would miss, too.
+      CheckpointError: a part is missing without which the file would not load.
     """
     state = flax.serialization.to_state_dict(state_tree)
     first = {key: state[key] for key in ("step", "params", "opt_state") if key in state}
@@ -338,10 +356,14 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json` and `model.safetensors` into a folder, for `load_config`, `load_params`.
 
-    Both files are complete before either takes its place. Other files of the folder are left alone.
+    Both files are complete before either appears. Other files of the folder are not touched.
 
     Args:
-      float_dtype: converts floats, None keeps them. 'fp8' takes half the room of 'bf16' (see elastic/float8.py).
+      folder: the folder, which is made if it is missing.
+      config: the model's config.
+      params: the parameter tree.
+      float_dtype: dtype in which floats are written; None keeps theirs. 'fp8' takes half the space of
+        'bf16' (see elastic/checkpoints/float8.py).
 
     Raises:
       CheckpointError: a matrix's values are too large or too small for float8.

@@ -1,4 +1,4 @@
-"""From what the user calls a checkpoint to the tensors in a file on this machine."""
+"""From the name of a checkpoint to its file on this machine, and to the tensors in the file."""
 
 import contextlib
 import difflib
@@ -13,7 +13,7 @@ from elastic.io.safetensors_file import index_safetensors, looks_like_safetensor
 from elastic.io.tensors import Tensor
 from elastic.io.tree import CheckpointError
 
-PARAMS, TRAIN_STATE = "a parameter tree", "a train state"
+PARAMS, TRAIN_STATE = "a parameter tree", "a train state"  # kinds of checkpoints
 PREFIXES = {
     "params": PARAMS,
     "flax_params": PARAMS,
@@ -23,7 +23,7 @@ PREFIXES = {
 }
 FILES = ("model.safetensors", "params", "streaming_params", "streaming_train_state")
 HUB_FILES = ("params", "model.safetensors")
-_COMPANIONS = ("config.json", "curves.json")  # come along with a download, where there are any
+_COMPANIONS = ("config.json", "curves.json")  # are downloaded with the weights, if they exist
 
 
 def _split_prefix(spec: str) -> tuple[str | None, str]:
@@ -42,8 +42,8 @@ def _split_prefix(spec: str) -> tuple[str | None, str]:
             f"Checkpoint {spec!r} names no file; write params::FILE, a folder or a repository."
         )
     if len(prefixes) > 1:
-        # As from here, not from a caller: a run resolves its checkpoint several times, and Python shows a warning
-        # once for each place that it comes from.
+        # Python shows a warning once per line of code that it is attributed to. A run resolves its checkpoint
+        # several times, so the warning is attributed to this line and not to the callers.
         warnings.warn(
             f"Checkpoint {spec!r} has more than one prefix; it is read as {prefixes[-1]}::{rest}.",
             stacklevel=1,
@@ -65,9 +65,20 @@ def resolve(
     names: tuple[str, ...] = FILES,
     local: bool = False,
 ) -> tuple[Path, str | None]:
-    """The file that `spec` names (in a folder, one of `names`) and what its prefix says it holds.
+    """The file that `spec` names, and the kind of checkpoint that its prefix implies.
 
-    `local` keeps a spec without a prefix from being taken for a repository.
+    Args:
+      spec: prefix and file, repository, folder or file.
+      revision: branch, tag or commit of a repository.
+      local_files_only: look in the Hugging Face cache only.
+      names: files to look for in a folder, in this order.
+      local: a spec without a prefix is never a repository.
+
+    Returns:
+      The path, and `PARAMS`, `TRAIN_STATE` or None.
+
+    Raises:
+      CheckpointError: there is no such file.
     """
     kind, rest = _split_prefix(os.fspath(spec))
     if kind == "hf" or (kind is None and not local and _is_repo(rest)):
@@ -148,7 +159,7 @@ def _from_hub(repo: str, *, revision: str | None, local_files_only: bool) -> Pat
 
 
 def _out_of_reach(repo: str, revision: str | None) -> str:
-    """Why the hub cannot be asked for a repository; '' when it answers, whatever it says."""
+    """Why the hub does not answer; '' if it does, whatever the answer is."""
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
     try:
@@ -172,7 +183,7 @@ def _reason(error: Exception) -> str:
 
 
 def index_tensors(path: Path) -> list[Tensor]:
-    """The tensors of a file in any of the formats; which one, its first bytes tell."""
+    """The tensors of a file in any format; the first bytes determine which."""
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:

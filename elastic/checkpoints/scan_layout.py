@@ -1,8 +1,8 @@
-"""The layers of a parameter tree: stacked on a leading axis, or numbered.
+"""Layouts of the layers in a parameter tree: stacked on a leading axis, or numbered.
 
-`encoder/encoder_blocks/scan_decoder/ffn_norm/kernel`, shape [layers, width], is the stacked layout,
-`scan_layers` (the name is the released format's, in the encoder too);
-`encoder/encoder_blocks/0/ffn_norm/kernel`, shape [width], is the numbered one.
+The stacked layout (`scan_layers`) has `encoder/encoder_blocks/scan_decoder/ffn_norm/kernel` of shape
+[layers, width]; the released format uses the name `scan_decoder` in the encoder, too. The numbered
+layout has `encoder/encoder_blocks/0/ffn_norm/kernel` of shape [width].
 """
 
 import re
@@ -20,9 +20,8 @@ STACKED = "scan_decoder"
 def convert_layout(params: Mapping[str, Any], *, scan_layers: bool) -> dict[str, Any]:
     """The same tree with its layers stacked on axis 0 (`scan_layers`) or numbered '0', '1', ...
 
-    Works on parameters, and on any tree that holds parameter-shaped ones, such as a whole training
-    state. A tree that has the layout asked for comes back as it is. Numbering gives views, stacking
-    copies.
+    Works on parameters, and on any tree that holds trees of their shape, such as a whole training
+    state. A tree in this layout already is returned as it is. Numbering gives views, stacking copies.
 
     Raises:
       CheckpointError: layers are not numbered 0 to n - 1, or differ in shape or dtype.
@@ -55,13 +54,17 @@ def convert_layout(params: Mapping[str, Any], *, scan_layers: bool) -> dict[str,
 
 
 def _layer_key(path: KeyPath) -> int | None:
-    """Where in `path` stands the layer: its number, or the word for all of them."""
+    """The index in `path` of the layer's key: a number, or `STACKED`."""
     stacks = STACKS.values()
     return next((at + 1 for at, key in enumerate(path[:-1]) if key in stacks), None)
 
 
 def stacked_homes(paths: Iterable[KeyPath], where: Any) -> dict[KeyPath, tuple[KeyPath, int]]:
-    """{numbered path -> (its stacked path, layer)}; raises unless layers run from 0 to n - 1."""
+    """{numbered path: (its stacked path, layer)}.
+
+    Raises:
+      CheckpointError: layers are not numbered 0 to n - 1; `where` starts the message.
+    """
     homes = {}
     for path in paths:
         at = _layer_key(path)

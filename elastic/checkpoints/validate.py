@@ -1,4 +1,4 @@
-"""Whether the tensors in a file are the model's: names, shapes, and nothing lost at the end."""
+"""Compares the tensors in a file with the model's: names, shapes, and whether the file is complete."""
 
 import functools
 from collections.abc import Collection, Iterable, Mapping
@@ -22,10 +22,10 @@ def checkpoint_kind(tensors: Iterable[Tensor]) -> str:
 
 
 def param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tensor]]:
-    """The parameter-shaped trees of a file: {prefix up to the last 'params': {path below: tensor}}.
+    """The trees in a file that have the shape of the parameters: {path of the tree: {path in it: tensor}}.
 
-    A train state has three: the parameters and the two moments. Tensors of a train state outside of
-    any (step, counts) are in none; a bare tree has the prefix ().
+    A train state has three: the parameters and the two moments. Its other tensors (step, counts) are
+    left out. A parameter tree by itself has the path ().
     """
     state = checkpoint_kind(tensors) == TRAIN_STATE
     groups: dict[KeyPath, dict[KeyPath, Tensor]] = {}
@@ -39,7 +39,17 @@ def param_groups(tensors: Iterable[Tensor]) -> dict[KeyPath, dict[KeyPath, Tenso
 def validate_tensors(
     found: Mapping[KeyPath, Tensor], prefix: KeyPath, config: ElasticTokConfig, file: Path
 ) -> None:
-    """Raises unless names and shapes are the model's, in whichever layout the file has."""
+    """Checks that names and shapes are the model's, in either layout of the layers.
+
+    Args:
+      found: the tensors of one parameter tree, by their paths in it.
+      prefix: path of the tree in the file, for messages.
+      config: the model.
+      file: the file, for messages.
+
+    Raises:
+      CheckpointError: they differ; the message names the first differences.
+    """
     stacked = any(STACKED in path for path in found)
     expected = _expected_shapes(config.replace(scan_layers=stacked))
     shapes = {path: tensor.shape for path, tensor in found.items()}
@@ -77,15 +87,13 @@ def validate_tensors(
             )
 
 
-@functools.lru_cache(
-    maxsize=2
-)  # tracing a model takes a second, and a train state asks three times
+@functools.lru_cache(maxsize=2)  # tracing a model takes a second, and a train state has three trees
 def _expected_shapes(config: ElasticTokConfig) -> dict[KeyPath, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in flatten(param_shapes(config)).items()}
 
 
 def _difference(found: Mapping[KeyPath, tuple], expected: Mapping[KeyPath, tuple]) -> str:
-    """How the file's model differs, in the configuration's words; '' where nothing is certain."""
+    """How the file's model differs, in names of options; '' if that is uncertain."""
     ours, theirs = _traits(expected), _traits(found)
     parts = [
         f"{key}={theirs[key]}, not {ours[key]}"
@@ -118,7 +126,11 @@ def _traits(shapes: Mapping[KeyPath, tuple]) -> dict[str, Any]:
 
 
 def check_whole_state(paths: Collection[KeyPath], file: Path) -> None:
-    """Raises unless a train state has all its parts: its end may be lost exactly between two records."""
+    """Checks that a train state has all its parts: a file may be cut short between two records.
+
+    Raises:
+      CheckpointError: something is missing.
+    """
     lost = missing_parts(paths)
     if lost:
         more = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
@@ -129,14 +141,17 @@ def check_whole_state(paths: Collection[KeyPath], file: Path) -> None:
 
 
 def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
-    """What a train state with these tensors lacks besides parameters: step, moments, counts; in a file's order.
+    """Step, moments and counts that a train state with these tensors lacks, in the order of a file.
 
-    The format stores no count of records, so the structure of AdamW has to tell: each of its moments covers all
-    parameters, the schedule's count comes after them, then the gradients of the steps that make one update.
+    The format stores no number of records, so this follows from the structure of AdamW: each of its
+    moments covers all parameters; the count of the schedule comes after them, then the gradients of
+    the steps that make one update.
     """
     found = set(paths)
     params = [path[2:] for path in paths if path[:2] == STATE_PARAMS]
-    moments: dict[KeyPath, None] = {}  # prefixes of what has the parameters' names; ordered
+    moments: dict[
+        KeyPath, None
+    ] = {}  # paths of trees of the parameters' shape; a dict keeps their order
     for path in paths:
         if path[0] == "opt_state" and "params" in path:
             moments[path[: path.index("params") + 1]] = None
@@ -154,6 +169,6 @@ def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
     if several:
         moments[("opt_state", "acc_grads", "params")] = None
     needed += [(*prefix, *path) for prefix in moments for path in params]
-    # The rate is the last link of AdamW's own chain, whose first are the moments.
+    # In AdamW's chain the moments come first and the learning rate last.
     needed += [(*adam[:-1], "2", "count") for adam in adams if adam[-1] == "0"]
     return [path for path in needed if path not in found]

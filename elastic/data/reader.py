@@ -148,9 +148,7 @@ class SequenceReader:
             good, stop = start + len(blocks), start + piece.num_blocks
             if len(blocks):
                 patches[start:good] = patchify(blocks, self.spec.patch_size)
-            ids[start:stop] = (
-                start  # the start of a piece is its id; padding keeps the ids of `empty_row`
-            )
+            ids[start:stop] = start  # differs from the ids that `empty_row` gave to padding
             row.block_index[0, start:stop] = np.arange(piece.num_blocks)
             row.filled[0, start:good] = True
             start = stop

@@ -1,4 +1,4 @@
-"""Pictures and numbers of a result."""
+"""Reports of a result: its numbers as report.json, figures, and the strip picture."""
 
 from elastic.report.figures import plot_report
 from elastic.report.run_report import build_report

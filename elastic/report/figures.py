@@ -1,4 +1,4 @@
-"""Figures drawn with matplotlib."""
+"""Figures, drawn with matplotlib."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from elastic.report.strip import MET, NOT_MET, number
 
 
 def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Draws tokens and loss of each block over time as PNG, from what `build_report` gave."""
+    """Draws tokens and loss of each block over time as PNG; `report` is what `build_report` gives."""
     clip, totals, blocks = report["clip"], report["totals"], report["blocks"]
     edges = np.arange(len(blocks) + 1, dtype=float)
     if clip["rate"]:
@@ -54,7 +54,7 @@ def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            # Above the axes: inside it would hide blocks.
+            # Above the axes, because inside it would hide blocks.
             axes.legend(
                 loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9
             )
@@ -62,14 +62,14 @@ def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure of so many inches, which no window shows."""
-    from matplotlib.figure import Figure  # takes a second, and only plots need it
+    """A matplotlib figure without a window; width and height are in inches."""
+    from matplotlib.figure import Figure  # its import takes a second, and only plots need it
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def write_figure(figure: Any, path: str | os.PathLike) -> None:
-    """The figure as PNG; `path` is replaced as a whole or not touched."""
+    """Writes the figure as PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

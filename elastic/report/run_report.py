@@ -1,4 +1,4 @@
-"""report.json: what was tokenized, with what, and what it cost."""
+"""report.json: what was tokenized, with which model, and what it cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,15 +17,15 @@ def build_report(
     """The report of one run, ready for `write_json`.
 
     Args:
-      clip: the tokens; the source of every count, loss and `met`.
-      per_block: for each block what only the run knows, such as `passes` and `seconds`.
-      totals: the same for the whole run, such as `seconds` (of the whole run) and `psnr` in dB.
+      clip: the tokens, with counts, losses and `met`.
+      per_block: further values of each block, such as `passes` and `seconds`.
+      totals: further values of the whole run, such as `seconds` and `psnr` in dB.
 
     Returns:
       `clip` (what was tokenized and how), `totals` and `blocks`.
 
     Raises:
-      ValueError: `per_block` has not one entry for each block.
+      ValueError: `per_block` has more or fewer entries than there are blocks.
     """
     if len(per_block) != len(clip.blocks):
         raise ValueError(f"{len(per_block)} entries for {len(clip.blocks)} blocks; give one each.")

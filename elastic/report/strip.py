@@ -1,7 +1,7 @@
-"""What a run tells: the numbers as JSON, the strip of tokens used over time, and a plot.
+"""The strip picture: original and reconstruction side by side, above the tokens used over time.
 
-`strip_frames` draws the paper's signature picture: original and reconstruction side by side, above a
-chart of the tokens that each block took, with a playhead. Callers write the frames to a file.
+The paper shows its results this way. The chart has a bar for each block and a playhead. Callers write
+the frames to a file.
 """
 
 import itertools
@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from elastic.metrics import psnr
 
 _PAPER, _INK, _MUTED, _GRID = (255, 255, 255), (33, 37, 45), (118, 124, 136), (226, 229, 234)
-MET, NOT_MET = (38, 108, 188), (217, 95, 38)  # apart for the colour-blind too
-_FAINT = 0.7  # how far the blocks still to come fade into the paper
+MET, NOT_MET = (38, 108, 188), (217, 95, 38)  # colour-blind people can tell them apart
+_FADE = 0.7  # how far the blocks after the playhead fade into the background
 _MARGIN, _GAP, _LINE, _CHART, _GUTTER = 16, 12, 26, 96, 46  # pixels
-_MIN_SIDE = 256  # frames are shown at least this large
-_ENLARGED = 4  # times: a picture of errors would be black
+_MIN_SIDE = 256  # pixels; smaller frames are enlarged
+_ERROR_GAIN = 4  # without it a picture of errors would be black
 
 
 def strip_frames(
@@ -34,19 +34,22 @@ def strip_frames(
     met: Sequence[bool] | np.ndarray | None = None,
     rate: float | None = None,
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Original and reconstruction above the strip of tokens used over time, frame by frame.
+    """The strip picture of each frame: original and reconstruction above the tokens used over time.
 
-    Takes one frame of each at a time and keeps none. Height and width are even, as video wants them.
+    One frame of each is in memory at a time. Height and width are even, as video codecs require.
 
     Args:
-      originals, reconstructions: equally many frames of one size.
+      originals: the frames, all of one size.
+      reconstructions: as many frames of the same size.
       counts: tokens kept in each block.
-      losses: the error of each block, to be shown.
-      met: whether each block met its threshold; those that did not are drawn in another colour.
-      rate: frames per second, to show the time.
+      tokens_per_block: tokens of a block, the top of the chart.
+      frames_per_block: frames of a block.
+      losses: the loss of each block, which is shown as text.
+      met: whether each block met its threshold; a block that did not has another colour.
+      rate: frames per second; with it the time is shown.
 
     Raises:
-      ValueError: the numbers do not fit each other, or the frames do not fit the numbers.
+      ValueError: the numbers of blocks differ, or frames are missing or of another size.
     """
     counts = np.asarray(counts)
     _check_counts(counts, tokens_per_block, losses, met)
@@ -59,7 +62,9 @@ def strip_frames(
         for index, pair in enumerate(itertools.zip_longest(originals, reconstructions)):
             original, reconstruction = pair
             if original is None or reconstruction is None:
-                raise ValueError(f"Originals and reconstructions part at frame {index}.")
+                raise ValueError(
+                    f"Originals and reconstructions differ in number: one of them ends at frame {index}."
+                )
             about = _about(index, counts, passed, losses, tokens_per_block, frames_per_block, rate)
             if strip is None:
                 bars = _bars(counts, passed, tokens_per_block)
@@ -81,7 +86,17 @@ def strip_frame(
     met: Sequence[bool] | np.ndarray | None = None,
     rate: float | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Frame `index` as `strip_frames` draws it, with the error, enlarged, as a third picture beside it."""
+    """Frame `index` as `strip_frames` draws it, with the amplified error as a third picture.
+
+    Args:
+      original: the frame.
+      reconstruction: its reconstruction.
+      index: its number in the clip.
+      counts, tokens_per_block, frames_per_block, losses, met, rate: as in `strip_frames`.
+
+    Raises:
+      ValueError: as in `strip_frames`.
+    """
     counts = np.asarray(counts)
     _check_counts(counts, tokens_per_block, losses, met)
     passed = np.ones(len(counts), bool) if met is None else np.asarray(met, bool)
@@ -100,7 +115,19 @@ def strip_picture(
     loss: float | None = None,
     met: bool = True,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The same picture for an image: its one block as a bar across, full at `tokens_per_block`."""
+    """The strip picture of an image: its only block is a horizontal bar.
+
+    Args:
+      original: the image.
+      reconstruction: its reconstruction.
+      count: tokens kept; the bar is full at `tokens_per_block`.
+      tokens_per_block: tokens of a block.
+      loss: the loss, which is shown as text.
+      met: whether the threshold was met.
+
+    Raises:
+      ValueError: `count` is not in 0 to `tokens_per_block`, or the two differ in size.
+    """
     losses = None if loss is None else [loss]
     _check_counts(np.array([count]), tokens_per_block, losses, [met])
 
@@ -122,11 +149,14 @@ _Bars = Callable[[int, int], tuple[Bool[np.ndarray, "height width"], Bool[np.nda
 
 
 class _Strip:
-    """The canvas: what never changes is drawn once, each frame adds the rest.
+    """A canvas: the parts that all frames share are drawn once, each frame draws the others.
 
-    `bars(width, height)` gives the chart: which pixels are filled, bool [height, width], and for
-    each column whether its blocks met the threshold. `axis_top` names the top of the chart; None
-    makes it a bar as high as a line of text, without an axis.
+    Args:
+      frame_shape: rows, columns and channels of a frame.
+      bars: gives the chart for a width and a height in pixels: which pixels are filled, bool [height,
+        width], and for each column whether its blocks met the threshold.
+      axis_top: the number at the top of the chart; None draws a bar of one line's height without an axis.
+      with_error: show the error as a third picture.
     """
 
     def __init__(
@@ -143,7 +173,7 @@ class _Strip:
         rows, columns, _ = frame_shape
         factor = max(1, math.ceil(_MIN_SIDE / min(rows, columns)))
         self.panel = (columns * factor, rows * factor)
-        titles = ["original", "reconstruction"] + [f"error x {_ENLARGED}"] * with_error
+        titles = ["original", "reconstruction"] + [f"error x {_ERROR_GAIN}"] * with_error
         self.lefts = [_MARGIN + k * (self.panel[0] + _GAP) for k in range(len(titles))]
         self.top = _LINE + 4
         right = self.lefts[-1] + self.panel[0]
@@ -159,7 +189,7 @@ class _Strip:
         width = right - self.chart[0]
         filled, met = bars(width, height)
         colours = np.where(met[:, None], np.array(MET), np.array(NOT_MET))
-        faint = colours + _FAINT * (np.array(_PAPER) - colours)
+        faint = colours + _FADE * (np.array(_PAPER) - colours)
         paper = np.full((height, width, 3), _GRID if axis_top is None else _PAPER, np.uint8)
         paper[:: max(1, (height - 1) // 4)] = _GRID
         self.done = np.where(filled[..., None], colours, paper).astype(np.uint8)
@@ -183,12 +213,12 @@ class _Strip:
         texts: tuple[str, str, str],
         met: bool,
     ) -> np.ndarray:
-        """One frame; `position` in 0 to 1 is where the playhead stands."""
+        """Draws one frame; `position` (0 to 1) is the playhead's, None draws no playhead."""
         canvas = self.base.copy()
         panels = [original, reconstruction]
         if len(self.lefts) > len(panels):
             error = np.abs(original.astype(np.int32) - reconstruction)
-            panels.append(np.minimum(_ENLARGED * error, 255).astype(np.uint8))
+            panels.append(np.minimum(_ERROR_GAIN * error, 255).astype(np.uint8))
         for left, frame in zip(self.lefts, panels, strict=True):
             if frame.shape != self.frame_shape or frame.dtype != np.uint8:
                 raise ValueError(
@@ -218,7 +248,7 @@ class _Strip:
 
 
 def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:
-    """The chart over time. Where several blocks share a column, the largest count shows."""
+    """The chart over time. Where several blocks share a column, it shows the largest count."""
 
     def bars(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
         num_blocks = len(counts)
@@ -228,7 +258,7 @@ def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:
         all_met = np.array([met[a:b].all() for a, b in zip(first, last, strict=True)])
         heights = np.maximum(1, np.round(tallest / tokens_per_block * height))
         filled = np.arange(height)[::-1, None] < heights
-        if width >= 6 * num_blocks:  # room for a gap before the next block
+        if width >= 6 * num_blocks:  # wide enough for a gap before the next block
             filled &= np.append(first[1:] == first[:-1], True)
         return filled, all_met
 
@@ -254,7 +284,7 @@ def _about(
     frames_per_block: int,
     rate: float | None,
 ) -> dict[str, Any]:
-    """What `_Strip.draw` says about frame `index` of a clip."""
+    """Arguments of `_Strip.draw` for frame `index` of a clip."""
     block = index // frames_per_block
     if block >= len(counts):
         raise ValueError(
@@ -280,5 +310,5 @@ def _verdict(losses: Sequence[float] | np.ndarray | None, met: np.ndarray, block
 
 
 def number(value: float | None) -> float:
-    """`value` for a plot, which leaves NaN out; None is not a number."""
+    """`value` for a plot; None becomes NaN, which plots leave out."""
     return math.nan if value is None else value

@@ -118,10 +118,10 @@ def test_the_rows_of_hosts_are_disjoint_and_complete(clips):
 
 def test_memory_for_decoded_frames_changes_nothing_but_time(clips):
     for options in (dict(), dict(random_crop=True, image_blocks=2)):
-        roomy, tight = open_data(clips, **options), open_data(clips, cache_gigabytes=0.0, **options)
-        for n in range(2 * roomy.num_sequences):
-            assert_equal(tight.sequence(n), roomy.sequence(n))
-        assert len(tight._reader._spans._held) == 1
+        large, small = open_data(clips, **options), open_data(clips, cache_gigabytes=0.0, **options)
+        for n in range(2 * large.num_sequences):
+            assert_equal(small.sequence(n), large.sequence(n))
+        assert len(small._reader._spans) == 1
 
 
 def test_kept_frames_change_nothing_and_spare_decoding(clips, tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def test_an_image_gets_one_picture_with_a_bar():
         ({"losses": [0.1]}, "1 losses for 2 blocks"),
         ({"met": [True] * 3}, "3 met for 2 blocks"),
         ({"frames_per_block": 0}, "frames_per_block=0"),
-        ({"reconstructions": frames(3)}, "part at frame 3"),
+        ({"reconstructions": frames(3)}, "ends at frame 3"),
         ({"counts": [1]}, "Frame 2 is beyond 1 blocks of 2 frames"),
         ({"reconstructions": frames(4, 16)}, "like the first"),
         ({"originals": frames(3) + frames(1, 16)}, "like the first"),
