@@ -14,6 +14,7 @@ from typing import Any
 
 from elastic import media
 from elastic.io.atomic import atomic_open, locked
+from elastic.io.json_file import read_marked
 from elastic.media import MediaError
 
 PLAN = "plan.json"
@@ -66,9 +67,7 @@ class DatasetPlan:
           ValueError: it is damaged or something else.
         """
         try:
-            values = json.loads(path.read_bytes())
-            if {key: values.pop(key) for key in _FORMAT} != _FORMAT:
-                raise ValueError("its format is another one")
+            values = read_marked(path, _FORMAT)
             values["files"] = tuple((str(name), int(size)) for name, size in values["files"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

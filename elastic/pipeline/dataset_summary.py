@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic.io.atomic import atomic_write
-from elastic.io.json_file import write_json
+from elastic.io.json_file import read_marked, write_json
 from elastic.pipeline.dataset_plan import DatasetPlan, clear_unfinished
 from elastic.report.figures import new_figure, write_figure
 from elastic.tokens import TokenizedClip
@@ -75,9 +75,7 @@ class Tally:
           ValueError: the file is damaged or something else.
         """
         try:
-            values = json.loads(path.read_bytes())
-            if {key: values.pop(key) for key in _FORMAT} != _FORMAT:
-                raise ValueError("its format is another one")
+            values = read_marked(path, _FORMAT)
             del values["shard"]
             histogram = values["histogram"].items()
             values["histogram"] = Counter({int(count): int(blocks) for count, blocks in histogram})

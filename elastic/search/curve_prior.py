@@ -14,11 +14,11 @@ import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from elastic.io.json_file import read_marked
 from elastic.patches import to_unit_range
 from elastic.search.rate_curve import Curve, Point, SearchHistory
 
@@ -147,9 +147,7 @@ class CurvePrior:
           OSError: it cannot be read.
         """
         try:
-            values: Any = json.loads(pathlib.Path(path).read_bytes())
-            if {key: values[key] for key in _FORMAT} != _FORMAT:
-                raise ValueError("its format is another one")
+            values = read_marked(path, _FORMAT)
             frames, rows, columns = values["patch_size"]
             return cls(
                 counts=tuple(int(count) for count in values["counts"]),

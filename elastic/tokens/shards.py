@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cachetools import LRUCache
 
 from elastic.io.atomic import atomic_open
 from elastic.tokens.clip import BlockTokens, TokenizedClip
@@ -147,7 +148,7 @@ class TokenShards:
 
     def _prepare(self) -> None:
         self._lock = threading.Lock()
-        self._held: collections.OrderedDict[tuple[int, int], pa.Table] = collections.OrderedDict()
+        self._groups: LRUCache[tuple[int, int], pa.Table] = LRUCache(_HELD_GROUPS)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_shards": self._shards, "_ends": self._ends}
@@ -247,15 +248,13 @@ class TokenShards:
     def _group(self, which: int, group: int) -> pa.Table:
         """A row group; the last few stay decoded."""
         with self._lock:
-            table = self._held.pop((which, group), None)
+            table = self._groups.get((which, group))
         if table is None:
             # Opened anew (0.2 ms): threads do not wait for each other, and thousands of shards are not open at once.
             with _parquet(self._shards[which].path) as file:
                 table = file.read_row_group(group, use_threads=False)
         with self._lock:
-            self._held[which, group] = table
-            while len(self._held) > _HELD_GROUPS:
-                self._held.popitem(last=False)
+            self._groups[which, group] = table
         return table
 
     def _columns(self, names: list[str]) -> Iterator[pa.Table]:
