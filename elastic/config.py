@@ -63,7 +63,7 @@ class ElasticTokConfig:
     max_toks: int = 4096  # tokens per block; fixes the resolution
     mask_type: str = "elastic"  # or 'fixed_F': keep the share F of every block
     condition_encoder: bool = (
-        True  # the encoder is told which tokens will be kept; False: encode once, drop after
+        True  # the encoder sees which tokens will be kept; False: it runs once for all counts
     )
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
@@ -122,7 +122,7 @@ class ElasticTokConfig:
         _require(
             self.hidden_size % (2 * self.num_attention_heads) == 0,
             f"hidden_size={self.hidden_size} must be a multiple of twice num_attention_heads={self.num_attention_heads}: "
-            "RoPE turns pairs of channels.",
+            "RoPE rotates pairs of channels.",
         )
         _require(
             self.min_toks <= self.max_toks,
@@ -215,7 +215,7 @@ class ElasticTokConfig:
         return fraction
 
     def to_json_dict(self) -> dict[str, Any]:
-        """Our own fields alone, as plain JSON values."""
+        """The options as plain JSON values."""
         return {
             name: list(v) if isinstance(v := getattr(self, name), tuple) else v
             for name in option_names()
@@ -223,24 +223,24 @@ class ElasticTokConfig:
 
     @classmethod
     def from_json_dict(cls, values: Mapping[str, Any]) -> "ElasticTokConfig":
-        """The inverse of `to_json_dict`; also reads what the released system wrote."""
+        """The inverse of `to_json_dict`; fields that the released system and transformers add are ignored."""
         return cls(
             **{key: value for key, value in values.items() if key not in _OLD_TRANSFORMERS_FIELDS}
         )
 
     def config_hash(self) -> str:
-        """16 hex digits that name the numbers this model computes: its shape, not how it is computed."""
+        """16 hex digits that identify the shape of the model; options of computation do not count."""
         shape = {
             name: value for name, value in self.to_json_dict().items() if name in _SHAPE_OPTIONS
         }
         if (
             not self.condition_encoder
-        ):  # said only then: all models before this option have the hash they had
+        ):  # left out otherwise, so that models older than this option keep their hash
             shape["condition_encoder"] = False
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "ElasticTokConfig":
-        """A changed copy, checked anew. Old spellings are understood, with a warning."""
+        """A copy with some options changed. All checks are repeated; old spellings give a warning."""
         values = {name: getattr(self, name) for name in option_names()}
         for key, value in changes.items():
             name = _OLD_NAMES.get(key, key)
@@ -286,7 +286,7 @@ def _unknown_option(key: str) -> str:
 
 
 def _typed(name: str, value: Any) -> Any:
-    """`value` as the type that option `name` declares: JSON's lists become tuples, whole numbers may stand for floats."""
+    """`value` in the type that option `name` declares: a list becomes a tuple, an integer a float where one is declared."""
     hint = ElasticTokConfig.__annotations__[name]
     if typing.get_origin(hint) is tuple:
         value = tuple(value) if isinstance(value, list) else value
@@ -305,7 +305,7 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
-# What transformers 4 wrote into every config.json; none of it concerns this model.
+# Fields that transformers writes into every config.json; none of them concerns this model.
 _OLD_TRANSFORMERS_FIELDS = frozenset(
     """_attn_implementation_autoset _name_or_path add_cross_attention architectures bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
@@ -352,10 +352,10 @@ _DTYPES = {
 
 
 def parse_dtype(name: str) -> str:
-    """NumPy's name of the type that `--dtype` means.
+    """NumPy's name of the dtype that `--dtype` names.
 
     Raises:
-      ValueError: it is none of those supported.
+      ValueError: it is not a supported one.
     """
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} must be one of {', '.join(_DTYPES)}.")
@@ -363,10 +363,10 @@ def parse_dtype(name: str) -> str:
 
 
 def load_config(source: str) -> ElasticTokConfig:
-    """The config that `source` names: a preset, or a config.json file or the folder that holds one.
+    """The config that `source` names: a preset, a config.json file, or a folder with one.
 
     Raises:
-      ValueError: there is no such preset or file, or the file is no config.
+      ValueError: there is no such preset or file, or the file holds no config.
     """
     if source in PRESETS:
         return ElasticTokConfig(**PRESETS[source])
@@ -398,7 +398,11 @@ def update_config(config: ElasticTokConfig, text: str) -> ElasticTokConfig:
 
 
 def check_resolution(resolution: int, config: ElasticTokConfig) -> None:
-    """Refuses a resolution that is not the model's; 0 is no wish."""
+    """Checks that a resolution is the model's; 0 means that none was given.
+
+    Raises:
+      ValueError: it is another one.
+    """
     if resolution not in (0, config.resolution):
         raise ValueError(
             f"resolution={resolution}, but the frames of this model have {config.resolution} rows: "

@@ -256,7 +256,7 @@ def _fit(ahead: int, batch_bytes: int) -> tuple[int, bool]:
 
 
 def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) -> Any:
-    import grain  # takes a second, and only training needs it
+    import grain  # its import takes a second, and only training needs it
 
     mark_grain_flags_parsed()
     data = grain.MapDataset.source(source)  # type: ignore[arg-type]
@@ -265,19 +265,18 @@ def _start(source: WorkerSource, workers: int, ahead: int, through_pipes: bool) 
         iterator = iter(data.to_iter_dataset(options))
         iterator.start_prefetch()
         return iterator
-    # The worker itself runs ahead; threads inside of it would only wait for each other.
+    # The worker process itself reads ahead; further threads in it would only wait for each other.
     dataset = data.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    # Grain buffers as many elements on either side of the border between processes.
+    # Grain buffers this many elements in the worker, and as many in the parent.
     options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=-(-ahead // 2))
     dataset = dataset.mp_prefetch(options, start_worker)
     shared = grain.experimental.DatasetOptions(min_shm_size=2**62 if through_pipes else 1024)
     dataset = grain.experimental.WithOptionsIterDataset(dataset, shared)
     iterator = iter(dataset)
-    # Threads and processes inherit what their starter blocks: a Ctrl-C is not for them, even while
-    # they start.
+    # Threads and processes inherit blocked signals: a Ctrl-C must not reach them, even while they start.
     with _blocked(signal.SIGINT):
-        iterator.get_state()  # makes the iterator that owns the process,
-        iterator.start_prefetch()  # which starts it, without waiting for an element
+        iterator.get_state()  # makes the iterator that owns the process;
+        iterator.start_prefetch()  # starts the process without waiting for an element
     return iterator
 
 
@@ -291,16 +290,16 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
 
 
 def start_worker(worker: int, num_workers: int) -> None:
-    """Sets a process up that only decodes: it ends with its parent, and leaves the accelerator alone."""
+    """Prepares a worker process: it ends with its parent, and does not use the accelerator."""
     del worker, num_workers
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing here starts a backend; nothing shall
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a worker must not take memory of the accelerator
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
     video.decoder_threads = 1  # the cores are shared with the other workers
-    # What is amiss with a file was said when it was measured, or goes to the parent with its frames.
+    # Warnings about a file were logged when it was measured; bad files are reported to the parent.
     logging.getLogger("elastic").setLevel(logging.ERROR)
     # Ctrl-C and a scheduler's SIGTERM reach the whole group, but the parent decides: it may want
-    # more batches before its last checkpoint. If it has gone or hangs, this process ends by itself.
+    # more batches before its last checkpoint. If the parent is gone or hangs, this process ends by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _exit_later(_GRACE_SECONDS))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

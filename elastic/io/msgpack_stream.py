@@ -96,9 +96,7 @@ class _Headers:
     def key(self, name: str) -> str:
         size = self.expect("str", name)
         if size > _MAX_KEY_BYTES:
-            raise self.error(
-                f"{name} is {size:,} bytes long; at most {_MAX_KEY_BYTES:,} make sense"
-            )
+            raise self.error(f"{name} is {size:,} bytes long; at most {_MAX_KEY_BYTES:,} are read")
         try:
             return self.take(size, name).decode("utf-8")
         except UnicodeDecodeError:
@@ -115,7 +113,7 @@ class _Headers:
             raise self.error(f"{name}: expected [shape, dtype, bytes]")
         rank = self.expect("array", f"the shape of {name}")
         if rank > _MAX_RANK:
-            raise self.error(f"{name} has {rank:,} dimensions; at most {_MAX_RANK} make sense")
+            raise self.error(f"{name} has {rank:,} dimensions; at most {_MAX_RANK} are read")
         shape = tuple(self.expect("int", f"the shape of {name}") for _ in range(rank))
         dtype = dtype_of_name(self.key(f"the dtype of {name}"), f"{self.path}: {name}")
         piece = self.skip(self.expect("bin", f"the data of {name}"), name)
@@ -150,7 +148,7 @@ class _Headers:
             raise self.error(f"{name}: expected the shape of a chunked array")
         rank = self.expect("map", name)
         if rank > _MAX_RANK:
-            raise self.error(f"{name} has {rank:,} dimensions; at most {_MAX_RANK} make sense")
+            raise self.error(f"{name} has {rank:,} dimensions; at most {_MAX_RANK} are read")
         shape = []
         for axis in range(rank):
             if self.key(name) != str(axis):

@@ -12,7 +12,7 @@ KeyPath = tuple[str, ...]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as asked; the message says which file, which tensor, why."""
+    """A checkpoint cannot be used; the message names the file, the tensor and the reason."""
 
 
 def path_name(path: KeyPath) -> str:
