@@ -44,7 +44,7 @@ class FrameCache:
         except OSError as error:
             raise ValueError(
                 f"cache_path={str(self._folder)!r} cannot take decoded frames: {error}. Name a folder on a disk "
-                "with more free space, or leave cache_path out."
+                "with more free space, or leave it out."
             ) from error
 
     def _path(self, key: tuple[object, ...]) -> pathlib.Path:
