@@ -143,7 +143,7 @@ def test_the_search_for_such_code_finds_it(source):
     assert len(forbidden(ast.parse(source))) == 1
 
 
-@pytest.mark.parametrize("path", [*PYTHON, *SHELL, ROOT / "README.md"], ids=name)
+@pytest.mark.parametrize("path", [*PYTHON, *SHELL], ids=name)
 def test_no_path_of_one_machine_is_written_down(path):
     places = "|".join(["home", "root", "work", "tmp", "Users", "mnt", "opt"])
     assert re.findall(rf"(?<![\w.:/$}}])/(?:{places})/\S*", path.read_text(encoding="utf-8")) == []
@@ -175,10 +175,3 @@ def test_every_shell_script_is_well_formed(path):
 @pytest.mark.parametrize("path", WRAPPERS, ids=name)
 def test_every_wrapper_stops_at_the_first_failure(path):
     assert "\nset -euo pipefail\n" in path.read_text(encoding="utf-8")
-
-
-def test_the_readme_names_only_files_that_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b(?:elastic|scripts|tests)/[\w/]*\.(?:py|sh)\b", readme))
-    named |= set(re.findall(r"\]\((?!https?:|#)([^)#]+)\)", readme))
-    assert [file for file in sorted(named) if not (ROOT / file).exists()] == []

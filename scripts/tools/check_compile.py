@@ -131,7 +131,7 @@ def _names(flags: app.Values) -> list[str]:
 
 
 def layout(rows: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table, in GiB (2**30 bytes) per device."""
+    """The records in aligned columns, in GiB (2**30 bytes) per device."""
     head = "target program model tokens batch mesh attention tiles args out temp total limit fits PFLOP overlap even s"
     lines = [[str(name) for name in head.split()]]
     for row in rows:
