@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# All checks, the quick ones first: formatting, lint, types, then the tests. On the CPU alone.
-# Arguments go to pytest, e.g. bash scripts/run_tests.sh tests/test_search.py -k threshold
-# Without any, all tests run, in two processes: much of their time is compiling, which uses one core.
+# Checks the project on the CPU.
+#   bash scripts/run_tests.sh                      formatting, lint, types, then all tests in two processes
+#   bash scripts/run_tests.sh --quick              formatting, lint, and the tests that compile little; two minutes
+#   bash scripts/run_tests.sh tests/search -k fix  only these tests; all arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 for flag in "$@"; do
-    if [[ "$flag" == --help || "$flag" == -h ]]; then # instead of pytest's, after all the other checks
+    if [[ "$flag" == --help || "$flag" == -h ]]; then # ours, not pytest's
         sed -n '2,/^set /s/^# //p' scripts/run_tests.sh
         exit
     fi
@@ -15,8 +16,21 @@ source scripts/setup_env.sh test
 export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version
 
+processes=(-n 2 --dist=worksteal) # much of the tests' time is compiling, which uses one core
+quick=(
+    tests/test_*.py tests/checkpoints tests/cli tests/io tests/media tests/report tests/search tests/tokens
+    tests/data/test_dataset.py tests/data/test_packing.py tests/distributed/test_cpu_devices.py
+    tests/distributed/test_mesh.py tests/distributed/test_ring_topology.py tests/metrics/test_image.py
+    tests/model/test_bottleneck.py tests/model/test_token_masks.py
+)
+
+if [[ $# -gt 0 && "$1" != --quick ]]; then
+    exec "$PYTHON" -m pytest "$@"
+fi
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
+if [[ $# -gt 0 ]]; then
+    exec "$PYTHON" -m pytest "${processes[@]}" "${quick[@]}" "${@:2}"
+fi
 "$PYTHON" -m pyright --pythonpath "$PYTHON"
-[[ $# -gt 0 ]] || set -- -n 2 --dist=worksteal
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest "${processes[@]}"

@@ -1,7 +1,11 @@
-"""Settings of the whole suite: 8 virtual CPU devices, and the released system's numbers as fixtures."""
+"""Settings of the whole suite: 8 virtual CPU devices, quick compilation, and the released system's numbers as fixtures."""
 
+import os
 import pathlib
 import signal
+
+# Most of the suite's time is XLA's, and most programs run once: do not optimize them. Programs that tests start inherit this.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import hypothesis
 import jax
@@ -22,15 +26,11 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
-def programs_kept(tmp_path_factory):
-    """What several runs or tokenizers of a module compile is compiled once: the second takes it from a folder."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
+def optimized():
+    """Optimized programs, for tests that run them for longer than it takes to compile them."""
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    compilation_cache.reset_cache()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +45,23 @@ def one_device():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def programs_of_scripts(tmp_path_factory):
-    """What scripts compile that tests start is not kept in the user's cache. This process has read its variables before."""
+def compiled_once(tmp_path_factory):
+    """Every program is compiled once for all tests, by this process, its neighbours or those that tests start.
+
+    The others take it from a folder. It has a limit of size because jax locks its files only then.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "programs"
+    options = dict(
+        jax_compilation_cache_dir=str(folder),
+        jax_compilation_cache_max_size=10_000_000_000,
+        jax_persistent_cache_min_compile_time_secs=0.1,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "of_scripts")
-        )
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
         yield
 
 

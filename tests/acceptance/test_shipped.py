@@ -14,6 +14,8 @@ from elastic.distributed.mesh import make_mesh
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenizedClip
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "example"
 # Errors that a model reaches somewhere on the clip with few tokens, and elsewhere with many or not at all.

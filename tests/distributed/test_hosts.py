@@ -43,8 +43,8 @@ def free_port() -> int:
 @contextlib.contextmanager
 def two_processes(command_of, **environment):
     """Runs `command_of(process)` twice, and leaves none behind."""
-    quick = "--xla_backend_optimization_level=0"  # to compile
-    common = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": quick}
+    common = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    common["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # the first process compiles for both
     environment = os.environ | common | environment
     running = [
         subprocess.Popen(

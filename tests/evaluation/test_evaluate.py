@@ -34,9 +34,6 @@ CONFIG = ElasticTokConfig(
 THRESHOLD = 0.515  # met by some blocks and not by others
 
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
-
-
 @pytest.fixture(scope="module")
 def tokenizer(golden):
     params = checkpoints.load_params(f"params::{golden}/fsq/ckpt/params_scan_fp32", CONFIG)

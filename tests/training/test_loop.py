@@ -36,7 +36,7 @@ from elastic.training.throughput import StepRecorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
-pytestmark = pytest.mark.usefixtures("programs_kept", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 WRITTEN = ["checkpoints", "config.json", "data_index.json", "metrics.jsonl", "params", "pretrained", "streaming_train_state"]  # fmt: skip
 
@@ -130,8 +130,6 @@ import sys
 sys.path[:0] = {paths!r}
 import jax
 jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_compilation_cache_dir", {programs!r})
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 import pathlib
 from tiny_run import MODELS, settings
 from elastic.training.loop import train
@@ -146,7 +144,6 @@ def started(clips, folder, options, before=""):
     tests = pathlib.Path(__file__).parents[1]
     code = WORKER.format(
         paths=[str(tests / "support"), str(tests.parent)],
-        programs=str(folder.parent / "programs"),
         clips=str(clips),
         folder=str(folder),
         options=options,

@@ -24,7 +24,7 @@ from elastic.training.optimizer import make_optimizer
 from elastic.training.state import state_layout
 from elastic.training.writers import TensorBoard
 
-pytestmark = pytest.mark.usefixtures("programs_kept", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 MODEL = MODELS["vae"]
 
 
