@@ -1,25 +1,21 @@
 """One test body for every implementation of attention, against the plain one."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import released
+from attention_cases import attention, largest_difference, make_case, reference_of, run
 from einops import rearrange
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from released import RUNNABLE
 
 from elastic import ops
-from elastic.distributed.mesh import make_mesh
-from elastic.ops.attention import blockwise, reference, ring
+from elastic.ops.attention import blockwise, reference
 from elastic.ops.attention.base import MaskArgs, StaticArgs, attend_rows
 
-RUNNABLE = released.RUNNABLE
 FAST = [name for name in RUNNABLE if name != "reference"]
-
 # Lengths and tiles that do and do not divide each other; what a query may see.
 CASES = {
     "one block": dict(length=32, block_size=32),
@@ -41,60 +37,11 @@ CASES = {
 }  # fmt: skip
 
 
-def normal(rng, *shape):
-    return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def make_case(
-    dtype, *, length, block_size, q_start=0, q_length=None, kv_length=None, segments=None, hidden=0,
-    q_tile=1024, kv_tile=512,
-):  # fmt: skip
-    """Queries, keys, values, a cotangent; the arrays of what may be seen; the static options."""
-    batch, heads, dim = 2, 2, 32
-    rng = np.random.default_rng(length + block_size)
-    lengths = (q_length or length, length, length, q_length or length)
-    q, k, v, g = (normal(rng, batch, n, heads, dim).astype(dtype) for n in lengths)
-    scope = {"q_start": jnp.int32(q_start)}
-    if kv_length is not None:
-        scope["kv_length"] = jnp.int32(kv_length)
-    if segments is not None:
-        ids = np.repeat(np.arange(len(segments)), segments)
-        scope["segment_ids"] = jnp.asarray(np.stack([ids, ids[::-1]]))
-    if hidden:
-        scope["valid"] = jnp.asarray(rng.random((batch, length)) >= hidden)
-    static = dict(block_size=block_size, q_tile=q_tile, kv_tile=kv_tile)
-    return (q, k, v), g.astype(jnp.float32), scope, static
-
-
-def run(implementation, qkv, cotangent, scope, static):
-    """The output, and the gradients of q, k and v; what may be seen is traced."""
-
-    def loss(qkv, scope):
-        out = ops.attention(*qkv, **scope, **static, implementation=implementation)
-        return jnp.sum(out.astype(jnp.float32) * cotangent), out
-
-    with jax.numpy_dtype_promotion("strict"):
-        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
-    assert out.dtype == qkv[0].dtype and all(g.dtype == out.dtype for g in grads)
-    return [np.asarray(x, np.float32) for x in (out, *grads)]
-
-
-# Compiled: faster than one operation after the other.
-attention = released.quick_jit(
-    ops.attention, static_argnames=("block_size", "implementation", "q_tile", "kv_tile")
-)
-
-
-def largest_difference(a, b):
-    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
-
-
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_the_reference(implementation, case):
-    arguments = make_case(jnp.float32, **CASES[case])
-    out, *grads = run(implementation, *arguments)
-    expected, *expected_grads = run("reference", *arguments)
+    out, *grads = run(implementation, *make_case(jnp.float32, **CASES[case]))
+    expected, *expected_grads = reference_of(jnp.float32, CASES[case])
     assert largest_difference(out, expected) <= 2e-6
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert largest_difference(ours, theirs) <= 2e-5
@@ -176,6 +123,19 @@ def test_keys_of_other_segments_are_never_read(implementation):
         assert (x[:, 64:] == y[:, 64:]).all()
 
 
+def sizes(jaxpr):
+    """The number of elements of every array in a program, in inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield from (var.aval.size for var in eqn.outvars)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from sizes(getattr(inner, "jaxpr", inner))
+
+
+def is_program(x):
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_no_array_of_queries_by_keys_is_made(implementation):
     length = 4096
@@ -200,147 +160,6 @@ def test_no_array_of_queries_by_keys_is_made(implementation):
         return max(sizes(jaxpr.jaxpr))
 
     assert largest(implementation) <= q.size < length * length <= largest("reference")
-
-
-def sizes(jaxpr):
-    """The number of elements of every array in a program, in inner programs too."""
-    for eqn in jaxpr.eqns:
-        yield from (var.aval.size for var in eqn.outvars)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_program):
-            if is_program(inner):
-                yield from sizes(getattr(inner, "jaxpr", inner))
-
-
-def is_program(x):
-    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
-
-
-def cache_case(num_cached, capacity, candidates, block=24):
-    """A cache of two layers with rubbish behind its end, and candidates for the next block."""
-    batch, heads, dim, layer = 2, 2, 32, 1
-    rng = np.random.default_rng(capacity)
-    shape = (2, batch, heads, capacity, dim)
-    lengths = [num_cached, max(0, num_cached - block)]  # the second element is a block behind
-    cache = ops.KVCache(normal(rng, *shape), normal(rng, *shape), jnp.array(lengths, jnp.int32))
-    shape = (batch * candidates, block, heads, dim)
-    q, k, v = (normal(rng, *shape) for _ in range(3))
-
-    def one_shot(element, filled):
-        mine = slice(element * candidates, (element + 1) * candidates)
-        keys, values = (
-            jnp.concatenate([jnp.repeat(old, candidates, axis=0), new[mine]], axis=1)
-            for old, new in zip(
-                (
-                    rearrange(x[layer, [element], :, :filled], "b h c d -> b c h d")
-                    for x in cache[:2]
-                ),
-                (k, v),
-                strict=True,
-            )
-        )
-        return attention(
-            q[mine], keys, values, block_size=block, q_start=filled, implementation="reference"
-        )
-
-    whole = jnp.concatenate([one_shot(*pair) for pair in enumerate(lengths)])
-    return (q, k, v), cache, jnp.int32(layer), whole
-
-
-@pytest.mark.parametrize("implementation", RUNNABLE)
-@pytest.mark.parametrize(("num_cached", "capacity"), [(0, 0), (0, 72), (24, 72), (72, 72)], ids=str)
-@pytest.mark.parametrize("candidates", [1, 3])
-def test_candidates_on_a_cached_past_equal_one_shot(
-    implementation, num_cached, capacity, candidates
-):
-    qkv, cache, layer, one_shot = cache_case(num_cached, capacity, candidates)
-    attend = functools.partial(
-        ops.attention_with_cache, implementation=implementation, q_tile=32, kv_tile=20
-    )
-    out = released.quick_jit(lambda qkv, cache, layer: attend(*qkv, cache=cache, layer=layer))(
-        qkv, cache, layer
-    )
-    assert largest_difference(out, one_shot) <= 2e-6
-
-
-@pytest.mark.parametrize("mesh_dim", ["1,1,2,1", "1,1,1,4", "1,1,2,2", "2,1,2,1"])
-@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-def test_heads_and_parts_of_a_cached_past_lie_on_several_devices(implementation, mesh_dim):
-    (q, k, v), cache, layer, one_shot = cache_case(24, 72, 3)
-    mesh = make_mesh(mesh_dim, jax.devices()[: 2 if mesh_dim == "1,1,2,1" else 4])
-    size = mesh.shape["sp"]
-
-    def spread(x):  # each device has its part of every block, so the filled positions too
-        return rearrange(x, "n b h (blocks s part) d -> n b h (s blocks part) d", blocks=3, s=size)
-
-    cache = cache._replace(keys=spread(cache.keys), values=spread(cache.values))
-    attend = functools.partial(ops.attention_with_cache, mesh=mesh, implementation=implementation)
-    out = released.quick_jit(lambda cache: attend(q, k, v, cache=cache, layer=layer))(cache)
-    assert largest_difference(out, one_shot) <= 2e-6
-
-
-RING_CASES = {
-    "blocks": dict(length=96, block_size=24, q_tile=8, kv_tile=16),
-    "all at once": dict(
-        length=96, block_size=24, kv_length=77, segments=(40, 56), hidden=0.2, q_tile=8, kv_tile=16
-    ),
-}
-RINGS = [
-    *(("all at once", "blockwise", layout, "1,1,1,8") for layout in ring.LAYOUTS),
-    *(("all at once", "blockwise", layout, "2,1,2,2") for layout in ring.LAYOUTS),
-    *(
-        ("all at once", f"pallas_{device}_interpret", layout, "1,1,1,4")
-        for device in ("tpu", "gpu")
-        for layout in ring.LAYOUTS
-    ),
-    ("blocks", "blockwise", "balanced", "1,1,1,2"),
-    ("blocks", "blockwise", "plain", "1,1,1,8"),
-    ("blocks", "pallas_tpu_interpret", "balanced", "1,1,1,4"),
-    ("blocks", "pallas_gpu_interpret", "balanced", "1,1,1,4"),
-]
-
-
-@pytest.mark.parametrize(("case", "implementation", "layout", "mesh_dim"), RINGS)
-def test_a_ring_is_one_device(case, implementation, layout, mesh_dim):
-    qkv, cotangent, scope, static = make_case(jnp.float32, **RING_CASES[case])
-    sizes = [int(size) for size in mesh_dim.split(",")]
-    mesh = make_mesh(mesh_dim, jax.devices()[: np.prod(sizes)])
-    there, back = (
-        (lambda x: ring.to_balanced(x, mesh), lambda x: ring.from_balanced(x, mesh))
-        if layout == "balanced"
-        else (lambda x: x, lambda x: x)
-    )
-
-    def loss(qkv, scope):
-        placed = {
-            name: there(x) if name in ("segment_ids", "valid") else x for name, x in scope.items()
-        }
-        del placed["q_start"]  # 0
-        out = ops.attention(
-            *map(there, qkv), **placed, **static, implementation=implementation,
-            mesh=mesh, layout=layout,
-        )  # fmt: skip
-        out = back(out)
-        return jnp.sum(out * cotangent), out
-
-    with jax.numpy_dtype_promotion("strict"):
-        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
-    expected, *expected_grads = run("reference", qkv, cotangent, scope, static)
-    assert largest_difference(out, expected) <= 2e-6
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        assert largest_difference(ours, theirs) <= 2e-5
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_the_balanced_layout_pairs_early_and_late_pieces_and_comes_back(size):
-    mesh = make_mesh(f"1,1,1,{size}", jax.devices()[:size])
-    x = jnp.arange(2 * 16 * 3).reshape(2, 16, 3)
-    balanced = ring.to_balanced(x, mesh)
-    piece = 16 // (2 * size)
-    pieces = [x[:, at * piece : (at + 1) * piece] for at in range(2 * size)]
-    pairs = [(pieces[r], pieces[2 * size - 1 - r]) for r in range(size)]
-    expected = jnp.concatenate([piece for pair in pairs for piece in pair], axis=1)
-    assert (np.asarray(balanced) == np.asarray(expected)).all()
-    assert (np.asarray(ring.from_balanced(balanced, mesh)) == np.asarray(x)).all()
 
 
 def test_halves_merge_by_their_logsumexp():
@@ -395,56 +214,3 @@ def test_what_an_implementation_cannot_do_is_refused_by_name():
 
 def test_without_a_name_the_best_for_the_device_is_taken():
     assert ops.choose_implementation() == ops.choose_implementation("") == "blockwise"
-
-
-@pytest.mark.parametrize("rows", [1, 37, 512, 2048])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_dense_product_and_its_gradients_are_those_of_a_plain_one(rows, dtype):
-    rng = np.random.default_rng(rows)
-    x, kernel, cotangent = (normal(rng, *shape) for shape in ((rows, 24), (24, 40), (rows, 40)))
-
-    @released.quick_jit
-    def run(x, kernel, cotangent):
-        product, vjp = jax.vjp(lambda x, kernel: ops.dense(x, kernel, dtype), x, kernel)
-        return product, *vjp(cotangent)
-
-    ours = run(x, kernel, cotangent)
-    rounded = [np.asarray(y.astype(dtype), np.float64) for y in (x, kernel, cotangent)]
-    x64, kernel64, cotangent64 = rounded
-    expected = (x64 @ kernel64, cotangent64 @ kernel64.T, x64.T @ cotangent64)
-    for y, exact in zip(ours, expected, strict=True):
-        assert y.dtype == jnp.float32 and largest_difference(y, exact) < 1e-5 * np.abs(exact).max()
-
-
-@pytest.mark.parametrize("num_parts", [1, 2])
-@pytest.mark.parametrize("chunk_size", [1, 7, 16, 50, 64])
-def test_a_feedforward_in_chunks_is_one_at_once(chunk_size, num_parts):
-    rng = np.random.default_rng(0)
-    shapes = ((2, 50, 8), (8, 12), (12, 8), (8, 12))
-    arrays = tuple(normal(rng, *shape) for shape in shapes)
-
-    def loss(chunk_size, arrays):
-        how = dict(dtype=jnp.float32, chunk_size=chunk_size, num_parts=num_parts)
-        return jnp.sum(jnp.sin(ops.feedforward(*arrays, **how)))
-
-    both = (
-        released.quick_jit(jax.grad(functools.partial(loss, size)))(arrays)
-        for size in (chunk_size, None)
-    )
-    for ours, expected in zip(*both, strict=True):
-        assert largest_difference(ours, expected) < 1e-5 * np.abs(np.asarray(expected)).max()
-
-
-@pytest.mark.parametrize("chunk_size", [None, 8])
-def test_a_batch_and_a_sequence_that_are_split_stay_where_they_are(chunk_size):
-    """Rows of both as one axis, or a chunk across devices, would be gathered."""
-    mesh = make_mesh("1,2,1,4")
-    weights = ((8, 12), (12, 8), (8, 12))
-    places = (NamedSharding(mesh, spec) for spec in (P("fsdp", "sp"), P(), P(), P()))
-    arrays = (
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-        for shape, place in zip(((4, 64, 8), *weights), places, strict=True)
-    )
-    how = dict(dtype=jnp.float32, chunk_size=chunk_size, num_parts=mesh.shape["sp"])
-    program = jax.jit(functools.partial(ops.feedforward, **how)).lower(*arrays).compile()
-    assert not re.search("all-gather|all-to-all|all-reduce|permute", program.as_text())
