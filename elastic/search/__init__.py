@@ -1,4 +1,4 @@
-"""How many tokens a block keeps."""
+"""Decides how many tokens a block keeps."""
 
 from elastic.search.base import (
     Search,

@@ -1,4 +1,4 @@
-"""How many tokens each block of a clip gets of a budget for all: where they lower the error most."""
+"""Splits a token budget over the blocks of a clip so that the sum of their errors is least."""
 
 import itertools
 import math
@@ -9,10 +9,10 @@ import numpy as np
 from elastic.search.rate_curve import Curve, points_of
 
 _STEPS = 128  # counts at which a measured curve is read off, geometrically spaced
-_PRICES = 1e-12, 1e3  # of a token, in error: between them lies any that matters
+_PRICES = 1e-12, 1e3  # range of the price of a token, in error
 _MOST_BINS = (
     1 << 16
-)  # in which a budget is counted; a larger one is counted in units of several tokens
+)  # of the dynamic program; a larger budget is counted in units of several tokens
 
 
 def allocate(
@@ -23,15 +23,18 @@ def allocate(
     largest: int,
     weights: Sequence[float] | None = None,
 ) -> list[int]:
-    """The counts that give the least sum of errors for at most `budget` tokens in all.
+    """The token count of each block that gives the least sum of errors for at most `budget` tokens in all.
 
-    The multiple-choice knapsack over the curves, by dynamic programming, so that curves may have cliffs and plateaus: optimal among
-    the counts that are read off, which is `_STEPS` over the range and all measured ones; what is left goes where it buys most.
+    Solves the multiple-choice knapsack problem over the curves by dynamic programming, so that curves may have cliffs and plateaus.
+    The split is optimal among the tabulated counts: 128 over the range, and all measured ones. Tokens that remain go to the block
+    whose error they lower most.
 
     Args:
-      curves: for each block, measured losses by count; between them a curve runs straight in logarithms.
-      smallest, largest: the range of a count.
-      weights: what an error of each block counts, such as its frames; None: all alike.
+      curves: for each block, measured losses by count; between them a curve is linear in logarithms.
+      budget: tokens of all blocks together.
+      smallest: the smallest count of a block.
+      largest: the largest count of a block.
+      weights: the weight of each block's error, such as its number of frames; None: all equal.
 
     Raises:
       ValueError: the budget is below `smallest` for each block, or a curve has no finite loss.
@@ -60,18 +63,22 @@ def allocate(
         return weights[block] * (_loss(curve, count) - _loss(curve, count + more))
 
     left = budget - sum(counts)
-    room = [min(left, largest - count) for count in counts]
-    best = max(range(len(counts)), key=lambda block: gain(block, room[block]))
-    if gain(best, room[best]) > 0:
-        counts[best] += room[best]
+    spare = [min(left, largest - count) for count in counts]
+    best = max(range(len(counts)), key=lambda block: gain(block, spare[block]))
+    if gain(best, spare[best]) > 0:
+        counts[best] += spare[best]
     equal = split_equally(budget, len(curves), largest=largest)
     return counts if error(counts) <= error(equal) else equal
 
 
 def price_of(curves: Sequence[Mapping[int, float]], budget: float) -> float:
-    """What one more token is worth in error where these blocks share a budget well: the multiplier of Shoham and Gersho 1988.
+    """The error that one more token saves at the best split of a budget: the multiplier of Shoham and Gersho 1988.
 
-    At this price, each block's cheapest count, in loss + price * count, sums to at most `budget`. Curves as `read_off` gives them.
+    At this price, the counts that minimise loss + price * count of each block sum to at most `budget`.
+
+    Args:
+      curves: for each block, losses by count, as `tabulate` gives them.
+      budget: tokens of all blocks together.
     """
     tables = [(np.array([*curve]), np.array([*curve.values()])) for curve in curves]
 
@@ -86,10 +93,10 @@ def price_of(curves: Sequence[Mapping[int, float]], budget: float) -> float:
 
 
 def counts_to_measure(curve: Mapping[int, float], price: float, most: int) -> list[int]:
-    """Up to `most` counts, one between two measured ones each, where the block could turn out cheaper by most.
+    """Up to `most` counts between measured ones at which loss + price * count could fall furthest below the least one measured.
 
-    At best the loss is down to the lesser of both ends just above the lower count. Losses that are not finite say nothing. Empty: nothing
-    can be cheaper than what is measured.
+    Between two measured counts the best case is the smaller of both losses, reached one token above the lower count. Losses that are
+    not finite are left out. The list is empty when no count can be better than the measured ones.
     """
     points = sorted(item for item in curve.items() if math.isfinite(item[1]))
     cost = min((loss + price * count for count, loss in points), default=math.inf)
@@ -102,31 +109,40 @@ def counts_to_measure(curve: Mapping[int, float], price: float, most: int) -> li
     return [max(round(math.sqrt(low * high)), low + 1) for _, low, high in best]
 
 
-def read_off(curve: Mapping[int, float], smallest: int, largest: int) -> dict[int, float]:
-    """A measured curve at counts over the whole range; at measured ones exactly. Empty where no loss is finite."""
+def tabulate(curve: Mapping[int, float], smallest: int, largest: int) -> dict[int, float]:
+    """Losses of a measured curve at counts over the whole range, exact at measured counts. Empty if no loss is finite."""
     points = points_of(curve)
     return dict(_table(Curve(points), smallest, largest)) if points else {}
 
 
 def _knapsack(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int]:
-    """One count of each block, so that the sum of the losses is least; each block's options are (count, loss), the first is affordable."""
+    """One count per block so that the sum of the losses is least.
+
+    Args:
+      options: for each block, pairs of count and loss, ascending in count; the budget pays at least for all first counts.
+      budget: tokens of all blocks together.
+    """
     least = [choices[0][0] for choices in options]
     unit = max(1, -(-(budget - sum(least)) // _MOST_BINS))
-    room = (budget - sum(least)) // unit  # in units; costs are rounded up
-    best = np.zeros(room + 1)  # least loss of the blocks so far, by what they may spend
-    chosen = np.zeros((len(options), room + 1), np.int16)
+    spare = (
+        budget - sum(least)
+    ) // unit  # what remains above the first counts, in units; costs are rounded up
+    best = np.zeros(
+        spare + 1
+    )  # [units]: least loss of the blocks so far that spend at most so many
+    chosen = np.zeros((len(options), spare + 1), np.int16)
     for block, choices in enumerate(options):
-        longer = np.full(room + 1, np.inf)
+        extended = np.full(spare + 1, np.inf)
         for number, (count, loss) in enumerate(choices):
             cost = -(-(count - least[block]) // unit)
-            if cost > room:
+            if cost > spare:
                 break
-            candidate = best[: room + 1 - cost] + loss
-            better = candidate < longer[cost:]
-            longer[cost:][better] = candidate[better]
+            candidate = best[: spare + 1 - cost] + loss
+            better = candidate < extended[cost:]
+            extended[cost:][better] = candidate[better]
             chosen[block, cost:][better] = number
-        best = longer
-    counts, left = [], room
+        best = extended
+    counts, left = [], spare
     for block in reversed(range(len(options))):
         count = options[block][chosen[block, left]][0]
         counts.append(count)
@@ -135,7 +151,7 @@ def _knapsack(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> li
 
 
 def split_equally(budget: int, num_blocks: int, *, largest: int) -> list[int]:
-    """The same count for every block, up to a token that the first ones have more."""
+    """The same count for every block; the remainder of the division gives the first blocks one token more."""
     share, more = divmod(min(budget, largest * num_blocks), num_blocks)
     return [share + (block < more) for block in range(num_blocks)]
 
@@ -145,7 +161,7 @@ def _loss(curve: Curve, count: int) -> float:
 
 
 def _table(curve: Curve, smallest: int, largest: int) -> list[tuple[int, float]]:
-    """The curve at counts over the whole range; at measured ones exactly."""
+    """Pairs of count and loss over the whole range, exact at measured counts."""
     ratio = largest / smallest
     counts = {round(smallest * ratio ** (i / _STEPS)) for i in range(_STEPS + 1)}
     counts |= {round(math.exp(p.x)) for p in curve.points}
@@ -153,7 +169,7 @@ def _table(curve: Curve, smallest: int, largest: int) -> list[tuple[int, float]]
 
 
 def _falling(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points that no smaller count is as good as."""
+    """The points whose loss is below that of every smaller count."""
     kept: list[tuple[int, float]] = []
     for n, y in points:
         if not kept or y < kept[-1][1]:

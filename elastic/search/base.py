@@ -1,15 +1,16 @@
-"""Which token counts of a block to try next. Plain Python: the model is behind `evaluate`.
+"""The search of one block: options, result, the loop, and the registry of searches. Plain Python.
 
-A count meets the threshold when its loss is at most the threshold. A search returns the smallest
-count that was *measured* to meet it. When none does, it returns the fallback count, measured too,
-and says `met=False`. No count is evaluated twice; the smallest and the largest are candidates.
+A search proposes token counts, and its caller measures their losses with the model. A count meets the
+threshold when its loss is at most the threshold. A search returns the smallest count that was *measured*
+to meet it. When none does, it returns the fallback count, measured too, with `met=False`. No count is
+evaluated twice; the smallest and the largest are candidates.
 
 This differs from the released system on purpose (difference 2 in elastic/README.md): there the binary search
 returns the count that it tried last, met or not, never tries the smallest one, and does not mark a
 block that misses the threshold.
 
-A search is a plan, a generator of groups of counts that sees what the earlier counts gave; a new
-one is a function under `@plan("name")`.
+A search is a plan: a generator that yields groups of counts and reads the losses of the groups before.
+A new search is one function decorated with `@plan("name")`.
 """
 
 import difflib
@@ -23,7 +24,7 @@ from elastic.search.rate_curve import SearchHistory
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.012  # of a clip's tokens: what 'predict' may leave unsaved for speed
+TOLERANCE = 0.012  # share of a clip's tokens that 'predict' may keep beyond need, to save passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class SearchOptions:
 
 
 class Seen(Protocol):
-    """What a plan knows of its block: what the counts that it has yielded so far gave."""
+    """What a plan can read: the losses of the counts that it has yielded so far, and the clip's history."""
 
     @property
     def losses(self) -> Mapping[int, float]:
@@ -122,12 +123,12 @@ class Seen(Protocol):
         ...
 
     @property
-    def memory(self) -> SearchHistory:
-        """What the blocks before tell."""
+    def history(self) -> SearchHistory:
+        """What the searches of the clip's earlier blocks have shown."""
         ...
 
     def meets(self, count: int) -> bool:
-        """Whether a count that was tried met the threshold."""
+        """Whether a measured count meets the threshold."""
         ...
 
 
@@ -136,10 +137,10 @@ _PLANS: dict[str, SearchPlan] = {}
 
 
 def plan(name: str) -> Callable[[SearchPlan], SearchPlan]:
-    """Registers a plan: `(options, seen) -> iterator of groups of untried counts`.
+    """Registers a search: a function `(options, seen) -> iterator of groups of untried counts`.
 
-    Each group has at least one count, all distinct. When the iterator is resumed, every count of
-    the groups so far is in `seen`.
+    Each group holds at least one count, all distinct. When the iterator is resumed, `seen.losses` holds
+    every count of the groups before.
     """
 
     def register(function: SearchPlan) -> SearchPlan:
@@ -163,10 +164,10 @@ class Search:
     """
 
     def __init__(
-        self, options: SearchOptions, groups: SearchPlan, memory: SearchHistory | None = None
+        self, options: SearchOptions, groups: SearchPlan, history: SearchHistory | None = None
     ):
         self._options = options
-        self.memory = SearchHistory() if memory is None else memory
+        self.history = SearchHistory() if history is None else history
         self._pending: list[int] | None = None
         self._finished = False
         self._passes = 0
@@ -184,7 +185,7 @@ class Search:
         return self._options
 
     def best(self) -> int | None:
-        """The smallest count measured so far to meet the threshold; None: none yet."""
+        """The smallest measured count that meets the threshold; None: there is none yet."""
         return min((count for count in self._tried if self.meets(count)), default=None)
 
     def propose(self) -> list[int] | None:
@@ -251,7 +252,7 @@ class Search:
         return [fallback]
 
     def meets(self, count: int) -> bool:
-        """Whether a count that was tried met the threshold; without one, whether its loss is finite."""
+        """Whether a measured count meets the threshold; without a threshold, whether its loss is finite."""
         loss, threshold = self._tried[count], self._options.threshold
         return math.isfinite(loss) if threshold is None else loss <= threshold  # False for NaN
 
@@ -269,13 +270,13 @@ def make_search(
     width: int = 1,
     full_curve: bool = False,
     tolerance: float = TOLERANCE,
-    memory: SearchHistory | None = None,
+    history: SearchHistory | None = None,
 ) -> Search:
     """The search of one block.
 
     Args:
       name: 'binary' (assumes that the loss falls with the count), 'predict' (also that it falls
-        much as in the blocks before), 'linear' (neither) or 'fixed'.
+        much as in earlier blocks), 'linear' (assumes neither) or 'fixed'.
       min_kept: smallest count allowed; it is a candidate itself.
       max_kept: tokens per block.
       threshold: largest loss accepted. Needed unless `name` is 'fixed'; there it only sets `met`.
@@ -286,8 +287,8 @@ def make_search(
       num_counts: how many counts 'linear' spaces over the range, before equal ones are merged.
       width: counts per call of the model.
       full_curve: 'linear' tries all its counts, also after one met the threshold.
-      tolerance: share of a clip's tokens that 'predict' may leave unsaved for speed; 0: none.
-      memory: what 'predict' knows of the clip's blocks before, and adds this one to; None: nothing.
+      tolerance: share of a clip's tokens that 'predict' may keep beyond need, to save passes; 0: none.
+      history: what 'predict' knows of the clip's earlier blocks; it adds this one. None: nothing is known.
 
     Raises:
       ValueError: an unknown name, a value out of range, or options that do not fit the search.
@@ -322,7 +323,7 @@ def make_search(
         full_curve=full_curve,
         tolerance=tolerance,
     )
-    return Search(options, _PLANS[name], memory)
+    return Search(options, _PLANS[name], history)
 
 
 def run_search(

@@ -1,9 +1,8 @@
-"""What a block's pixels tell of its curve before anything of it is measured: a regression, shipped beside a model's weights.
+"""Estimates a block's rate curve from its pixels, by a linear regression that is shipped beside a model's weights.
 
-The first block of a clip has no block before it to remember, and a cut makes what is remembered useless. A block's curve (log
-loss over log count) is guessed from a few sums over its pixels by a linear map that was fitted on curves of the same model. The
-guess only says where to try first: what a search returns is measured all the same, so a poor guess, or one of other weights,
-costs passes and nothing else.
+The first block of a clip has no earlier block to learn from, and after a cut the earlier blocks mislead. The regression maps a few
+sums over a block's pixels to its curve (log loss over log count); it was fitted on measured curves of the same model. The estimate
+only decides which count is tried first. What a search returns is measured in any case, so a poor estimate costs passes and nothing else.
 """
 
 import dataclasses
@@ -24,11 +23,13 @@ from elastic.search.rate_curve import Curve, Point, SearchHistory
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
 _FORMAT = {"format": "elastic curve prior", "version": 1}
-_FLOOR = 1e-3  # added to errors before the logarithm, to details a tenth: black frames exist
-_BOXES = (1, 2, 4, 8, 16, 32)  # pixels; detail between two of them is a feature
-_RIDGE = 5.0  # in samples; by cross-validation over clips of the shipped models
+_FLOOR = (
+    1e-3  # added to errors before the logarithm, a tenth of it to details, as frames may be black
+)
+_BOXES = (1, 2, 4, 8, 16, 32)  # pixels; the detail between two sizes is a feature
+_RIDGE = 5.0  # ridge penalty, in samples; by cross-validation over clips of the shipped models
 _LEAST_SPREAD = 0.02
-_TRUST = 0.8  # share of the difference between two blocks' guesses that their curves differ by
+_TRUST = 0.8  # share of the difference of two blocks' estimates that is applied to the curve
 
 Patch = tuple[int, int, int]
 
@@ -38,9 +39,9 @@ def features(
 ) -> Float[np.ndarray, " k"]:
     """Logarithms of a block's motion, of its detail at several scales, and of the errors of two naive decoders.
 
-    The decoders copy the patches of the tokens that are kept, in their order; for the others the first shows grey, the second
-    the frame before (the mean of the kept patches, where that is not there either). A model does better at once, but loses
-    its tail in the same places.
+    Both decoders copy the patches whose tokens are kept. For the other patches the first decoder shows grey, the second the frame
+    before, or the mean of the kept patches where there is no frame before. A model does better than both, but loses its last tokens
+    in the same places.
 
     Args:
       frames: the block at the model's resolution, real frames only.
@@ -63,15 +64,15 @@ def features(
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePrior:
-    """The map from a block's features to its curve.
+    """The linear map from a block's features to its curve.
 
     Attributes:
       counts: where the curve is given, ascending.
       patch_size: frames, rows and columns of a token of the model.
       means: of the features of the blocks it was fitted on.
-      weights: [len(counts), 1 + features]: the mean log losses, and what a feature above its mean adds to them.
-      residual: root mean square of log losses less guessed ones, over all counts and the blocks fitted.
-      spread: how far off a guess is in log counts: `SearchHistory.spread` of a clip's first block.
+      weights: [len(counts), 1 + features]: the mean log losses, and the coefficient of each feature less its mean.
+      residual: root mean square error of the log losses, over all counts and the blocks fitted.
+      spread: usual error of an estimate in log counts: `SearchHistory.spread` of a clip's first block.
     """
 
     counts: tuple[int, ...]
@@ -97,23 +98,23 @@ class CurvePrior:
             raise ValueError("its numbers must be finite, the residual and the spread 0 or above.")
 
     def curve_of(self, frames: UInt8[np.ndarray, "n rows columns c"]) -> Curve:
-        """The curve that a block without blocks before it will have."""
+        """The estimated curve of a block, as if it were the first of its clip."""
         found = features(frames, self.patch_size, _probes(self.counts)) - self.means
         losses = self.weights[:, 0] + self.weights[:, 1:] @ found
-        # No token makes it worse: a curve that falls has one crossing, where the regression may ripple.
+        # More tokens never raise the loss; a falling curve crosses the threshold once.
         losses = np.minimum.accumulate(losses)
         return Curve(
             Point(math.log(count), float(loss))
             for count, loss in zip(self.counts, losses, strict=True)
         )
 
-    def memory(self, expected: Curve, before: SearchHistory | None = None) -> SearchHistory:
-        """What to search a block with, in place of `SearchHistory()`: by squared error, not by another metric.
+    def history(self, expected: Curve, before: SearchHistory | None = None) -> SearchHistory:
+        """The history to search a block with. It holds for the squared error, not for another metric.
 
         Args:
           expected: the block's `curve_of`.
-          before: the memory that the clip's last block was searched with; None: this is its first. Its curve moves by what
-            the pixels of both blocks say of their difference, so that a cut does not mislead.
+          before: the history after the search of the clip's last block; None: this is the first block. Its curve is shifted by the
+            difference of the two blocks' estimates, so that a cut does not mislead.
         """
         if before is None or before.curve is None:
             return SearchHistory(curve=expected, spread=self.spread, expected=expected)
@@ -126,7 +127,7 @@ class CurvePrior:
         return dataclasses.replace(before, curve=curve, expected=expected)
 
     def to_json(self) -> str:
-        """What `load` reads; numbers have five digits after the point."""
+        """The text that `load` reads; numbers have five digits after the point."""
         values = _FORMAT | {
             "counts": list(self.counts),
             "patch_size": list(self.patch_size),
@@ -140,7 +141,7 @@ class CurvePrior:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "CurvePrior":
-        """The inverse: what `to_json` gave, from a file.
+        """The prior in a file that `to_json` wrote.
 
         Raises:
           ValueError: the file is damaged or something else.
@@ -180,11 +181,13 @@ def fit(
     counts: Sequence[int],
     patch_size: Patch,
 ) -> CurvePrior:
-    """Ridge least squares of log losses on features; a feature is weighed by how much it varies.
+    """A prior by ridge regression of log losses on features that are scaled to deviation 1.
 
     Args:
-      blocks: of clips, each as the first of its clip.
-      losses: of every block with every count.
+      blocks: frames, each block taken as the first of its clip.
+      losses: the loss of every block with every count.
+      counts: ascending token counts.
+      patch_size: frames, rows and columns of a token.
 
     Raises:
       ValueError: there are no blocks, or a loss is not a positive finite number.
@@ -211,12 +214,12 @@ def fit(
 
 
 def _probes(counts: Sequence[int]) -> Sequence[int]:
-    """Every third count: neighbours tell nearly the same."""
+    """Every third count: the errors at neighbouring counts are nearly the same."""
     return counts[::3]
 
 
 def _powers(video: np.ndarray) -> list[float]:
-    """Mean squares of means over boxes of every size; what does not fill a box at the edge is left out."""
+    """Mean squares of the means over boxes of every size; partial boxes at the edges are left out."""
     found = []
     for size in _BOXES:
         if size > 1:  # boxes of boxes
@@ -237,10 +240,10 @@ def _sums(video: np.ndarray, tall: int, wide: int) -> np.ndarray:
 
 
 def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[float]:
-    """Mean squared errors of both naive decoders: of the first for each count, then of the second.
+    """Mean squared errors of the first naive decoder for each count, then those of the second.
 
-    A count keeps some groups of frames whole and the first patches of the next; what is lost there and after it is summed patch by
-    patch, once for all counts.
+    A count keeps some groups of frames whole and the first patches of the next group. Errors are summed patch by patch once, for
+    all counts.
     """
     pt, ph, pw = patch_size
     num_frames, channels = len(video), video.shape[-1]
@@ -253,7 +256,7 @@ def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[
 
     @functools.cache
     def change(frame: int) -> np.ndarray:
-        """Of later frames' difference from a frame."""
+        """The energy of the difference of each later frame from `frame`."""
         return energy(video[frame + 1 :] - video[frame])
 
     grey = energy(video)

@@ -1,4 +1,4 @@
-"""The searches: binary, linear, fixed and predict, one function each."""
+"""The searches by name: binary, linear, fixed and predict, one function each. A new search is added here."""
 
 from collections.abc import Iterator
 
@@ -8,21 +8,21 @@ from elastic.search.predict import predict
 
 @plan("binary")
 def _binary(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """Halves the bracket; `width` counts at once split it in `width + 1` parts.
+    """Halves the range; `width` counts at once split it in `width + 1` parts.
 
-    Relies on the loss falling with the count, and then finds the smallest of n candidates that
+    Assumes that the loss falls with the count. It then finds the smallest of n candidates that
     meets the threshold in at most ceil(log2(n + 1)) passes of one count each.
     """
-    # Counts up to `fails` fail, those from `passes` on pass. The ends stand just outside the
-    # candidates: the smallest and the largest are tried when, and only when, they matter.
-    fails, passes = options.min_kept - 1, options.largest + 1
-    while passes - fails > 1:
-        parts = min(options.width, passes - fails - 1) + 1
-        group = [fails + (passes - fails) * i // parts for i in range(1, parts)]
+    # Counts up to `fails` fail, those from `meets` on meet the threshold. Both start just outside the
+    # candidates: the smallest and the largest count are tried only if the result depends on them.
+    fails, meets = options.min_kept - 1, options.largest + 1
+    while meets - fails > 1:
+        parts = min(options.width, meets - fails - 1) + 1
+        group = [fails + (meets - fails) * i // parts for i in range(1, parts)]
         yield group
-        # The smallest count that passes ends the bracket even where the loss is not monotone.
-        passes = next((count for count in group if seen.meets(count)), passes)
-        fails = max((count for count in group if count < passes), default=fails)
+        # Where the loss is not monotone, the smallest count that meets the threshold counts.
+        meets = next((count for count in group if seen.meets(count)), meets)
+        fails = max((count for count in group if count < meets), default=fails)
 
 
 @plan("linear")
@@ -45,8 +45,8 @@ def _fixed(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
 
 @plan("predict")
 def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """Guesses from the curves of the blocks before, corrected by every try: see `elastic.predict`."""
-    if options.threshold is None:  # make_search refuses it before
+    """Guesses from the curves of earlier blocks, corrected by every measurement: see `predict.py`."""
+    if options.threshold is None:  # make_search refuses this earlier
         raise ValueError("A predict search needs a threshold.")
     yield from predict(
         smallest=options.min_kept,
@@ -54,7 +54,7 @@ def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
         threshold=options.threshold,
         width=options.width,
         tolerance=options.tolerance,
-        memory=seen.memory,
+        history=seen.history,
         losses=seen.losses,
         meets=seen.meets,
     )

@@ -1,8 +1,8 @@
-"""The search that predicts: which counts to try next, from the curves of the blocks before. Plain Python.
+"""The predicting search: it guesses which count meets the threshold from the rate curves of earlier blocks. Plain Python.
 
-Each try is a guess by the remembered curve, moved through what was measured of this block. A count that meets the threshold is taken
-when the tokens that a lower one would probably save are few enough (`tolerance`, over the clip). So the answer is always measured, and
-never known to be wasteful; where guesses fail, halving the range takes over, which bounds the tries.
+Each try is a guess from the remembered curve, shifted so that it runs through the losses measured for this block. The search stops at
+a measured count that meets the threshold when a lower count would probably save only few tokens (`tolerance`, summed over the clip).
+The result is therefore always measured. Where guesses keep failing, the search halves the range, which bounds the number of tries.
 """
 
 import math
@@ -11,17 +11,23 @@ from collections.abc import Callable, Iterator, Mapping
 from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, points_of
 
 # Fitted by replaying recorded curves of clips that no figure in the README is measured on.
-_MARGIN = 0.004  # of log counts above the guess: that it meets is worth more than the token
-_MOST_FIRST = 0.01  # the same for a first guess, in all that its usual error may add to it
-_DOUBT = 0.06  # share of the way from the nearest measured count to the guess that may be wrong
-_CREDIT = 2  # blocks ahead (this one too) of which a block may use what may be left unsaved: first ones are dear
-_SNAP = 0.02  # a guess this near (in log counts) to an end of the range means the end
-_MOST_EXCESS = 0.06  # share of one block's tokens that may be left unsaved
-_AIM = 2.2  # passes a block; below, less is left unsaved
-_CLOSER = 0.8  # this share of it
-_DOUBTS = 3  # how far to each side of a guess several counts reach, in such doubts
-_LEAST_STEP = 0.03  # of log counts, where steps double
-GUESSES = 8  # calls before halving takes over
+_MARGIN = (
+    0.004  # added to a guess, in log counts: meeting the threshold is worth more than one token
+)
+_MOST_FIRST = 0.01  # upper bound of what the usual error of first guesses adds to a first guess, in log counts
+_UNCERTAINTY = (
+    0.06  # standard error of a guess, as a share of its distance from the nearest measured count
+)
+_CREDIT = 2  # number of blocks, this one included, whose tolerance this block may spend: a clip's first blocks are expensive
+_SNAP = 0.02  # a guess this close to an end of the range, in log counts, becomes that end
+_MOST_EXCESS = 0.06  # largest share of one block's tokens that may be more than needed
+_TARGET_PASSES = (
+    2.2  # passes per block; while the clip is below, only part of the tolerance is spent
+)
+_SHARE_BELOW_TARGET = 0.8  # that part
+_REACH = 3  # several counts in one call cover the guess +- this many uncertainties
+_LEAST_STEP = 0.03  # first of the doubling steps, in log counts
+GUESSES = 8  # calls before the search halves the range instead
 
 
 def predict(
@@ -31,81 +37,91 @@ def predict(
     threshold: float,
     width: int,
     tolerance: float,
-    memory: SearchHistory,
+    history: SearchHistory,
     losses: Mapping[int, float],
     meets: Callable[[int], bool],
 ) -> Iterator[list[int]]:
-    """Groups of counts to try, as a plan of `elastic.search` gives them; `memory` learns at the end.
+    """Yields groups of counts to try, as every plan does (`elastic.search.base.plan`); updates `history` at the end.
 
     Args:
-      smallest, largest: the range; its ends are tried when, and only when, they matter.
+      smallest: the smallest count allowed; it is tried only if the result depends on it.
+      largest: the largest count allowed; likewise.
+      threshold: largest loss accepted.
       width: most counts in a group.
-      tolerance: share of the clip's tokens that may be left unsaved.
-      losses, meets: what is measured by the time that the iterator is resumed.
+      tolerance: share of the clip's tokens that may be more than needed, to save passes.
+      history: what the clip's earlier blocks have shown.
+      losses: the loss of every count measured; it holds a group's losses when the iterator is resumed.
+      meets: whether a measured count meets the threshold.
     """
     level = log_loss(threshold)
-    guess = memory.curve or Curve([Point((math.log(smallest) + math.log(largest)) / 2, level)])
+    guess = history.curve or Curve([Point((math.log(smallest) + math.log(largest)) / 2, level)])
     state = _Bracket(smallest, largest)
     calls = 0
     while not state.closed:
-        curve = guess.through(points_of(losses))
+        curve = guess.shifted_through(points_of(losses))
         best = _crossing_count(curve, level, state)
         if state.found is not None and best is not None:
             excess = state.found - best
-            # A clip that goes well can afford to look closer.
-            cheap = memory.passes + len(losses) < _AIM * (memory.blocks + 1)
-            share = tolerance * (_CLOSER if cheap else 1)
-            allowed = share * (memory.tokens + _CREDIT * state.found) - memory.excess
+            # While the clip needs few passes, more of them are spent on saving tokens.
+            cheap = history.passes + len(losses) < _TARGET_PASSES * (history.blocks + 1)
+            share = tolerance * (_SHARE_BELOW_TARGET if cheap else 1)
+            allowed = share * (history.tokens + _CREDIT * state.found) - history.excess
             if excess < 1 or excess <= min(allowed, _MOST_EXCESS * state.found):
                 break
         if calls < GUESSES:
-            group = _guesses(curve, level, state, width=width, spread=memory.spread)
+            group = _guesses(curve, level, state, width=width, spread=history.spread)
         else:
             group = state.parts(width)
         yield group
         calls += 1
         state.narrow(group, meets)
     curve, first = (
-        guess.through(points_of(losses)),
+        guess.shifted_through(points_of(losses)),
         guess.crossing(level, *_Bracket(smallest, largest).ends),
     )
     kept = largest if state.found is None else state.found
     if state.found is not None and (best := _crossing_count(curve, level, state)) is not None:
-        memory.excess += max(0, kept - best)
+        history.excess += max(0, kept - best)
     missed = abs(math.log(kept) - (math.log(largest) if first is None else first))
-    memory.spread = 0.5 * memory.spread + 0.5 * missed
-    memory.curve, memory.tokens = curve.near(math.log(kept)), memory.tokens + kept
-    memory.passes, memory.blocks = memory.passes + len(losses), memory.blocks + 1
+    history.spread = 0.5 * history.spread + 0.5 * missed
+    history.curve, history.tokens = curve.pruned_around(math.log(kept)), history.tokens + kept
+    history.passes, history.blocks = history.passes + len(losses), history.blocks + 1
 
 
 class _Bracket:
-    """Between which counts the answer lies: `fails` and those below it are out, `found` is the least that meets."""
+    """The open interval of counts that holds the result.
+
+    `fails` is the largest count known to fail, `meets` the smallest known to meet the threshold. Before one is known, they stand
+    just outside the range.
+    """
 
     def __init__(self, smallest: int, largest: int):
         self.smallest, self.largest = smallest, largest
-        self.fails, self.meets = smallest - 1, largest + 1  # just outside: nothing is known
-        self.run = 0  # calls in a row after which the same side moved; negative: that of `meets`
+        self.fails, self.meets = smallest - 1, largest + 1
+        self.run = 0  # how many calls in a row raised `fails`; negative: lowered `meets`
 
     @property
     def found(self) -> int | None:
+        """The smallest count known to meet the threshold; None: none is known."""
         return self.meets if self.meets <= self.largest else None
 
     @property
     def failed(self) -> bool:
-        """Whether a count was seen to fail."""
+        """Whether a measured count failed."""
         return self.fails >= self.smallest
 
     @property
     def closed(self) -> bool:
+        """Whether no count is left between `fails` and `meets`."""
         return self.meets - self.fails <= 1
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The log counts between which the answer lies."""
+        """The interval in log counts, cut at the ends of the range."""
         return math.log(max(self.fails, self.smallest)), math.log(min(self.meets, self.largest))
 
     def narrow(self, group: list[int], meets: Callable[[int], bool]) -> None:
-        """Takes a measured group. The smallest count that meets ends the bracket even where the loss is not monotone."""
+        """Narrows the interval by a measured group. Where the loss is not monotone, the smallest count that meets counts."""
         before = self.fails, self.meets
         self.meets = next((count for count in group if meets(count)), self.meets)
         self.fails = max((count for count in group if count < self.meets), default=self.fails)
@@ -118,7 +134,7 @@ class _Bracket:
             self.run = min(self.run, 0) - 1
 
     def around(self, centre: float, spread: float, width: int) -> list[int]:
-        """Up to `width` counts inside the bracket, evenly from `spread` below the log count `centre` to `spread` above."""
+        """Up to `width` counts inside the interval, evenly spaced in log counts from `centre - spread` to `centre + spread`."""
         low, high = self.ends
         steps = [0.0] if width == 1 else [2 * i / (width - 1) - 1 for i in range(width)]
         places = [min(max(centre + spread * step, low), high) for step in steps]
@@ -126,7 +142,7 @@ class _Bracket:
         return sorted({min(max(count, self.fails + 1), self.meets - 1) for count in counts})
 
     def parts(self, width: int) -> list[int]:
-        """Counts that split the bracket evenly; the largest first, where that was not tried."""
+        """Up to `width` counts that split the interval evenly; the largest count first, if it was not tried."""
         if self.found is None and width == 1 and self.fails < self.largest:
             return [self.largest]
         inner = min(width, self.meets - self.fails - 1)
@@ -135,7 +151,7 @@ class _Bracket:
 
 
 def _crossing_count(curve: Curve, level: float, state: _Bracket) -> int | None:
-    """The least count that, by the curve, meets the threshold; None: none of the bracket."""
+    """The smallest count in the interval whose estimated loss meets the threshold; None: there is none."""
     x = curve.crossing(level, *state.ends)
     return None if x is None else max(math.ceil(math.exp(x) - 1e-9), state.fails + 1)
 
@@ -143,26 +159,36 @@ def _crossing_count(curve: Curve, level: float, state: _Bracket) -> int | None:
 def _guesses(
     curve: Curve, level: float, state: _Bracket, *, width: int, spread: float
 ) -> list[int]:
-    """Counts to try next: one a little beyond where the curve crosses; several around it, as far as it may be wrong."""
+    """Counts to try next: slightly above where the curve crosses the threshold, or several around that count.
+
+    Args:
+      curve: the estimated curve of this block.
+      level: the log of the threshold.
+      state: what is known of the result.
+      width: most counts to return.
+      spread: usual error of a first guess, in log counts.
+    """
     low, high = state.ends
     x = curve.crossing(level, low, high)
     if state.found is None and (x is None or x >= high - _SNAP):
-        return [state.largest]  # all is expected to fail, and this says so for certain
-    if x is None:  # a curve that contradicts what was measured
+        return [
+            state.largest
+        ]  # every count is expected to fail; measuring the largest one proves it
+    if x is None:  # the curve contradicts a measurement
         return state.parts(width)
     if not state.failed and x <= low + _SNAP:
         return [state.smallest]
-    repeats = abs(state.run) - 1  # how often in a row the guess fell on the same side
+    repeats = abs(state.run) - 1  # how often in a row the guess missed on the same side
     if state.failed and state.found is not None:
-        doubt = _DOUBT * min(x - low, high - x)
-        lean = 1 - 0.5 ** max(repeats - 1, 0)  # to the middle, where the curve does not deliver
-        centre = (1 - lean) * (x + _MARGIN + doubt) + lean * (low + high) / 2
-    elif state.failed:  # and nothing met: steps double
-        doubt = _DOUBT * (x - low)
-        centre = x + _MARGIN + doubt + (2**repeats - 1) * max(x - low, _LEAST_STEP)
-    elif state.found is not None:  # and nothing failed
-        doubt = _DOUBT * (high - x)
-        centre = high - (high - x) * 2**repeats + _MARGIN + doubt
+        uncertainty = _UNCERTAINTY * min(x - low, high - x)
+        lean = 1 - 0.5 ** max(repeats - 1, 0)  # 0: trust the curve, towards 1: halve
+        centre = (1 - lean) * (x + _MARGIN + uncertainty) + lean * (low + high) / 2
+    elif state.failed:  # no count met the threshold yet: double the step
+        uncertainty = _UNCERTAINTY * (x - low)
+        centre = x + _MARGIN + uncertainty + (2**repeats - 1) * max(x - low, _LEAST_STEP)
+    elif state.found is not None:  # no count failed yet: double the step
+        uncertainty = _UNCERTAINTY * (high - x)
+        centre = high - (high - x) * 2**repeats + _MARGIN + uncertainty
     else:
-        centre, doubt = x + _MARGIN + min(0.1 * spread, _MOST_FIRST), spread / _DOUBTS
-    return state.around(centre, _DOUBTS * doubt, width)
+        centre, uncertainty = x + _MARGIN + min(0.1 * spread, _MOST_FIRST), spread / _REACH
+    return state.around(centre, _REACH * uncertainty, width)

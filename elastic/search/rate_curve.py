@@ -1,8 +1,8 @@
-"""What is known of a block's loss by its token count, and what a clip's next block will do. Plain Python.
+"""The loss of a block as a function of its token count, and what earlier blocks tell about the next one. Plain Python.
 
-Counts and losses are taken as logarithms, where curves of neighbouring blocks are nearly shifted copies of each other. So a block's curve
-is guessed by the curve remembered of the blocks before it, moved until it runs through all that was measured of this block: each new
-measurement corrects the guess near itself, and the remembered shape fills the gaps.
+Counts and losses are logarithms. In logarithms the curves of neighbouring blocks are nearly shifted copies of each other. A block's
+curve is therefore estimated from the curve of the block before, shifted until it runs through every loss measured for this block.
+Each measurement corrects the estimate near its count; elsewhere the shape of the earlier curve remains.
 """
 
 import bisect
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_SLOPE = 0.7  # of log loss by log count, where nothing is known; fitted on recorded curves
-_SAME = 0.03  # a remembered point this near (in log counts) to a new one gives way to it
-_TILT = 0.5  # share of the slope of moves that is expected to go on
-_MOST_POINTS = 16
-_TINY = 1e-30  # losses below are as good as zero, which has no logarithm
+_SLOPE = 0.7  # fall of log loss per log count where nothing was measured; fitted on recorded curves
+_SAME = 0.03  # a measured point replaces remembered ones this close to it, in log counts
+_TILT = 0.5  # share of the slope of the shifts that is continued beyond the measured points
+_MOST_POINTS = 16  # of a remembered curve
+_TINY = 1e-30  # smaller losses, zero included, count as this one, as zero has no logarithm
 
 
 class Point(NamedTuple):
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 
 class Curve:
-    """Log loss over log count: straight between its points, and beyond them with a slope of its own."""
+    """Log loss over log count: linear between its points, with a fixed slope beyond them."""
 
     def __init__(self, points: Iterable[Point]):
         self.points = sorted(points)
@@ -43,19 +43,20 @@ class Curve:
             return last.y - _SLOPE * (x - last.x)
         return _between(self.points, x)
 
-    def through(self, measured: list[Point]) -> "Curve":
-        """This curve moved through the points of another block; between two of them by a mix of both moves.
+    def shifted_through(self, measured: list[Point]) -> "Curve":
+        """This curve shifted so that it runs through points measured for another block.
 
-        Beyond them half of the difference between the last two moves goes on: on a plateau the next count down is good, too.
+        Between two points the shift is interpolated linearly. Beyond the outermost points half of its slope is continued, so that a
+        plateau is followed.
         """
         if not measured:
             return self
-        moves = sorted(Point(p.x, p.y - self.at(p.x)) for p in measured)
-        kept = [p for p in self.points if all(abs(p.x - m.x) > _SAME for m in moves)]
-        return Curve([*measured, *(Point(p.x, p.y + _tilted(moves, p.x)) for p in kept)])
+        shifts = sorted(Point(p.x, p.y - self.at(p.x)) for p in measured)
+        kept = [p for p in self.points if all(abs(p.x - m.x) > _SAME for m in shifts)]
+        return Curve([*measured, *(Point(p.x, p.y + _extrapolated(shifts, p.x)) for p in kept)])
 
     def crossing(self, level: float, low: float, high: float) -> float | None:
-        """The smallest log count from `low` to `high` at which the log loss is down to `level`; None: nowhere there."""
+        """The smallest log count in `low` to `high` whose log loss is at most `level`; None: there is none."""
         inner = [p for p in self.points if low < p.x < high]
         path = [Point(low, self.at(low)), *inner, Point(high, self.at(high))]
         if path[0].y <= level:
@@ -65,13 +66,13 @@ class Curve:
                 return x0 + (x1 - x0) * (y0 - level) / (y0 - y1)
         return None
 
-    def near(self, x: float) -> "Curve":
-        """This curve with no more points than are worth remembering: those nearest to `x`."""
+    def pruned_around(self, x: float) -> "Curve":
+        """This curve with the 16 points nearest to the log count `x` only."""
         return Curve(sorted(self.points, key=lambda p: abs(p.x - x))[:_MOST_POINTS])
 
 
 def points_of(losses: Mapping[int, float]) -> list[Point]:
-    """The points of measured losses by count; losses that are not finite say nothing."""
+    """The points of measured losses by count; losses that are not finite are left out."""
     return [
         Point(math.log(count), log_loss(loss))
         for count, loss in losses.items()
@@ -80,21 +81,24 @@ def points_of(losses: Mapping[int, float]) -> list[Point]:
 
 
 def log_loss(loss: float) -> float:
-    """The logarithm of a loss, 0 included."""
+    """The logarithm of a loss; 0 gives that of a very small loss."""
     return math.log(max(loss, _TINY))
 
 
 @dataclass
 class SearchHistory:
-    """What the blocks of a clip so far tell about the next one. A new clip gets a new memory.
+    """What the searches of a clip's earlier blocks have shown. Every clip has a history of its own.
+
+    The names of the fields are written to `tokens.part`; they never change.
 
     Attributes:
-      curve: as far as it is known from the last blocks; None before the first.
-      tokens: kept in all blocks so far.
-      blocks, passes: searched so far, and the counts that were tried for them.
-      spread: how far first guesses lay from the count kept, in log counts; recent blocks weigh most.
-      excess: those of them that the search knew it could perhaps have saved, and left for speed.
-      expected: the curve that a prior gave for the block that `curve` is of; None: there is no prior.
+      curve: the estimated curve of the last block; None before the first block.
+      tokens: tokens kept in all blocks so far.
+      excess: estimated tokens that the searches could still have saved but did not, to save passes.
+      spread: mean distance of first guesses from the count kept, in log counts; recent blocks weigh most.
+      blocks: blocks searched so far.
+      passes: counts measured for them.
+      expected: the curve that the prior gave for the last block; None: there is no prior.
     """
 
     curve: Curve | None = None
@@ -106,16 +110,16 @@ class SearchHistory:
     expected: Curve | None = None
 
 
-def history_to_json(memory: SearchHistory) -> dict[str, Any]:
-    """The memory in lists and numbers, for a file; exact."""
+def history_to_json(history: SearchHistory) -> dict[str, Any]:
+    """The history as lists and numbers, for a file; nothing is rounded."""
     return {
         name: value.points if isinstance(value, Curve) else value
-        for name, value in vars(memory).items()
+        for name, value in vars(history).items()
     }
 
 
 def history_from_json(plain: Mapping[str, Any]) -> SearchHistory:
-    """What `memory_to_plain` was given."""
+    """The inverse of `history_to_json`."""
 
     def value(x: Any) -> Any:
         return Curve(Point(*point) for point in x) if isinstance(x, list) else x
@@ -123,11 +127,11 @@ def history_from_json(plain: Mapping[str, Any]) -> SearchHistory:
     return SearchHistory(**{name: value(x) for name, x in plain.items()})
 
 
-def _tilted(moves: list[Point], x: float) -> float:
-    """Straight interpolation; before the first and after the last point with part of the slope there."""
-    if len(moves) == 1 or moves[0].x <= x <= moves[-1].x:
-        return _between(moves, x)
-    (near, next_one) = (moves[0], moves[1]) if x < moves[0].x else (moves[-1], moves[-2])
+def _extrapolated(points: list[Point], x: float) -> float:
+    """Linear interpolation; beyond the outermost points with part of the slope there."""
+    if len(points) == 1 or points[0].x <= x <= points[-1].x:
+        return _between(points, x)
+    (near, next_one) = (points[0], points[1]) if x < points[0].x else (points[-1], points[-2])
     slope = (next_one.y - near.y) / math.copysign(
         max(abs(next_one.x - near.x), _SAME), next_one.x - near.x
     )
@@ -135,7 +139,7 @@ def _tilted(moves: list[Point], x: float) -> float:
 
 
 def _between(points: list[Point], x: float) -> float:
-    """Straight interpolation; before the first and after the last point as at these."""
+    """Linear interpolation; beyond the outermost points their values."""
     if x <= points[0].x:
         return points[0].y
     if x >= points[-1].x:

@@ -95,7 +95,7 @@ class EncodeSession:
         self.recorded: list[dict[str, Any]] = []
         self._recording: ResumeLog | None = None
         self._cache: Any = None
-        self._memory: SearchHistory | None = None
+        self._history: SearchHistory | None = None
         self.num_done = 0  # blocks that are tokenized
         self._seen_frames = 0
         self._blocks: list[BlockTokens] = []  # these; with a recording they are there instead
@@ -172,7 +172,7 @@ class EncodeSession:
         if found is not None and 0 < found[0] <= most_copied:
             self.first_block, self._cache = found
             before = self._recording.blocks[: self.first_block]
-            self._memory = history_from_json(before[-1].about["memory"])
+            self._history = history_from_json(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
     def open_fitting_record(
@@ -209,10 +209,12 @@ class EncodeSession:
             count = self._recording.blocks[number].tokens.num_kept
             return make_search(**self._search | {"name": "fixed", "num_tokens": count})
         if block.expected is not None and prior is not None:
-            self._memory = prior.memory(block.expected, self._memory)
-        elif self._memory is None:  # of this clip alone, so that its tokens do not depend on others
-            self._memory = SearchHistory()
-        return make_search(memory=self._memory, **self._search)
+            self._history = prior.history(block.expected, self._history)
+        elif (
+            self._history is None
+        ):  # of this clip alone, so that its tokens do not depend on others
+            self._history = SearchHistory()
+        return make_search(history=self._history, **self._search)
 
     def take(self, result: BlockResult, lanes: BatchScheduler) -> BlockResult:
         """Notes what the next block has become."""
@@ -220,14 +222,14 @@ class EncodeSession:
         if recording is not None and number < len(recording.blocks):
             result = self._repeated(result, number)
         elif recording is not None:
-            memory = history_to_json(self._memory or SearchHistory())
+            history = history_to_json(self._history or SearchHistory())
             recording.append(
                 result.tokens,
                 len(result.frames),
                 passes=result.passes,
                 seconds=result.seconds,
                 squares=result.squares,
-                memory=memory,
+                memory=history,
             )
         self._count(result)
         if recording is not None and lanes.batch == 1 and self.num_done > len(recording.blocks):
@@ -279,7 +281,7 @@ class EncodeSession:
             raise ResumeError(
                 f"{self._recording.path} has other tokens for block {number} than this machine finds; remove it to begin anew."
             )
-        self._memory = history_from_json(earlier.about["memory"])
+        self._history = history_from_json(earlier.about["memory"])
         spent = {name: earlier.about[name] for name in ("passes", "seconds")}
         return result._replace(tokens=earlier.tokens, **spent)
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from elastic.metrics import Metric
 from elastic.search import geometric_counts, make_search
-from elastic.search.allocation import allocate, counts_to_measure, price_of, read_off
+from elastic.search.allocation import allocate, counts_to_measure, price_of, tabulate
 from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import BatchScheduler
@@ -130,7 +130,7 @@ class _Walk:
             ((_, result),) = lanes.step()
             results.append(result)
             curves.append(curve | result.tried)
-            tables.append(read_off(curves[-1], budget.smallest, budget.largest))
+            tables.append(tabulate(curves[-1], budget.smallest, budget.largest))
         return results, curves, lanes.cache
 
     def commit(self, cache: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
@@ -171,7 +171,7 @@ def _sampled(
         budget.smallest, budget.largest, max(2, min(_SPREAD, budget.num_counts))
     )
     curve = losses_of([count for count in spread if count != budget.equal])
-    tables = (*earlier[-_SHARING:], read_off(curve, budget.smallest, budget.largest))
+    tables = (*earlier[-_SHARING:], tabulate(curve, budget.smallest, budget.largest))
     sharing = [table for table in tables if table]
     price = price_of(sharing, budget.avg_tokens * len(sharing))
     while (wanted := budget.num_counts - len(curve)) > 0:

@@ -40,11 +40,11 @@ def prior():
     return fit(blocks, losses, counts=COUNTS, patch_size=PATCH)
 
 
-def search(frames, memory, threshold):
+def search(frames, history, threshold):
     def evaluate(counts):
         return [law(frames, count) for count in counts]
 
-    plan = make_search("predict", min_kept=4, max_kept=64, threshold=threshold, memory=memory)
+    plan = make_search("predict", min_kept=4, max_kept=64, threshold=threshold, history=history)
     return run_search(plan, evaluate)
 
 
@@ -57,7 +57,7 @@ def test_a_fitted_prior_knows_the_curves_of_other_blocks_and_saves_passes(prior)
             assert curve.at(math.log(count)) == pytest.approx(math.log(law(frames, count)), abs=0.2)
         threshold = law(frames, 20)
         passes["prior"] += len(
-            search(frames, prior.memory(prior.curve_of(frames)), threshold).tried
+            search(frames, prior.history(prior.curve_of(frames)), threshold).tried
         )
         passes["none"] += len(search(frames, SearchHistory(), threshold).tried)
     assert passes["prior"] <= 0.6 * passes["none"]
@@ -65,17 +65,17 @@ def test_a_fitted_prior_knows_the_curves_of_other_blocks_and_saves_passes(prior)
 
 def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
     quiet, loud = sorted((block(seed) for seed in range(200, 220)), key=np.std)[::19]
-    memory = prior.memory(prior.curve_of(quiet))
-    search(quiet, memory, law(quiet, 20))
-    moved = prior.memory(prior.curve_of(loud), memory)
+    history = prior.history(prior.curve_of(quiet))
+    search(quiet, history, law(quiet, 20))
+    moved = prior.history(prior.curve_of(loud), history)
     truth = math.log(law(loud, 20))
-    assert memory.curve is not None and moved.curve is not None
+    assert history.curve is not None and moved.curve is not None
     assert abs(moved.curve.at(math.log(20)) - truth) < 0.4 * abs(
-        memory.curve.at(math.log(20)) - truth
+        history.curve.at(math.log(20)) - truth
     )
-    assert moved.tokens == memory.tokens > 0
-    same = prior.memory(prior.curve_of(quiet), memory).curve  # nothing differs, nothing moves
-    assert same is not None and np.allclose(same.points, memory.curve.points)
+    assert moved.tokens == history.tokens > 0
+    same = prior.history(prior.curve_of(quiet), history).curve  # nothing differs, nothing moves
+    assert same is not None and np.allclose(same.points, history.curve.points)
 
 
 @given(
@@ -90,11 +90,11 @@ def test_after_a_cut_the_remembered_curve_moves_to_the_new_block(prior):
 def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
     guess, spread, losses, threshold, width
 ):
-    memory = SearchHistory(curve=Curve(points_of(guess)), spread=spread)
+    history = SearchHistory(curve=Curve(points_of(guess)), spread=spread)
     found = run_search(
         make_search(
             "predict",
-            memory=memory,
+            history=history,
             min_kept=3,
             max_kept=2 + len(losses),
             threshold=threshold,

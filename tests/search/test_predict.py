@@ -15,9 +15,9 @@ from elastic.search.rate_curve import Curve, Point, SearchHistory, points_of
 LOSSES = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1e-38, math.inf, math.nan])
 
 
-def search_clip(blocks, memory=None, **options):
-    """Searches a clip's blocks ({count: loss} each) with one memory; fails where a count is tried twice or is none."""
-    memory, results = memory or SearchHistory(), []
+def search_clip(blocks, history=None, **options):
+    """Searches a clip's blocks ({count: loss} each) with one history; fails where a count is tried twice or is none."""
+    history, results = history or SearchHistory(), []
     for losses in blocks:
         seen: list[int] = []
 
@@ -27,7 +27,7 @@ def search_clip(blocks, memory=None, **options):
             seen += counts
             return [losses[count] for count in counts]
 
-        results.append(run_search(make_search("predict", memory=memory, **options), evaluate))
+        results.append(run_search(make_search("predict", history=history, **options), evaluate))
     return results
 
 
@@ -58,7 +58,7 @@ def clips(draw):
 
 
 @given(clip=clips())
-def test_the_promise_of_binary_holds_whatever_the_memory_expects(clip):
+def test_the_promise_of_binary_holds_whatever_the_history_expects(clip):
     blocks, options = clip
     for found, losses in zip(search_clip(blocks, **options), blocks, strict=True):
         passing = [n for n in found.tried if losses[n] <= options["threshold"]]
@@ -113,7 +113,7 @@ def test_several_counts_a_call_cost_fewer_calls():
 
 
 def test_one_clip_teaches_another_nothing():
-    """A search that is given no memory has none, so that tokens do not depend on what ran before."""
+    """A search that is given no history has none, so that tokens do not depend on what ran before."""
     block = power_law(3.0, 0.9, range(32, 513))
     options = dict(min_kept=32, max_kept=512, threshold=0.03)
     first, second = (search_clip([block], **options)[0] for _ in range(2))
@@ -125,7 +125,7 @@ def test_one_clip_teaches_another_nothing():
     measured=st.dictionaries(st.integers(1, 5000), st.floats(1e-6, 10), min_size=1),
 )
 def test_a_moved_curve_runs_through_what_was_measured(points, measured):
-    curve = Curve(points_of(points)).through(points_of(measured))
+    curve = Curve(points_of(points)).shifted_through(points_of(measured))
     for x, y in points_of(measured):
         assert curve.at(x) == pytest.approx(y, abs=1e-9)
 
