@@ -2,78 +2,25 @@
 
 import json
 import pathlib
-import re
-import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import infer, names
 from PIL import Image
-from small_models import CASES, CLIP, PHOTO, load_tokenizers
+from small_models import CASES, CLIP, PHOTO
 
-from elastic import media, metrics
-from elastic.cli import app
-from elastic.config import ElasticTokConfig
+from elastic import media
 from elastic.io.atomic import locked
 from elastic.pipeline import decode_files, result_folder
 from elastic.pipeline import tokenize_files as runs
-from elastic.tokenizer import ElasticTokenizer, resume
+from elastic.tokenizer import resume
 from elastic.tokens import TokenizedClip, npz_file
-from scripts import decode as decode_script
-from scripts import inference as inference_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EARLIER = npz_file.pack({})  # what tells the results of an earlier run from files of the user
 REPORT = '{"clip": {}, "totals": {}}'
-
-
-@pytest.fixture(scope="module")
-def tokenizers(golden):
-    return load_tokenizers(golden)
-
-
-def names(folder):
-    """Every file and folder below, hidden ones too."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def infer(*flags):
-    return app.run(inference_script.INFERENCE, inference_script.tokenize, flags)
-
-
-def decode(*flags):
-    return app.run(decode_script.DECODE, decode_script.decode, flags)
-
-
-# --- The commands ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def documented(golden, tmp_path_factory):
-    """The command that the README documents, run with other paths and the sizes of a small model."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
-    assert found is not None
-    flags = dict(
-        flag.split("=", 1)
-        for flag in shlex.split(found[0].replace("\\\n", " "))
-        if flag[:2] == "--"
-    )
-    folder = tmp_path_factory.mktemp("documented") / "not there yet" / "out"
-    # The original's README puts a `params::` before a path that has one already.
-    flags["--load_checkpoint"] = f"params::params::{golden}/fsq/ckpt/params_scan_fp32"
-    flags["--input_path"] = str(golden / "media" / CLIP)
-    flags["--output_folder"] = str(folder)
-    changes = flags["--update_elastic_config"].removesuffix(")")
-    for name, value in CASES["fsq"].items():  # what the command says already gets another value
-        changes = re.sub(rf"\b{name}=(\([^)]*\)|[^,]*),?", "", changes)
-        changes = f"{changes.rstrip(',')},{name}={value!r}"
-    flags["--update_elastic_config"] = f"{changes})"
-    more = ["--fps=4", "--max_frames=11", "--threshold=0.522"]
-    command = [*(f"{name}={value}" for name, value in flags.items()), *more]
-    assert infer(*command) == 0
-    return folder, flags
 
 
 def test_the_documented_command_writes_its_results(documented):
@@ -88,35 +35,6 @@ def test_the_documented_command_writes_its_results(documented):
     assert all(block["passes"] >= 1 and block["seconds"] > 0 for block in report["blocks"])
     with media.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
         assert (video.num_frames, video.rate) == (11, 4.0)
-
-
-def test_the_token_file_decodes_to_the_frames_that_the_report_measured(documented, golden):
-    folder, flags = documented
-    out = folder / "again.mp4"
-    model = [
-        f"{name}={flags[name]}" for name in ("--load_elastic_config", "--update_elastic_config")
-    ]
-    assert decode(f"--input_path={folder}/tokens.npz", f"--output_path={out}", *model) == 0
-    with media.open_clip(out, resolution=32, rate=None) as video:
-        assert (video.num_frames, video.rate) == (11, 4.0)
-    out.unlink()
-    tokens = TokenizedClip.load(folder / "tokens.npz")
-    tokenizer = ElasticTokenizer.from_pretrained(
-        tokens.model_id, config=ElasticTokConfig(**CASES["fsq"]), window_blocks=4
-    )
-    with media.open_clip(golden / "media" / CLIP, resolution=32, rate=4, max_frames=11) as clip:
-        psnr = metrics.psnr(clip.read(), tokenizer.decode(tokens))
-    assert psnr == json.loads((folder / "report.json").read_text())["totals"]["psnr"]
-
-
-def test_another_model_is_refused_for_decoding(documented, tmp_path, capsys):
-    folder, _ = documented
-    command = [f"--input_path={folder}/tokens.npz", f"--output_path={tmp_path}/a.mp4"]
-    assert decode(*command, "--load_checkpoint=x/y", "--load_elastic_config=debug") == 1
-    assert "is another model (config" in capsys.readouterr().err
-    assert decode(*command[:1], f"--output_path={tmp_path}/a.png") == 1
-    assert "The tokens are of a video" in capsys.readouterr().err
-    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -175,9 +93,6 @@ def test_a_process_ends_an_error_in_one_line_and_exit_code_1(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "scripts/inference.py: error: There is no checkpoint 'none'.\n"
     assert names(tmp_path) == ["notes.mp4"]
-
-
-# --- Files and folders -----------------------------------------------------------------------
 
 
 def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path):
@@ -303,13 +218,6 @@ def test_no_file_of_the_user_is_replaced(tokenizers, golden, tmp_path, present, 
     with pytest.raises(ValueError, match="name another folder"):
         runs.tokenize_file(tokenizers["fsq"], source, tmp_path, num_tokens=8, progress=False)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-
-def test_a_token_file_cannot_make_the_script_fetch_a_model(tokenizers, golden, tmp_path):
-    tokens = tokenizers["fsq"].encode(golden / "media" / PHOTO, num_tokens=8)
-    foreign = TokenizedClip(**(vars(tokens) | {"model_id": "somebody/something"}))
-    with pytest.raises(ValueError, match="name the model with --load_checkpoint"):
-        decode_files.model_of(foreign)
 
 
 def test_a_run_reads_its_frames_one_block_after_the_other(
