@@ -69,7 +69,7 @@ def joined(clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joined")
     worker, port = ROOT / "tests" / "support" / "host_worker.py", free_port()
     with two_processes(lambda n: [worker, str(n), str(port), clips, folder, *MESHES]) as running:
-        said = [process.communicate(timeout=300)[0] for process in running]
+        said = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], "\n".join(said)[-4000:]
     return folder
 

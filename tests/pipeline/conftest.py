@@ -18,8 +18,8 @@ def tokenizers(golden):
 
 @pytest.fixture(scope="session")
 def documented(golden, tmp_path_factory):
-    """The command that the README documents, run with other paths and the sizes of a small model."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The command that scripts/README.md documents, run with other paths and the sizes of a small model."""
+    readme = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
     found = re.search(r"^python3 -u scripts/inference\.py(?:.*\\\n)+.*$", readme, re.MULTILINE)
     assert found is not None
     flags = dict(

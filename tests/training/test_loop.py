@@ -153,7 +153,7 @@ def started(clips, folder, options, before=""):
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         yield process
-        process.said = process.communicate(timeout=300)[1]
+        process.said = process.communicate(timeout=900)[1]
 
 
 def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
