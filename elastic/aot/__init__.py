@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation for hardware one does not have."""
+"""Ahead-of-time compilation for hardware that this machine does not have."""

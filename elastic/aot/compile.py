@@ -1,6 +1,6 @@
-"""Compiles the real programs for devices that are not there, and says what they need.
+"""Compiles the training step and the block step for a target, and reports memory, FLOPs, tiles and sends.
 
-Nothing is allocated: programs are traced on shapes that know where they would lie.
+Nothing is allocated: programs are traced on shapes with shardings.
 """
 
 import collections
@@ -33,11 +33,11 @@ from elastic.training.step import step_program
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 600  # of a compiler's message
+_LONGEST = 600  # characters of a compiler's message
 
 
 def attention_name(model_config: ElasticTokConfig, mesh: Mesh, dtype: str) -> str:
-    """What attention runs as on the devices of the mesh."""
+    """The implementation of attention that runs on the devices of the mesh."""
     return ops.choose_implementation(
         model_config.attention_implementation,
         head_dim=model_config.head_dim,
@@ -47,13 +47,13 @@ def attention_name(model_config: ElasticTokConfig, mesh: Mesh, dtype: str) -> st
 
 
 class Traced(NamedTuple):
-    """A program before it is compiled, and the shapes that it takes, with their shardings."""
+    """A lowered program, and its arguments as shapes with shardings."""
 
     lowered: jax.stages.Lowered
     arguments: Any
 
     def argument_bytes(self) -> int:
-        """Bytes of its arguments on one device."""
+        """Bytes of the arguments on one device."""
         return sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(self.arguments)
@@ -64,8 +64,8 @@ def train_step(config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh) 
     """The training step: forward, backward and update, with the state donated."""
     model = ElasticTok(model_config, dtype=config.compute_dtype, mesh=mesh)
     optimizer = make_optimizer(config.optimizer)
-    # Shapes are found on this machine, which need not have the device that a kernel is for.
-    like, shardings = state_layout(config, _plain(model_config), optimizer, mesh)
+    # The state's shapes are traced on this machine, which may lack the device of a kernel.
+    like, shardings = state_layout(config, _with_reference_attention(model_config), optimizer, mesh)
     shape = (
         config.data.batch_size,
         sequence_length(config.data, model_config),
@@ -75,7 +75,7 @@ def train_step(config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh) 
     for name, size, part in zip(("batch_size", "seq_length"), shape, spec, strict=False):
         if part is None and mesh.size > 1:
             log.warning(
-                "%s=%d is not a multiple of its mesh axes in %s: their devices all do the same.",
+                "%s=%d is not a multiple of its mesh axes in %s: all their devices compute the same.",
                 name,
                 size,
                 dict(mesh.shape),
@@ -106,11 +106,17 @@ def train_step(config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh) 
 def block_step(
     model_config: ElasticTokConfig, mesh: Mesh, *, dtype: str, window_blocks: int
 ) -> Traced:
-    """One candidate of one block in inference, against a cache of `window_blocks` - 1 blocks."""
+    """The block step of inference: one candidate of one block, with a cache of `window_blocks` - 1 blocks.
+
+    Args:
+      model_config: the model.
+      mesh: the target's mesh.
+      dtype: the dtype of operands, 'fp32' or 'bf16'.
+      window_blocks: blocks in the attention window, the new one included.
+    """
     codec = Codec(model_config, dtype=parse_dtype(dtype), mesh=mesh, window_blocks=window_blocks)
-    params = param_shapes(
-        _plain(model_config)
-    )  # float32, as training writes them; the released are bfloat16
+    # float32, as training writes them; the released checkpoints are bfloat16.
+    params = param_shapes(_with_reference_attention(model_config))
     cache = jax.eval_shape(codec.new_cache)
     patches = (model_config.tokens_per_block, model_config.patch_dim)
 
@@ -132,7 +138,7 @@ def block_step(
         return Traced(codec._try.lower(*arguments, keep=True), arguments)
 
 
-def _plain(model_config: ElasticTokConfig) -> ElasticTokConfig:
+def _with_reference_attention(model_config: ElasticTokConfig) -> ElasticTokConfig:
     return model_config.replace(attention_implementation="reference")
 
 
@@ -144,13 +150,13 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def check(traced: Traced, target: targets.Target, *, loops_count: bool) -> dict[str, Any]:
-    """Compiles a program and reads off it: `seconds`, `memory`, `permutes`, and its `text`.
+    """Compiles a program and reports `seconds`, `memory`, `permutes`, and its `text`.
 
-    Memory is in bytes per device. `fits` is None where the target names no limit; `excess` is what
-    is missing, or (negative) what is left.
+    Memory is in bytes per device. `fits` is None if the target has no limit. `excess` is the need minus the limit, so
+    it is negative where memory is left.
 
     Raises:
-      ValueError: the compiler refuses the program, for another reason than the memory of the device.
+      ValueError: the compiler refuses the program for another reason than memory.
     """
     started = time.perf_counter()
     try:
@@ -200,10 +206,10 @@ def _memory(analysis: Any, limit: int) -> dict[str, Any]:
 
 
 def summarize(permutes: list[hlo.Permute]) -> dict[str, Any]:
-    """How many sends there are, how many of them a kernel hides, and what runs beside those that none hides.
+    """How many sends there are, how many overlap with a kernel, and what runs during those that do not.
 
-    `ring` counts those in the ring's loop, which run in every step of it; `once`, all others: what moves a
-    sequence between its layouts, and the first and the last send of a gradients' ring.
+    `ring` counts the sends in the ring's loop, which run in every step. `once` counts all others: those that move a
+    sequence between its layouts, and the first and last send of the backward ring.
     """
 
     def count(chosen: list[hlo.Permute]) -> dict[str, int]:
@@ -226,8 +232,8 @@ def summarize(permutes: list[hlo.Permute]) -> dict[str, Any]:
 
 
 def _in_ring(permute: hlo.Permute) -> bool:
-    # Names of the traced function's parts, outermost first; the layers' own loop stands before `shard_map`. Sends
-    # that the compiler itself adds to move an array have the name of what needed it.
+    # `source` names the parts of the traced function, outermost first; the loop over layers comes before `shard_map`. A
+    # send that the compiler adds to move an array has the name of the operation that needs the array.
     inside = permute.source.rpartition("shard_map")[2]
     return "/while/" in inside and inside.endswith("/ppermute")
 
@@ -235,7 +241,15 @@ def _in_ring(permute: hlo.Permute) -> bool:
 def tiles(
     name: str, model_config: ElasticTokConfig, num_queries: int, num_keys: int, dtype: str
 ) -> tuple[int, int]:
-    """The tiles (queries, keys) that the attention kernel uses on one device."""
+    """The tiles (queries, keys) that the attention kernel uses on one device, in tokens.
+
+    Args:
+      name: the implementation of attention.
+      model_config: the model.
+      num_queries: queries on one device, in tokens.
+      num_keys: keys on one device, in tokens.
+      dtype: the dtype of operands, 'fp32' or 'bf16'.
+    """
     options = StaticArgs(
         model_config.tokens_per_block,
         model_config.scan_query_chunk_size,
@@ -260,7 +274,14 @@ def tiles(
 def evenness(
     model_config: ElasticTokConfig, length: int, num_devices: int, used: tuple[int, int]
 ) -> dict[str, Any]:
-    """Layout of the ring -> how evenly it shares the attention, with the tiles `used`: see flops.RingWork."""
+    """For each layout of the ring, how evenly it divides the attention: `max_over_mean`, `steps_over_mean`.
+
+    Args:
+      model_config: the model.
+      length: tokens of the sequence.
+      num_devices: devices in the ring.
+      used: tiles (queries, keys), in tokens.
+    """
     found = {}
     for layout in flops.LAYOUTS:
         work = flops.ring_work(
@@ -281,7 +302,14 @@ def evenness(
 def report_train(
     config: TrainConfig, model_config: ElasticTokConfig, mesh: Mesh, target: targets.Target
 ) -> dict[str, Any]:
-    """The training step in numbers; see `check` and `evenness`."""
+    """The report of the training step: see `check` and `evenness`.
+
+    Args:
+      config: batch size, sequence length, dtype and optimizer of the run.
+      model_config: the model.
+      mesh: the target's mesh.
+      target: the hardware.
+    """
     name = attention_name(model_config, mesh, config.dtype)
     length, batch = sequence_length(config.data, model_config), config.data.batch_size
     ring = mesh.shape["sp"]
@@ -308,7 +336,15 @@ def report_inference(
     dtype: str,
     window_blocks: int,
 ) -> dict[str, Any]:
-    """The block step of inference in numbers, with a full cache."""
+    """The report of the block step of inference with a full cache.
+
+    Args:
+      model_config: the model.
+      mesh: the target's mesh.
+      target: the hardware.
+      dtype: the dtype of operands, 'fp32' or 'bf16'.
+      window_blocks: blocks in the attention window, the new one included.
+    """
     name = attention_name(model_config, mesh, dtype)
     length = model_config.tokens_per_block
     cache = (window_blocks - 1) * length

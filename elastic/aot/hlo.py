@@ -1,7 +1,7 @@
-"""Reads the text of compiled programs: which sends run beside the arithmetic, and why one does not fit.
+"""Reads compiled programs: which sends overlap with arithmetic, and by how much a program exceeds memory.
 
-The text of a scheduled module lists the instructions of every computation in the order in which they
-are issued, so that what stands between a start and its done runs while the data travels.
+The text of a scheduled module lists the instructions of every computation in the order in which they are issued. So the
+instructions between a send's start and its done run while the data travels.
 """
 
 import functools
@@ -30,24 +30,24 @@ _EXCEEDED = (
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """One instruction of a computation."""
 
     name: str
     opcode: str
     operands: tuple[str, ...]
-    called: tuple[str, ...]  # computations that it runs
+    called: tuple[str, ...]  # names of computations that it runs
     target: str  # of a custom call
-    source: str  # where in the traced function it comes from
+    source: str  # the place in the traced function that it comes from
 
 
 class Permute(NamedTuple):
     """One send along the ring, from its start to its done.
 
     Attributes:
-      name: of the start.
-      source: where in the traced function it comes from.
-      overlapped: whether a kernel runs before the data must have arrived.
-      between: opcodes of what runs in between, in order.
+      name: the name of the start.
+      source: the place in the traced function that it comes from.
+      overlapped: whether a kernel runs between start and done.
+      between: opcodes of the instructions between start and done, in order.
     """
 
     name: str
@@ -63,11 +63,12 @@ Program = dict[str, tuple[Instruction, ...]]
 def permutes(program: Program, *, loops_count: bool) -> list[Permute]:
     """Every collective permute of a program.
 
-    One that the compiler left synchronous, or whose done stands in another computation than its
-    start, counts as not overlapped.
+    A send that the compiler left synchronous, or whose done is in another computation than its start, counts as not
+    overlapped.
 
     Args:
-      loops_count: whether any loop is a kernel, as in attention written in XLA.
+      program: what `read_program` gives.
+      loops_count: whether a loop counts as a kernel, as for attention written in XLA.
     """
 
     @functools.cache
@@ -108,7 +109,7 @@ def read_program(text: str) -> Program:
     """The program in the text that `compiled.as_text()` gives.
 
     Raises:
-      ValueError: the text is not of a scheduled module, so that its order means nothing.
+      ValueError: the text is not that of a scheduled module, so its order has no meaning.
     """
     header = text[: text.find("\n")]
     if "is_scheduled=true" not in header:
@@ -133,7 +134,7 @@ def _instruction(name: str, rest: str) -> Instruction:
     opcode = _OPCODE.search(rest)
     if opcode is None:
         return Instruction(name, "", (), (), "", "")
-    # Operands end at the first `)`: inside they hold types at most, whose layouts may have brackets.
+    # Operands end at the closing bracket; the layouts of their types may contain brackets too.
     depth, end = 1, opcode.end()
     while depth and end < len(rest):
         depth += {"(": 1, ")": -1}.get(rest[end], 0)
@@ -152,15 +153,15 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 class OutOfMemory(NamedTuple):
-    """What a compiler said about a program that does not fit."""
+    """The sizes in a compiler's message about a program that exceeds memory."""
 
     needed_bytes: int
     available_bytes: int
-    temporaries_only: bool  # arguments come on top of `needed_bytes`
+    temporaries_only: bool  # `needed_bytes` does not include arguments
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
-    """The sizes in a compiler's RESOURCE_EXHAUSTED message; None when it is about something else."""
+    """The sizes in a compiler's RESOURCE_EXHAUSTED message; None for any other message."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     for form in _EXCEEDED:

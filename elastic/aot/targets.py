@@ -1,6 +1,6 @@
-"""Hardware to compile for without having it: names, shapes of slices, memory, devices.
+"""Hardware to compile for without having it: names, shapes of slices, memory, device descriptions.
 
-Import this before jax: `prepare` sets what the compilers read from the environment.
+Import this before jax: `prepare` sets environment variables that the compilers read.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ class Chip:
     Attributes:
       kind: 'tpu', 'cuda' or 'cpu'.
       memory: its size as sold.
-      usable_bytes: what a program can have of it. Of TPUs: what libtpu names as available; of GPUs:
-        all of it, though jax takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
-      accelerator_type: for libtpu, the smallest machine that has such chips.
-      slices: of TPUs: number of chips -> how they are wired, for those that can be had.
-      memory_bandwidth, description: of GPUs: bytes a second, and the name that the driver gives.
+      usable_bytes: bytes that a program can use. TPU: what libtpu reports as available. GPU: all memory, though jax
+        takes three quarters of it unless XLA_PYTHON_CLIENT_MEM_FRACTION is higher.
+      accelerator_type: TPU: libtpu's name of the smallest machine with such chips.
+      slices: TPU: number of chips -> topology, for the slices on offer.
+      memory_bandwidth: GPU: bytes per second.
+      description: GPU: the name that the driver gives.
     """
 
     kind: str
@@ -59,11 +60,11 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """So many chips of a kind.
+    """A number of chips of one kind.
 
     Attributes:
-      name: of the chip, a key of `CHIPS`.
-      shape: how TPU chips are wired, e.g. (4, 4, 4); of others, their number.
+      name: the name of the chip, a key of `CHIPS`.
+      shape: TPU: the topology of the slice, e.g. (4, 4, 4). Others: the number of chips.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Target:
 
     @property
     def num_chips(self) -> int:
-        """How many there are; each is one device."""
+        """The number of chips; each is one device."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -100,8 +101,8 @@ def parse_target(text: str) -> Target:
         )
     if form[3] and not form[4]:
         raise ValueError(
-            f"target={text!r}: Google's names of v4 and v5p slices count cores, two a chip; write "
-            f"{name}-{form[3]}chips for so many chips."
+            f"target={text!r}: Google's names of v4 and v5p slices count cores, two per chip; write "
+            f"{name}-{form[3]}chips for {form[3]} chips."
         )
     slices = CHIPS[name].slices
     if form[2]:
@@ -122,7 +123,7 @@ def parse_target(text: str) -> Target:
 
 
 def prepare(target: Target) -> None:
-    """Sets the environment so that jax finds the target's compiler and looks for no accelerator.
+    """Sets the environment so that jax finds the target's compiler and no accelerator.
 
     Call it before jax is imported.
 
@@ -148,7 +149,7 @@ def prepare(target: Target) -> None:
 
 
 def devices(target: Target) -> list[Any]:
-    """The target's devices: descriptions to compile for. On 'cpu', virtual devices of this machine."""
+    """Descriptions of the target's devices to compile for; for 'cpu', virtual devices of this machine."""
     import jax
     from jax.experimental import topologies
 
@@ -164,7 +165,7 @@ def devices(target: Target) -> list[Any]:
         )
         return list(topology.devices)
     options: dict[str, Any] = {}
-    if target.name == "v4":  # one device a chip; without it, one a core
+    if target.name == "v4":  # one device per chip; the default is one per core
         options["chip_config_name"] = "megacore"
     if any(size % 2 for size in target.shape[:2]):  # hosts have 2 x 2 chips
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -173,7 +174,7 @@ def devices(target: Target) -> list[Any]:
 
 
 def described(device: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context to trace in: from jax 0.11 on a Pallas kernel for a GPU asks it what it is compiled for, as there is no GPU to ask."""
+    """A context for tracing programs for a device. From jax 0.11 on, Pallas kernels for a GPU read the device from it."""
     import jax
 
     if device.platform != "gpu":
@@ -208,7 +209,7 @@ def _hopper(chip: Chip) -> str:
         clock_rate_ghz=1.98,
         device_memory_size=chip.usable_bytes,
     )
-    # The toolkit decides which PTX is written; the driver that gpu_requirements.txt asks for reads it.
+    # The toolkit version decides the PTX version, which the driver in gpu_requirements.txt can read.
     words = dict(
         device_vendor="NVIDIA Corporation",
         driver_version="13.0.0",

@@ -1,1 +1,1 @@
-"""Devices, hosts and where each part of an array lies."""
+"""The device mesh, runs on many processes, and shardings of arrays."""

@@ -1,4 +1,4 @@
-"""Memory of this process that the C library keeps after it was freed."""
+"""Virtual CPU devices, and freed memory returned to the operating system."""
 
 import contextlib
 import ctypes
@@ -14,10 +14,10 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @functools.cache
 def return_after_compiling() -> None:
-    """From now on, whenever XLA has compiled a program, what that took goes back to the operating system.
+    """Makes this process return freed memory to the operating system after every XLA compilation.
 
-    glibc keeps freed memory for later use: after the training step of the debug model was compiled these are 300 MB, a third of what the
-    whole run takes (measured). Another C library is left alone.
+    glibc keeps freed memory for later use. After compiling the training step of the debug model that is 300 MB, a third
+    of the memory of the whole run (measured). With another C library this does nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
@@ -32,10 +32,10 @@ def return_after_compiling() -> None:
 
 
 def set_up_cpu() -> None:
-    """One CPU device per core, up to 8, unless the user decided otherwise, and small memory. Call before jax starts its backends.
+    """Sets up one CPU device per core, up to 8, and `return_after_compiling`. Call it before jax starts its backends.
 
-    Elementwise work inside loops runs on one core per device, so that attention over heads on two devices takes about 60 %
-    of the time of one (measured on two cores).
+    A number of devices that the user has set is kept. XLA runs elementwise operations inside loops on one core per
+    device: attention with its heads on two devices takes about 60 % of the time of one device (measured on two cores).
     """
     return_after_compiling()
     flags = os.environ.get("XLA_FLAGS", "")
@@ -44,5 +44,5 @@ def set_up_cpu() -> None:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    with contextlib.suppress(RuntimeError):  # the backends run already: keep what they have
+    with contextlib.suppress(RuntimeError):  # the backends have started: keep their devices
         jax.config.update("jax_num_cpu_devices", min(8, 1 << (cores.bit_length() - 1)))

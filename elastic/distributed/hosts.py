@@ -1,4 +1,4 @@
-"""Runs on many processes: joining, waiting, and which rows of an array each holds."""
+"""Runs on many processes: joining them, waiting for them, and the rows of a global array that each holds."""
 
 import dataclasses
 import logging
@@ -18,13 +18,15 @@ class Hosts:
     """Flags `--jax_distributed.*`: how the processes of a run find each other.
 
     Attributes:
-      initialize_jax_distributed: join the others before the first use of a device.
-      coordinator_address: where the first process listens, as 'host:port'; '' asks the environment: a
-        Cloud TPU, SLURM, Kubernetes or Open MPI job says itself who takes part.
-      num_processes, process_id: how many there are, and which one this is; with an address, or independent.
+      initialize_jax_distributed: join the other processes before the first use of a device.
+      coordinator_address: where the first process listens, as 'host:port'. '' reads the environment of a Cloud TPU,
+        SLURM, Kubernetes or Open MPI job.
+      num_processes: number of processes; needs coordinator_address or independent.
+      process_id: the number of this process; needs coordinator_address or independent.
       local_device_ids: devices of this process, as '0,1'; '' takes all that it sees.
-      independent: the processes share work and need not talk: without initialize_jax_distributed their
-        number and this one's are enough, and one that dies takes no other along; with it only the first one does.
+      independent: the processes share work but do not communicate. Without initialize_jax_distributed, num_processes
+        and process_id are enough, and a process that dies stops no other. With it, only the first process stops the
+        others when it dies.
 
     Raises:
       ValueError: the options contradict each other.
@@ -80,10 +82,10 @@ class Hosts:
 
 
 def join_hosts(hosts: Hosts) -> None:
-    """Makes this process one of many, if it is to be. Call it before jax starts its backends.
+    """Joins the other processes if `hosts` asks for it. Call it before jax starts its backends.
 
     Raises:
-      ValueError: the environment does not say who takes part, or the others cannot be reached.
+      ValueError: the environment does not name the processes, or they cannot be reached.
     """
     if not hosts.initialize_jax_distributed:
         return
@@ -97,9 +99,9 @@ def join_hosts(hosts: Hosts) -> None:
     if hosts.local_device_ids:
         options["local_device_ids"] = [int(part) for part in hosts.local_device_ids.split(",")]
     if hosts.independent:
-        # One that ends early leaves at once, and the others go on (unless it is the first, whom they have joined).
+        # A process that ends early leaves at once and the others continue, unless it is the first, which coordinates them.
         jax.config.update("jax_enable_recoverability", True)
-        # It would keep SIGTERM from this process.
+        # The preemption service would intercept this process's SIGTERM.
         jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**options)
@@ -113,34 +115,41 @@ def join_hosts(hosts: Hosts) -> None:
 
 
 def host_share(hosts: Hosts) -> tuple[int, int]:
-    """Which share of independent work is this process's: its number, of how many. Call it after `join_hosts`."""
+    """The number of this process and the number of processes that share independent work. Call it after `join_hosts`."""
     if hosts.initialize_jax_distributed:
         return jax.process_index(), jax.process_count()
     return hosts.process_id, hosts.num_processes
 
 
 def is_first_host() -> bool:
-    """Whether this process writes what a run writes once."""
+    """Whether this is the process that writes the files of a run."""
     return jax.process_index() == 0
 
 
 def wait_for_hosts(name: str) -> None:
-    """Returns when every process of the run has come to this point. Alone, at once."""
+    """Waits until every process of the run has reached this point; with one process it returns at once."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
-    """The rows (first axis) of a global array that devices of this process hold a part of, ascending."""
-    held = sharding.addressable_devices_indices_map(shape).values()
-    spans = [range(*index[0].indices(shape[0])) for index in held if index is not None]
+    """The rows (first axis) of a global array of which this process's devices hold a part, ascending."""
+    parts = sharding.addressable_devices_indices_map(shape).values()
+    spans = [range(*index[0].indices(shape[0])) for index in parts if index is not None]
     return sorted({row for span in spans for row in span})
 
 
 def global_array(
     local: np.ndarray, rows: Sequence[int], sharding: NamedSharding, num_rows: int
 ) -> jax.Array:
-    """The global array of which this process has the rows `rows`, laid out as `sharding` says."""
+    """The global array that the processes hold together.
+
+    Args:
+      local: this process's rows [rows, ...].
+      rows: their numbers in the global array, ascending.
+      sharding: how the global array is split over devices.
+      num_rows: rows of the global array.
+    """
     place = {row: number for number, row in enumerate(rows)}
 
     def part(index: Any) -> np.ndarray:  # a slice for each axis

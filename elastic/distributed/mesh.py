@@ -1,4 +1,4 @@
-"""The device mesh from `mesh_dim`, with the axes dp, fsdp, tp and sp; joining a run on many hosts; which host holds what."""
+"""The device mesh of `mesh_dim`, with the axes dp, fsdp, tp and sp; platform and memory limit of its devices."""
 
 import logging
 import math
@@ -16,14 +16,14 @@ from elastic.distributed.ring_topology import ring_grid
 log = logging.getLogger(__name__)
 
 AXES = ("dp", "fsdp", "tp", "sp")
-_FLAT = ("TPU v5 lite", "TPU v5e")  # slices without links from edge to edge
+_FLAT = ("TPU v5 lite", "TPU v5e")  # chips whose slices are grids without wrap-around links
 
 
 def parse_mesh_dim(mesh_dim: str, num_devices: int) -> tuple[dict[str, int], bool]:
     """Axis sizes for `num_devices` devices, and whether the devices keep their order.
 
-    Accepts '1,1,-1,1' (in the order dp, fsdp, tp, sp), 'dp:1,fsdp:-1', either with a leading '!' that
-    keeps the devices in their given order. One size may be -1: what the others leave.
+    Accepts '1,1,-1,1' (in the order dp, fsdp, tp, sp) or 'dp:1,fsdp:-1'. A leading '!' keeps the devices in their given
+    order. One size may be -1: the number of devices divided by the other sizes.
 
     Raises:
       ValueError: the string has another form, or does not multiply to `num_devices`.
@@ -61,7 +61,7 @@ def parse_mesh_dim(mesh_dim: str, num_devices: int) -> tuple[dict[str, int], boo
 def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all devices when None).
 
-    The one place that builds a mesh: axis types are Auto here, while jax's own `make_mesh` now defaults to explicit ones.
+    Every mesh is built here, because the code needs axes of type Auto and `jax.make_mesh` defaults to Explicit.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes, keep_order = parse_mesh_dim(mesh_dim, len(devices))
@@ -71,25 +71,25 @@ def make_mesh(mesh_dim: str = "!1,1,-1,1", devices: Sequence[Any] | None = None)
 
 
 def _placed(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices where neighbours on an axis of the mesh are neighbours on the wire."""
+    """The devices as an array in which neighbours on a mesh axis are physical neighbours where possible."""
     if shape[-1] > 1 and devices[0].device_kind in _FLAT:
         if (grid := ring_grid(devices, shape)) is not None:
             return grid
         log.warning(
-            "No ring of sp=%d devices fits into this slice so that each sends to a neighbour; its sends may not run beside the arithmetic.",
+            "No ring of sp=%d devices fits into this slice with each device next to its successor; sends may not overlap with arithmetic.",
             shape[-1],
         )
-    # An axis may take part of a physical one: a ring of 32 on a torus of 4 x 4 x 4 is no rare wish.
+    # A mesh axis may use part of a physical axis, as a ring of 32 devices on a torus of 4 x 4 x 4 must.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def platform_of(mesh: Mesh | None) -> str:
-    """'cpu', 'gpu' or 'tpu': that of the mesh's devices, or without a mesh of the default one."""
+    """The platform of the mesh's devices, or without a mesh of the default device: 'cpu', 'gpu' or 'tpu'."""
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def memory_limit(mesh: Mesh) -> int | None:
-    """Bytes that the programs of this process may have on one of the mesh's devices; on a CPU the machine's. None: not known."""
+    """Bytes that this process may use on one device of the mesh; on a CPU, the machine's memory; None: not known."""
     if platform_of(mesh) == "cpu":
         names = getattr(os, "sysconf_names", {})
         if not {"SC_PAGE_SIZE", "SC_PHYS_PAGES"} <= names.keys():

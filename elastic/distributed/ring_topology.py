@@ -1,8 +1,9 @@
-"""Rings on a flat grid of chips: where each device of a mesh lies, so that every send goes to a neighbour.
+"""Rings on a flat grid of chips: an order of the devices in which every send goes to a neighbour.
 
-A TPU v5e slice is a grid without links from edge to edge, and its routing is limited: the compiler (libtpu 0.0.42) makes a send
-asynchronous only where all its pairs lie in one row or column, 1, 2, 4 or 8 chips apart; in slices of up to 16 chips any will do.
-Found by compiling single sends. So a ring is a closed walk over a rectangle, and not a row, whose ends are far apart.
+A TPU v5e slice is a grid without wrap-around links, and its routing is limited. The compiler (libtpu 0.0.42) makes a
+send asynchronous only if each sender and receiver lie in one row or column, 1, 2, 4 or 8 chips apart; in slices of up
+to 16 chips it always does. (Found by compiling single sends.) So a ring is a closed walk over a rectangle and not a
+row, whose ends are far apart.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ Place = tuple[int, int]
 
 
 def ring_grid(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The devices of a flat slice as an array [dp, fsdp, tp, sp] whose rings are closed walks from neighbour to neighbour.
+    """The devices of a flat slice as an array [dp, fsdp, tp, sp] whose rings are closed walks between neighbours.
 
-    Chips of one tp group are a block, a power of two long and wide; the ring steps from block to block.
+    The chips of one tp group form a block whose sides are powers of two. The ring steps from block to block.
 
     Returns:
-      None where the devices are not a whole rectangle, or no such walk fits into it.
+      None if the devices do not form a rectangle, or no such walk fits into it.
     """
     by_place: dict[Place, Any] = {(d.coords[0], d.coords[1]): d for d in devices}
     columns, rows = (max(place[axis] for place in by_place) + 1 for axis in (0, 1))
@@ -48,14 +49,14 @@ def ring_grid(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray | No
 
 
 def closed_walk(wide: int, high: int) -> list[Place] | None:
-    """Every place of a rectangle once, each next to the one before it and the last next to the first; None: there is no such walk."""
+    """A Hamiltonian cycle of a grid of `wide` x `high` places, as a list of (x, y); None if there is none."""
     if wide * high <= 2:
         return [(x, y) for y in range(high) for x in range(wide)]
     if min(wide, high) == 1 or wide * high % 2:
         return None
     if high % 2:
         return [(x, y) for y, x in closed_walk(high, wide) or ()]
-    walk = [(0, y) for y in range(high)]  # down the first column, and back row by row
+    walk = [(0, y) for y in range(high)]  # through the first column, then back row by row
     for y in reversed(range(high)):
         row = [(x, y) for x in range(1, wide)]
         walk += row if y % 2 else row[::-1]
@@ -63,7 +64,7 @@ def closed_walk(wide: int, high: int) -> list[Place] | None:
 
 
 def _sides(number: int, most_wide: int, most_high: int) -> list[Place]:
-    """The rectangles of so many places that tile a larger one, the most square ones first."""
+    """Sides (w, h) of the rectangles of `number` places that tile one of `most_wide` x `most_high`; squarest first."""
     sides = [(w, number // w) for w in range(1, number + 1) if number % w == 0]
     fitting = [(w, h) for w, h in sides if most_wide % w == 0 and most_high % h == 0]
     return sorted(fitting, key=lambda side: (abs(side[0] - side[1]), -side[0]))

@@ -1,4 +1,4 @@
-"""Which logical axis lies on which mesh axes: one table; and the layout of the parameters in it."""
+"""Logical axis -> mesh axes, in one table; and the logical axes of every parameter."""
 
 import math
 from typing import Any
@@ -9,14 +9,19 @@ from jax.sharding import PartitionSpec as P
 
 _RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dp", "fsdp"),
-    "image": ("dp", "fsdp", "tp", "sp"),  # of LPIPS's network, which has no other axis to share
+    "image": (
+        "dp",
+        "fsdp",
+        "tp",
+        "sp",
+    ),  # of the LPIPS network, whose arrays have no other axis to split
     "sequence": ("sp",),
-    "embed": ("fsdp", "sp"),  # of parameters
+    "embed": ("fsdp", "sp"),  # of parameters only
     "heads": ("tp",),
     "mlp": ("tp",),
 }
 
-# The last two axes of every parameter, by the name of its module (or its own, for the two embeddings).
+# The last axes of every parameter, by the name of its module (the two embeddings: by their own name).
 _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "in_proj": (None, "embed"),
     "is_kept_embed": (None, None),
@@ -56,7 +61,7 @@ def spec(*axes: str | None) -> P:
 
 
 def fitting_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> P:
-    """`spec`, with every axis left whole whose size the mesh axes do not divide."""
+    """`spec`, except that an axis is not split if the mesh axes do not divide its size."""
     parts = []
     for size, axis in zip(shape, axes, strict=True):
         names = mesh_axes(axis)
@@ -66,7 +71,7 @@ def fitting_spec(mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> P:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """`x`, laid out on the mesh as its logical axes say. Without a mesh, or on one device, x itself."""
+    """`x` with the sharding of its logical axes. Without a mesh, or on one device, x itself."""
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(
@@ -75,7 +80,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 
 
 def param_shardings(mesh: Mesh, params: Any) -> Any:
-    """A tree like `params` (arrays or shapes; an optimizer's moments too) of shardings, from the name of each parameter."""
+    """The sharding of every leaf of `params` (arrays or shapes; an optimizer's moments too), by parameter name."""
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
@@ -87,7 +92,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
                 f"No sharding rule for the parameter {'/'.join(names)}; known names are {sorted(_PARAMETERS)}."
             )
         axes = _PARAMETERS[known[-1]]
-        stacked = (None,) * (leaf.ndim - len(axes))  # scanned layers lie on the leading axis
+        stacked = (None,) * (leaf.ndim - len(axes))  # the leading axis of scanned layers
         return NamedSharding(mesh, fitting_spec(mesh, leaf.shape, *stacked, *axes))
 
     return jax.tree_util.tree_map_with_path(sharding, params)

@@ -1,4 +1,4 @@
-"""The network."""
+"""The autoencoder: encoder, bottleneck, decoder, and the masks of kept tokens."""
 
 from elastic.model.autoencoder import Batch, ElasticTok, init_params, param_shapes
 from elastic.model.bottleneck import make_bottleneck

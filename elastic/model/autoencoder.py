@@ -1,6 +1,6 @@
 """Encoder, decoder and the autoencoder of both, as in the paper's figure 2.
 
-The parameter tree is the released checkpoints' file format: names of modules are not ours to choose.
+The parameter tree is the file format of the released checkpoints, so modules keep the names that it has.
 """
 
 from typing import Any, NamedTuple
@@ -23,26 +23,23 @@ class Batch(NamedTuple):
 
     patches: Float[Array, "b l p"]  # pixels in [-1, 1]
     kept: Bool[Array, "b l"]  # True: this token is transmitted
-    segment_ids: Int[Array, "b l"] | None = (
-        None  # equal ids may attend to each other; None: all equal
-    )
+    # Tokens attend to tokens with the same id only; None: all ids are the same.
+    segment_ids: Int[Array, "b l"] | None = None
     position_ids: Int[Array, "b l"] | None = None  # RoPE positions; None: 0, 1, 2, ...
     valid: Bool[Array, "b l"] | None = None  # False: hidden from every query
-    counted: Bool[Array, "b l"] | None = (
-        None  # False: padding, which no loss is taken of; None: all count
-    )
+    counted: Bool[Array, "b l"] | None = None  # False: padding, left out of losses; None: all count
 
 
 class Encoded(NamedTuple):
-    """What the encoder gives: codes are zero where tokens are dropped."""
+    """The encoder's result; codes are zero where tokens are dropped."""
 
     codes: Float[Array, "b l c"]
     aux_loss: Float[Array, ""]
-    new: KVPair | None  # of every layer, with a cache
+    new_kv: KVPair | None  # with a cache: new keys and values of every layer
 
 
 class Encoder(Module):
-    """Patches -> latents of the bottleneck. Knows which tokens will be kept, unless `condition_encoder` is off."""
+    """Patches -> latents of the bottleneck. With `condition_encoder` it sees which tokens will be kept."""
 
     num_latents: int = 1
 
@@ -50,9 +47,9 @@ class Encoder(Module):
     def __call__(
         self, batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l z"], KVPair | None]:
-        """The latents before the bottleneck, and with a cache the new keys and values."""
-        shared, config = self.shared(), self.config
-        x = Linear(features=config.hidden_size, name="in_proj", **shared)(batch.patches)
+        """The latents before the bottleneck, and with a cache the new keys and values of every layer."""
+        common, config = self.common(), self.config
+        x = Linear(features=config.hidden_size, name="in_proj", **common)(batch.patches)
         if config.condition_encoder:
             init = nn.initializers.normal(config.initializer_range)
             is_kept, is_masked = (
@@ -61,10 +58,10 @@ class Encoder(Module):
             )
             x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
         x = constrain(x, self.mesh, "batch", "sequence", None)
-        layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **shared)
-        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
-        x = RMSNorm(name="ln_f", **shared)(x)
-        return Linear(features=self.num_latents, name="pre_quant", **shared)(x), new
+        layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **common)
+        x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
+        x = RMSNorm(name="ln_f", **common)(x)
+        return Linear(features=self.num_latents, name="pre_quant", **common)(x), new_kv
 
 
 class Decoder(Module):
@@ -74,26 +71,29 @@ class Decoder(Module):
     def __call__(
         self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
-        """Reconstructed pixels in (-1, 1), and with a cache the new keys and values. Of the batch only the ids are read."""
-        shared, config = self.shared(), self.config
-        x = Linear(features=config.hidden_size, name="post_quant", **shared)(codes)
+        """Reconstructed pixels in (-1, 1), and with a cache the new keys and values of every layer.
+
+        Of the batch it reads `segment_ids`, `position_ids`, `valid` and the shape of `kept`.
+        """
+        common, config = self.common(), self.config
+        x = Linear(features=config.hidden_size, name="post_quant", **common)(codes)
         x = constrain(x, self.mesh, "batch", "sequence", None)
-        layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **shared)
-        x, new = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
-        x = RMSNorm(name="ln_f", **shared)(x)
-        return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **shared)(x)), new
+        layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **common)
+        x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
+        x = RMSNorm(name="ln_f", **common)(x)
+        return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **common)(x)), new_kv
 
 
 class ElasticTok(Module):
     """The autoencoder: patches -> kept codes -> patches."""
 
     def setup(self) -> None:
-        self.encoder = Encoder(num_latents=self.bottleneck.num_latents, **self.shared())
-        self.decoder = Decoder(**self.shared())
+        self.encoder = Encoder(num_latents=self.bottleneck.num_latents, **self.common())
+        self.decoder = Decoder(**self.common())
 
     @property
     def bottleneck(self) -> FSQ | VAE:
-        """The bottleneck, which has no parameters."""
+        """FSQ or VAE; neither has parameters."""
         return make_bottleneck(self.config)
 
     def encode(
@@ -103,8 +103,8 @@ class ElasticTok(Module):
         *,
         key: Shaped[Array, "*k"] | None = None,
     ) -> Encoded:
-        """Codes of a batch; a key makes the VAE sample, as in training."""
-        latents, new = self.encoder(batch, cache)
+        """Codes of a batch. With a key the VAE samples, as in training; without one it gives the mean."""
+        latents, new_kv = self.encoder(batch, cache)
         codes, aux_loss = self.bottleneck(
             latents,
             batch.kept,
@@ -112,7 +112,7 @@ class ElasticTok(Module):
             counted=batch.counted,
             tokens_per_block=self.config.tokens_per_block,
         )
-        return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new)
+        return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new_kv)
 
     def decode(
         self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
@@ -135,17 +135,17 @@ def _positions(batch: Batch) -> Int[Array, "b l"]:
 
 
 def dummy_batch(config: ElasticTokConfig) -> Batch:
-    """One block of zeros, to make parameters with."""
+    """One block of zeros, for initializing parameters."""
     shape = (1, config.tokens_per_block)
     return Batch(jnp.zeros((*shape, config.patch_dim)), jnp.ones(shape, bool))
 
 
 def init_params(config: ElasticTokConfig, key: Shaped[Array, "*k"]) -> dict[str, Any]:
-    """Freshly drawn parameters, the tree of the released files."""
+    """Random initial parameters, as the tree of the released files."""
     variables: Any = ElasticTok(config).init(key, dummy_batch(config))
     return variables["params"]
 
 
 def param_shapes(config: ElasticTokConfig) -> dict[str, Any]:
-    """The parameter tree with a jax.ShapeDtypeStruct at every leaf; nothing is computed."""
+    """The parameter tree with a jax.ShapeDtypeStruct at every leaf. Nothing is computed."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

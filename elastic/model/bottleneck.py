@@ -1,4 +1,7 @@
-"""FSQ and VAE behind one interface: latents -> codes, what is transmitted, and statistics."""
+"""The bottlenecks, FSQ and VAE, with one interface: latents -> codes, an auxiliary loss, and statistics.
+
+A new bottleneck is a class with `num_latents`, `code_dim`, `__call__` and `statistics`; `make_bottleneck` chooses it.
+"""
 
 import math
 from typing import NamedTuple
@@ -10,21 +13,22 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.config import ElasticTokConfig
 
-_EPS = 1e-3  # keeps the outermost FSQ level reachable
+_EPS = 1e-3  # shrinks the range a little, so that tanh reaches the outermost FSQ level
 _KL_WEIGHT = 1e-8
 
 
 class Bottlenecked(NamedTuple):
-    """What comes out of a bottleneck; codes are not yet zeroed where they are dropped."""
+    """The result of a bottleneck; codes of dropped tokens are not zeroed yet."""
 
     codes: Float[Array, "*b d"]
-    aux_loss: Float[Array, ""]  # to be added to the training loss; 0 for FSQ
+    aux_loss: Float[Array, ""]  # to add to the training loss; 0 for FSQ
 
 
 class FSQ:
     """Finite scalar quantization (Mentzer et al. 2023): each channel is rounded to one of a few levels.
 
-    A code is a vector of levels scaled to [-1, 1]; its index is the number that the levels spell in a mixed base.
+    A code is a vector of levels scaled to [-1, 1]. Its index is the integer whose digits, in a mixed base, are the
+    levels.
     """
 
     def __init__(self, levels: tuple[int, ...]):
@@ -40,20 +44,20 @@ class FSQ:
         return self._row(tuple(level // 2 for level in self.levels), like)
 
     def bound(self, latents: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Squashes each channel into the range of its levels, level boundaries at half-integers (the paper's appendix A.1)."""
+        """Latents bounded to the range of their levels, with boundaries between levels at half-integers (appendix A.1)."""
         levels = self._row(self.levels, latents)
         half = (levels - 1) * (1 - _EPS) / 2
         offset = jnp.where(levels % 2 == 1, 0.0, 0.5)
         return jnp.tanh(latents + jnp.tan(offset / half)) * half - offset
 
     def quantize(self, latents: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Codes in [-1, 1], with the gradient of `bound` (straight through the rounding)."""
+        """Codes in [-1, 1], with the gradient of `bound` (a straight-through estimator for the rounding)."""
         bounded = self.bound(latents.astype(jnp.float32))
         rounded = bounded + lax.stop_gradient(jnp.round(bounded) - bounded)
         return rounded / self._half_width(rounded)
 
     def codes_to_indices(self, codes: Float[Array, "*b d"]) -> Int[Array, "*b"]:
-        """The integer that names each code. Rounded level by level: truncating floats loses codes for some level counts."""
+        """The index of each code. Each level is rounded, because truncating floats gives wrong levels for some level counts."""
         digits = jnp.round(codes * self._half_width(codes)).astype(jnp.int32) + jnp.asarray(
             [level // 2 for level in self.levels], jnp.int32
         ).reshape((1,) * (codes.ndim - 1) + (-1,))
@@ -79,14 +83,22 @@ class FSQ:
         counted: Bool[Array, "b l"] | None = None,
         tokens_per_block: int = 0,
     ) -> Bottlenecked:
-        """The codes of the latents; FSQ needs no noise and has no loss of its own."""
+        """The quantized latents. FSQ has no auxiliary loss.
+
+        Args:
+          latents: [b, l, d], float32 or bfloat16.
+          kept: not used, as are the next three; they are part of the interface.
+          key: not used.
+          counted: not used.
+          tokens_per_block: not used.
+        """
         del kept, key, counted, tokens_per_block
         return Bottlenecked(self.quantize(latents), jnp.zeros((), jnp.float32))
 
     def statistics(
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
     ) -> dict[str, Float[Array, ""]]:
-        """Perplexity and share of the codebook in use among kept tokens, by counting (never one-hot)."""
+        """Perplexity of the codes of kept tokens, and the fraction of the codebook that they use; no one-hot array is made."""
         counts = (
             jnp.zeros(self.codebook_size, jnp.float32)
             .at[self.codes_to_indices(codes)]
@@ -101,7 +113,7 @@ class FSQ:
 
 
 class VAE:
-    """A diagonal Gaussian; its mean is transmitted, a sample is decoded in training."""
+    """A diagonal Gaussian (Kingma and Welling 2014). The mean is transmitted; training decodes a sample."""
 
     def __init__(self, code_dim: int):
         self.code_dim = code_dim
@@ -116,11 +128,18 @@ class VAE:
         counted: Bool[Array, "b l"] | None = None,
         tokens_per_block: int,
     ) -> Bottlenecked:
-        """With a key a sample, else the mean.
+        """With a key a sample, else the mean; and the weighted KL divergence to N(0, 1).
 
-        The KL divergence to N(0, 1) is summed over channels and over a block's kept tokens, then averaged over blocks
-        (the released code does so with blocks of 2048 tokens whatever the model's are). Tokens that are not
-        counted add nothing, and blocks of only such tokens are left out of the average.
+        The divergence is summed over channels and over the kept tokens of a block, then averaged over blocks. (The
+        released code uses blocks of 2048 tokens for every model.) Tokens that are not counted add nothing, and blocks
+        of only such tokens are left out of the average.
+
+        Args:
+          latents: [b, l, 2 d]: means, then log variances.
+          kept: True for transmitted tokens.
+          key: a JAX random key for the sample; None: the mean.
+          counted: False for padding; None: all tokens count.
+          tokens_per_block: tokens in a block.
         """
         mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30.0, 20.0)
@@ -141,7 +160,7 @@ class VAE:
     def statistics(
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
     ) -> dict[str, Float[Array, ""]]:
-        """The mean square of the kept codes."""
+        """The mean square of the codes of kept tokens."""
         square = jnp.where(kept[..., None], jnp.square(codes), 0.0)
         return {"code_power": jnp.sum(square) / jnp.maximum(jnp.sum(kept) * codes.shape[-1], 1)}
 

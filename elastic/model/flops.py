@@ -1,8 +1,7 @@
-"""How much arithmetic a model does, counted from its shape, and how evenly a ring shares it.
+"""FLOPs of a model, counted from its shape, and how evenly a ring divides the work of attention.
 
-A compiler's own count sees the body of a loop once, whatever the loop's length; hence these.
-One multiplication and one addition are two FLOPs. Products only: norms, RoPE and activations are
-below one percent.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; hence these functions. A multiplication
+and an addition are two FLOPs. Only products are counted: norms, RoPE and activations are below one percent.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from elastic.config import ElasticTokConfig
 
 LAYOUTS = ("plain", "balanced")
 
-# Dense bf16 products with fp32 sums a second, from the makers' data sheets, by what jax calls the device.
+# FLOP/s of dense bf16 products with fp32 sums, from the data sheets of the makers, by jax's name of the device.
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,13 +28,13 @@ _PEAKS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of bf16 products that the data sheet promises; None for a device that has none here."""
+    """Peak FLOP/s of bf16 products by the data sheet; None for a device that is not listed here."""
     fitting = [name for name in _PEAKS if device_kind == name or device_kind.startswith(f"{name} ")]
     return _PEAKS[max(fitting, key=len)] if fitting else None
 
 
 def visible_pairs(length: int, block_size: int) -> int:
-    """Pairs of query and key that the block-causal rule lets see each other, in a sequence from 0."""
+    """Pairs of a query and a key that the block-causal rule leaves visible in a sequence of `length` tokens."""
     blocks, rest = divmod(length, block_size)
     return block_size**2 * blocks * (blocks + 1) // 2 + rest * length
 
@@ -46,9 +45,10 @@ def forward_flops(
     """FLOPs of encoder and decoder over one sequence.
 
     Args:
+      config: the model.
       length: tokens of the sequence.
-      cache: cached tokens that every query sees besides.
-      visible_blocks: how many blocks of the sequence a token sees, its own among them, in the mean; None: as if one clip filled it.
+      cache: tokens in a KV cache, all of which every query sees too.
+      visible_blocks: mean number of blocks that a token sees, its own included; None: one clip fills the sequence.
     """
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
@@ -66,8 +66,7 @@ def training_flops(
 ) -> int:
     """FLOPs of one sequence in a training step: three times the forward pass.
 
-    What rematerialization and the attention's gradient compute again is not counted: it is a
-    choice, and no progress.
+    Recomputation by rematerialization and in the gradient of attention is not counted, as in model FLOPs utilization.
     """
     return 3 * forward_flops(config, length, visible_blocks=visible_blocks)
 
@@ -77,12 +76,12 @@ def _num_latents(config: ElasticTokConfig) -> int:
 
 
 class RingWork(NamedTuple):
-    """Attention work of the devices of a ring, in pairs of query and key.
+    """The attention work of the devices of a ring, in pairs of a query and a key.
 
     Attributes:
-      per_device: pairs that each device computes in all, by whole tiles.
-      max_over_mean: of `per_device`; 1 is even.
-      steps_over_mean: the same where in every step all wait for the slowest.
+      per_device: pairs that each device computes in total, in whole tiles.
+      max_over_mean: the maximum of `per_device` over its mean; 1 is perfectly even.
+      steps_over_mean: the sum over steps of the slowest device's work, over the mean; all devices wait in every step.
     """
 
     per_device: tuple[int, ...]
@@ -93,11 +92,17 @@ class RingWork(NamedTuple):
 def ring_work(
     length: int, num_devices: int, *, block_size: int, q_tile: int, kv_tile: int, layout: str
 ) -> RingWork:
-    """The work of each device in one pass of keys round the ring.
+    """The attention work of each device while the keys travel around the ring once.
 
-    In the layout 'plain', device r of n holds the piece r of n equal pieces of the sequence; in
-    'balanced', the pieces r and 2n - 1 - r of 2n. A tile of keys that some query of a tile sees is
-    computed whole.
+    A tile is computed whole if any of its queries sees any of its keys.
+
+    Args:
+      length: tokens of the sequence.
+      num_devices: devices in the ring.
+      block_size: tokens per block.
+      q_tile: queries in a tile.
+      kv_tile: keys in a tile.
+      layout: 'plain': device r of n holds piece r of n. 'balanced': it holds the pieces r and 2n - 1 - r of 2n.
 
     Raises:
       ValueError: the sequence does not divide into the pieces, or there is no such layout.
@@ -114,16 +119,18 @@ def ring_work(
     pieces = np.arange(num_devices)[:, None]
     if layout == "balanced":
         pieces = np.concatenate([pieces, num_pieces - 1 - pieces], axis=1)  # [devices, 2]
-    # What the last query of each tile sees bounds the tile: [devices, pieces, tiles].
+    # The keys that the last query of each tile sees: [devices, pieces, tiles].
     starts = np.arange(0, size, q_tile)
     ends = np.minimum(starts + q_tile, size)
     last = (pieces * size)[..., None] + ends - 1
     bound = (last // block_size + 1) * block_size
-    work = np.zeros((num_devices, num_devices), np.int64)  # of each device, in each step
+    work = np.zeros((num_devices, num_devices), np.int64)  # [device, step]
     for step in range(num_devices):
-        held = pieces[(np.arange(num_devices) - step) % num_devices]  # whose keys are here now
-        for piece in range(held.shape[1]):
-            first = (held[:, piece] * size)[:, None, None]
+        present = pieces[
+            (np.arange(num_devices) - step) % num_devices
+        ]  # pieces of the present keys
+        for piece in range(present.shape[1]):
+            first = (present[:, piece] * size)[:, None, None]
             seen = np.clip(bound - first, 0, size)
             keys = np.minimum(-(-seen // kv_tile) * kv_tile, size)
             work[:, step] += np.sum(keys * (ends - starts), axis=(1, 2))

@@ -1,15 +1,16 @@
-"""Initial parameters under which the model already is a transform codec: principal components of patches, quantized.
+"""Initial parameters that make the model a linear transform codec: principal components of patches, quantized.
 
-A model drawn at random spends its first thousands of steps on finding that patches have a brightness. Small models that must learn in
-an hour start here instead; the layers then learn what a fixed transform of single patches cannot do.
+A randomly initialized model spends its first thousands of steps on learning the mean brightness of patches. Small
+models that must train in an hour start here instead. Their layers then learn what a fixed transform of single patches
+cannot do.
 
-How a network without biases, between two RMSNorms, is made linear: one channel of the residual stream carries a constant that is large
-against all others, so that the norm divides by almost a constant. The encoder gets it from its embeddings; the decoder, whose only
-input is codes, from one layer's MLP: silu(b u) u + silu(-b u)(-u) = b u^2 exactly, and the squares of a normalized vector sum to
-its width.
+How a network without biases between two RMSNorms becomes linear: one channel of the residual stream holds a constant
+that is large against all others, so that the norm divides by nearly a constant. The encoder gets the constant from its
+embeddings. The decoder, whose only input is codes, computes it in one layer's MLP: silu(b u) u + silu(-b u)(-u) = b u^2
+exactly, and the squares of a normalized vector sum to its width.
 
-Where a block has several slices in time, one head of the decoder's last layer also copies: a dropped token takes what the token
-of the same place holds in the last slice that has it, so that a still shot needs one slice.
+Where a block has several slices in time, one head of the decoder's last layer also copies: a dropped token gets the
+values of the token at the same place in the last earlier slice that kept it. A still shot then needs one slice only.
 """
 
 from typing import Any
@@ -24,18 +25,20 @@ from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.patches import to_unit_range
 
 _CONSTANT = 16.0  # the constant channel's value
-_SIGNAL = 0.04  # energy of the other channels, as a share of the constant's
-_MASKED = 4.0  # what tells the encoder's kept tokens (+) from the dropped ones (-)
-_LOGVAR = -5.0  # of the VAE's samples; its means get variance 1
+_SIGNAL = 0.04  # energy of the other channels, as a fraction of the constant's energy
+_MASKED = 4.0  # the value that marks the encoder's kept tokens (+) and dropped tokens (-)
+_LOGVAR = -5.0  # log variance of the VAE's samples; its means have variance 1
 
 
 def linear_init(
     params: dict[str, Any], config: ElasticTokConfig, patches: UInt8[np.ndarray, "n p"]
 ) -> dict[str, Any]:
-    """`params` (stacked layers, drawn at random) with the linear codec of `patches` written into them.
+    """`params` with the linear codec of `patches` written into them, as float32 NumPy arrays.
 
     Args:
-      patches: a sample of training patches, some ten thousand.
+      params: randomly initialized parameters with stacked layers.
+      config: the model.
+      patches: a sample of training patches [n, p], uint8 pixels; some ten thousand.
 
     Raises:
       ValueError: the layers are numbered, the model is too narrow, or there are too few patches.
@@ -73,7 +76,7 @@ def linear_init(
 def _codes_of(
     config: ElasticTokConfig, components: Float[np.ndarray, "n c"]
 ) -> tuple[Float[np.ndarray, "c"], Float[np.ndarray, "n c"]]:
-    """For each component the gain before the bottleneck that loses least, and the codes it gives."""
+    """For each component the gain before the bottleneck with the least squared error, and the codes that it gives."""
     bottleneck = make_bottleneck(config)
     deviation = components.std(axis=0)
     scaled = (components / deviation).astype(np.float32)
@@ -109,12 +112,12 @@ def _write_encoder(
         embedding = -mean @ projection
         embedding[constant], embedding[masked] = _CONSTANT, sign * _MASKED
         encoder[name] = embedding[None].astype(np.float32)
-    # The stream's mean square, and so what a norm divides by, up to the differences between tokens.
+    # The mean square of the residual stream, by whose root a norm divides; tokens differ from it a little.
     square = (_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / width
     deviation = scale * np.sqrt(variance[:signals] / square)
     layers = encoder["encoder_blocks"]["scan_decoder"]
     for name in ("attention_norm", "ffn_norm"):
-        # What layers see: every component, the strong ones less than they dominate.
+        # Layers see every component. The weights reduce the dominance of the strong components.
         weight = layers[name]["kernel"]
         weight[:, :signals] = (deviation / deviation[0]) ** 0.5 / deviation
         weight[:, constant] = np.sqrt(square) / _CONSTANT
@@ -123,7 +126,7 @@ def _write_encoder(
     latents = np.zeros_like(encoder["pre_quant"]["kernel"])
     channel = np.arange(len(gain))
     latents[channel, channel] = gain * np.sqrt(square) / scale
-    latents[constant, len(gain) :] = _LOGVAR * np.sqrt(square) / _CONSTANT  # nothing for FSQ
+    latents[constant, len(gain) :] = _LOGVAR * np.sqrt(square) / _CONSTANT  # an empty slice for FSQ
     encoder["pre_quant"]["kernel"] = latents
 
 
@@ -163,33 +166,35 @@ def _write_copying(
 ) -> None:
     """Writes the first head of the last two layers of the decoder.
 
-    Dropped tokens come in as zeros and have nothing to ask with. In the last layer but one every token gets a little of a flag: the
-    mean of the constants that kept tokens have. Dropped tokens then hold the flag alone, and turn it into the query for their
-    place in earlier slices; kept tokens turn their constant into the query for themselves, and doubling a token changes nothing
-    behind a norm.
+    Dropped tokens enter as zeros, so they have nothing to make a query from. In the second-to-last layer every token
+    gets a small flag: the mean of the constants of kept tokens. In the last layer a dropped token, which holds only the
+    flag, makes from it a query for its place in earlier slices. A kept token makes from its constant a query for
+    itself, which doubles it; a norm removes that factor.
     """
     distance = config.tokens_per_block // slices
     dim, constant, flag = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
-    one = 1 / np.sqrt(config.hidden_size)  # times what a lone channel holds behind a norm
+    one = 1 / np.sqrt(config.hidden_size)  # the inverse of a single nonzero channel after a norm
     query, key, value, out = (attention[name]["kernel"] for name in ("wq", "wk", "wv", "wo"))
     for kernel in (query, key, value):
         kernel[-2:, :, :dim] = 0.0
     value[-2, constant, 0], out[-2, 0, flag] = one, 1.0
-    # Pairs of channels turn by position * frequency; a query that is turned back by a distance meets the key at that distance.
+    # RoPE rotates pairs of channels by position * frequency. A query rotated back by a distance matches the key there.
     frequency = config.theta ** (-np.arange(0, dim, 2) / dim)
-    size = one * np.sqrt(2 * np.sqrt(dim))  # neighbours of the place that is asked for weigh e^-4
+    size = one * np.sqrt(2 * np.sqrt(dim))  # the neighbours of the wanted place get weight e^-4
     key[-1, constant, 0:dim:2] = query[-1, constant, 0:dim:2] = size
-    for m in range(1, slices + 1):  # the nearest slice that has the token, up to a block ago
-        turn = m * distance * frequency
-        query[-1, flag, 0:dim:2] += (1 - 0.04 * (m - 1)) * size * np.cos(turn)
-        query[-1, flag, 1:dim:2] -= (1 - 0.04 * (m - 1)) * size * np.sin(turn)
+    for m in range(
+        1, slices + 1
+    ):  # prefers the nearest slice that kept the token, up to a block ago
+        rotation = m * distance * frequency
+        query[-1, flag, 0:dim:2] += (1 - 0.04 * (m - 1)) * size * np.cos(rotation)
+        query[-1, flag, 1:dim:2] -= (1 - 0.04 * (m - 1)) * size * np.sin(rotation)
     channel = np.arange(num_codes)
     value[-1, channel, channel] = out[-1, channel, channel] = 1.0
     value[-1, constant, num_codes] = out[-1, num_codes, constant] = 1.0
 
 
 def _silence(layers: dict[str, Any]) -> None:
-    """Layers that add nothing to the stream yet: drawn at random they would cost 5 dB, and hundreds of steps to win them back."""
+    """Makes layers add nothing to the residual stream: random ones cost 5 dB, and hundreds of steps to regain it."""
     for part, name in (("attention", "wo"), ("feed_forward", "w2")):
         layers[part][name]["kernel"][:] = 0.0
 
@@ -197,7 +202,7 @@ def _silence(layers: dict[str, Any]) -> None:
 def _fit_through_tanh(
     seen: Float[np.ndarray, "n c"], pixels: Float[np.ndarray, "n p"]
 ) -> Float[np.ndarray, "c p"]:
-    """The matrix B that brings tanh(seen @ B) nearest to the pixels: least squares before the tanh, then Gauss and Newton's steps."""
+    """The matrix B that minimizes |tanh(seen @ B) - pixels|^2: least squares before the tanh, then Gauss-Newton steps."""
     matrix = np.linalg.lstsq(seen, np.arctanh(pixels.clip(-0.95, 0.95)), rcond=None)[0]
     for _ in range(6):
         out = np.tanh(seen @ matrix)

@@ -1,4 +1,4 @@
-"""Kept masks and the block-causal rule."""
+"""Which tokens of a block are kept: masks, and the counts that training draws."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def kept_mask(num_kept: Int[Array, "*b"], tokens_per_block: int) -> Bool[Array, "*b tokens"]:
-    """True for the first `num_kept` tokens of each block: exactly that many (the released code keeps one more)."""
+    """True for the first `num_kept` tokens of each block. Exactly that many; the released code keeps one more."""
     position = lax.broadcasted_iota(jnp.int32, (*num_kept.shape, tokens_per_block), num_kept.ndim)
     return position < num_kept[..., None]
 
@@ -15,7 +15,7 @@ def kept_mask(num_kept: Int[Array, "*b"], tokens_per_block: int) -> Bool[Array, 
 def drop_tail(
     codes: Float[Array, "*b tokens d"], kept: Bool[Array, "*b tokens"]
 ) -> Float[Array, "*b tokens d"]:
-    """Zeroes the codes that are not kept."""
+    """The codes with zeros where tokens are not kept."""
     return jnp.where(kept[..., None], codes, jnp.zeros((), codes.dtype))
 
 
@@ -32,11 +32,14 @@ def sample_num_kept(
     """How many tokens each block keeps in training.
 
     Args:
-      shape: the batch of blocks.
-      keep_fraction: the fixed share of `mask_type='fixed_F'`; None draws from `min_kept + 1` to `max_kept`, both
-        included, as the released models were trained.
-      full_fraction: the share of blocks that keep every token whatever was drawn.
-      log_uniform: draw the logarithm of the count uniformly: more of the short lengths.
+      key: a JAX random key.
+      shape: the shape of the result, one count for each block.
+      min_kept: no drawn count is lower, in tokens; uniform draws begin at `min_kept + 1`.
+      max_kept: the highest count: the tokens of a block.
+      keep_fraction: keep this fixed fraction of `max_kept` (`mask_type='fixed_F'`). None draws uniformly from
+        `min_kept + 1` to `max_kept`, both included, as the released models were trained.
+      full_fraction: the fraction of blocks that keep all tokens, whatever was drawn.
+      log_uniform: draw the logarithm of the count uniformly, which favours low counts.
     """
     if keep_fraction is not None:
         return jnp.full(shape, max(min_kept, round(keep_fraction * max_kept)), jnp.int32)

@@ -1,4 +1,4 @@
-"""Attention and feed-forward: the arithmetic that the model spends its time in."""
+"""Attention, feed-forward and matrix products: the operations that take most of the model's time."""
 
 from elastic.ops.attention.api import attention
 from elastic.ops.attention.dispatch import IMPLEMENTATIONS, choose_implementation

@@ -1,4 +1,4 @@
-"""Matrix products with operands in a chosen type and sums in float32, phrased so that CPUs run them fast too."""
+"""Matrix products with operands in a chosen dtype and float32 sums, written so that XLA:CPU runs them fast too."""
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ def dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 def dense(
     x: Float[Array, "*b i"], kernel: Float[Array, "i o"], dtype: DTypeLike
 ) -> Float[Array, "*b o"]:
-    """`x @ kernel` with both operands rounded to `dtype` and a float32 result, gradients likewise.
+    """`x @ kernel` with both operands rounded to `dtype` and a float32 result; gradients likewise.
 
-    Asking XLA:CPU for a bfloat16 result, as a linen Dense does, halves the rate; hence the float32 result on every device. The axes of x
-    stay apart: rows of a batch and of a sequence that are both split over devices would have to be gathered to become one axis.
+    The result is float32 on every device, because XLA:CPU runs at half the speed if asked for bfloat16, as a linen
+    Dense does. The axes of x are not merged: if batch and sequence are both split over devices, merging them would
+    gather x.
     """
     return _dense(x, kernel, jnp.dtype(dtype))
 
@@ -35,7 +36,7 @@ _dense = jax.custom_vjp(_product, nondiff_argnums=(2,))
 
 
 def _dense_fwd(x: Array, kernel: Array, dtype: jnp.dtype):
-    # Saving the operand as it was multiplied halves what bfloat16 training keeps; as bits, because a scan stacks it.
+    # Saving the rounded operand halves the memory of bfloat16 training. It is saved as uint16, because a scan stacks it.
     return _dense(x, kernel, dtype), (
         bf16_bits.to_bits(x.astype(dtype)),
         kernel,
@@ -63,9 +64,9 @@ def _weight_gradient(x: Array, gradient: Array) -> Array:
         )
 
     def as_matrices(x: Array, gradient: Array) -> Array:
-        # Made first, then turned: what is made in the order of the turned matrix takes three times as long.
+        # The barrier computes the matrix before it is transposed: computing it in transposed order takes 3 times as long.
         x, gradient = (lax.optimization_barrier(y.reshape(-1, y.shape[-1])) for y in (x, gradient))
-        if x.shape[1] > gradient.shape[1]:  # turning is dear: the narrower of the two
+        if x.shape[1] > gradient.shape[1]:  # transposing is expensive: transpose the narrower one
             return transposed_in_memory(dot(transposed_in_memory(gradient), x))
         return dot(transposed_in_memory(x), gradient)
 
@@ -73,10 +74,11 @@ def _weight_gradient(x: Array, gradient: Array) -> Array:
 
 
 def transposed_in_memory(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
-    """The transposed matrix, to be the left operand of a product on the CPU.
+    """The transposed matrix, for use as the left operand of a product on the CPU.
 
-    XLA:CPU multiplies in bfloat16 only if it sees no transposition of the left operand, else in float32: 250 against 800 GFLOP/s at
-    1024 x 4096 x 1024 on two cores. It does not see one of three axes. The barrier makes it a transposition in memory.
+    If XLA:CPU recognizes a transposition of the left operand, it multiplies in float32 and not in bfloat16: 250 instead
+    of 800 GFLOP/s at 1024 x 4096 x 1024 on two cores. It does not recognize a transposition of three axes. The barrier
+    makes XLA transpose the array in memory.
     """
     rows, columns = x.shape
     halves = x.reshape(2, rows // 2, columns) if rows % 2 == 0 else x[None]

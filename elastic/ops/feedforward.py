@@ -1,4 +1,4 @@
-"""The gated feed-forward network, all at once or in chunks of tokens."""
+"""The SwiGLU feed-forward network, on whole sequences or in chunks of tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from elastic.ops import bf16_bits
 from elastic.ops.dense import dense
 
-SAVED = "feed_forward"  # the gate's operands, by the name that policies of jax.checkpoint know them under
+SAVED = "feed_forward"  # the name under which policies of jax.checkpoint find the gate's operands
 
 
 def feedforward(
@@ -23,15 +23,22 @@ def feedforward(
     chunk_size: int | None = None,
     num_parts: int = 1,
 ) -> Float[Array, "b l d"]:
-    """`w2(silu(w1 x) * w3 x)`.
+    """`w2(silu(w1 x) * w3 x)` (SwiGLU, Shazeer 2020, eq. 6).
 
     Args:
-      dtype: type of the products' operands; sums are float32.
-      chunk_size: tokens at a time, so that only `chunk_size x m` numbers are alive; the last chunk may be shorter. None: all at once.
-      num_parts: devices that the sequence is split over, evenly. Each works through chunks of its own part: one that lay on several
-        devices would be sent to all.
-    """
+      x: activations [b, l, d], float32.
+      w1: the gate's weights [d, m].
+      w2: the output weights [m, d].
+      w3: the weights of the other factor [d, m].
+      dtype: the products' operands are rounded to it; sums are float32.
+      chunk_size: tokens computed at a time, so that at most `chunk_size x m` inner activations per sequence exist. The
+        last chunk may be shorter. None: all tokens at once.
+      num_parts: devices that the sequence is split over evenly. Each device chunks its own part, because a chunk that
+        lay on several devices would be gathered.
 
+    Returns:
+      [b, l, d], float32.
+    """
     dtype = jnp.dtype(dtype)
 
     def gated(x: Array) -> Array:
@@ -60,8 +67,8 @@ _gate = jax.custom_vjp(_silu_times, nondiff_argnums=(2,))
 
 
 def _gate_fwd(a: Array, b: Array, dtype: jnp.dtype):
-    # Rounded like the operands of products, and as bits, because a scan over layers stacks them. The result is made of what is
-    # saved, so that the backward pass can make it again without the products.
+    # The operands are saved rounded, like operands of products, and as uint16, because a scan over layers stacks them. The
+    # result derives from the saved arrays, so that the backward pass can recompute it without the products.
     saved = [checkpoint_name(bf16_bits.to_bits(x.astype(dtype)), SAVED) for x in (a, b)]
     kept_a, kept_b = (bf16_bits.from_bits(x).astype(a.dtype) for x in saved)
     return _silu_times(kept_a, kept_b, dtype), saved

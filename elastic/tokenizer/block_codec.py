@@ -285,7 +285,7 @@ class Codec:
             pixel_losses=mean_over_shown(to_unit_range(levels) - x),
             codes=codes,
             pixels=levels.astype(jnp.uint8),
-            encoder_new=encoded.new if keep else None,
+            encoder_new=encoded.new_kv if keep else None,
             decoder_new=decoder_new if keep else None,
         )
 

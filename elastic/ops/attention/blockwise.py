@@ -1,8 +1,10 @@
-"""Block-causal attention in XLA: tiles with an online softmax (Milakov and Gimelshein 2018; FlashAttention-2), and its own gradient.
+"""Block-causal attention in XLA: tiles with an online softmax (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023).
 
-Works row by row, a row being one head of one batch element, because XLA:CPU runs plain 2-D products fast and batched
-ones slowly. Tiles that the mask rules out are never visited, and tiles that it does not touch are not masked.
-Shapes below: N rows of queries, M rows of keys, Q and K positions, D channels; t marks a tile.
+The gradient is written by hand, as algorithm 2 of FlashAttention-2. The code loops over rows (a row is one head of one
+batch element), because XLA:CPU runs 2-D products fast and batched ones slowly. Tiles that are masked entirely are not
+computed, and fully visible tiles are not masked.
+
+Letters of a shape: N rows of queries, M rows of keys, Q and K positions, D channels; t a tile of queries, s of keys.
 """
 
 import jax.numpy as jnp
@@ -14,32 +16,35 @@ from elastic.ops.attention import block_mask
 from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs
 from elastic.ops.dense import dot, transposed_in_memory
 
-_NEVER = -1e30  # finite, so that a fully masked row gives no nan on its way to 0
-_SHORTEST = (
-    256  # numbers of queries and keys: below, products slow down by more than what is not computed
-)
+_NEVER = -1e30  # the logit of a masked pair; finite, so that a fully masked row gives 0 and no nan
+# The smallest limit on a tile. Shorter tiles skip more masked pairs, but their products lose more speed than that saves.
+_SHORTEST = 256
 
 
-def tiles(num_queries: int, num_keys: int, options: StaticArgs) -> tuple[int, int]:
-    """Queries and keys in a tile: no more than asked for, than there are, and than a block, beyond which nothing is seen."""
-    block = max(options.block_size, _SHORTEST)
-    return min(options.q_tile, num_queries, block), min(options.kv_tile, num_keys, block)
+def tiles(num_queries: int, num_keys: int, static: StaticArgs) -> tuple[int, int]:
+    """Queries and keys in a tile.
+
+    A tile is at most what `static` allows, the length of the array, and a block (but at least 256): the mask changes
+    at the ends of blocks only.
+    """
+    block = max(static.block_size, _SHORTEST)
+    return min(static.q_tile, num_queries, block), min(static.kv_tile, num_keys, block)
 
 
 def _padded(
-    q_NQD: Array, k_MKD: Array, scope: MaskArgs, options: StaticArgs
+    q_NQD: Array, k_MKD: Array, mask: MaskArgs, static: StaticArgs
 ) -> tuple[Array, MaskArgs, StaticArgs]:
-    """The tiles in use, and queries that fill theirs."""
+    """Queries padded to whole tiles, the mask of the padded queries, and the tile sizes in use."""
     length = q_NQD.shape[1]
-    q_tile, kv_tile = tiles(length, k_MKD.shape[1], options)
-    options = options._replace(q_tile=q_tile, kv_tile=kv_tile)
-    padding = -length % options.q_tile
+    q_tile, kv_tile = tiles(length, k_MKD.shape[1], static)
+    static = static._replace(q_tile=q_tile, kv_tile=kv_tile)
+    padding = -length % static.q_tile
     if padding:
         q_NQD = _pad_rows(q_NQD, padding)
-        if scope.q_segments is not None:
+        if mask.q_segments is not None:
             widths = ((0, 0), (0, padding))
-            scope = scope._replace(q_segments=jnp.pad(scope.q_segments, widths, mode="edge"))
-    return q_NQD, scope, options
+            mask = mask._replace(q_segments=jnp.pad(mask.q_segments, widths, mode="edge"))
+    return q_NQD, mask, static
 
 
 def _scaled(q: Array) -> Array:
@@ -53,31 +58,31 @@ def _pad_rows(x: Array, padding: int, value: float = 0.0) -> Array:
 
 
 def _forward(
-    q_NQD: Array, k_MKD: Array, v_MKD: Array, scope: MaskArgs, options: StaticArgs
+    q_NQD: Array, k_MKD: Array, v_MKD: Array, mask: MaskArgs, static: StaticArgs
 ) -> tuple[Array, Array]:
     num_queries = q_NQD.shape[1]
-    q_NQD, scope, options = _padded(q_NQD, k_MKD, scope, options)
+    q_NQD, mask, static = _padded(q_NQD, k_MKD, mask, static)
     num_rows, length, dim = q_NQD.shape
-    q_tile = options.q_tile
+    q_tile = static.q_tile
     q_NQD = _scaled(q_NQD)
-    ids = block_mask.ids_of(scope, length)
-    meetings = block_mask.of_queries(scope, ids, length, k_MKD.shape[1], options)
+    mask = block_mask.valid_as_segments(mask, length)
+    tile_ranges = block_mask.tile_ranges_of_queries(mask, length, k_MKD.shape[1], static)
 
     def one_tile(n: Array, i: Array, q_tD: Array) -> tuple[Array, Array]:
-        row = scope.first_row + n
+        row = mask.first_row + n
 
-        def visit(
+        def body(
             j: Array, carry: tuple[Array, Array, Array], masked: bool
         ) -> tuple[Array, Array, Array]:
             top_t, total_t, out_tD = carry
-            start = _tile_start(j, k_MKD, options)
+            start = _tile_start(j, k_MKD, static)
             k_sD, v_sD = (
-                _tile(k_MKD, row, start, options.kv_tile),
-                _tile(v_MKD, row, start, options.kv_tile),
+                _tile(k_MKD, row, start, static.kv_tile),
+                _tile(v_MKD, row, start, static.kv_tile),
             )
             logits_ts = dot(q_tD, k_sD, (1, 1))
             if masked:
-                seen_ts = _seen(n, i, j, k_MKD, scope, ids, options)
+                seen_ts = _seen(n, i, j, k_MKD, mask, static)
                 logits_ts = jnp.where(seen_ts, logits_ts, _NEVER)
             new_top_t = jnp.maximum(top_t, jnp.max(logits_ts, axis=-1))
             weights_ts = jnp.exp(logits_ts - new_top_t[:, None])
@@ -89,7 +94,7 @@ def _forward(
             return new_top_t, total_t, out_tD
 
         carry = (jnp.full(q_tile, _NEVER), jnp.zeros(q_tile), jnp.zeros((q_tile, dim)))
-        top_t, total_t, out_tD = meetings.at(n // options.rows_per_batch, i).fold(visit, carry)
+        top_t, total_t, out_tD = tile_ranges.at(n // static.rows_per_batch, i).fold(body, carry)
         safe_t = jnp.where(total_t > 0, total_t, 1.0)
         return out_tD / safe_t[:, None], jnp.where(total_t > 0, top_t + jnp.log(safe_t), -jnp.inf)
 
@@ -111,21 +116,21 @@ def _backward(
     dout_NQD: Array,
     lse_NQ: Array,
     delta_NQ: Array,
-    scope: MaskArgs,
-    options: StaticArgs,
+    mask: MaskArgs,
+    static: StaticArgs,
 ) -> tuple[Array, Array, Array]:
-    """One visit per tile: logits are made again, transposed, so that four of the five products have fast layouts."""
+    """Computes each tile once, with its logits recomputed and transposed: four of the five products then have fast layouts."""
     num_queries, dtype = q_NQD.shape[1], q_NQD.dtype
     scale = q_NQD.shape[-1] ** -0.5
-    q_NQD, scope, options = _padded(q_NQD, k_NKD, scope, options)
+    q_NQD, mask, static = _padded(q_NQD, k_NKD, mask, static)
     padding, dim = q_NQD.shape[1] - num_queries, q_NQD.shape[-1]
-    # A query that sees nothing weighs nothing: exp(logit - inf) is 0.
+    # A query that sees no key then has weights 0: exp(logit - inf) is 0.
     lse_NQ = jnp.where(jnp.isneginf(lse_NQ), jnp.inf, lse_NQ)
     dout_NQD, delta_NQ = (_pad_rows(x, padding) for x in (dout_NQD, delta_NQ))
     lse_NQ = _pad_rows(lse_NQ, padding, jnp.inf)
-    num_q_tiles = q_NQD.shape[1] // options.q_tile
-    ids = block_mask.ids_of(scope, q_NQD.shape[1])
-    meetings = block_mask.of_queries(scope, ids, q_NQD.shape[1], k_NKD.shape[1], options)
+    num_q_tiles = q_NQD.shape[1] // static.q_tile
+    mask = block_mask.valid_as_segments(mask, q_NQD.shape[1])
+    tile_ranges = block_mask.tile_ranges_of_queries(mask, q_NQD.shape[1], k_NKD.shape[1], static)
 
     def one_row(item):
         n, q_QD, k_KD, v_KD, dout_QD, lse_Q, delta_Q = item
@@ -133,26 +138,26 @@ def _backward(
         dout_QD = dout_QD.astype(dtype)
 
         def q_step(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            at = i * options.q_tile
+            at = i * static.q_tile
             q_tD, dout_tD = (
-                lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (q_QD, dout_QD)
+                lax.dynamic_slice_in_dim(x, at, static.q_tile) for x in (q_QD, dout_QD)
             )
             lse_t, delta_t = (
-                lax.dynamic_slice_in_dim(x, at, options.q_tile) for x in (lse_Q, delta_Q)
+                lax.dynamic_slice_in_dim(x, at, static.q_tile) for x in (lse_Q, delta_Q)
             )
 
-            def visit(
+            def body(
                 j: Array, carry: tuple[Array, Array, Array], masked: bool
             ) -> tuple[Array, Array, Array]:
                 dq_tD, dk_KD, dv_KD = carry
-                start = _tile_start(j, k_NKD, options)
+                start = _tile_start(j, k_NKD, static)
                 k_sD, v_sD = (
-                    lax.dynamic_slice_in_dim(x, start, options.kv_tile) for x in (k_KD, v_KD)
+                    lax.dynamic_slice_in_dim(x, start, static.kv_tile) for x in (k_KD, v_KD)
                 )
                 logits_st = dot(k_sD, q_tD, (1, 1))
                 weights_st = jnp.exp(logits_st - lse_t[None, :])
                 if masked:
-                    seen_ts = _seen(n, i, j, k_NKD, scope, ids, options)
+                    seen_ts = _seen(n, i, j, k_NKD, mask, static)
                     weights_st = jnp.where(seen_ts.T, weights_st, 0.0)
                 dweights_st = dot(v_sD, dout_tD, (1, 1))
                 dlogits_st = (weights_st * (dweights_st - delta_t[None, :])).astype(dtype)
@@ -162,8 +167,8 @@ def _backward(
                 return dq_tD, dk_KD, dv_KD
 
             dq_QD, dk_KD, dv_KD = grads
-            carry = (jnp.zeros((options.q_tile, dim)), dk_KD, dv_KD)
-            dq_tD, dk_KD, dv_KD = meetings.at(n // options.rows_per_batch, i).fold(visit, carry)
+            carry = (jnp.zeros((static.q_tile, dim)), dk_KD, dv_KD)
+            dq_tD, dk_KD, dv_KD = tile_ranges.at(n // static.rows_per_batch, i).fold(body, carry)
             return lax.dynamic_update_slice_in_dim(dq_QD, dq_tD * scale, at, 0), dk_KD, dv_KD
 
         zeros = (jnp.zeros(q_QD.shape), jnp.zeros(k_KD.shape), jnp.zeros(v_KD.shape))
@@ -177,23 +182,23 @@ def _backward(
 KERNEL = Kernel(_forward, _backward)
 
 
-def _tile_start(j: Array, keys: Array, options: StaticArgs) -> Array:
-    """Where tile j of the keys begins. The last one moves back to end with the keys, and `_seen` hides what it reads twice."""
-    return jnp.minimum(j * options.kv_tile, keys.shape[1] - options.kv_tile)
+def _tile_start(j: Array, keys: Array, static: StaticArgs) -> Array:
+    """Where tile j of the keys begins. The last tile moves back so that it ends with the keys; `_seen` hides the keys read twice."""
+    return jnp.minimum(j * static.kv_tile, keys.shape[1] - static.kv_tile)
 
 
 def _seen(
-    n: Array, i: Array, j: Array, keys: Array, scope: MaskArgs, ids: block_mask.SegmentIds | None, options: StaticArgs
+    n: Array, i: Array, j: Array, keys: Array, mask: MaskArgs, static: StaticArgs
 ) -> Bool[Array, "t s"]:  # fmt: skip
-    """The mask of one tile of logits."""
-    at, start = i * options.q_tile, _tile_start(j, keys, options)
-    kv_position = start + jnp.arange(options.kv_tile)
-    until = block_mask.seen_until(at + jnp.arange(options.q_tile), scope, keys.shape[1], options)
-    seen = (kv_position[None, :] < until[:, None]) & (kv_position >= j * options.kv_tile)[None, :]
-    if ids is not None:
-        batch = n // options.rows_per_batch
-        q_ids = lax.dynamic_slice(ids.queries, (batch, at), (1, options.q_tile))[0]
-        kv_ids = lax.dynamic_slice(ids.keys, (batch, start), (1, options.kv_tile))[0]
+    """Which keys of tile j each query of tile i sees, in row n; `mask` comes from `valid_as_segments`."""
+    at, start = i * static.q_tile, _tile_start(j, keys, static)
+    kv_position = start + jnp.arange(static.kv_tile)
+    until = block_mask.seen_until(at + jnp.arange(static.q_tile), mask, keys.shape[1], static)
+    seen = (kv_position[None, :] < until[:, None]) & (kv_position >= j * static.kv_tile)[None, :]
+    if mask.q_segments is not None and mask.kv_segments is not None:
+        batch = n // static.rows_per_batch
+        q_ids = lax.dynamic_slice(mask.q_segments, (batch, at), (1, static.q_tile))[0]
+        kv_ids = lax.dynamic_slice(mask.kv_segments, (batch, start), (1, static.kv_tile))[0]
         seen &= q_ids[:, None] == kv_ids[None, :]
     return seen
 

@@ -1,17 +1,19 @@
-"""Block-causal attention for NVIDIA GPUs by cuDNN where it can serve, and by our Pallas kernels (pallas_gpu.py) everywhere else.
+"""Block-causal attention for NVIDIA GPUs: cuDNN where it can serve, our Pallas kernels (pallas_gpu.py) elsewhere.
 
-cuDNN knows no blocks, but the queries of one block all see the same keys, the first so many of them: one call for each chunk of
-queries, on all keys as they lie, told when it runs how many it may read. It reads no further, so the cost follows the mask. Its
-gradient takes the logsumexp as an input, which may count keys of other devices, as a ring needs. Measured on one H100 in bfloat16
-(README, "On one H100"), it is a third faster than our own kernels; it takes 16-bit numbers only, and no segments.
+cuDNN has no block-causal mask. But all queries of one block see the same keys: a prefix. So cuDNN is called once per
+chunk of queries, on all keys in place, with the length of the prefix, which may be traced. It reads no key after the
+prefix, so the cost follows the mask. Its backward pass takes the logsumexp as an input, so keys on other devices may
+count, as a ring needs. In bfloat16 it is a third faster than our kernels (one H100, scripts/bench/README.md). It takes
+16-bit numbers only, and no segments.
 
-Which of the two runs is known when the program is compiled, but for one thing: packed sequences carry segment ids, and whether all
-are of one file is seen when they are there. Then both are compiled and one runs.
+Which of the two runs is known at compile time, except for packed sequences: whether all tokens have one segment id is
+known at run time. Then both are compiled and one of them runs.
 
-jax.nn.dot_product_attention takes no logsumexp for the gradient, so this calls what it calls (`_primitive`): internal names of jax,
-which `check` looks for and tests/test_cudnn.py holds to their form.
+jax.nn.dot_product_attention does not pass a logsumexp to the backward pass, so this file binds the primitives under it
+(`_primitive`). Those are internal names of jax: `check` looks for them, and tests/ops/attention/test_cudnn.py checks
+how they are called.
 
-Shapes as in local.py, or with heads in place: q [b, Q, h, D], k and v [b, K, h, D], logsumexp [b, h, Q].
+Shapes are as in base.py, or with heads in place: q [b, Q, h, D], k and v [b, K, h, D], logsumexp [b, h, Q].
 """
 
 import math
@@ -25,35 +27,36 @@ from jaxtyping import Array
 from elastic.ops.attention import block_mask, pallas_gpu
 from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, from_rows, heads_of, rows
 
-_SMALLEST_CHUNK = 128  # of queries: a call for fewer leaves the GPU idle
-_MOST_CALLS = 16
-_NOTHING = 1e30  # a logsumexp beside which every weight is 0, finite
+_SMALLEST_CHUNK = 128  # queries; a call for fewer leaves the GPU partly idle
+_MOST_CALLS = 16  # with more chunks than this, one call is compiled in a loop
+_HUGE_LSE = 1e30  # a finite logsumexp that makes every weight 0
 
 
 def serves(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
-    """Whether cuDNN takes such heads, forward and backward, on sm_80 and later."""
+    """Whether cuDNN serves this head size and dtype, forward and backward, on sm_80 and later."""
     return jnp.dtype(dtype) == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0
 
 
 class Fused(Protocol):
-    """What is asked of cuDNN: attention of queries to the first `kv_length` keys, or with None to all, each of which all of them see.
+    """The attention that cuDNN computes: every query sees the first `kv_length` keys, or with None all keys.
 
-    A `kv_length` [b] is of the rows of b batch elements, which lie side by side.
+    `kv_length` is a scalar, or [b] with one length for each of b batch elements, whose rows are adjacent. Arrays are
+    rows or heads, as in the module's docstring.
     """
 
     def forward(self, q: Array, k: Array, v: Array, kv_length: Array | None) -> tuple[Array, Array]:
-        """Output in the type of q, and natural logsumexp in float32; where there is no key, anything."""
+        """The output in the dtype of q, and the natural logsumexp in float32. Both are undefined where there is no key."""
         ...
 
     def backward(
         self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array | None
     ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """Gradients of q, k and v in their type; of keys from `kv_length` on, and where there is no key, anything."""
+        """Gradients of q, k and v in their dtype; undefined for keys from `kv_length` on, and where there is no key."""
         ...
 
 
 class _Cudnn(NamedTuple):
-    """cuDNN's fused attention through jax's primitives; `heads_in_place` as the module's docstring says."""
+    """cuDNN's fused attention through jax's primitives, on heads in place or on rows."""
 
     heads_in_place: bool
 
@@ -65,7 +68,7 @@ class _Cudnn(NamedTuple):
             **settings,
             is_training=True,
         )
-        return self._plain(out), self._plain(lse)
+        return self._unbatched(out), self._unbatched(lse)
 
     def backward(
         self, q: Array, k: Array, v: Array, dout: Array, out: Array, lse: Array, kv_length: Array | None
@@ -80,20 +83,20 @@ class _Cudnn(NamedTuple):
             dout,
             **settings,
         )
-        return self._plain(dq), self._plain(dk), self._plain(dv)
+        return self._unbatched(dq), self._unbatched(dk), self._unbatched(dv)
 
     def _batched(self, kv_length: Array | None, *arrays: Array) -> tuple[Array, ...]:
-        """Rows are the heads of one batch element, or of as many as there are lengths."""
+        """Splits the rows into batch elements: one, or as many as there are lengths."""
         if self.heads_in_place:
             return arrays
         batch = 1 if kv_length is None else kv_length.size
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in arrays)
 
-    def _plain(self, x: Array) -> Array:
+    def _unbatched(self, x: Array) -> Array:
         return x if self.heads_in_place else x.reshape(-1, *x.shape[2:])
 
     def _lengths(self, q: Array, kv_length: Array | None) -> tuple[Array, ...]:
-        """Bias, lengths of queries and keys, and four things for packed and paged keys; what there is not has no elements."""
+        """Bias, lengths of queries and of keys, and four inputs for packed and paged keys. Absent inputs have no elements."""
         absent = jnp.zeros(0, q.dtype)
         if kv_length is None:
             return (absent,) * 7
@@ -123,92 +126,92 @@ def _primitive(direction: str) -> Any:
 
 
 class _Chunks(NamedTuple):
-    """The queries of a call in chunks of `size`, each of which sees the first so many keys: a number, or an array read from the scope."""
+    """The queries of a call, divided into chunks whose queries all see the same prefix of the keys."""
 
-    size: int
-    num_keys: list[int] | list[Array]
-    even: (
+    size: int  # queries in a chunk
+    num_keys: list[int] | list[Array]  # per chunk: the keys in its prefix; traced if `mask` decides
+    uniform: (
         bool | Array
-    )  # whether all queries of a chunk see the same keys, as they do where none crosses a block
+    )  # True if no chunk crosses the end of a block, so that the prefixes are right
 
     def of(self, x: Array, number: Array | int, axis: int = 1) -> Array:
-        """A chunk's part of an array."""
+        """The part of an array that belongs to one chunk."""
         if isinstance(number, int):
             return lax.slice_in_dim(x, number * self.size, (number + 1) * self.size, axis=axis)
         return lax.dynamic_slice_in_dim(x, number * self.size, self.size, axis)
 
-    def put(self, x: Array, part: Array, number: Array, axis: int = 1) -> Array:
-        """The array with a chunk's part written."""
+    def set(self, x: Array, part: Array, number: Array, axis: int = 1) -> Array:
+        """The array with the part of one chunk replaced."""
         return lax.dynamic_update_slice_in_dim(x, part, number * self.size, axis)
 
     @property
     def unrolled(self) -> bool:
-        """Whether chunks are few enough to be calls of their own, which saves copies; else one call is compiled, in a loop."""
+        """Whether every chunk gets a call of its own, which saves copies; otherwise one call is compiled in a loop."""
         return len(self.num_keys) <= _MOST_CALLS
 
 
-def _chunks(scope: MaskArgs, options: StaticArgs, num_queries: int, num_keys: int) -> _Chunks:
-    block, size = options.block_size, math.gcd(options.block_size, num_queries)
+def _chunks(mask: MaskArgs, static: StaticArgs, num_queries: int, num_keys: int) -> _Chunks:
+    block, size = static.block_size, math.gcd(static.block_size, num_queries)
     if size < min(_SMALLEST_CHUNK, num_queries):
         size = num_queries
     firsts = range(0, num_queries, size)
-    if options.whole:
+    if static.whole:
         until = [min((first // block + 1) * block, num_keys) for first in firsts]
         return _Chunks(size, until, size <= block)
-    limit = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
+    limit = jnp.clip(mask.kv_length - mask.kv_start, 0, num_keys)
 
     def seen_until(query: int) -> Array:
-        own = lax.div(scope.q_start + query, jnp.int32(block))
-        return jnp.clip((own + 1) * block - scope.kv_start, 0, limit)
+        number = lax.div(mask.q_start + query, jnp.int32(block))
+        return jnp.clip((number + 1) * block - mask.kv_start, 0, limit)
 
-    found, even = [], jnp.bool_(True)
+    found, uniform = [], jnp.bool_(True)
     for first in firsts:
         found.append(seen_until(first))
-        even &= found[-1] == seen_until(first + size - 1)
-    return _Chunks(size, found, even)
+        uniform &= found[-1] == seen_until(first + size - 1)
+    return _Chunks(size, found, uniform)
 
 
-def _there(x: Array, num_keys: Array) -> Array:
-    """What a library wrote of keys that it was given; it does not write the rest."""
-    there = jnp.arange(x.shape[1]) < num_keys
-    return jnp.where(there.reshape(1, -1, *(1,) * (x.ndim - 2)), x, 0)
+def _zero_unwritten(x: Array, num_keys: Array) -> Array:
+    """Gradients of keys with zeros after the first `num_keys`; cuDNN does not write that memory."""
+    written = jnp.arange(x.shape[1]) < num_keys
+    return jnp.where(written.reshape(1, -1, *(1,) * (x.ndim - 2)), x, 0)
 
 
-def _plus(x: Array, first: Array) -> Array:
-    """The array with something added to its first positions. (As `x.at[].add`, a scatter, XLA crashes with several GPUs.)"""
+def _add_to_prefix(x: Array, first: Array) -> Array:
+    """`x` with `first` added to its first positions. With `x.at[].add`, a scatter, XLA crashes on several GPUs."""
     length = first.shape[1]
     return x + first if length == x.shape[1] else x.at[:, :length].set(x[:, :length] + first)
 
 
-def _own_rows(x: Array, q: Array, first_row: Array) -> Array:
-    """The rows of keys that the queries attend to: all, or some of a cache, which are copied."""
+def _rows_of_queries(x: Array, q: Array, first_row: Array) -> Array:
+    """The rows of keys that the queries attend to: all rows, or a copy of some rows of a cache."""
     return x if len(x) == len(q) else lax.dynamic_slice_in_dim(x, first_row, len(q))
 
 
-def _one_segment(scope: MaskArgs, num_queries: int) -> bool | Array:
-    """Whether every key may be seen by every query, as far as segments and hidden keys go."""
-    ids = block_mask.ids_of(scope, num_queries)
-    if ids is None:
+def _one_segment(mask: MaskArgs, num_queries: int) -> bool | Array:
+    """Whether all queries and keys have the same segment id and no key is hidden."""
+    mask = block_mask.valid_as_segments(mask, num_queries)
+    if mask.q_segments is None or mask.kv_segments is None:
         return True
-    first = ids.queries[:, :1]
-    return jnp.all(ids.queries == first) & jnp.all(ids.keys == first)
+    first = mask.q_segments[:, :1]
+    return jnp.all(mask.q_segments == first) & jnp.all(mask.kv_segments == first)
 
 
 class Chunked(NamedTuple):
-    """A kernel that gives chunks of queries to a library, and to another kernel what the library cannot serve."""
+    """A kernel that calls `fused` on chunks of queries, and `other` (on rows) where `fused` cannot serve."""
 
     fused: Fused
     other: Kernel
     heads_in_place: bool
 
     def forward(
-        self, q: Array, k: Array, v: Array, scope: MaskArgs, options: StaticArgs
+        self, q: Array, k: Array, v: Array, mask: MaskArgs, static: StaticArgs
     ) -> tuple[Array, Array]:
-        """As `local.Forward`."""
-        chunks = _chunks(scope, options, q.shape[1], k.shape[1])
+        """The forward pass, as `base.Forward`."""
+        chunks = _chunks(mask, static, q.shape[1], k.shape[1])
 
         def by_fused() -> tuple[Array, Array]:
-            keys, values = (_own_rows(x, q, scope.first_row) for x in (k, v))
+            keys, values = (_rows_of_queries(x, q, mask.first_row) for x in (k, v))
 
             def of_chunk(i: Any, num_keys: int | Array) -> tuple[Array, Array]:
                 if isinstance(num_keys, int):
@@ -227,7 +230,7 @@ class Chunked(NamedTuple):
 
             def step(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
                 out, lse = of_chunk(i, num_keys[i])
-                return chunks.put(found[0], out, i), chunks.put(found[1], lse, i, axis=-1)
+                return chunks.set(found[0], out, i), chunks.set(found[1], lse, i, axis=-1)
 
             nothing = jnp.zeros_like(q), jnp.zeros(self._lse_shape(q), jnp.float32)
             out, lse = lax.fori_loop(0, len(chunks.num_keys), step, nothing)
@@ -235,34 +238,39 @@ class Chunked(NamedTuple):
 
         def by_other() -> tuple[Array, Array]:
             q_NQD, k_MKD, v_MKD = (self._rows(x) for x in (q, k, v))
-            out, lse = self.other.forward(q_NQD, k_MKD, v_MKD, scope, options)
+            out, lse = self.other.forward(q_NQD, k_MKD, v_MKD, mask, static)
             return from_rows(out, lse, q.shape[2]) if self.heads_in_place else (out, lse)
 
-        return self._either(q, scope, chunks.even, by_fused, by_other)
+        return self._either(q, mask, chunks.uniform, by_fused, by_other)
 
     def backward(
-        self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, scope: MaskArgs, options: StaticArgs
+        self, q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array, mask: MaskArgs, static: StaticArgs
     ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """As `local.Backward`."""
-        chunks = _chunks(scope, options, q.shape[1], k.shape[1])
+        """The backward pass, as `base.Backward`."""
+        chunks = _chunks(mask, static, q.shape[1], k.shape[1])
         dout = dout.astype(q.dtype)
 
         def by_fused() -> tuple[Array, Array, Array]:
-            # The library makes delta by itself, the sum of output * dout. Any output with that sum will do: here dout, scaled.
+            # cuDNN computes delta = sum(output * dout) itself and uses the output for nothing else. So any output with the
+            # given delta will do; this one is dout times a factor.
             wide = dout.astype(jnp.float32)
             power = jnp.sum(jnp.square(wide), axis=-1)
             share = jnp.where(power > 0, delta / jnp.where(power > 0, power, 1.0), 0.0)
             out = (wide * share[..., None]).astype(q.dtype)
-            weighed = jnp.where(jnp.isneginf(lse), _NOTHING, lse)
+            finite_lse = jnp.where(jnp.isneginf(lse), _HUGE_LSE, lse)
 
             def of_chunk(i: Any, num_keys: int | Array) -> tuple[Array, Array, Array]:
                 q_part, dout_part, out_part = (chunks.of(x, i) for x in (q, dout, out))
-                parts = dout_part, out_part, chunks.of(weighed, i, axis=-1)
+                parts = dout_part, out_part, chunks.of(finite_lse, i, axis=-1)
                 if isinstance(num_keys, int):
                     seen = slice(0, num_keys)
                     return self.fused.backward(q_part, k[:, seen], v[:, seen], *parts, None)
                 dq, dk, dv = self.fused.backward(q_part, k, v, *parts, num_keys)
-                return jnp.where(num_keys > 0, dq, 0), _there(dk, num_keys), _there(dv, num_keys)
+                return (
+                    jnp.where(num_keys > 0, dq, 0),
+                    _zero_unwritten(dk, num_keys),
+                    _zero_unwritten(dv, num_keys),
+                )
 
             dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
             if chunks.unrolled:
@@ -270,13 +278,13 @@ class Chunked(NamedTuple):
                 for i, num_keys in enumerate(chunks.num_keys):
                     dq, more_k, more_v = of_chunk(i, num_keys)
                     dqs.append(dq)
-                    dk, dv = _plus(dk, more_k), _plus(dv, more_v)
+                    dk, dv = _add_to_prefix(dk, more_k), _add_to_prefix(dv, more_v)
                 return jnp.concatenate(dqs, axis=1).astype(jnp.float32), dk, dv
             num_keys = jnp.asarray(chunks.num_keys)
 
             def step(i: Array, found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
                 dq, more_k, more_v = of_chunk(i, num_keys[i])
-                return chunks.put(found[0], dq, i), found[1] + more_k, found[2] + more_v
+                return chunks.set(found[0], dq, i), found[1] + more_k, found[2] + more_v
 
             start = jnp.zeros_like(q), dk, dv
             dq, dk, dv = lax.fori_loop(0, len(chunks.num_keys), step, start)
@@ -287,33 +295,33 @@ class Chunked(NamedTuple):
             lse_NQ = lse.reshape(-1, q.shape[1])
             delta_NQ = self._rows(delta[..., None])[..., 0]
             found = self.other.backward(
-                q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ, scope, options
+                q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ, delta_NQ, mask, static
             )
             if self.heads_in_place:
                 found = [heads_of(x, q.shape[2]) for x in found]
             dq, dk, dv = found
             return dq, dk, dv
 
-        return self._either(q, scope, chunks.even, by_fused, by_other)
+        return self._either(q, mask, chunks.uniform, by_fused, by_other)
 
     def prefixes(
         self, q: Array, k: Array, v: Array, first_row: Array, lengths: Array
     ) -> tuple[Array, Array] | None:
-        """As `local.Prefixes`, by the library alone."""
+        """As `base.Prefixes`, by `fused` alone."""
         if not serves(q.shape[-1], q.dtype):
             return None
-        keys, values = (_own_rows(x, q, first_row) for x in (k, v))
+        keys, values = (_rows_of_queries(x, q, first_row) for x in (k, v))
         out, lse = self.fused.forward(q, keys, values, lengths)
         any_key = jnp.repeat(lengths > 0, len(q) // len(lengths))[:, None]
         out = jnp.where(any_key[..., None], out, 0).astype(jnp.float32)
         return out, jnp.where(any_key, lse, -jnp.inf)
 
     def _either(
-        self, q: Array, scope: MaskArgs, even: bool | Array, by_fused: Any, by_other: Any
+        self, q: Array, mask: MaskArgs, uniform: bool | Array, by_fused: Any, by_other: Any
     ) -> Any:
-        if even is False or not serves(q.shape[-1], q.dtype):
+        if uniform is False or not serves(q.shape[-1], q.dtype):
             return by_other()
-        served = even & _one_segment(scope, q.shape[1])
+        served = uniform & _one_segment(mask, q.shape[1])
         return by_fused() if served is True else lax.cond(served, by_fused, by_other)
 
     def _rows(self, x: Array) -> Array:
@@ -323,7 +331,7 @@ class Chunked(NamedTuple):
         return (q.shape[0], q.shape[2], q.shape[1]) if self.heads_in_place else q.shape[:2]
 
 
-_ROWS, _HEADS = (Chunked(_Cudnn(there), pallas_gpu.KERNEL, there) for there in (False, True))
+_ROWS, _HEADS = (Chunked(_Cudnn(x), pallas_gpu.KERNEL, heads_in_place=x) for x in (False, True))
 
 KERNEL = Kernel(
     _ROWS.forward, _ROWS.backward, Kernel(_HEADS.forward, _HEADS.backward), _ROWS.prefixes
@@ -331,13 +339,17 @@ KERNEL = Kernel(
 
 
 def check(head_dim: int, dtype: jax.typing.DTypeLike) -> None:
-    """Raises ValueError for what neither part can do, and where this jax does not have what cuDNN is called by."""
+    """Checks that cuDNN or our kernels can serve a head size and a dtype, and that jax has the primitives used here.
+
+    Raises:
+      ValueError: neither can serve them, or this version of jax has no such primitives.
+    """
     pallas_gpu.check(head_dim, dtype)
     try:
         for direction in ("fwd", "bwd"):
             _primitive(direction)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"jax {jax.__version__} has no {error.name!r}, by which attention calls cuDNN; use "
+            f"jax {jax.__version__} has no {error.name!r}, which attention needs to call cuDNN; use "
             "attention_implementation='pallas_gpu', or jax 0.10 or 0.11."
         ) from error

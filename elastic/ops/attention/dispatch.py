@@ -1,4 +1,7 @@
-"""The kernels by name: which there are, what each can serve, and which suits a device."""
+"""Implementations of attention by name: which exist, what each can serve, and which is best for a device.
+
+A new implementation is a file with `KERNEL` (a `base.Kernel`) and `check(head_dim, dtype)`; register it here.
+"""
 
 import functools
 import logging
@@ -14,9 +17,9 @@ from elastic.ops.attention.base import Kernel
 
 log = logging.getLogger(__name__)
 
-# 'reference' is no kernel but the definition, an array of queries x keys in plain jax.numpy. The interpreted ones are the same
-# source as the Pallas kernels, run slowly by jax on any device: to prove them and to debug. 'gpu' is cuDNN for what it can serve and
-# 'pallas_gpu' for the rest (cudnn.py says which is which).
+# 'reference' is the definition, which makes an array of queries x keys. The '_interpret' names run the source of the
+# Pallas kernels on any device, slowly, for tests and debugging. 'gpu' is cuDNN where it can serve and 'pallas_gpu'
+# elsewhere (see cudnn.py).
 IMPLEMENTATIONS = (
     "reference",
     "blockwise",
@@ -37,15 +40,17 @@ def choose_implementation(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
 ) -> str:
-    """The implementation called `name`; None or '' picks the best for the device, and logs which.
+    """The implementation called `name`; None or '' picks the best for the device and logs the choice.
 
     Args:
+      name: a name out of `IMPLEMENTATIONS`, None or ''.
       head_dim: channels of a head.
-      dtype: of queries, keys and values.
-      mesh: whose devices are asked for; None: the default device.
+      dtype: the dtype of queries, keys and values.
+      mesh: the devices that it must run on; None: the default device.
 
     Raises:
-      ValueError: no implementation has that name, or it cannot serve this request: nothing else runs in its place.
+      ValueError: no implementation has that name, or it cannot serve this device, head_dim or dtype. An implementation
+        that was asked for by name is never replaced by another.
     """
     platform = platform_of(mesh)
     dtype = jnp.dtype(dtype)
@@ -85,7 +90,7 @@ def _best(platform: str, head_dim: int, dtype: jnp.dtype) -> str:
 
 @functools.cache
 def _kernel(name: str) -> tuple[Kernel, Callable[[int, Any], None]]:
-    """A kernel, and what raises ValueError for a head_dim or a dtype that it cannot serve."""
+    """A kernel, and its check, which raises ValueError for a head_dim or dtype that the kernel cannot serve."""
     if name.startswith("pallas_tpu"):
         from elastic.ops.attention import pallas_tpu as module
     elif name == "gpu":

@@ -1,15 +1,16 @@
-"""Block-causal flash attention for TPU in Pallas: forward, and the two kernels of its gradient (FlashAttention-2).
+"""Block-causal flash attention for TPU in Pallas: the forward kernel and the two kernels of its gradient.
 
-Everything is transposed: a tile of logits is keys x queries. What belongs to a query (maximum, sum, logsumexp, delta, the end of
-what it sees) is then one vector along lanes: [rows, 1, Q] in memory, not the 128 copies of itself that a column takes, and sums over
-keys are additions of registers rather than rotations inside them.
+They follow FlashAttention-2 (Dao 2023), with transposed tiles: a tile of logits is keys x queries. A number per query
+(maximum, sum, logsumexp, delta, bound) is then a vector along the register's lanes, stored as [rows, 1, Q]; as a column
+it would take 128 copies of itself. Sums over keys add registers and need no rotations within them.
 
-The kernels know no rule but this one: query t sees the keys below `bound_t`, of its own id where there are ids. XLA makes the bounds
-(4 bytes a query) and what each tile visits (visits.py); those few numbers reach the scalar core before a kernel starts. So all of
-`Scope` may be traced.
+The kernels know one rule: query t sees the keys with an index below `bound_t`, of its own segment where segments are
+given. XLA computes the bounds (4 bytes per query) and the range of tiles to compute (block_mask.py). These ranges reach
+the scalar core before the kernel starts (scalar prefetch), so all of `MaskArgs` may be traced.
 
-Logits are in base 2 inside, which saves a multiplication each: log2(e) is part of the scale of q.
-Shapes: N rows of queries, M rows of keys, Q and K positions, D channels, B batch elements; s a tile of keys, t a tile of queries.
+Logits are in base 2 inside the kernels, which saves one multiplication each: log2(e) is part of the scale of q.
+
+Letters of a shape: N rows of queries, M rows of keys, Q and K positions, D channels; t a tile of queries, s of keys.
 """
 
 import functools
@@ -28,19 +29,20 @@ from jaxtyping import Array, Bool
 from elastic.ops.attention import block_mask
 from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs
 
-_LANES, _INTERPRETED_LANES = 128, 8  # fewer where tests want several tiles of a short array
+_LANES, _INTERPRETED_LANES = 128, 8  # 8 lets tests have several tiles in a short array
 _HEAD_DIMS = (32, 256)
-_VMEM_BYTES = 15 << 20  # a kernel gets 16 MiB unless told otherwise, on v4 there is no more
+_VMEM_BYTES = 15 << 20  # a kernel gets 16 MiB by default, which is all that v4 has
 _LOG2_E = math.log2(math.e)
-# Finite, so that a query that sees nothing gives no nan. Tops begin higher: exp2(_NEVER - _LOWEST) is 0, without a second mask.
+# The logit of a masked pair, and the running maximum's start. Both are finite, so that a query that sees no key gives no
+# nan; and exp2(_NEVER - _LOWEST) is 0, so that masked weights need no second mask.
 _NEVER, _LOWEST = -1e30, -1e29
 
 
 def check(head_dim: int, dtype: DTypeLike) -> None:
-    """Says no to what the kernel cannot do.
+    """Checks that these kernels can serve a head size and a dtype.
 
     Raises:
-      ValueError: naming the value, the rule and the way out.
+      ValueError: they cannot.
     """
     low, high = _HEAD_DIMS
     if not low <= head_dim <= high or head_dim % 8:
@@ -56,12 +58,21 @@ def check(head_dim: int, dtype: DTypeLike) -> None:
 
 
 def tiles(
-    num_queries: int, num_keys: int, head_dim: int, dtype: DTypeLike, options: StaticArgs, *, interpret: bool = False
+    num_queries: int, num_keys: int, head_dim: int, dtype: DTypeLike, static: StaticArgs, *, interpret: bool = False
 ) -> tuple[int, int]:  # fmt: skip
-    """The q_tile and kv_tile that all three kernels use, where `options` says how long they may be.
+    """The q_tile and kv_tile that all three kernels use.
 
-    In whole lanes (128; 8 when interpreted), no longer than the padded arrays, and short enough for the VMEM that every TPU
-    gives a kernel. With the default 1024 and 512, only float32 takes less: 512 x 512, and 256 x 512 above 128 channels.
+    They are multiples of the lanes (128; 8 when interpreted), at most the padded arrays, and small enough for the VMEM
+    that every TPU gives a kernel. With the default limits of 1024 and 512 only float32 gets smaller tiles: 512 x 512,
+    and 256 x 512 above 128 channels.
+
+    Args:
+      num_queries: length of the array of queries, in tokens.
+      num_keys: length of the array of keys, in tokens.
+      head_dim: channels of a head.
+      dtype: the dtype of queries, keys and values.
+      static: its tile sizes are upper limits, in tokens.
+      interpret: the kernels run in interpret mode.
     """
     lanes = _INTERPRETED_LANES if interpret else _LANES
 
@@ -69,13 +80,13 @@ def tiles(
         return min(max(tile // lanes, 1), pl.cdiv(length, lanes)) * lanes
 
     def vmem_bytes(q_tile: int, kv_tile: int) -> int:
-        """About what the hungriest kernel (dk, dv) holds: windows, in pairs, sums, and tiles of logits."""
+        """An estimate for the kernel that needs most (dk, dv): double-buffered inputs and outputs, sums, and tiles of logits."""
         itemsize = jnp.dtype(dtype).itemsize
-        num_logits = 4 if itemsize == 2 else 9  # fitted to what the compiler reports, with spills
+        num_logits = 4 if itemsize == 2 else 9  # fitted to the compiler's reports, spills included
         windows = 4 * (q_tile + kv_tile) * itemsize + 4 * kv_tile * 4
         return (windows + 2 * kv_tile * 4) * head_dim + num_logits * q_tile * kv_tile * 4
 
-    q_tile, kv_tile = fit(options.q_tile, num_queries), fit(options.kv_tile, num_keys)
+    q_tile, kv_tile = fit(static.q_tile, num_queries), fit(static.kv_tile, num_keys)
     while vmem_bytes(q_tile, kv_tile) > _VMEM_BYTES:
         if q_tile >= kv_tile:
             q_tile = fit(q_tile // 2, num_queries)
@@ -85,83 +96,86 @@ def tiles(
 
 
 class _Plan(NamedTuple):
-    """What the scalar core reads, in int32: which tiles an outer tile visits, batch element by batch element where they differ."""
+    """What the scalar core reads, int32: the tiles to compute, per outer tile, and per batch element where they differ."""
 
-    row_and_end: Any  # [2]: the first row of the keys; how many there are, rubbish behind
-    first: Any  # these four: [b * outer], as in visits.Visits
-    plain: Any
-    plain_end: Any
+    row_and_end: (
+        Any  # [2]: the first row of the keys; how many keys exist (what follows is padding)
+    )
+    first: Any  # this and the next three: [b * outer], the fields of block_mask.TileRanges
+    unmasked: Any
+    unmasked_end: Any
     end: Any
 
 
-def _plan(num_keys: int, scope: MaskArgs, tiles: block_mask.TileRanges) -> _Plan:
-    end = jnp.clip(scope.kv_length - scope.kv_start, 0, num_keys)
-    row_and_end = jnp.stack([scope.first_row, end]).astype(jnp.int32)
+def _plan(num_keys: int, mask: MaskArgs, tiles: block_mask.TileRanges) -> _Plan:
+    end = jnp.clip(mask.kv_length - mask.kv_start, 0, num_keys)
+    row_and_end = jnp.stack([mask.first_row, end]).astype(jnp.int32)
     return _Plan(row_and_end, *(x.reshape(-1) for x in tiles))
 
 
 class _Step(NamedTuple):
-    """Where a step of the grid is."""
+    """What one step of the grid does."""
 
-    outer: Array  # the tile that stays
-    inner: Array  # the one that it visits: after its last visit the same again, so that nothing is fetched
-    starts: Array
-    live: Array  # whether it is a visit
-    plain: Array  # and needs no mask
-    last: Array
+    outer: Array  # the tile that stays for several steps
+    inner: Array  # the tile computed with it; steps without work repeat the last one, so that nothing is fetched
+    starts: Array  # first step of the outer tile
+    live: Array  # the step computes a tile
+    unmasked: Array  # which needs no mask
+    last: Array  # last step of the outer tile
 
 
-# The grid is (rows, pairs of outer tiles, steps). Under a causal mask an early tile has few visits and a late one many, so the p-th
-# tile shares its steps with the p-th last: a grid with one line per tile would spend up to half of its steps, a third of a microsecond
-# each, on tiles that nobody sees. The number of steps is dynamic: that of the longest pair. (A list of all visits would be exact, but
-# half a million tokens on one device need more of it than scalar memory holds; a loop inside of the kernel would not fetch ahead
-# from one outer tile to the next.)
+# The grid is (rows, pairs of outer tiles, steps). Under a causal mask an early tile has few inner tiles and a late tile
+# many. So tile p and the p-th tile from the end share their steps: a grid with one line per tile would spend up to half
+# of its steps, each a third of a microsecond, on fully masked tiles. The number of steps is dynamic: the maximum over
+# the pairs. Two alternatives fail: a list of all pairs of tiles would exceed scalar memory at half a million tokens on
+# one device, and a loop inside the kernel would not prefetch across outer tiles.
 
 
 def _num_steps(tiles: block_mask.TileRanges) -> Array:
-    # Even a tile without visits must write its zeros.
+    # A tile without work takes one step too, because it must write its zeros.
     count = jnp.maximum(tiles.end - tiles.first, 1)
     index = jnp.arange(count.shape[1])[None]
     return jnp.max(count + jnp.where(index == index[:, ::-1], 0, count[:, ::-1]))
 
 
 class _Grid(NamedTuple):
-    """What a kernel knows of its steps when it is compiled."""
+    """What a kernel knows about its grid at compile time."""
 
     num_outer: int
-    rows_per_batch: int  # rows that share their visits
+    rows_per_range: int  # rows with the same tile ranges
 
     def step(self, n: Array, p: Array, at: Array, plan: _Plan) -> _Step:
         """Step `at` of the p-th pair of outer tiles in row n."""
 
         def index(tile: Array) -> Array:
-            return _quotient(n, self.rows_per_batch) * self.num_outer + tile
+            return _quotient(n, self.rows_per_range) * self.num_outer + tile
 
-        def visits_of(tile: Array) -> Array:
+        def work_of(tile: Array) -> Array:
             return plan.end[index(tile)] - plan.first[index(tile)]
 
         partner = self.num_outer - 1 - p
-        num_first = jnp.maximum(visits_of(p), 1)
+        num_first = jnp.maximum(work_of(p), 1)
         in_first = (at < num_first) | (partner == p)
         outer = jnp.where(in_first, p, partner)
         count = jnp.where(in_first, at, at - num_first)
-        num_visits = visits_of(outer)
-        final = jnp.maximum(num_visits, 1) - 1
+        num_tiles = work_of(outer)
+        final = jnp.maximum(num_tiles, 1) - 1
         inner = plan.first[index(outer)] + jnp.minimum(count, final)
-        plain = (plan.plain[index(outer)] <= inner) & (inner < plan.plain_end[index(outer)])
-        return _Step(outer, inner, count == 0, count < num_visits, plain, count == final)
+        begin, end = plan.unmasked[index(outer)], plan.unmasked_end[index(outer)]
+        unmasked = (begin <= inner) & (inner < end)
+        return _Step(outer, inner, count == 0, count < num_tiles, unmasked, count == final)
 
 
 def _quotient(n: Array, divisor: int) -> Array:
-    """`//` asks the default device for its kind, which there need not be when compiling ahead of time."""
+    """`n // divisor`. The operator asks the default device for its kind, and compiling ahead of time has no such device."""
     return lax.div(n, jnp.int32(divisor))
 
 
 def _specs(
-    program: "_Program", grid: _Grid, options: StaticArgs, dim: int
+    program: "_Program", grid: _Grid, static: StaticArgs, dim: int
 ) -> dict[str, pl.BlockSpec]:
-    """Which block of an array a step wants."""
-    q_tile, kv_tile = options.q_tile, options.kv_tile
+    """The block of each kind of array that a step reads or writes."""
+    q_tile, kv_tile = static.q_tile, static.kv_tile
 
     def spec(shape: tuple[int, int, int], index: Any) -> pl.BlockSpec:
         def block(n: Array, p: Array, at: Array, *refs: Any):
@@ -171,7 +185,7 @@ def _specs(
         return pl.BlockSpec(shape, block)
 
     def batch(n: Array) -> Array:
-        return _quotient(n, options.rows_per_batch)
+        return _quotient(n, static.rows_per_batch)
 
     return {
         "queries": spec((1, q_tile, dim), lambda n, i, j, first_row: (n, i, 0)),
@@ -184,44 +198,44 @@ def _specs(
 
 
 def _tiles_by_queries(step: _Step) -> tuple[Array, Array]:
-    """The tiles of queries and of keys that meet, where the tile of queries stays."""
+    """The tiles of queries and of keys of a step whose outer tile is one of queries."""
     return step.outer, step.inner
 
 
 def _tiles_by_keys(step: _Step) -> tuple[Array, Array]:
-    """Likewise where the tile of keys stays."""
+    """The tiles of queries and of keys of a step whose outer tile is one of keys."""
     return step.inner, step.outer
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """A product summed in float32; float32 operands are not rounded to bfloat16 on the way."""
+    """A product summed in float32; float32 operands are not rounded to bfloat16."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _seen(j: Array, shape: tuple[int, ...], masks: tuple[Any, ...]) -> Bool[Array, "s t"]:
-    """The mask of tile j of the keys; `masks` are the bounds, and ids if there are any."""
+    """The mask of tile j of the keys; `masks` holds the bounds, and the segment ids if there are any."""
     bound_1t = masks[0][0] - j * shape[0]
     seen_st = lax.broadcasted_iota(jnp.int32, shape, 0) < bound_1t
     if len(masks) > 1:
         q_ids_1t, kv_ids_1s = masks[1][0], masks[2][0]
-        # 8 equal lines, because only whole registers are transposed.
+        # 8 equal rows, because only whole registers can be transposed.
         kv_ids_s1 = jnp.broadcast_to(kv_ids_1s, (8, shape[0])).T[:, :1]
         seen_st &= kv_ids_s1 == q_ids_1t
     return seen_st
 
 
-def _without_rubbish(x_sD: Array, j: Array, plan: _Plan) -> Array:
-    """Zero behind the last key: there may be anything, and nan times a weight of 0 is nan."""
+def _zero_padding(x_sD: Array, j: Array, plan: _Plan) -> Array:
+    """A tile of keys or values with zeros after the last key: padding may hold nan, and nan times a weight of 0 is nan."""
     position = j * x_sD.shape[0] + lax.broadcasted_iota(jnp.int32, x_sD.shape, 0)
     return jnp.where(position < plan.row_and_end[1], x_sD, jnp.zeros_like(x_sD))
 
 
-def _on_visit(step: _Step, visit: Any) -> None:
-    """Runs `visit(masked)` if this step is a visit. Most tiles are seen whole and cost no mask."""
-    pl.when(step.live & step.plain)(functools.partial(visit, False))
-    pl.when(step.live & ~step.plain)(functools.partial(visit, True))
+def _if_live(step: _Step, body: Any) -> None:
+    """Runs `body(masked)` if the step computes a tile. Most tiles are fully visible and need no mask."""
+    pl.when(step.live & step.unmasked)(functools.partial(body, False))
+    pl.when(step.live & ~step.unmasked)(functools.partial(body, True))
 
 
 class _Refs(NamedTuple):
@@ -237,12 +251,12 @@ def _forward_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
     (q, k, v), (out, lse), (top, total, sum_Dt) = refs.inputs, refs.outputs, refs.scratch
     j = step.inner
 
-    def visit(masked: bool) -> None:
+    def body(masked: bool) -> None:
         v_sD = v[0]
         logits_st = _dot(k[0], q[0], (1, 1))
         if masked:
             logits_st = jnp.where(_seen(j, logits_st.shape, refs.masks), logits_st, _NEVER)
-            v_sD = _without_rubbish(v_sD, j, plan)
+            v_sD = _zero_padding(v_sD, j, plan)
         old_1t = top[...]
         top_1t = jnp.maximum(old_1t, jnp.max(logits_st, axis=0, keepdims=True))
         weights_st = jnp.exp2(logits_st - top_1t)
@@ -251,7 +265,7 @@ def _forward_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
         total[...] = total[...] * rescale_1t + jnp.sum(weights_st, axis=0, keepdims=True)
         sum_Dt[...] = sum_Dt[...] * rescale_1t + _dot(v_sD, weights_st.astype(v_sD.dtype), (0, 0))
 
-    _on_visit(step, visit)
+    _if_live(step, body)
 
     @pl.when(step.last)
     def _():
@@ -262,12 +276,12 @@ def _forward_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
         lse[0] = jnp.where(total_1t > 0, log_1t, -jnp.inf)
 
 
-def _tile_again(refs: _Refs, j: Array, plan: _Plan, masked: bool):
-    """Of one tile: q, k, dout, the softmax's weights [s, t], and the gradient of the logits before their scale."""
+def _recompute_tile(refs: _Refs, j: Array, plan: _Plan, masked: bool):
+    """For one tile: q, k, dout, the softmax weights [s, t], and the gradient of the logits without their scale."""
     q, k, v, dout, lse, delta = refs.inputs
     q_tD, k_sD, v_sD, dout_tD = q[0], k[0], v[0], dout[0]
     if masked:
-        k_sD, v_sD = (_without_rubbish(x, j, plan) for x in (k_sD, v_sD))
+        k_sD, v_sD = (_zero_padding(x, j, plan) for x in (k_sD, v_sD))
     weights_st = jnp.exp2(_dot(k_sD, q_tD, (1, 1)) - lse[0])
     if masked:
         weights_st = jnp.where(_seen(j, weights_st.shape, refs.masks), weights_st, 0.0)
@@ -279,11 +293,11 @@ def _tile_again(refs: _Refs, j: Array, plan: _Plan, masked: bool):
 def _dq_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
     (dq,), (dq_Dt,) = refs.outputs, refs.scratch
 
-    def visit(masked: bool) -> None:
-        _, k_sD, _, _, dlogits_st = _tile_again(refs, step.inner, plan, masked)
+    def body(masked: bool) -> None:
+        _, k_sD, _, _, dlogits_st = _recompute_tile(refs, step.inner, plan, masked)
         dq_Dt[...] += _dot(k_sD, dlogits_st, (0, 0))
 
-    _on_visit(step, visit)
+    _if_live(step, body)
 
     @pl.when(step.last)
     def _():
@@ -293,29 +307,29 @@ def _dq_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
 def _dkv_kernel(step: _Step, plan: _Plan, refs: _Refs) -> None:
     (dk, dv), (dk_sD, dv_sD) = refs.outputs, refs.scratch
 
-    def visit(masked: bool) -> None:
-        q_tD, _, dout_tD, weights_st, dlogits_st = _tile_again(refs, step.outer, plan, masked)
+    def body(masked: bool) -> None:
+        q_tD, _, dout_tD, weights_st, dlogits_st = _recompute_tile(refs, step.outer, plan, masked)
         dv_sD[...] += _dot(weights_st, dout_tD, (1, 0))
         dk_sD[...] += _dot(dlogits_st, q_tD, (1, 0))
 
-    _on_visit(step, visit)
+    _if_live(step, body)
 
     @pl.when(step.last)
     def _():
-        dk[0] = dk_sD[...] * (1 / _LOG2_E)  # q came with its scale, in base 2
+        dk[0] = dk_sD[...] * (1 / _LOG2_E)  # q is scaled for logits in base 2
         dv[0] = dv_sD[...]
 
 
 class _Program(NamedTuple):
-    """A kernel and what surrounds it. Letters are sizes: t and s of tiles, D channels."""
+    """A kernel, its arrays and its scratch memory. Letters are sizes: t queries in a tile, s keys in a tile, D channels."""
 
     kernel: Any
     name: str
     tiles_of: Any
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    scratch: tuple[tuple[str, float], ...]  # with what it starts from
-    products: int  # of queries x keys x channels
+    scratch: tuple[tuple[str, float], ...]  # shape and initial value
+    products: int  # matrix products of queries x keys x channels
 
 
 _BACKWARD_INPUTS = ("queries", "keys", "keys", "queries", "numbers", "numbers")
@@ -334,19 +348,20 @@ _DKV = _Program(
 
 
 def _run(
-    program: _Program, inputs: list[Array], scope: MaskArgs, options: StaticArgs, interpret: bool
+    program: _Program, inputs: list[Array], mask: MaskArgs, static: StaticArgs, interpret: bool
 ) -> Sequence[Array]:
-    """Runs a kernel on (rows, pairs of outer tiles, steps)."""
+    """Runs a kernel on the grid (rows, pairs of outer tiles, steps); `static` holds the tile sizes in use."""
     (num_rows, num_queries, dim), num_keys = inputs[0].shape, inputs[1].shape[1]
-    by = block_mask.of_keys if program.tiles_of is _tiles_by_keys else block_mask.of_queries
-    ids = block_mask.ids_of(scope, num_queries)
-    meetings = by(scope, ids, num_queries, num_keys, options)
-    num_alike, num_outer = meetings.end.shape
-    plan, grid = _plan(num_keys, scope, meetings), _Grid(num_outer, num_rows // num_alike)
-    bounds = block_mask.seen_until(jnp.arange(num_queries), scope, num_keys, options)
+    mask = block_mask.valid_as_segments(mask, num_queries)
+    by_keys = program.tiles_of is _tiles_by_keys
+    find = block_mask.tile_ranges_of_keys if by_keys else block_mask.tile_ranges_of_queries
+    tile_ranges = find(mask, num_queries, num_keys, static)
+    num_ranges, num_outer = tile_ranges.end.shape
+    plan, grid = _plan(num_keys, mask, tile_ranges), _Grid(num_outer, num_rows // num_ranges)
+    bounds = block_mask.seen_until(jnp.arange(num_queries), mask, num_keys, static)
     masks = {"bounds": bounds.astype(jnp.int32)[None, None]}
-    if ids is not None:
-        masks |= {"q_ids": ids.queries[:, None], "kv_ids": ids.keys[:, None]}
+    if mask.q_segments is not None and mask.kv_segments is not None:
+        masks |= {"q_ids": mask.q_segments[:, None], "kv_ids": mask.kv_segments[:, None]}
 
     def body(*refs: Any) -> None:
         parts, at = [], 0
@@ -364,8 +379,8 @@ def _run(
 
         program.kernel(step, numbers, refs)
 
-    specs = _specs(program, grid, options, dim)
-    sizes = {"1": 1, "t": options.q_tile, "s": options.kv_tile, "D": dim}
+    specs = _specs(program, grid, static, dim)
+    sizes = {"1": 1, "t": static.q_tile, "s": static.kv_tile, "D": dim}
     scratch = [tuple(sizes[letter] for letter in letters) for letters, _ in program.scratch]
     queries, numbers = (num_rows, num_queries, dim), (num_rows, 1, num_queries)
     shapes = {"queries": queries, "numbers": numbers, "keys": (num_rows, num_keys, dim)}
@@ -375,16 +390,16 @@ def _run(
         out_shape=[jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in program.outputs],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(plan),
-            grid=(num_rows, pl.cdiv(num_outer, 2), _num_steps(meetings)),
+            grid=(num_rows, pl.cdiv(num_outer, 2), _num_steps(tile_ranges)),
             in_specs=[specs[x] for x in (*program.inputs, *masks)],
             out_specs=[specs[x] for x in program.outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
-        # On a chip whose two cores are one device, they share the rows, or the pairs of a single row.
+        # Where a chip's two cores are one device, they divide the rows, or the pairs of outer tiles of a single row.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        # For XLA's scheduler, which must know that communication can hide behind the kernel. As if all keys were seen.
+        # For XLA's scheduler, which must know that communication can overlap with the kernel. Assumes that all keys are seen.
         cost_estimate=pl.CostEstimate(
             flops=2 * program.products * num_logits * dim,
             transcendentals=num_logits,
@@ -395,14 +410,14 @@ def _run(
     )(*plan, *inputs, *masks.values())
 
 
-def _fitted(q_NQD: Array, k_MKD: Array, options: StaticArgs, interpret: bool) -> StaticArgs:
+def _fitted(q_NQD: Array, k_MKD: Array, static: StaticArgs, interpret: bool) -> StaticArgs:
     (_, num_queries, dim), num_keys, dtype = q_NQD.shape, k_MKD.shape[1], q_NQD.dtype
-    q_tile, kv_tile = tiles(num_queries, num_keys, dim, dtype, options, interpret=interpret)
-    return options._replace(q_tile=q_tile, kv_tile=kv_tile)
+    q_tile, kv_tile = tiles(num_queries, num_keys, dim, dtype, static, interpret=interpret)
+    return static._replace(q_tile=q_tile, kv_tile=kv_tile)
 
 
 def _scaled(q_NQD: Array) -> Array:
-    """In base 2, and rounded once: a bfloat16 q times a Python number would round the number as well."""
+    """q scaled for logits in base 2, rounded once: a bfloat16 q times a Python number would round that number too."""
     scale = q_NQD.shape[-1] ** -0.5 * _LOG2_E
     return (q_NQD.astype(jnp.float32) * scale).astype(q_NQD.dtype)
 
@@ -411,30 +426,30 @@ def _forward(
     q_NQD: Array,
     k_MKD: Array,
     v_MKD: Array,
-    scope: MaskArgs,
-    options: StaticArgs,
+    mask: MaskArgs,
+    static: StaticArgs,
     *,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    options = _fitted(q_NQD, k_MKD, options, interpret)
+    static = _fitted(q_NQD, k_MKD, static, interpret)
     inputs = [_scaled(q_NQD), k_MKD, v_MKD]
-    out, lse = _run(_FORWARD, inputs, scope, options, interpret)
+    out, lse = _run(_FORWARD, inputs, mask, static, interpret)
     return out, lse[:, 0]
 
 
 def _backward(
     q_NQD: Array, k_NKD: Array, v_NKD: Array, dout_NQD: Array, lse_NQ: Array, delta_NQ: Array,
-    scope: MaskArgs, options: StaticArgs, *, interpret: bool,
+    mask: MaskArgs, static: StaticArgs, *, interpret: bool,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Two kernels, each of which makes the logits again.
+    """Two kernels that both recompute the logits.
 
-    One kernel would save two of seven products, and would have to add dq (or dk, dv) to HBM tile by tile, across steps whose
-    fetches and writes overlap.
+    A single kernel would save two of seven products. But it would add dq (or dk and dv) to HBM tile by tile, in steps
+    whose reads and writes overlap.
     """
-    options, num_queries = _fitted(q_NQD, k_NKD, options, interpret), q_NQD.shape[1]
-    # Sums over queries must meet no rubbish, so queries are padded, unlike keys. Those added weigh nothing, like those that see
-    # nothing: exp2(x - inf) is 0.
-    padding = -num_queries % options.q_tile
+    static, num_queries = _fitted(q_NQD, k_NKD, static, interpret), q_NQD.shape[1]
+    # Queries are padded, unlike keys, because the gradients of keys sum over queries. Padding gets weights 0, as queries
+    # that see no key do: exp2(x - inf) is 0.
+    padding = -num_queries % static.q_tile
 
     def padded(x: Array, value: float = 0.0) -> Array:
         widths = ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))
@@ -444,12 +459,12 @@ def _backward(
     delta_NQ = padded(delta_NQ)
     q_NQD, dout_NQD = padded(_scaled(q_NQD)), padded(dout_NQD.astype(q_NQD.dtype))
     inputs = [q_NQD, k_NKD, v_NKD, dout_NQD, lse_NQ[:, None], delta_NQ[:, None]]
-    (dq,) = _run(_DQ, inputs, scope, options, interpret)
-    dk, dv = _run(_DKV, inputs, scope, options, interpret)
+    (dq,) = _run(_DQ, inputs, mask, static, interpret)
+    dk, dv = _run(_DKV, inputs, mask, static, interpret)
     return dq[:, :num_queries], dk, dv
 
 
-# The second is the same source in XLA operations, for tests without a TPU.
+# The second is the same source in interpret mode, for tests without a TPU.
 KERNEL, INTERPRET_KERNEL = (
     Kernel(functools.partial(_forward, interpret=x), functools.partial(_backward, interpret=x))
     for x in (False, True)

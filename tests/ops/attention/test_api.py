@@ -164,25 +164,25 @@ def test_no_array_of_queries_by_keys_is_made(implementation):
 
 def test_halves_merge_by_their_logsumexp():
     (q, k, v), _, _, _ = make_case(jnp.float32, **CASES["one block"])
-    scope = dict(block_size=1, q_start=jnp.int32(32))  # later than every key: all are seen
+    # Queries are later than every key, so they see all keys.
+    mask = MaskArgs(jnp.int32(32), jnp.int32(0), jnp.int32(32), jnp.int32(0))
 
     @functools.partial(released.quick_jit, static_argnums=(0, 1))
-    def plain(start, stop):
+    def dense(start, stop):
         keys = slice(start, stop)
-        return reference.attend(q, k[:, keys], v[:, keys], **scope, kv_length=jnp.int32(32))
+        return reference.attend(q, k[:, keys], v[:, keys], mask, block_size=1)
 
     @functools.partial(released.quick_jit, static_argnums=(0, 1))
     def tiled(start, stop):
         keys = slice(start, stop)
         rows = (rearrange(x, "b l h d -> (b h) l d") for x in (q, k[:, keys], v[:, keys]))
-        limits = MaskArgs(jnp.int32(32), jnp.int32(0), jnp.int32(32), jnp.int32(0))
-        out, lse = attend_rows(*rows, limits, StaticArgs(1, 16, 8, 2), blockwise.KERNEL)
+        out, lse = attend(*rows, mask, StaticArgs(1, 16, 8, 2), blockwise.KERNEL)
         out = rearrange(out, "(b h) l d -> b l h d", h=2)
         return out, rearrange(lse, "(b h) l -> b h l", h=2)
 
-    whole, whole_lse = plain(0, 32)
-    for attend in (plain, tiled):
-        (a, lse_a), (b, lse_b) = attend(0, 11), attend(11, 32)
+    whole, whole_lse = dense(0, 32)
+    for run in (dense, tiled):
+        (a, lse_a), (b, lse_b) = run(0, 11), run(11, 32)
         lse = jnp.logaddexp(lse_a, lse_b)
         assert largest_difference(lse, whole_lse) <= 2e-6
         shares = (rearrange(jnp.exp(x - lse), "b h l -> b l h 1") for x in (lse_a, lse_b))

@@ -1,7 +1,7 @@
-"""What is around cuDNN: chunks, lengths, the logsumexp, delta, and what is left to the other kernel.
+"""What surrounds cuDNN: chunks, lengths, the logsumexp, delta, and what the other kernel serves.
 
-cuDNN itself needs a GPU. In its place stands a library of the same contract in plain jax.numpy, which writes nan wherever cuDNN
-leaves memory as it is; how cuDNN is called is held by lowering for CUDA.
+cuDNN itself needs a GPU. A library with the same contract in jax.numpy replaces it, which writes nan wherever cuDNN
+leaves memory unwritten. A test that lowers for CUDA checks how cuDNN is called.
 """
 
 import functools
@@ -18,14 +18,14 @@ from elastic.ops.attention.base import (
     Kernel,
     MaskArgs,
     StaticArgs,
-    attend_heads,
+    attend,
     from_rows,
     heads_of,
     rows,
 )
 
 
-class Plain:
+class JaxLibrary:
     """Rows [N, Q, D]."""
 
     def forward(self, q, k, v, kv_length):
@@ -59,7 +59,7 @@ class Plain:
 
 
 def by_rows(method, q, k, v, *rest):
-    """A method of `Plain` with heads in place."""
+    """A method of `JaxLibrary` with heads in place."""
 
     rest = [
         x if x is None or x.ndim == 0 else rows(x) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
@@ -70,15 +70,15 @@ def by_rows(method, q, k, v, *rest):
     return from_rows(*found, heads) if len(found) == 2 else tuple(heads_of(x, heads) for x in found)
 
 
-class PlainHeads:
+class JaxLibraryOnHeads:
     """The same, [b, Q, h, D]."""
 
-    forward = staticmethod(functools.partial(by_rows, Plain().forward))
-    backward = staticmethod(functools.partial(by_rows, Plain().backward))
+    forward = staticmethod(functools.partial(by_rows, JaxLibrary().forward))
+    backward = staticmethod(functools.partial(by_rows, JaxLibrary().backward))
 
 
 class Refuses:
-    """In place of a part that must not be asked: its numbers would be seen."""
+    """Replaces a part that must not be called: it returns nan, which the comparison would find."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -99,7 +99,7 @@ def chunked(library, other, heads=False) -> Kernel:
     return Kernel(found.forward, found.backward)
 
 
-# Pieces as a ring or a codec passes them, and whether the library serves them.
+# Pieces as a ring or a cache passes them, and whether the library serves them.
 PIECES = {
     "whole": (dict(queries=512, keys=512, dim=32, block=128), True),
     "a ring's piece inside a block": (
@@ -126,26 +126,26 @@ PIECES = {
 
 
 @functools.partial(released.quick_jit, static_argnums=(0, 3))
-def run(kernel, arrays, scope, options, elsewhere):
-    """Output, logsumexp and gradients; queries have seen `elsewhere` besides, as in a ring."""
+def run(kernel, arrays, mask, static, elsewhere):
+    """Output, logsumexp and gradients. `elsewhere` is the logsumexp over keys of other devices, as in a ring."""
     q, k, v, dout = arrays
-    out, lse = kernel.forward(q, k, v, scope, options)
+    out, lse = kernel.forward(q, k, v, mask, static)
     far = jnp.logaddexp(lse, elsewhere)
     share = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(lse - far))
     delta = jnp.sum(out * share[..., None] * dout, axis=-1)
-    return out, lse, *kernel.backward(q, k, v, dout, far, delta, scope, options)
+    return out, lse, *kernel.backward(q, k, v, dout, far, delta, mask, static)
 
 
 @pytest.mark.parametrize("name", PIECES)
 def test_the_library_and_the_other_kernel_share_the_work_and_the_numbers(name):
     makings, served = PIECES[name]
-    arrays, scope, options = piece(**makings)
+    arrays, mask, static = piece(**makings)
     arrays = tuple(x.astype(jnp.bfloat16) for x in arrays)
     elsewhere = jnp.asarray(np.random.default_rng(0).normal(size=arrays[0].shape[:2]), jnp.float32)
-    # Whoever must not be asked would answer with nan.
-    parts = (Plain(), NO_OTHER) if served else (NO_LIBRARY, blockwise.KERNEL)
-    ours = run(chunked(*parts), arrays, scope, options, elsewhere)
-    expected = run(blockwise.KERNEL, arrays, scope, options, elsewhere)
+    # The part that must not be called would return nan.
+    parts = (JaxLibrary(), NO_OTHER) if served else (NO_LIBRARY, blockwise.KERNEL)
+    ours = run(chunked(*parts), arrays, mask, static, elsewhere)
+    expected = run(blockwise.KERNEL, arrays, mask, static, elsewhere)
     for got, wanted in zip(ours, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-2, rtol=2e-2)
 
@@ -154,21 +154,21 @@ def test_the_library_and_the_other_kernel_share_the_work_and_the_numbers(name):
 def test_heads_in_place_give_what_rows_give(whole):
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 3, 32)), jnp.bfloat16) for _ in range(3))
-    options = StaticArgs(128, 64, 64, rows_per_batch=3, whole=whole)
+    static = StaticArgs(128, 64, 64, rows_per_batch=3, whole=whole)
 
-    def results(scope, *parts):
+    def results(mask, *parts):
         def loss(q, k, v):
-            out, lse = attend_heads(q, k, v, scope, options, chunked(*parts, heads=True))
+            out, lse = attend(q, k, v, mask, static, chunked(*parts, heads=True))
             return jnp.sum(jnp.sin(out)), (out, lse)
 
         return released.quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
-    scope = MaskArgs(*map(jnp.int32, (0, 0, 256, 0)))
+    mask = MaskArgs(*map(jnp.int32, (0, 0, 256, 0)))
     one, two = jnp.zeros((2, 256), jnp.int32), jnp.arange(256)[None].repeat(2, 0) // 128
-    library = results(scope._replace(q_segments=one, kv_segments=one), PlainHeads(), NO_OTHER)
-    _, (out, _) = results(scope, NO_LIBRARY, blockwise.KERNEL)  # where the library must be asked
+    library = results(mask._replace(q_segments=one, kv_segments=one), JaxLibraryOnHeads(), NO_OTHER)
+    _, (out, _) = results(mask, NO_LIBRARY, blockwise.KERNEL)  # here the library must be called
     assert np.isnan(out).all()
-    packed = scope._replace(q_segments=two, kv_segments=two)
+    packed = mask._replace(q_segments=two, kv_segments=two)
     rest = results(packed, NO_LIBRARY, blockwise.KERNEL)
     for name, found, segments in (("one", library, one), ("two", rest, two)):
         expected = reference(q, k, v, segments)
@@ -182,16 +182,14 @@ def reference(q, k, v, segments):
     from elastic.ops.attention import reference
 
     def loss(q, k, v):
-        out, lse = reference.attend(
-            q, k, v, block_size=128, q_start=jnp.int32(0), kv_length=jnp.int32(256),
-            q_segments=segments, kv_segments=segments, valid=None,
-        )  # fmt: skip
+        mask = MaskArgs(*map(jnp.int32, (0, 0, 256, 0)), q_segments=segments, kv_segments=segments)
+        out, lse = reference.attend(q, k, v, mask, block_size=128)
         return jnp.sum(jnp.sin(out)), (out, lse)
 
     return jax.grad(loss, (0, 1, 2), has_aux=True)(*(x.astype(jnp.float32) for x in (q, k, v)))
 
 
-def test_elements_with_pasts_of_their_own_share_a_call():
+def test_elements_with_caches_of_different_lengths_share_a_call():
     rng = np.random.default_rng(2)
     shapes = ((6, 40, 32), (6, 96, 32), (6, 96, 32))
     q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
@@ -200,7 +198,7 @@ def test_elements_with_pasts_of_their_own_share_a_call():
     class OfElements:
         def forward(self, q, k, v, kv_length):
             parts = [
-                Plain().forward(*(x[2 * i : 2 * i + 2] for x in (q, k, v)), n)
+                JaxLibrary().forward(*(x[2 * i : 2 * i + 2] for x in (q, k, v)), n)
                 for i, n in enumerate(kv_length)
             ]
             return tuple(jnp.concatenate(x) for x in zip(*parts, strict=True))
@@ -208,22 +206,22 @@ def test_elements_with_pasts_of_their_own_share_a_call():
     ours = cudnn.Chunked(OfElements(), NO_OTHER, False).prefixes(q, k, v, jnp.int32(0), lengths)
     assert ours is not None
     for i, length in enumerate(lengths):
-        own = slice(2 * i, 2 * i + 2)
-        scope = MaskArgs(*map(jnp.int32, (0, 0, length, 0)))
+        mine = slice(2 * i, 2 * i + 2)
+        mask = MaskArgs(*map(jnp.int32, (0, 0, length, 0)))
         expected = blockwise.KERNEL.forward(
-            q[own], k[own], v[own], scope, StaticArgs(96, 64, 64, 2)
+            q[mine], k[mine], v[mine], mask, StaticArgs(96, 64, 64, 2)
         )
         for got, wanted in zip(ours, expected, strict=True):
-            np.testing.assert_allclose(got[own], wanted, atol=2e-2)
+            np.testing.assert_allclose(got[mine], wanted, atol=2e-2)
 
 
 def test_keys_lie_in_a_cache_of_more_rows():
-    (q, k, v, _), scope, options = piece(queries=128, keys=128, dim=32, block=128)
+    (q, k, v, _), mask, static = piece(queries=128, keys=128, dim=32, block=128)
     q = q.astype(jnp.bfloat16)
     cache = [jnp.concatenate([x * 3, x, x * 5]).astype(jnp.bfloat16) for x in (k, v)]
-    scope = scope._replace(first_row=jnp.int32(4))
-    got = chunked(Plain(), NO_OTHER).forward(q, *cache, scope, options)
-    expected = blockwise.KERNEL.forward(q, *cache, scope, options)
+    mask = mask._replace(first_row=jnp.int32(4))
+    got = chunked(JaxLibrary(), NO_OTHER).forward(q, *cache, mask, static)
+    expected = blockwise.KERNEL.forward(q, *cache, mask, static)
     for ours, wanted in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, wanted, atol=2e-2)
 
@@ -243,13 +241,13 @@ def test_cudnn_is_called_as_this_jax_knows_it(heads):
         assert shown == [shape, lse.shape] or shown == [shape] * 3
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
-    for mask, length in lengths.items():
+    for kind, length in lengths.items():
         given = None if length is None else jax.ShapeDtypeStruct(length, jnp.int32)
         forward = lowered(library.forward, x, x, x, given)
         backward = lowered(library.backward, x, x, x, x, x, lse, given)
         for text, target in ((forward, "fmhaSoftmax"), (backward, "fmhaSoftmaxBackward")):
             assert text.count(f"@__cudnn${target}(") == 1
-            assert f'"mask_type": "{mask.split()[0]}"' in text.replace("\\22", '"')
+            assert f'"mask_type": "{kind.split()[0]}"' in text.replace("\\22", '"')
 
 
 def test_what_cudnn_serves():

@@ -1,4 +1,4 @@
-"""What is particular to the GPU kernels, run in interpret mode; tests/test_attention.py compares them with the reference."""
+"""Properties of the GPU kernels alone, in interpret mode; test_api.py compares them with the reference."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_gpu
-from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, attend_rows
+from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, attend
 
 # Pieces as a ring passes them: where queries and keys begin, how many there are, how many are filled.
 PIECES = {
@@ -34,13 +34,13 @@ PIECES = {
 
 
 @functools.partial(released.quick_jit, static_argnums=(0, 3))
-def run(kernel: Kernel, arrays, scope, options, elsewhere=None):
-    """Output, logsumexp and gradients; `elsewhere`: a logsumexp of as many keys again, as a ring has seen."""
+def run(kernel: Kernel, arrays, mask, static, elsewhere=None):
+    """Output, logsumexp and gradients. `elsewhere` is the logsumexp over keys of other devices, as in a ring."""
     q, k, v, dout = arrays
-    out, lse = kernel.forward(q, k, v, scope, options)
+    out, lse = kernel.forward(q, k, v, mask, static)
     whole = lse if elsewhere is None else jnp.logaddexp(lse, elsewhere)
     delta = jnp.sum(out * dout, axis=-1)
-    return out, lse, *kernel.backward(q, k, v, dout, whole, delta, scope, options)
+    return out, lse, *kernel.backward(q, k, v, dout, whole, delta, mask, static)
 
 
 def largest_difference(a, b):
@@ -51,11 +51,11 @@ def largest_difference(a, b):
 
 @pytest.mark.parametrize("case", PIECES)
 def test_pieces_of_a_ring_are_those_of_the_plain_kernel(case):
-    arrays, scope, options = piece(**PIECES[case])
+    arrays, mask, static = piece(**PIECES[case])
     elsewhere = normal(np.random.default_rng(0), *arrays[0].shape[:2])
     with jax.numpy_dtype_promotion("strict"):
-        ours = run(pallas_gpu.INTERPRET_KERNEL, arrays, scope, options, elsewhere)
-    expected = run(blockwise.KERNEL, arrays, scope, options, elsewhere)
+        ours = run(pallas_gpu.INTERPRET_KERNEL, arrays, mask, static, elsewhere)
+    expected = run(blockwise.KERNEL, arrays, mask, static, elsewhere)
     assert all(x.dtype == jnp.float32 for x in ours)
     for x, y, limit in zip(ours, expected, (2e-6, 2e-6, 2e-5, 2e-5, 2e-5), strict=True):
         assert largest_difference(x, y) <= limit
@@ -65,11 +65,11 @@ def test_pieces_of_a_ring_are_those_of_the_plain_kernel(case):
 
 
 def test_bfloat16_operands_with_float32_sums():
-    arrays, scope, options = piece(queries=60, keys=100, dim=128, block=20, q_start=40)
+    arrays, mask, static = piece(queries=60, keys=100, dim=128, block=20, q_start=40)
     rounded = tuple(x.astype(jnp.bfloat16) for x in arrays[:3])
-    ours = run(pallas_gpu.INTERPRET_KERNEL, (*rounded, arrays[3]), scope, options)
+    ours = run(pallas_gpu.INTERPRET_KERNEL, (*rounded, arrays[3]), mask, static)
     exact = (*(x.astype(jnp.float32) for x in rounded), arrays[3])
-    expected = run(blockwise.KERNEL, exact, scope, options)
+    expected = run(blockwise.KERNEL, exact, mask, static)
     for x, y in zip(ours, expected, strict=True):
         assert x.dtype == jnp.float32
         assert largest_difference(x, y) <= 2e-2 * max(1, np.abs(y).max())
@@ -77,54 +77,54 @@ def test_bfloat16_operands_with_float32_sums():
 
 
 def test_the_logsumexp_is_natural():
-    arrays, scope, options = piece(queries=16, keys=48, dim=32, block=1, q_start=48)
+    arrays, mask, static = piece(queries=16, keys=48, dim=32, block=1, q_start=48)
     q, k, v, _ = arrays
-    _, lse = pallas_gpu.INTERPRET_KERNEL.forward(q, k, v, scope, options)
+    _, lse = pallas_gpu.INTERPRET_KERNEL.forward(q, k, v, mask, static)
     logits = np.einsum("nqd,nkd->nqk", *(np.asarray(x, np.float64) for x in (q, k))) / 32**0.5
     assert largest_difference(lse, np.log(np.exp(logits).sum(axis=-1))) <= 2e-6
 
 
-def test_rows_of_a_longer_cache_are_read_in_place_and_rubbish_behind_its_end_never():
+def test_rows_of_a_longer_cache_are_read_in_place_and_padding_after_its_end_never():
     rng = np.random.default_rng(0)
     q, k, v = normal(rng, 2, 24, 32), normal(rng, 6, 90, 32), normal(rng, 6, 90, 32)
-    options = StaticArgs(24, 16, 16, 1)
+    static = StaticArgs(24, 16, 16, 1)
 
     @released.quick_jit
     def read(k, v, first_row):
-        scope = MaskArgs(jnp.int32(72), jnp.int32(0), jnp.int32(41), first_row)
-        return pallas_gpu.INTERPRET_KERNEL.forward(q, k, v, scope, options)
+        mask = MaskArgs(jnp.int32(72), jnp.int32(0), jnp.int32(41), first_row)
+        return pallas_gpu.INTERPRET_KERNEL.forward(q, k, v, mask, static)
 
     at = slice(3, 5)
     expected = read(k[at], v[at], jnp.int32(0))
-    there = np.zeros((6, 90, 1), bool)
-    there[at, :41] = True
-    k, v = (jnp.where(there, x, jnp.nan) for x in (k, v))
+    filled = np.zeros((6, 90, 1), bool)
+    filled[at, :41] = True
+    k, v = (jnp.where(filled, x, jnp.nan) for x in (k, v))
     for ours, theirs in zip(read(k, v, jnp.int32(3)), expected, strict=True):
         assert largest_difference(ours, theirs) == 0
 
 
-def test_rubbish_behind_the_end_gives_no_gradient_and_takes_none():
-    arrays, scope, options = piece(queries=40, keys=40, dim=32, block=16, kv_length=27)
-    expected = run(pallas_gpu.INTERPRET_KERNEL, arrays, scope, options)
+def test_padding_after_the_end_gives_no_gradient_and_gets_none():
+    arrays, mask, static = piece(queries=40, keys=40, dim=32, block=16, kv_length=27)
+    expected = run(pallas_gpu.INTERPRET_KERNEL, arrays, mask, static)
     q, k, v, dout = arrays
     k, v = (x.at[:, 27:].set(jnp.nan) for x in (k, v))
-    ours = run(pallas_gpu.INTERPRET_KERNEL, (q, k, v, dout), scope, options)
+    ours = run(pallas_gpu.INTERPRET_KERNEL, (q, k, v, dout), mask, static)
     for x, y in zip(ours, expected, strict=True):
         assert largest_difference(x, y) == 0
     assert not np.asarray(ours[3])[:, 27:].any() and not np.asarray(ours[4])[:, 27:].any()
 
 
 def test_inside_of_shard_map_scan_cond_and_checkpoint():
-    """Where a model calls it; what is differentiated is the output, through the gradient that all kernels share."""
-    (q, k, v, _), scope, options = piece(queries=32, keys=32, dim=32, block=16)
+    """As a model calls it. The output is differentiated, through the gradient that all kernels share."""
+    (q, k, v, _), mask, static = piece(queries=32, keys=32, dim=32, block=16)
     mesh = make_mesh("2,1,1,1", jax.devices()[:2])
 
     def loss(kernel, q):
         def layer(x, _):
-            def attend(x):
-                return attend_rows(x, k[: len(x)], v[: len(x)], scope, options, kernel)[0]
+            def branch(x):
+                return attend(x, k[: len(x)], v[: len(x)], mask, static, kernel)[0]
 
-            return jax.lax.cond(x[0, 0, 0] < 1e9, attend, jnp.zeros_like, x), None
+            return jax.lax.cond(x[0, 0, 0] < 1e9, branch, jnp.zeros_like, x), None
 
         def on_device(x):
             return jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
@@ -150,9 +150,9 @@ def test_what_it_cannot_do_is_refused_by_name():
     ):
         pallas_gpu.check(128, jnp.float16)
     pallas_gpu.check(96, jnp.dtype("bfloat16"))
-    (q, k, v, _), scope, options = piece(queries=16, keys=16, dim=16, block=16)
-    with pytest.raises(ValueError, match="head_dim=16"):  # also without having been asked
-        pallas_gpu.KERNEL.forward(q, k, v, scope, options)
+    (q, k, v, _), mask, static = piece(queries=16, keys=16, dim=16, block=16)
+    with pytest.raises(ValueError, match="head_dim=16"):  # the kernel checks too
+        pallas_gpu.KERNEL.forward(q, k, v, mask, static)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -1,4 +1,4 @@
-"""What is particular to the Pallas kernel for TPU, run interpreted and held to the one in XLA."""
+"""Properties of the TPU kernels alone, in interpret mode, compared with `blockwise`."""
 
 import functools
 
@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_tpu
-from elastic.ops.attention.base import MaskArgs, StaticArgs, attend_rows
+from elastic.ops.attention.base import MaskArgs, StaticArgs, attend
 
 KERNELS = (pallas_tpu.INTERPRET_KERNEL, blockwise.KERNEL)
 
-# Pieces as the ring hands them out, lengths that fill no tile, an odd and an even number of tiles.
+# Pieces as a ring passes them, lengths that fill no tile, odd and even numbers of tiles.
 CASES = {
     "keys after the first block": dict(
         num_queries=48, num_keys=40, block_size=24, q_start=48, kv_start=32
@@ -44,30 +44,30 @@ def make_case(
     *, num_queries, num_keys, block_size, q_start, kv_start, kv_length=None, ids=False, head_dim=32,
     dtype=jnp.float32,
 ):  # fmt: skip
-    """q, k, v; gradients of the output; logsumexp and delta over keys elsewhere too; scope and options."""
+    """q, k, v; the gradient of the output; logsumexp and delta over keys of other devices; mask and static arguments."""
     rng = np.random.default_rng(num_queries + num_keys)
     rows, heads = 4, 2
     shapes = [(rows, n, head_dim) for n in (num_queries, num_keys, num_keys, num_queries)]
     q, k, v, dout = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     elsewhere = [jnp.asarray(rng.normal(size=(rows, num_queries)), jnp.float32) for _ in range(2)]
     kv_length = kv_start + num_keys if kv_length is None else kv_length
-    scope = MaskArgs(*(jnp.int32(x) for x in (q_start, kv_start, kv_length, 0)))
+    mask = MaskArgs(*(jnp.int32(x) for x in (q_start, kv_start, kv_length, 0)))
     if ids:
         segments = [rng.integers(0, 3, (rows // heads, n)) for n in (num_queries, num_keys)]
         q_segments, kv_segments = (jnp.asarray(x, jnp.int32) for x in segments)
         valid = jnp.asarray(rng.random(kv_segments.shape) > 0.3)
-        scope = scope._replace(q_segments=q_segments, kv_segments=kv_segments, valid=valid)
-    options = StaticArgs(block_size, q_tile=16, kv_tile=24, rows_per_batch=heads)
-    return tuple(x.astype(dtype) for x in (q, k, v)), dout, elsewhere, scope, options
+        mask = mask._replace(q_segments=q_segments, kv_segments=kv_segments, valid=valid)
+    static = StaticArgs(block_size, q_tile=16, kv_tile=24, rows_per_batch=heads)
+    return tuple(x.astype(dtype) for x in (q, k, v)), dout, elsewhere, mask, static
 
 
 @functools.partial(released.quick_jit, static_argnums=(0, 5))
-def run(kernel, qkv, dout, elsewhere, scope, options):
-    """Output and logsumexp of these keys; gradients of q, k and v where others count as well."""
-    out, lse = kernel.forward(*qkv, scope, options)
+def run(kernel, qkv, dout, elsewhere, mask, static):
+    """Output and logsumexp over these keys; gradients of q, k and v that also count keys of other devices."""
+    out, lse = kernel.forward(*qkv, mask, static)
     all_lse, delta = elsewhere
-    all_lse = jnp.logaddexp(lse, all_lse).at[:, -1].set(-jnp.inf)  # the last query counts as blind
-    return out, lse, *kernel.backward(*qkv, dout, all_lse, delta, scope, options)
+    all_lse = jnp.logaddexp(lse, all_lse).at[:, -1].set(-jnp.inf)  # the last query sees no key
+    return out, lse, *kernel.backward(*qkv, dout, all_lse, delta, mask, static)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,8 +86,8 @@ def test_pieces_and_their_gradients_are_those_of_blockwise(case):
 
 
 def test_bfloat16_operands_give_nearly_the_same():
-    options = CASES["segments, hidden and missing keys"]
-    qkv, *others = make_case(**options, dtype=jnp.bfloat16)
+    case = CASES["segments, hidden and missing keys"]
+    qkv, *others = make_case(**case, dtype=jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
         ours = run(pallas_tpu.INTERPRET_KERNEL, qkv, *others)
         exact = run(blockwise.KERNEL, tuple(x.astype(jnp.float32) for x in qkv), *others)
@@ -97,24 +97,24 @@ def test_bfloat16_operands_give_nearly_the_same():
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-2 * max(1, largest))
 
 
-def test_rows_of_a_cache_are_read_where_they_lie_and_nothing_behind_its_end():
+def test_rows_of_a_cache_are_read_in_place_and_nothing_after_its_end():
     (q, *_), *_ = make_case(num_queries=40, num_keys=1, block_size=1, q_start=0, kv_start=0)
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.normal(size=(12, 77, 32)), jnp.float32) for _ in range(2))
     length, first_row = 45, 7
-    scope = MaskArgs(*(jnp.int32(x) for x in (77, 0, length, first_row)))
-    options = StaticArgs(1, q_tile=16, kv_tile=16, rows_per_batch=2)
+    mask = MaskArgs(*(jnp.int32(x) for x in (77, 0, length, first_row)))
+    static = StaticArgs(1, q_tile=16, kv_tile=16, rows_per_batch=2)
     forward = [released.quick_jit(x.forward, static_argnums=4) for x in KERNELS]
-    expected = forward[1](q, keys, values, scope, options)
-    # Of other rows, and behind the end, not even half of a tile.
-    rubbish = jnp.full_like(keys, jnp.nan).at[first_row : first_row + 4, :length].set(0)
-    ours = forward[0](q, keys + rubbish, values + rubbish, scope, options)
+    expected = forward[1](q, keys, values, mask, static)
+    # Neither other rows nor anything after the end is read, not even half of a tile.
+    garbage = jnp.full_like(keys, jnp.nan).at[first_row : first_row + 4, :length].set(0)
+    ours = forward[0](q, keys + garbage, values + garbage, mask, static)
     for x, y in zip(ours, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
 
 
-def test_gradients_of_keys_that_are_not_there_are_zero():
-    """Rubbish behind `kv_length` inside of a tile reaches no gradient."""
+def test_gradients_of_keys_that_do_not_exist_are_zero():
+    """Padding after `kv_length` inside a tile reaches no gradient."""
     arguments = make_case(
         num_queries=40, num_keys=40, block_size=8, q_start=8, kv_start=0, kv_length=20
     )
@@ -128,16 +128,16 @@ def test_gradients_of_keys_that_are_not_there_are_zero():
 
 
 def test_works_where_devices_take_different_branches_in_a_scan_with_remat():
-    qkv, dout, _, scope, options = make_case(
+    qkv, dout, _, mask, static = make_case(
         num_queries=16, num_keys=16, block_size=8, q_start=0, kv_start=0
     )
 
     def local(kernel, qkv):
         def layer(q, _):
-            def attend(q):
-                return attend_rows(q, *qkv[1:], scope, options, kernel)[0]
+            def branch(q):
+                return attend(q, *qkv[1:], mask, static, kernel)[0]
 
-            return lax.cond(lax.axis_index("sp") == 0, attend, lambda q: 2 * q, q), None
+            return lax.cond(lax.axis_index("sp") == 0, branch, lambda q: 2 * q, q), None
 
         return lax.scan(jax.checkpoint(layer), qkv[0], length=2)[0]
 
@@ -169,8 +169,8 @@ def test_works_where_devices_take_different_branches_in_a_scan_with_remat():
 def test_tiles_are_whole_lanes_within_what_was_asked_and_fit_in_vmem(
     num_queries, num_keys, head_dim, dtype, q_tile, kv_tile, expected
 ):
-    options = StaticArgs(4096, q_tile, kv_tile, 8)
-    assert pallas_tpu.tiles(num_queries, num_keys, head_dim, dtype, options) == expected
+    static = StaticArgs(4096, q_tile, kv_tile, 8)
+    assert pallas_tpu.tiles(num_queries, num_keys, head_dim, dtype, static) == expected
 
 
 @pytest.mark.parametrize(
