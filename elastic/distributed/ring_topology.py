@@ -35,15 +35,15 @@ def ring_grid(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray | No
             if walk is None:
                 continue
             block = [(x, y) for y in range(down) for x in range(across)]
-            places = [
+            order = [
                 (left + x * across + in_x, top + y * down + in_y)
                 for top in range(0, rows, high * down)
                 for left in range(0, columns, wide * across)
                 for in_x, in_y in block
                 for x, y in walk
             ]
-            grid = np.empty(len(places), object)
-            grid[:] = [by_place[place] for place in places]
+            grid = np.empty(len(order), object)
+            grid[:] = [by_place[place] for place in order]
             return grid.reshape(shape)
     return None
 

@@ -1,4 +1,4 @@
-"""Compiling for hardware that is not there: reading programs, counting arithmetic, the script as a whole."""
+"""Compiling for hardware that this machine lacks: reading programs, counting FLOPs, and the whole script."""
 
 import importlib.util
 import json
@@ -186,9 +186,9 @@ def test_ring_work_is_that_of_the_tiles_that_see_something(devices, layout, bloc
     size = length // devices // (2 if layout == "balanced" else 1)
     pieces = [[r, 2 * devices - 1 - r] if layout == "balanced" else [r] for r in range(devices)]
     expected = []
-    for own in pieces:
+    for device_pieces in pieces:
         pairs = 0
-        for first_query in (p * size + at for p in own for at in range(0, size, q_tile)):
+        for first_query in (p * size + at for p in device_pieces for at in range(0, size, q_tile)):
             queries = np.arange(
                 first_query, min(first_query + q_tile, (first_query // size + 1) * size)
             )
@@ -210,11 +210,11 @@ def test_ring_work_is_that_of_the_tiles_that_see_something(devices, layout, bloc
 )
 def test_the_balanced_ring_is_even_within_five_percent(length, devices, block_size):
     sizes = dict(block_size=block_size, q_tile=1024, kv_tile=512)
-    balanced, plain = (
+    balanced, in_order = (
         flops.ring_work(length, devices, **sizes, layout=layout) for layout in ("balanced", "plain")
     )
     assert balanced.max_over_mean <= 1.05
-    assert plain.max_over_mean > 1.8
+    assert in_order.max_over_mean > 1.8
 
 
 def test_a_sequence_that_does_not_divide_into_pieces_is_refused():

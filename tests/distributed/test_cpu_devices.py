@@ -1,4 +1,4 @@
-"""What compiling took is given back."""
+"""Memory freed after a compilation returns to the operating system."""
 
 import ctypes
 import types

@@ -115,7 +115,7 @@ def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined, alone):
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_save(clips, tmp_path):
-    """A Ctrl-C becomes the SIGTERM of a pod's scheduler, and the process that was not told learns of it."""
+    """A Ctrl-C becomes the SIGTERM of a pod's scheduler, and the process that got no signal stops too."""
     port = free_port()
 
     def command(process):
@@ -149,11 +149,11 @@ def test_a_device_holds_its_rows_and_all_devices_hold_all(mesh_dim, rows):
     from jax.sharding import PartitionSpec as P
 
     sharding = NamedSharding(make_mesh(mesh_dim), P(("dp", "fsdp"), "sp"))
-    held = [
+    parts = [
         range(*index[0].indices(8))
         for index in sharding.addressable_devices_indices_map((8, 4)).values()
     ]
-    assert {len(part) for part in held} == rows
+    assert {len(part) for part in parts} == rows
     assert local_rows(sharding, (8, 4)) == list(range(8))
 
 

@@ -19,9 +19,9 @@ def chips(columns, rows):
     ]
 
 
-def steps(places):
+def steps(walk):
     """How far apart, in columns and rows, neighbours of a closed walk are."""
-    pairs = itertools.pairwise([*places, places[0]])
+    pairs = itertools.pairwise([*walk, walk[0]])
     return [(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in pairs]
 
 

@@ -229,7 +229,7 @@ ON_MESHES = [
 
 @pytest.mark.parametrize(("case", "mesh_dim", "changes"), ON_MESHES, ids=str)
 def test_the_mesh_changes_no_number(case, mesh_dim, changes):
-    """Nor does the ring, plain or balanced (the default), nor scan and remat on it."""
+    """The ring (plain and balanced), scan and remat change no result either."""
     mesh = make_mesh(mesh_dim)
     config = released.config(case, **changes)
     params = released.params(case, scan_layers=config.scan_layers)
@@ -285,7 +285,7 @@ def test_fresh_parameters_are_the_released_draw_and_give_a_finite_picture():
 
 
 def test_the_tail_of_a_block_does_not_reach_the_decoder():
-    """What a dropped token holds cannot be seen in the codes: nesting of the representation."""
+    """Codes do not depend on the contents of dropped tokens: the representation is nested."""
     batch = released.batch("vae")
     (_, encoded), _ = forward("vae", True, "blockwise")(batch)
     codes = np.asarray(encoded.codes)

@@ -74,10 +74,10 @@ def tiles(
       static: its tile sizes are upper limits, in tokens.
       interpret: the kernels run in interpret mode.
     """
-    lanes = _INTERPRETED_LANES if interpret else _LANES
+    multiple = _INTERPRETED_LANES if interpret else _LANES
 
     def fit(tile: int, length: int) -> int:
-        return min(max(tile // lanes, 1), pl.cdiv(length, lanes)) * lanes
+        return min(max(tile // multiple, 1), pl.cdiv(length, multiple)) * multiple
 
     def vmem_bytes(q_tile: int, kv_tile: int) -> int:
         """An estimate for the kernel that needs most (dk, dv): double-buffered inputs and outputs, sums, and tiles of logits."""

@@ -61,14 +61,14 @@ def test_bfloat16_operands_give_nearly_the_same(implementation, case):
 @pytest.mark.parametrize("case", ["nothing divides anything", "all at once"])
 def test_the_reference_is_the_definition(case):
     """NumPy, one query at a time, from the text of the contract."""
-    (q, k, v), _, scope, static = make_case(jnp.float32, **CASES[case])
-    out = attention(q, k, v, **scope, **static, implementation="reference")
+    (q, k, v), _, seen_args, static = make_case(jnp.float32, **CASES[case])
+    out = attention(q, k, v, **seen_args, **static, implementation="reference")
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     batch, length, heads, dim = k.shape
-    start, block = int(scope["q_start"]), static["block_size"]
-    limit = int(scope.get("kv_length", length))
-    segments = np.asarray(scope.get("segment_ids", np.zeros((batch, length))))
-    valid = np.asarray(scope.get("valid", np.ones((batch, length), bool)))
+    start, block = int(seen_args["q_start"]), static["block_size"]
+    limit = int(seen_args.get("kv_length", length))
+    segments = np.asarray(seen_args.get("segment_ids", np.zeros((batch, length))))
+    valid = np.asarray(seen_args.get("valid", np.ones((batch, length), bool)))
     for b, i, h in np.ndindex(batch, q.shape[1], heads):
         seen = [
             j
@@ -85,9 +85,9 @@ def test_the_reference_is_the_definition(case):
 @pytest.mark.parametrize("implementation", RUNNABLE)
 def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(implementation):
     """Difference 13 in elastic/README.md: the released paths average over hidden keys, each over others."""
-    qkv, cotangent, scope, static = make_case(jnp.float32, **CASES["hidden keys"])
-    scope["valid"] = jnp.ones((2, 96), bool).at[1, :32].set(False)
-    out, *grads = run(implementation, qkv, cotangent, scope, static)
+    qkv, cotangent, seen_args, static = make_case(jnp.float32, **CASES["hidden keys"])
+    seen_args["valid"] = jnp.ones((2, 96), bool).at[1, :32].set(False)
+    out, *grads = run(implementation, qkv, cotangent, seen_args, static)
     assert not out[1, :32].any() and np.abs(out[1, 32:]).min(axis=-1).max() > 0
     assert all(np.isfinite(g).all() for g in grads)
     assert not grads[0][1, :32].any()  # its own query, and below the hidden keys and values
@@ -98,13 +98,13 @@ def test_a_query_that_sees_no_key_gives_zero_and_no_gradient(implementation):
 def test_keys_that_the_mask_rules_out_are_never_read(implementation):
     """Not a number times zero would show: whole tiles behind `kv_length`, or in later blocks."""
     options = dict(length=128, block_size=32, kv_length=64, q_tile=32, kv_tile=32)
-    (q, k, v), _, scope, static = make_case(jnp.float32, **options)
-    full = attention(q, k, v, **scope, **static, implementation="reference")
+    (q, k, v), _, seen_args, static = make_case(jnp.float32, **options)
+    full = attention(q, k, v, **seen_args, **static, implementation="reference")
     k, v = k.at[:, 64:].set(jnp.nan), v.at[:, 64:].set(jnp.nan)
-    out = attention(q, k, v, **scope, **static, implementation=implementation)
+    out = attention(q, k, v, **seen_args, **static, implementation=implementation)
     assert largest_difference(out, full) <= 2e-6
-    del scope["kv_length"]
-    out = attention(q, k, v, **scope, **static, implementation=implementation)
+    del seen_args["kv_length"]
+    out = attention(q, k, v, **seen_args, **static, implementation=implementation)
     assert np.isfinite(np.asarray(out[:, :64])).all()
     assert np.isnan(np.asarray(out[:, 64:])).all()
 
@@ -113,12 +113,12 @@ def test_keys_that_the_mask_rules_out_are_never_read(implementation):
 def test_keys_of_other_segments_are_never_read(implementation):
     """A packed sequence costs what its files cost: forward, and in both passes of the gradient."""
     options = dict(length=96, block_size=32, segments=(64, 32), q_tile=16, kv_tile=16)
-    (q, k, v), cotangent, scope, static = make_case(jnp.float32, **options)
-    scope["segment_ids"] = scope["segment_ids"].at[1].set(scope["segment_ids"][0])
-    expected = run(implementation, (q, k, v), cotangent, scope, static)
+    (q, k, v), cotangent, seen_args, static = make_case(jnp.float32, **options)
+    seen_args["segment_ids"] = seen_args["segment_ids"].at[1].set(seen_args["segment_ids"][0])
+    expected = run(implementation, (q, k, v), cotangent, seen_args, static)
     # What is not a number in the first file may show there alone, and likewise a cotangent that is none.
     q, k, v = (x.at[:, :64].set(jnp.nan) for x in (q, k, v))
-    ours = run(implementation, (q, k, v), cotangent.at[:, :64].set(jnp.nan), scope, static)
+    ours = run(implementation, (q, k, v), cotangent.at[:, :64].set(jnp.nan), seen_args, static)
     for x, y in zip(ours, expected, strict=True):
         assert (x[:, 64:] == y[:, 64:]).all()
 

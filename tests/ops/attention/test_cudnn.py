@@ -51,8 +51,8 @@ class JaxLibrary:
             jnp.einsum("nqk,nqd->nkd", dlogits, q32),
             jnp.einsum("nqk,nqd->nkd", weights, dout32),
         )
-        there = (jnp.arange(k.shape[1]) < kv_length)[None, :, None]
-        written = jnp.bool_(True) & (kv_length > 0), there, there
+        exists = (jnp.arange(k.shape[1]) < kv_length)[None, :, None]
+        written = jnp.bool_(True) & (kv_length > 0), exists, exists
         return tuple(
             jnp.where(x, y, jnp.nan).astype(q.dtype) for x, y in zip(written, found, strict=True)
         )

@@ -126,11 +126,11 @@ def test_inside_of_shard_map_scan_cond_and_checkpoint():
 
             return jax.lax.cond(x[0, 0, 0] < 1e9, branch, jnp.zeros_like, x), None
 
-        def on_device(x):
+        def per_device(x):
             return jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
 
         spec = P(mesh.axis_names[0])
-        run = jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        run = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return jnp.sum(jnp.sin(run(q)))
 
     ours, expected = (
