@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import released
 
-from elastic.model.layers import LayerStack, apply_rope, deinterleave_rope, rope_angles
+from elastic.model.layers import LayerStack
+from elastic.model.rope import apply_rope, deinterleave_rope, rope_angles
 
 SCAN = {True: "scan", False: "unscan"}
 
@@ -50,7 +51,7 @@ def test_no_two_positions_of_a_long_sequence_turn_alike():
     assert len(np.unique(pairs, axis=0)) == 16_384
 
 
-def test_pairs_apart_is_the_interleaved_rotation_with_its_channels_moved():
+def test_deinterleaved_rope_is_the_interleaved_rotation_with_its_channels_moved():
     """The released models turn the pairs (x[2i], x[2i + 1])."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=(n, 16)), jnp.float32) for n in (6, 16))

@@ -28,40 +28,40 @@ def piece(
         ids = (jnp.asarray(rng.integers(0, 2, (2, n))) for n in (queries, keys))
         mask = mask._replace(**dict(zip(("q_segments", "kv_segments"), ids, strict=True)))
     if hidden:
-        scope = scope._replace(valid=jnp.asarray(rng.random((2, keys)) < 0.6))
-    return (q, k, v, dout), scope, StaticArgs(block, q_tile, kv_tile, 2)
+        mask = mask._replace(valid=jnp.asarray(rng.random((2, keys)) < 0.6))
+    return (q, k, v, dout), mask, StaticArgs(block, q_tile, kv_tile, 2)
 
 
 def make_case(
     dtype, *, length, block_size, q_start=0, q_length=None, kv_length=None, segments=None, hidden=0,
     q_tile=1024, kv_tile=512,
 ):  # fmt: skip
-    """Queries, keys, values, a cotangent; the arrays of what may be seen; the static options."""
+    """Queries, keys, values, a cotangent; the arguments that say what may be seen; static arguments."""
     batch, heads, dim = 2, 2, 32
     rng = np.random.default_rng(length + block_size)
     lengths = (q_length or length, length, length, q_length or length)
     q, k, v, g = (normal(rng, batch, n, heads, dim).astype(dtype) for n in lengths)
-    scope = {"q_start": jnp.int32(q_start)}
+    seen_args = {"q_start": jnp.int32(q_start)}
     if kv_length is not None:
-        scope["kv_length"] = jnp.int32(kv_length)
+        seen_args["kv_length"] = jnp.int32(kv_length)
     if segments is not None:
         ids = np.repeat(np.arange(len(segments)), segments)
-        scope["segment_ids"] = jnp.asarray(np.stack([ids, ids[::-1]]))
+        seen_args["segment_ids"] = jnp.asarray(np.stack([ids, ids[::-1]]))
     if hidden:
-        scope["valid"] = jnp.asarray(rng.random((batch, length)) >= hidden)
+        seen_args["valid"] = jnp.asarray(rng.random((batch, length)) >= hidden)
     static = dict(block_size=block_size, q_tile=q_tile, kv_tile=kv_tile)
-    return (q, k, v), g.astype(jnp.float32), scope, static
+    return (q, k, v), g.astype(jnp.float32), seen_args, static
 
 
-def run(implementation, qkv, cotangent, scope, static):
+def run(implementation, qkv, cotangent, seen_args, static):
     """The output, and the gradients of q, k and v; what may be seen is traced."""
 
-    def loss(qkv, scope):
-        out = ops.attention(*qkv, **scope, **static, implementation=implementation)
+    def loss(qkv, seen_args):
+        out = ops.attention(*qkv, **seen_args, **static, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) * cotangent), out
 
     with jax.numpy_dtype_promotion("strict"):
-        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
+        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, seen_args)
     assert out.dtype == qkv[0].dtype and all(g.dtype == out.dtype for g in grads)
     return [np.asarray(x, np.float32) for x in (out, *grads)]
 

@@ -13,7 +13,7 @@ from released import RUNNABLE
 
 from elastic import ops
 from elastic.ops.attention import blockwise, reference
-from elastic.ops.attention.base import MaskArgs, StaticArgs, attend_rows
+from elastic.ops.attention.base import MaskArgs, StaticArgs, attend
 
 FAST = [name for name in RUNNABLE if name != "reference"]
 # Lengths and tiles that do and do not divide each other; what a query may see.
@@ -181,8 +181,8 @@ def test_halves_merge_by_their_logsumexp():
         return out, rearrange(lse, "(b h) l -> b h l", h=2)
 
     whole, whole_lse = dense(0, 32)
-    for run in (dense, tiled):
-        (a, lse_a), (b, lse_b) = run(0, 11), run(11, 32)
+    for parts in (dense, tiled):
+        (a, lse_a), (b, lse_b) = parts(0, 11), parts(11, 32)
         lse = jnp.logaddexp(lse_a, lse_b)
         assert largest_difference(lse, whole_lse) <= 2e-6
         shares = (rearrange(jnp.exp(x - lse), "b h l -> b l h 1") for x in (lse_a, lse_b))

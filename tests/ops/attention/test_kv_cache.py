@@ -16,7 +16,7 @@ from elastic.distributed.mesh import make_mesh
 
 
 def cache_case(num_cached, capacity, candidates, block=24):
-    """A cache of two layers with rubbish behind its end, and candidates for the next block."""
+    """A cache of two layers with garbage after its end, and candidates for the next block."""
     batch, heads, dim, layer = 2, 2, 32, 1
     rng = np.random.default_rng(capacity)
     shape = (2, batch, heads, capacity, dim)
@@ -49,9 +49,7 @@ def cache_case(num_cached, capacity, candidates, block=24):
 @pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize(("num_cached", "capacity"), [(0, 0), (0, 72), (24, 72), (72, 72)], ids=str)
 @pytest.mark.parametrize("candidates", [1, 3])
-def test_candidates_on_a_cached_past_equal_one_shot(
-    implementation, num_cached, capacity, candidates
-):
+def test_candidates_on_a_cache_equal_one_shot(implementation, num_cached, capacity, candidates):
     qkv, cache, layer, one_shot = cache_case(num_cached, capacity, candidates)
     attend = functools.partial(
         ops.attention_with_cache, implementation=implementation, q_tile=32, kv_tile=20
@@ -64,7 +62,7 @@ def test_candidates_on_a_cached_past_equal_one_shot(
 
 @pytest.mark.parametrize("mesh_dim", ["1,1,2,1", "1,1,1,4", "1,1,2,2", "2,1,2,1"])
 @pytest.mark.parametrize("implementation", ["reference", "blockwise"])
-def test_heads_and_parts_of_a_cached_past_lie_on_several_devices(implementation, mesh_dim):
+def test_heads_and_parts_of_a_cache_lie_on_several_devices(implementation, mesh_dim):
     (q, k, v), cache, layer, one_shot = cache_case(24, 72, 3)
     mesh = make_mesh(mesh_dim, jax.devices()[: 2 if mesh_dim == "1,1,2,1" else 4])
     size = mesh.shape["sp"]

@@ -33,29 +33,30 @@ RINGS = [
 
 @pytest.mark.parametrize(("case", "implementation", "layout", "mesh_dim"), RINGS)
 def test_a_ring_is_one_device(case, implementation, layout, mesh_dim):
-    qkv, cotangent, scope, static = make_case(jnp.float32, **RING_CASES[case])
+    qkv, cotangent, seen_args, static = make_case(jnp.float32, **RING_CASES[case])
     sizes = [int(size) for size in mesh_dim.split(",")]
     mesh = make_mesh(mesh_dim, jax.devices()[: np.prod(sizes)])
-    there, back = (
+    balance, restore = (
         (lambda x: ring.to_balanced(x, mesh), lambda x: ring.from_balanced(x, mesh))
         if layout == "balanced"
         else (lambda x: x, lambda x: x)
     )
 
-    def loss(qkv, scope):
+    def loss(qkv, seen_args):
         placed = {
-            name: there(x) if name in ("segment_ids", "valid") else x for name, x in scope.items()
+            name: balance(x) if name in ("segment_ids", "valid") else x
+            for name, x in seen_args.items()
         }
         del placed["q_start"]  # 0
         out = ops.attention(
-            *map(there, qkv), **placed, **static, implementation=implementation,
+            *map(balance, qkv), **placed, **static, implementation=implementation,
             mesh=mesh, layout=layout,
         )  # fmt: skip
-        out = back(out)
+        out = restore(out)
         return jnp.sum(out * cotangent), out
 
     with jax.numpy_dtype_promotion("strict"):
-        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, scope)
+        (_, out), grads = released.quick_jit(jax.value_and_grad(loss, has_aux=True))(qkv, seen_args)
     expected, *expected_grads = reference_of(jnp.float32, RING_CASES[case])
     assert largest_difference(out, expected) <= 2e-6
     for ours, theirs in zip(grads, expected_grads, strict=True):
