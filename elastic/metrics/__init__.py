@@ -1,4 +1,4 @@
-"""How far two pictures are apart."""
+"""Measures how different two pictures or clips are."""
 
 from elastic.metrics.distortion import Metric, make_metric
 from elastic.metrics.image import mse_of_psnr, psnr, psnr_of_mse, ssim

@@ -1,4 +1,4 @@
-"""What tokenizing one block gives, and what its loss may be."""
+"""The metrics that a block's loss may be: squared error, LPIPS, or any function. A new metric is added here."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,16 @@ import numpy as np
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import load_lpips_weights
 
-# What a block's loss is instead of the mean squared error: of original and reconstruction, uint8
-# [n, rows, columns, 3], real frames only; 0 or above, less is better.
+# A distortion: (original, reconstruction) -> a number of 0 or above, smaller is better. Both are uint8
+# [frames, rows, columns, 3] without padding frames.
 Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
 
 
 def make_metric(metric: str | Metric) -> tuple[str, Metric | None]:
-    """A metric and its name: 'mse' (None: the codec measures it), 'lpips' (the mean of the frames) or a function.
+    """The name of a metric and its function.
+
+    Args:
+      metric: 'mse' (its function is None: the codec measures it), 'lpips' (the mean over the frames) or a function.
 
     Raises:
       ValueError: the name is unknown, or there are no LPIPS weights.

@@ -1,11 +1,11 @@
-"""How close a reconstruction is."""
+"""PSNR and SSIM of a reconstruction."""
 
 import math
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-# Of SSIM (Wang et al. 2004): an 11 x 11 Gaussian window of deviation 1.5, and what keeps flat windows apart from 0 / 0.
+# SSIM (Wang et al. 2004): an 11 x 11 Gaussian window of deviation 1.5, and constants that avoid 0 / 0 in flat windows.
 _RADIUS, _DEVIATION = 5, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 

@@ -1,7 +1,7 @@
 """LPIPS, the distance of two images in the features of VGG16 (Zhang et al. 2018).
 
-The weights are constants: see `elastic.lpips_weights`. Gradients flow into the first image alone, so that
-the second, the original, costs a forward pass and keeps nothing for the backward one.
+The weights are constants (`lpips_weights.py`). Gradients flow into the first image only. The second image, the
+original, therefore needs a forward pass only and stores nothing for a backward pass.
 """
 
 import functools
@@ -24,7 +24,7 @@ _LEAST_SIZE = 16  # four poolings
 
 
 class Features(NamedTuple):
-    """What VGG16 computes, after the last ReLU of each stage; each is half as large as the one before."""
+    """VGG16's features after the last ReLU of each stage; each stage halves rows and columns."""
 
     relu1_2: Float[Array, "b h1 w1 64"]
     relu2_2: Float[Array, "b h2 w2 128"]
@@ -44,7 +44,7 @@ def _products(x: Array, kernel: Array, dtype: jnp.dtype) -> Array:
     )
 
 
-# JAX cannot transpose a convolution whose result is wider than its operands; hence a gradient by hand.
+# JAX cannot transpose a convolution whose result has a wider type than its operands, so the gradient is written out.
 _convolution = jax.custom_vjp(_products, nondiff_argnums=(2,))
 
 
@@ -61,10 +61,10 @@ _convolution.defvjp(_convolution_fwd, _convolution_bwd)
 
 
 def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
-    """The largest of two by two, an odd last row or column left out."""
+    """Max pooling over 2 x 2 pixels; an odd last row or column is left out."""
     b, h, w, c = x.shape
     x = x[:, : h // 2 * 2, : w // 2 * 2]
-    # Reshaped, as reduce_window's gradient is slow on CPUs (of LPIPS as a whole: 0.55 against 0.66 s a pair).
+    # A reshape, because the gradient of reduce_window is slow on CPUs (LPIPS as a whole: 0.55 instead of 0.66 s a pair).
     return jnp.max(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
 
 
@@ -95,9 +95,9 @@ def vgg16(
 
 
 def _unit(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Every pixel's features, scaled to length 1; those that are all zero stay so, with a gradient that is finite."""
+    """Every pixel's features, scaled to length 1; zero features stay zero and have a finite gradient."""
     squares = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-    # The root's slope at 0 is infinite, and infinity times the 0 of `where` is no number: hence two of them.
+    # The root's slope at 0 is infinite, and infinity times the 0 of one `where` is NaN, so there are two.
     length = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
     return features / (length + _EPS)
 
@@ -109,12 +109,16 @@ def lpips(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "b"]:
-    """The distance of each pair of images in [-1, 1], 0 (but for rounding) where they are equal.
+    """The LPIPS distance of each pair of images; 0 up to rounding if they are equal.
 
-    Symmetric, but for the gradient: none flows into `originals`.
+    Args:
+      weights: of `load_lpips_weights`.
+      images: float [b, h, w, 3] in [-1, 1]; gradients flow into these.
+      originals: likewise; no gradient flows into these. The value is symmetric in both.
+      dtype: type of the operands of products; sums are float32.
     """
-    # One after the other: both in one batch takes 1.6 times as long and as much memory, as the backward pass
-    # goes through the originals too.
+    # Two calls: one batch of both takes 1.6 times as long and as much memory, because its backward pass covers
+    # the originals too.
     ours = vgg16(weights, images, dtype=dtype)
     theirs = vgg16(weights, lax.stop_gradient(originals), dtype=dtype)
     distance = jnp.zeros(images.shape[0], jnp.float32)
@@ -126,7 +130,7 @@ def lpips(
 
 
 def resize(images: Float[Array, "b h w c"], size: int = 224) -> Float[Array, "b s s c"]:
-    """Images of `size` x `size` pixels as the released step makes them: bilinear, smoothed where they become smaller."""
+    """Images resized to `size` x `size` pixels as the released training step does it: bilinear with antialiasing."""
     b, _, _, c = images.shape
     return jax.image.resize(images, (b, size, size, c), "bilinear")
 
@@ -144,16 +148,21 @@ def lpips_of_frames(
     batch_size: int = 8,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[np.ndarray, "n"]:
-    """The distance of each pair of frames at their own size (training compares at 224), a batch at a time.
+    """The LPIPS distance of each pair of frames at their own size (training compares at 224 x 224).
 
-    Put the weights on the device once, by `jax.device_put`, where this is called often.
+    Args:
+      weights: of `load_lpips_weights`; put them on the device by `jax.device_put` if this is called often.
+      a: uint8 [n, rows, columns, 3].
+      b: likewise.
+      batch_size: pairs computed at a time.
+      dtype: type of the operands of products.
     """
-    weights = jax.device_put(weights)  # nothing where they are there
+    weights = jax.device_put(weights)  # does nothing if they are there already
     found = [np.zeros(0, np.float32)]
     for start in range(0, len(a), batch_size):
         pair = [x[start : start + batch_size] for x in (a, b)]
         num = len(pair[0])
-        if start:  # a last, smaller batch is filled up: one program for all
+        if start:  # a smaller last batch is filled up, so that one compiled program serves all
             pair = [np.concatenate([x, np.repeat(x[-1:], batch_size - num, axis=0)]) for x in pair]
         found.append(np.asarray(_of_uint8(weights, *pair, dtype=jnp.dtype(dtype)))[:num])
     return np.concatenate(found)

