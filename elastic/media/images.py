@@ -1,8 +1,7 @@
-"""Files -> frames at the source's own size and times: what kind of file it is, and pictures.
+"""Opens a file of any kind as a `MediaSource`, and decodes pictures through Pillow.
 
-Bytes decide what a file is: Pillow knows pictures by their first bytes, ffmpeg (through PyAV)
-probes the rest.
-`elastic.media` is the door to this room.
+The content decides what a file is, not its name: Pillow recognises pictures by their first bytes, and ffmpeg
+(through PyAV) probes everything else.
 """
 
 import logging
@@ -24,7 +23,7 @@ from elastic.media.video import video_source
 
 log = logging.getLogger(__name__)
 
-# Formats told by their first bytes that hold nothing but a picture (no scripts, no other files).
+# Formats that Pillow recognises by their first bytes and that hold nothing but a picture: no scripts, no other files.
 _IMAGE_FORMATS = (
     "AVIF",
     "BMP",
@@ -38,9 +37,9 @@ _IMAGE_FORMATS = (
     "TIFF",
     "WEBP",
 )
-# Of those, the ones whose further frames are an animation (in TIFF they are other pictures).
+# Those whose further frames are an animation. In TIFF they are other pictures.
 _ANIMATED_FORMATS = ("AVIF", "GIF", "PNG", "WEBP")
-# What Pillow's decoders raise on damaged bytes; PyAV's errors share av.error.FFmpegError.
+# Errors of Pillow's decoders on damaged bytes. PyAV's errors share av.error.FFmpegError.
 _PILLOW_ERRORS = (
     OSError,
     ValueError,
@@ -58,7 +57,7 @@ _PILLOW_ERRORS += (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-_UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the displayed one
+_UPRIGHT = {  # EXIF orientation -> the transposition from the stored picture to the displayed one
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -70,7 +69,7 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the displ
 
 
 def open_source(path: str | os.PathLike[str]) -> MediaSource:
-    """Finds what `path` holds and how to read it; no more is decoded than a video's first frame.
+    """Probes the file and returns how to read it; at most the first frame of a video is decoded.
 
     Raises:
       MediaError: as in `elastic.media.probe`.
@@ -133,7 +132,7 @@ def _image_source(path: Place, image: Image.Image) -> MediaSource:
 def _orientation(path: Place, image: Image.Image) -> int:
     try:
         return image.getexif().get(0x0112, 1)
-    except _PILLOW_ERRORS as error:  # the picture is good, its notes are not
+    except _PILLOW_ERRORS as error:  # the picture itself is fine
         log.warning("%s: unreadable EXIF, taken as upright (%s).", path, error)
         return 1
 

@@ -1,15 +1,12 @@
-"""Files <-> frames: pictures through Pillow, video through PyAV.
+"""Reads pictures and videos as square frames of one size.
 
-Why PyAV: it decodes bit for bit what decord and decord2 decode, about as fast and in a fraction of
-the memory, and it alone shows packets and rotation (`scripts/bench/readers.py` prints the numbers).
+A frame is 8-bit RGB as displayed: rotation (EXIF, display matrix) is applied, transparency is composited over
+white, and 16-bit pictures are scaled. Pixels are taken as square and fields are not deinterlaced, as in the
+released code. A picture is one frame, not a repeated one.
 
-What a frame is: 8-bit RGB as displayed, so rotation (EXIF, display matrix) is applied, transparency
-is composited over white, and 16-bit pictures are scaled. Pixels are taken as square and fields are
-not deinterlaced, like the released code. A still picture is one frame, not a repeated one.
-
-A recording or a cut may start with frames that need earlier ones: these are left out. Damaged frames
-that the decoder shows are used. The log tells both, and a file that ends before its header says. A
-frame in the middle that cannot be decoded, or one missing that an index lists, is an error.
+A recording or a cut may start with frames that need earlier ones; these are left out. Damaged frames that the
+decoder shows are used. The log reports both, and a file that ends earlier than its header states. A frame in the
+middle that cannot be decoded is an error, and so is a missing frame that an index lists.
 """
 
 import math
@@ -31,7 +28,7 @@ _EXTREME_ASPECT = 4
 
 
 def probe(path: str | os.PathLike[str]) -> MediaInfo:
-    """Reads what `path` holds. The container is walked, only the first frame of a video is decoded.
+    """The facts of a media file. All packets are counted, but only the first frame of a video is decoded.
 
     Raises:
       MediaError: the file is missing, empty, truncated, audio-only, or not media that can be read.
@@ -53,10 +50,10 @@ def open_clip(
       path: the file; its bytes decide what it is.
       resolution: rows and columns of the frames.
       rate: frames per second to deliver, by the released rule (`frame_indices`), or by timestamps
-        (the frame shown at time k / rate) if the source's rate varies. Never above the source's:
-        that is logged and limited. None: every frame once, at the source's (mean) rate.
-      max_frames: deliver at most the first so many.
-      tell_rate: whether the log is told of a rate above the source's.
+        (the frame shown at time k / rate) if the source's rate varies. A rate above the source's is
+        lowered to it, with a warning. None: every frame once, at the source's (mean) rate.
+      max_frames: deliver at most this many frames, from the first on.
+      tell_rate: whether to warn of a rate above the source's.
 
     Raises:
       MediaError: as in `probe`.
@@ -106,10 +103,10 @@ def _fit(image: Image.Image, resolution: int) -> np.ndarray:
 
 
 class ClipReader:
-    """The frames of one file, decoded when asked for and never all at once; made by `open_clip`.
+    """The frames of one file, decoded when they are asked for and never all at once; made by `open_clip`.
 
     Attributes:
-      info: what the file holds.
+      info: the facts of the file.
       rate: frames per second as delivered (0.0 for an image).
       num_frames: how many frames are delivered.
       resolution: rows and columns of each.
@@ -182,7 +179,7 @@ class ClipReader:
         return running
 
     def _frames(self, start: int, stop: int) -> Generator[np.ndarray, None, None]:
-        # Timestamps of a variable rate may show one frame for several steps: it is decoded once.
+        # With a variable rate one frame may be shown for several steps; it is decoded once.
         positions, repeats = np.unique(self._picks[start:stop], return_counts=True)
         frames = self._source.frames(positions)
         try:

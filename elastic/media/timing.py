@@ -22,7 +22,17 @@ def timed_source(
     nominal_rate: float | None,
     frames: Callable[[np.ndarray], Frames],
 ) -> MediaSource:
-    """A video from the times of its frames; `nominal_rate`: what the container states, or None."""
+    """A video from the times of its frames.
+
+    Args:
+      path: the file.
+      width: columns as displayed.
+      height: rows as displayed.
+      times: seconds of each frame since the first, ascending; all zero if unknown.
+      duration: seconds from the first frame to the end of the last.
+      nominal_rate: frames per second that the container states; None: it states none.
+      frames: decodes the frames at ascending positions.
+    """
     num_frames = len(times)
     variable, rate = False, nominal_rate or 25.0  # one frame, or no times at all
     if num_frames > 1 and times[-1] > 0:
@@ -39,17 +49,22 @@ def timed_source(
 def nominal_rate(
     mean: Fraction | None, intended: Fraction | None, stamps: Sequence[int], time_base: Fraction
 ) -> float | None:
-    """The container's mean rate; or the intended one, as ffmpeg guesses it, if it explains `stamps`.
+    """The container's mean rate, or the intended one if the mean is off because stamps were rounded.
 
-    A mean of stamps that were rounded to a coarse clock is off by the rounding: 36 frames at 24
-    frames/s, copied from a file that counts milliseconds, have 24.012 or so.
+    36 frames at 24 frames/s, copied from a file that counts milliseconds, have a mean of about 24.012.
+
+    Args:
+      mean: frames per second over the whole file; None: unknown.
+      intended: ffmpeg's guess of the rate that was meant; None: unknown.
+      stamps: times of the frames in ticks, ascending.
+      time_base: seconds per tick.
     """
     if mean is None or intended is None or mean == intended or len(stamps) < 3:
         rate = mean or intended
         return None if rate is None else float(rate)
     since = np.array(stamps, np.int64) - stamps[0]
     clock, step = int(np.gcd.reduce(since)), float(1 / (intended * time_base))  # both in ticks
-    # A clock that can state the intended step was not rounded to: then the mean is right.
+    # If the clock can state the intended step exactly, nothing was rounded, and the mean is right.
     coarse = clock < step / 8 and abs(step / clock - round(step / clock)) > 1e-3
     explained = np.abs(since - step * np.arange(len(since))).max() <= clock
     return float(intended if coarse and explained else mean)
@@ -72,12 +87,18 @@ def frame_indices(
 def choose_frames(
     source: MediaSource, rate: float | int | None, *, tell_rate: bool
 ) -> tuple[float, np.ndarray]:
-    """The rate to deliver, and the position in the source of each delivered frame."""
+    """The rate to deliver, and the position in the source of each delivered frame.
+
+    Args:
+      source: the file.
+      rate: frames per second wanted; None: every frame.
+      tell_rate: whether to warn of a rate above the source's.
+    """
     info = source.info
     everything = np.arange(info.num_frames)
     if info.kind == "image" or rate is None:
         return info.rate, everything
-    # A screen recording pauses and bursts: its mean rate says nothing about what it can give.
+    # A screen recording has pauses and bursts, so its highest rate is taken from the median step, not from the mean.
     limit = (
         info.rate
         if source.times is None

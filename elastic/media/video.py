@@ -1,4 +1,4 @@
-"""Video through PyAV: counting and timing frames, seeking, decoding, turning them upright."""
+"""Video through PyAV: counts and times frames, seeks, decodes, and applies rotation."""
 
 import bisect
 import collections
@@ -25,23 +25,23 @@ from elastic.media.timing import nominal_rate, timed_source
 
 log = logging.getLogger(__name__)
 
-# No playlists, no text "videos": a file is decoded from its own bytes, not from what it points to.
+# Without playlists and text formats: a file is decoded from its own bytes, never from other files that it names.
 _DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,hevc,m4v,"
     "mjpeg,mxf,nut,rm,dv,yuv4mpegpipe,obu,av1,tiff_pipe,png_pipe,jpegxl_pipe,dpx_pipe,exr_pipe"
 )
 _FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _DEMUXERS}
-# Codecs whose frames after a keyframe need nothing from before it. (A GIF's "keyframes" do.)
+# Codecs whose frames after a keyframe need no frame before it. (Those after a GIF's "keyframes" do.)
 _SEEKABLE_CODECS = frozenset(
     "h264 hevc av1 vp8 vp9 mpeg1video mpeg2video mpeg4 mjpeg prores dnxhd ffv1 theora".split()
 )
-# Containers whose header says how long the file is; elsewhere ffmpeg finds it from the last stamps.
+# Containers whose header states the duration; for others ffmpeg computes it from the last stamps.
 _STATING_DURATION = frozenset(("matroska,webm", "flv", "avi", "asf"))
 _MISSED_SECONDS = 0.5  # a file that ends so much earlier than stated may be cut off
-# Decoders that see the transparency of a WebM, which ffmpeg's own leave out.
+# Decoders that decode the transparency of a WebM; ffmpeg's own ones skip it.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-_WORTH_A_SEEK = 8  # frames; fewer are decoded sooner than skipped
-# Threads of one decoder; 0: as many as there are cores. Processes that share the cores set 1.
+_WORTH_A_SEEK = 8  # frames; decoding fewer is faster than seeking past them
+# Threads of one decoder; 0: one per core. Worker processes, which share the cores, set 1.
 decoder_threads = 0
 _QUARTERS = {  # degrees against the clock
     90: Image.Transpose.ROTATE_90,
@@ -55,7 +55,7 @@ _SWAPPING = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpo
 def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
     with contextlib.ExitStack() as stack:
         if isinstance(path, pathlib.Path):
-            source = f"file:{path}"  # keeps a name such as 'concat:x' or 'a:b.mp4' a name
+            source = f"file:{path}"  # so that a name such as 'concat:x' or 'a:b.mp4' is no protocol
         else:
             source = stack.enter_context(open_file(path))
         yield stack.enter_context(
@@ -64,10 +64,14 @@ def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
 
 
 def video_source(path: Place, head: bytes) -> MediaSource:
-    """A video from its packets; `head`: the first bytes of the file.
+    """A video from its packets.
 
-    Counts packets and notes their times; decodes only until the first frame shows the size, and
-    where the clip begins: a cut or a recording may start with frames that need earlier ones.
+    Counts packets and takes their times. Decodes only up to the first frame, which gives the size and the
+    start of the clip: a cut or a recording may start with frames that need earlier ones.
+
+    Args:
+      path: the file.
+      head: its first bytes.
     """
     try:
         walk = _walk(path)
@@ -85,7 +89,7 @@ def video_source(path: Place, head: bytes) -> MediaSource:
         raise MediaError(f"{str(path)!r} has a video stream but no frame that can be decoded.")
     check_size(path, first.width, first.height)
 
-    # Without (usable) stamps frames are told by their order.
+    # Without usable stamps frames are identified by their order.
     stamps = sorted({packet.pts for packet in packets if packet.pts is not None})
     position_of: dict[int | None, int] = {}
     times = np.zeros(len(packets))
@@ -94,9 +98,9 @@ def video_source(path: Place, head: bytes) -> MediaSource:
         times = np.array([float((stamp - stamps[0]) * walk.time_base) for stamp in stamps])
     typical = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     duration = float(times[-1]) + (float(walk.last_duration * walk.time_base) or typical)
-    _tell_what_is_missing(path, walk, len(packets), max(_MISSED_SECONDS, 3 * typical))
+    _warn_of_missing_frames(path, walk, len(packets), max(_MISSED_SECONDS, 3 * typical))
 
-    # Asked once: a PyAV frame whose side data were touched lives until the next garbage collection.
+    # Read once: a PyAV frame whose side data were read lives until the next garbage collection.
     turns = _turns(first)
     keyframes = []
     if walk.can_seek and position_of:
@@ -113,11 +117,11 @@ def video_source(path: Place, head: bytes) -> MediaSource:
 
 
 class _ProbeError(Exception):
-    """Nothing in the file can be decoded; says why."""
+    """Nothing in the file can be decoded; the text is the reason."""
 
 
 class _Packet(NamedTuple):
-    """What the container says of a frame."""
+    """What the container states about a frame."""
 
     pts: int | None  # when it is shown, in ticks
     dts: int | None  # when it is decoded: ascending, and never later
@@ -125,18 +129,18 @@ class _Packet(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """What the packets of a file tell."""
+    """What reading all packets of a file has shown."""
 
     packets: list[_Packet]  # as stored, without those that an edit list cuts away
     first: av.VideoFrame | None  # the first frame that the decoder gives
-    fed: int  # how many packets it had by then
+    fed: int  # packets that the decoder had received by then
     num_damaged: int  # packets that the container marks as such
     last_duration: int  # in ticks
     time_base: Fraction  # seconds per tick
     nominal_rates: tuple[Fraction | None, Fraction | None]  # the mean, and a guess at the intended
     can_seek: bool
-    stated_seconds: float  # what the header says; 0.0: nothing
-    end_seconds: float  # when the last packet of any stream ends, where the header says something
+    stated_seconds: float  # duration that the header states; 0.0: none
+    end_seconds: float  # end of the last packet of any stream, if the header states a duration
 
 
 def _walk(path: Place) -> _Walk:
@@ -151,7 +155,7 @@ def _walk(path: Place) -> _Walk:
             can_seek = stream.codec_context.codec.canonical_name in _SEEKABLE_CODECS
             states = container.format.name in _STATING_DURATION
             stated = (container.duration or 0) / av.time_base if states else 0.0
-            # All streams where the file states how long it is: the sound may last longest.
+            # All streams, if the file states its duration, because the sound may be the longest stream.
             for packet in container.demux(*([] if stated else [stream])):
                 if stated and packet.pts is not None and packet.time_base is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -188,7 +192,7 @@ def _walk(path: Place) -> _Walk:
 
 
 def _without_lead(walk: _Walk) -> list[_Packet]:
-    """The packets without those of frames that would come before the first one decoded."""
+    """The packets without those whose frames would be shown before the first decoded frame."""
     first, packets = walk.first, walk.packets
     if first is None:
         return []
@@ -198,11 +202,11 @@ def _without_lead(walk: _Walk) -> list[_Packet]:
     same = [i for i, packet in enumerate(packets[: walk.fed]) if packet.pts == first.pts]
     shown, before = [], True
     for number, packet in enumerate(packets):
-        # What is decoded later is shown later, unless the clock was set back: that is no lead.
+        # A frame that is decoded later is shown later, unless the clock was set back, which is no lead.
         before = before and (packet.dts is None or packet.dts < first.pts)
         if packet.pts is None:  # Matroska has no times before zero
             early = packet.dts is None and number < walk.fed
-        elif packet.pts == first.pts:  # the rest of a frame may have got the stamp of the next one
+        elif packet.pts == first.pts:  # the rest of a cut frame may carry the next frame's stamp
             early = not packet.keyframe and number in same[:-1]
         else:
             early = packet.pts < first.pts
@@ -211,7 +215,7 @@ def _without_lead(walk: _Walk) -> list[_Packet]:
     return shown
 
 
-def _tell_what_is_missing(path: Place, walk: _Walk, num_frames: int, most_seconds: float) -> None:
+def _warn_of_missing_frames(path: Place, walk: _Walk, num_frames: int, most_seconds: float) -> None:
     if num_frames < len(walk.packets):
         warn_once(
             path,
@@ -223,7 +227,7 @@ def _tell_what_is_missing(path: Place, walk: _Walk, num_frames: int, most_second
     if walk.num_damaged:
         message = "%s: frames that the container marks as damaged are left out: %d."
         warn_once(path, message, walk.num_damaged)
-    # Not refused like an MP4, whose index lists every frame: a header's duration may be wrong.
+    # An MP4's index lists every frame, so a short file is refused. A stated duration may be wrong, so it only warns.
     if walk.stated_seconds - walk.end_seconds > most_seconds:
         warn_once(
             path,
@@ -245,17 +249,17 @@ def _video_stream(path: Place, container) -> av.VideoStream:
 
 
 class _Track(NamedTuple):
-    """What probing a video found that decoding needs."""
+    """Facts from probing a video that decoding needs."""
 
     path: Place
-    position_of: dict[int | None, int]  # by time stamp; empty: told by order
+    position_of: dict[int | None, int]  # by time stamp; empty: by order of decoding
     num_frames: int
     keyframes: list[int]  # ascending time stamps; empty: decoding starts at the first frame
     turns: list[Image.Transpose]
 
 
 class _Seek(NamedTuple):
-    """Where to start: a time stamp to ask for, and the last one at which the start is early enough."""
+    """Where to start decoding: the time stamp to seek to, and the latest stamp that is early enough."""
 
     stamp: int
     latest: int
@@ -268,8 +272,8 @@ class _SeekError(Exception):
 def _decode(track: _Track, positions: np.ndarray) -> Frames:
     """Yields the frames at `positions` (ascending); decodes in order, no further than needed.
 
-    Starts at the last keyframe before the first of them. Should that go wrong, at the keyframe
-    before, and then at the very first frame: damage is only reported by the latter.
+    Decoding starts at the last keyframe before the first position. If that fails, it starts at the keyframe
+    before, and then at the first frame of the file. Only the last attempt reports damage.
     """
     wanted, given = positions.tolist(), 0
     tally: collections.Counter[str] = collections.Counter()
@@ -348,7 +352,14 @@ def _frames_from(
     seek: _Seek | None,
     alpha: av.VideoCodecContext | None,
 ) -> Iterator[av.VideoFrame]:
-    """All frames, or those from a keyframe on, from the stream's own decoder or from `alpha`."""
+    """The frames of a video in order of display.
+
+    Args:
+      container: an open file.
+      stream: its video stream.
+      seek: where to start; None: at the first packet.
+      alpha: decoder to use in place of the stream's own, if transparency needs one.
+    """
 
     def decode(packet: av.Packet) -> list[av.VideoFrame]:
         if alpha is None:
@@ -371,13 +382,13 @@ def _frames_from(
         except av.error.FFmpegError:
             if started:
                 raise
-            continue  # a frame of the lead, which probing left out
+            continue  # a frame before the first one decoded; probing left it out
         started = started or bool(frames)
         yield from frames
 
 
 def _alpha_decoder(path: Place, stream: av.VideoStream) -> av.VideoCodecContext | None:
-    """What decodes the stream with its transparency, where that takes another decoder."""
+    """The decoder that keeps the stream's transparency; None if the stream's own decoder will do."""
     name = _ALPHA_DECODERS.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode") != "1":
         return None
@@ -391,7 +402,7 @@ def _alpha_decoder(path: Place, stream: av.VideoStream) -> av.VideoCodecContext 
 
 
 def _frame_to_rgb(path: Place, frame: av.VideoFrame, turns: list[Image.Transpose]) -> Image.Image:
-    """The frame as displayed, converted by its own colour matrix and range."""
+    """The frame as displayed; its own colour matrix and range decide the conversion."""
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
         image = to_rgb(path, Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
@@ -402,10 +413,10 @@ def _frame_to_rgb(path: Place, frame: av.VideoFrame, turns: list[Image.Transpose
 
 
 def _turns(frame: av.VideoFrame) -> list[Image.Transpose]:
-    """What the container's display matrix asks for: quarter turns and mirrorings, in order."""
+    """The quarter turns and mirrorings of the container's display matrix, in order."""
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV lists no side data when it does not know the name of one of them
+    except ValueError:  # PyAV raises if it does not know the name of some other side data
         turn = _QUARTERS.get(frame.rotation % 360)
         return [] if turn is None else [turn]
     if matrix is None:
