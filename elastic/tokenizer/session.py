@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic.checkpoints.fingerprint import fingerprint
-from elastic.io.tree import flatten
+from elastic.io.tree import tree_digest
 from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.search import CurvePrior, Search, make_search
@@ -50,12 +49,7 @@ class TokenizerContext:
     @functools.cached_property
     def weights_digest(self) -> str:
         """SHA-256 of all parameters, by name, type and shape, to the last bit."""
-        digest = hashlib.sha256()
-        for path, leaf in sorted(flatten(self.weights).items()):
-            array = np.asarray(leaf)
-            digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        return digest.hexdigest()
+        return tree_digest(self.weights)
 
 
 class PendingBlock(NamedTuple):
