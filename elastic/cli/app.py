@@ -15,13 +15,16 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from elastic.cli.options import name_flags, words
 from elastic.cli.script import Flag, Script, Values
 from elastic.io.user_cache import keep_programs
+
+if TYPE_CHECKING:
+    from elastic.tokenizer import EncodeOptions
 
 __all__ = ["Values", "check_target", "encode_options", "help_text", "log", "parse", "run", "words"]
 
@@ -82,9 +85,15 @@ def check_target(values: Values) -> None:
         )
 
 
-def encode_options(values: Values) -> dict[str, Any]:
-    """The flags of inference that say what is read of a clip, and how its tokens are chosen: `ElasticTokenizer.encode`'s options."""
-    return dict(
+def encode_options(values: Values) -> "EncodeOptions":
+    """The flags of inference that say what is read of a clip, and how its tokens are chosen. 0 stands for None where None is allowed.
+
+    Raises:
+      ValueError: a value is out of its range, or there is not one target.
+    """
+    from elastic.tokenizer.targets import EncodeOptions
+
+    return EncodeOptions(
         threshold=values["threshold"],
         psnr=values["psnr"],
         metric=values["metric"],
