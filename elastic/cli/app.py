@@ -131,7 +131,7 @@ def run(
 ) -> int:
     """Runs a script: parses, calls `body`, and gives the exit code.
 
-    Errors that our rooms raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
+    Errors that the packages raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
     one line on standard error; `--debug` shows where they came from. Other exceptions are bugs and
     keep their traceback.
     """
@@ -248,12 +248,12 @@ def _logging() -> Iterator[None]:
 
 
 def _is_no_trace(record: logging.LogRecord) -> bool:
-    """Of an exception that orbax logs with its traceback and then raises, once a thread, only what becomes of it is shown."""
+    """Drops the tracebacks that orbax logs, once a thread, before it raises the same exception."""
     return record.exc_info is None
 
 
 def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """For sys.excepthook: of the parts of a checkpoint that nobody waits for any more, tensorstore prints the failure of each."""
+    """For sys.excepthook: suppresses tensorstore's "Event loop is closed" errors, which come from abandoned reads of a checkpoint."""
     if not (kind is RuntimeError and str(error) == "Event loop is closed"):
         sys.__excepthook__(kind, error, trace)
 
@@ -279,7 +279,7 @@ def _termination() -> Iterator[None]:
 
     def lost(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
-            told(unraisable)
+            hook(unraisable)
             return
         ended = isinstance(unraisable.exc_value, SystemExit)
         number = signal.SIGTERM if ended else signal.SIGINT
@@ -287,10 +287,10 @@ def _termination() -> Iterator[None]:
         again.daemon = True
         again.start()
 
-    before, told = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
     sys.unraisablehook = lost
     try:
         yield
     finally:
-        sys.unraisablehook = told
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ import pytest
 from tiny_run import MODELS, make_clips, settings
 
 from elastic import checkpoints
-from elastic.distributed.mesh import make_mesh
+from elastic.training import loop
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, SaveConfig
 from elastic.training.loop import train
@@ -141,7 +141,9 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
 def restored(folder):
     """What a run in the folder would go on from."""
     config = settings(folder, folder)
-    layout = state_layout(config, MODEL, make_optimizer(config.optimizer), make_mesh("1,1,1,1"))
+    layout = state_layout(
+        config, MODEL, make_optimizer(config.optimizer), loop.make_mesh("1,1,1,1")
+    )
     checkpoints = Checkpoints(folder, config.save)
     try:
         return checkpoints.restore_newest(*layout)
