@@ -15,16 +15,15 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
+from elastic.cli.flags import ENCODING
 from elastic.cli.options import name_flags, words
 from elastic.cli.script import Flag, Script, Values
 from elastic.io.user_cache import keep_programs
-
-if TYPE_CHECKING:
-    from elastic.tokenizer import EncodeOptions
+from elastic.tokenizer.targets import EncodeOptions
 
 __all__ = ["Values", "check_target", "encode_options", "help_text", "log", "parse", "run", "words"]
 
@@ -85,30 +84,13 @@ def check_target(values: Values) -> None:
         )
 
 
-def encode_options(values: Values) -> "EncodeOptions":
+def encode_options(values: Values) -> EncodeOptions:
     """The flags of inference that say what is read of a clip, and how its tokens are chosen. 0 stands for None where None is allowed.
 
     Raises:
       ValueError: a value is out of its range, or there is not one target.
     """
-    from elastic.tokenizer.targets import EncodeOptions
-
-    return EncodeOptions(
-        threshold=values["threshold"],
-        psnr=values["psnr"],
-        metric=values["metric"],
-        avg_tokens=values["avg_tokens"] or None,
-        bitrate=values["bitrate"] or None,
-        delay_blocks=values["delay_blocks"],
-        budget_counts=values["budget_counts"],
-        num_tokens=values["n_codes"] or None,
-        search=values["search_alg"],
-        rate=values["fps"] or None,
-        max_frames=values["max_frames"] or None,
-        max_fraction=values["max_prop_codes"],
-        fallback_fraction=values["default_prop_codes"],
-        num_counts=values["num_counts"],
-    )
+    return ENCODING.read(values)
 
 
 def help_text(script: Script) -> str:
