@@ -83,7 +83,9 @@ INFERENCE = Script(
                 True,
                 "go on after the last whole block where a run of the same file and options was interrupted; False: begin anew",
             ),
-            Flag("viz", True, "draw viz.mp4 or viz.png; its frames take disk until then"),
+            Flag(
+                "viz", True, "draw viz.mp4 or viz.png; uses temporary disk space until the run ends"
+            ),
             *ENCODING.flags(*_OF_CLIP),
             RESOLUTION,
         ),
@@ -239,7 +241,7 @@ EVALUATE = Script(
             Flag(
                 "models",
                 "",
-                "NAME=MODEL or MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference: "
+                "NAME=MODEL or MODEL, separated by commas; a MODEL accepts every form of --load_checkpoint of inference: "
                 "a folder, params::FILE, trainstate_params::FILE, hf::OWNER/NAME",
                 required=True,
             ),

@@ -34,12 +34,21 @@ _AHEAD = 2  # blocks of a clip that are decoded while the model runs
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerContext:
-    """What all clips of a tokenizer share; `elastic.tokenizer` documents the fields."""
+    """What all clips of a tokenizer share.
+
+    Attributes:
+      codec: the compiled programs of one block.
+      weights: the model's parameter tree on the devices, as `Codec.stored` gives it.
+      model_id: what token files call the model.
+      when_full: what happens to the context when the window is full: 'carry' slides it, 'restart' empties it.
+      search_width: counts of a block tried in one call of the model.
+      prior: what guesses a clip's first counts for the search 'predict'; None: nothing.
+    """
 
     codec: Codec
     weights: dict[str, Any]
     model_id: str
-    when_full: Literal["carry", "restart"]  # what becomes of the context when the window is full
+    when_full: Literal["carry", "restart"]
     search_width: int
     prior: CurvePrior | None = None
 

@@ -71,7 +71,7 @@ class EncodeOptions:
     )
     metric: str | _Metric = option(
         "mse",
-        "what the threshold and the budget are of; lpips is slow on a CPU: the mean of a block's frames",
+        "the error that the threshold and the budget refer to; lpips is the mean of a block's frames and slow on a CPU",
         choices=("mse", "lpips"),
     )
     avg_tokens: float | None = option(

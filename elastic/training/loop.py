@@ -3,7 +3,7 @@
 How a run goes on, whatever ended it: (1) the newest whole checkpoint gives state, position in the data and
 configuration; (2) records of later steps are dropped; (3) the next batch is the one that would have come.
 All that a step draws comes from the seed and its number, so the same numbers follow, to the last bit on the
-same devices.
+same devices. `run.py` puts a run together and resumes it; `checkpoints.py` writes and reads its checkpoints.
 """
 
 import contextlib
