@@ -53,7 +53,7 @@ def evaluate(flags: app.Values) -> int:
         preset = "" if own else flags["load_elastic_config"]
         changes = flags["update_elastic_config"]
         shapes[name] = load_model.model_config(spec, preset=preset, changes=changes)
-        config.runs(shapes[name])
+        config.conditions(shapes[name])
     config, weights = with_lpips(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
     results = {}

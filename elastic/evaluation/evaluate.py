@@ -1,16 +1,17 @@
-"""How good a model is on held-out clips: the tokens that a threshold takes, and the quality that a count buys.
+"""Measures a model on held-out clips: how many tokens a threshold takes, and what quality a token count gives.
 
-A *run* is one way to choose counts, over every clip: a search under a threshold, or the same count for each block. Each run tokenizes
-the clips by itself. Little could be shared: what a block's cache holds depends on the counts chosen for the blocks before it, so that two
-runs see the same cache in the first block of a clip alone, and sharing that would spoil the seconds of a search, which are measured here.
-What can be had for nothing is: a run of one count is held against every threshold, and every run is measured for quality as it passes.
+A *condition* is one way to choose token counts: a search under a threshold, or the same count for every block. Each condition
+tokenizes all clips on its own. Conditions cannot share work: the KV cache of a block depends on the counts of the blocks before
+it. Only the first block of a clip has the same cache under every condition, and sharing that one would distort the seconds of
+the searches, which are measured too. Two results come at no extra cost: a fixed count is compared with every threshold, and the
+quality of every condition is measured in the same pass that tokenizes the clips.
 """
 
 import functools
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,23 +25,23 @@ from elastic.evaluation.records import (
     GROUND_TRUTH,
     Block,
     Condition,
+    ConditionResult,
     Evaluation,
     EvaluationConfig,
     Picture,
-    RunResult,
     fixed_count,
 )
 from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
 from elastic.metrics.lpips import lpips_of_frames
-from elastic.tokenizer import ElasticTokenizer, EncodeOptions
+from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 
 log = logging.getLogger(__name__)
 
 __all__ = ["Evaluation", "EvaluationConfig", "evaluate"]
 
-_CERTAIN = 1e9  # an error that every reconstruction stays under
+_ALWAYS_MET = 1e9  # a threshold above the error of every reconstruction
 
-# Of two arrays of frames, uint8 [n, rows, columns, 3], n values.
+# Takes originals and reconstructions, each uint8 [n, rows, columns, 3]; returns n values.
 _Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -52,45 +53,48 @@ def evaluate(
     lpips_weights: Any = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Measures a model on clips. Clips are read block by block; what is held are numbers, and a few frames.
+    """The results of a model on clips. Clips are read block by block, so that memory holds numbers and a few frames only.
 
-    To evaluate again and again while training, make one tokenizer and give it weights (`ElasticTokenizer.with_params`): nothing is
-    compiled a second time.
+    To evaluate repeatedly during training, make one tokenizer and replace its weights with `ElasticTokenizer.with_params`. Then
+    nothing is compiled a second time.
 
     Args:
-      files: images and videos. One that cannot be read is named in the log, left out of every number, and listed in `skipped`.
-      lpips_weights: for the metric 'lpips', what `load_lpips_weights` gives; None: loaded here.
-      progress: show a bar with an estimate.
+      tokenizer: the model.
+      files: images and videos. A file that cannot be read is named in the log and in `skipped`, and counts in no number.
+      config: the conditions, the metrics, and which frames are read.
+      lpips_weights: weights for the metric 'lpips', as `load_lpips_weights` returns them. None: they are loaded here.
+      progress: show a progress bar with the remaining time.
 
     Raises:
       ValueError: no file can be read, or the options do not fit the model.
     """
     model = tokenizer.config
     measures = _measures(config.metrics, lpips_weights)
-    runs = config.runs(model)
+    conditions = config.conditions(model)
     clips, skipped = _open_clips(files, config, model)
-    _warm_up(tokenizer, runs)
+    _warm_up(tokenizer, conditions)
     measured: dict[str, list[_Measured]] = {}
     shown: list[Picture] = []
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
-    total = sum(blocks.values()) * len(runs)
+    total = sum(blocks.values()) * len(conditions)
     with tqdm(total=total, desc="evaluating", unit="block", disable=not progress) as bar:
         for name, clip in clips.items():
             bar.set_postfix_str(name, refresh=False)
             before = bar.n
             try:
                 results = [
-                    _measure(tokenizer, clip, run, config, measures, bar.update) for run in runs
+                    _measure(tokenizer, clip, condition, config, measures, bar.update)
+                    for condition in conditions
                 ]
-            except (media.MediaError, OSError) as error:  # found out only while reading
+            except (media.MediaError, OSError) as error:  # the file opened, but breaks off
                 skipped[name] = str(error)
-                bar.total -= len(runs) * blocks[name] - (bar.n - before)
+                bar.total -= len(conditions) * blocks[name] - (bar.n - before)
                 continue
             if len(measured) < config.pictures:
                 shown += [
-                    Picture(f"eval/{name}@{label}", run, name, *result.middle)
-                    for run, result in zip(runs, results, strict=True)
-                    if (label := _label(run, config, model))
+                    Picture(f"eval/{name}@{label}", condition, name, *result.middle)
+                    for condition, result in zip(conditions, results, strict=True)
+                    if (label := _label(condition, config, model))
                 ]
             measured[name] = results
     for name, message in skipped.items():
@@ -105,9 +109,9 @@ def evaluate(
         model_id=tokenizer.model_id,
         clips={name: clips[name].num_frames for name in measured},
         skipped=skipped,
-        runs=tuple(
-            _result(run, [results[k] for results in measured.values()])
-            for k, run in enumerate(runs)
+        results=tuple(
+            _result(condition, [results[k] for results in measured.values()])
+            for k, condition in enumerate(conditions)
         ),
         shown=tuple(shown),
     )
@@ -118,31 +122,33 @@ class _Clip(NamedTuple):
 
     name: str
     path: Path
-    rate: float | None  # to read it at
+    rate: float | None  # frames per second to read; None: every frame
     num_frames: int
 
 
 class _Measured(NamedTuple):
-    """One run over one clip."""
+    """One condition on one clip."""
 
     blocks: list[Block]
-    squares: float  # of errors, pixels in [-1, 1], over all numbers
-    count: int
+    squares: float  # sum of squared errors, pixels in [-1, 1]
+    count: int  # errors in that sum: frames x rows x columns x 3
     bits: int
-    pixels: int
-    metrics: dict[str, np.ndarray]  # a value for each frame measured
-    middle: tuple[int, np.ndarray, np.ndarray]  # a frame's number, original and reconstruction
+    pixels: int  # frames x rows x columns
+    metrics: dict[str, np.ndarray]  # by name: one value for each measured frame
+    middle: tuple[int, np.ndarray, np.ndarray]  # the middle frame: index, original, reconstruction
 
 
-def _label(run: Condition, config: EvaluationConfig, model: ElasticTokConfig) -> str:
-    """What a picture of this run is called; '' for a run that has none."""
+def _label(condition: Condition, config: EvaluationConfig, model: ElasticTokConfig) -> str:
+    """The part of a picture's name that stands for the condition; '' if the condition gets no picture."""
     if fixed_count(model) is not None:
-        return str(run.num_tokens)
-    return f"{run.threshold:g}" if run.threshold and run.search == config.searches[0] else ""
+        return str(condition.num_tokens)
+    if condition.threshold and condition.search == config.searches[0]:
+        return f"{condition.threshold:g}"
+    return ""
 
 
 def _measures(names: Sequence[str], lpips_weights: Any) -> dict[str, _Measure]:
-    """The metrics beside PSNR, by name."""
+    """The functions of all metrics except PSNR, by name."""
     found: dict[str, _Measure] = {}
     if "ssim" in names:
         found["ssim"] = ssim
@@ -155,7 +161,7 @@ def _measures(names: Sequence[str], lpips_weights: Any) -> dict[str, _Measure]:
 def _open_clips(
     files: Sequence[Path], config: EvaluationConfig, model: ElasticTokConfig
 ) -> tuple[dict[str, _Clip], dict[str, str]]:
-    """Clips by name, and the files that are none, with the reason."""
+    """Clips by name, and by name the reason why a file cannot be read."""
     clips: dict[str, _Clip] = {}
     skipped: dict[str, str] = {}
     for name, path in _names(files).items():
@@ -169,7 +175,7 @@ def _open_clips(
         except (media.MediaError, OSError) as error:
             skipped[name] = str(error)
             continue
-        # At the rate that it has, so that a video slower than `fps` is reported once and not in every run.
+        # The rate that the reader settled on: a video slower than `fps` is then reported here only, not by every condition.
         rate = reader.rate if config.fps and reader.rate else None
         clips[name] = _Clip(name, path, rate, reader.num_frames)
         reader.close()
@@ -177,69 +183,62 @@ def _open_clips(
 
 
 def _names(files: Sequence[Path]) -> dict[str, Path]:
-    """Each file by its path below the folder that holds them all."""
+    """{path relative to the common folder: file}."""
     paths = {Path(file).absolute(): Path(file) for file in files}
     root = os.path.commonpath([path.parent for path in paths]) if paths else ""
     return {str(path.relative_to(root)): file for path, file in paths.items()}
 
 
-def _warm_up(tokenizer: ElasticTokenizer, runs: Sequence[Condition]) -> None:
-    """Compiles what the runs need, so that none of them pays for it: one pass of each kind over black frames."""
+def _warm_up(tokenizer: ElasticTokenizer, conditions: Sequence[Condition]) -> None:
+    """Compiles the programs that the conditions need, so that the measured seconds hold no compilation."""
     model = tokenizer.config
     black = np.zeros((1, model.resolution, model.resolution, 3), np.uint8)
     tokenizer.encode(black, num_tokens=model.max_toks)
-    if tokenizer.search_width > 1 and any(run.threshold is not None for run in runs):
-        tokenizer.encode(black, threshold=_CERTAIN, search=GROUND_TRUTH)
+    if tokenizer.search_width > 1 and any(c.threshold is not None for c in conditions):
+        tokenizer.encode(black, threshold=_ALWAYS_MET, search=GROUND_TRUTH)
 
 
 def _measure(
     tokenizer: ElasticTokenizer,
     clip: _Clip,
-    run: Condition,
+    condition: Condition,
     config: EvaluationConfig,
     measures: Mapping[str, _Measure],
     update: Callable[[], Any],
 ) -> _Measured:
-    """One run over one clip."""
+    """Tokenizes one clip under one condition, and measures errors and metrics as its blocks come.
+
+    Args:
+      tokenizer: the model.
+      clip: the file.
+      condition: how the token counts are chosen.
+      config: which frames are read and measured.
+      measures: the metrics besides PSNR. They are skipped for all searches but the first, which run for their timing.
+      update: called after each block.
+    """
     options = EncodeOptions(
-        threshold=run.threshold,
-        num_tokens=run.num_tokens,
-        search=run.search,
+        threshold=condition.threshold,
+        num_tokens=condition.num_tokens,
+        search=condition.search,
         rate=clip.rate,
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
     )
     session = tokenizer.open_session(clip.path, options)
-    if run.search not in ("fixed", config.searches[0]):
-        measures = {}  # the other searches are there to be timed
-    frames, middle = clip.num_frames, (clip.num_frames - 1) // 2
-    spread = np.linspace(0, frames - 1, min(config.metric_frames, frames)).round().astype(int)
-    wanted = {middle, *spread.tolist()} if measures else {middle}
-    held: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    blocks, squares, count, seen = [], 0, 0, 0
+    if condition.search not in ("fixed", config.searches[0]):
+        measures = {}
+    middle = (clip.num_frames - 1) // 2
+    measured_frames = _spread(clip.num_frames, config.metric_frames) if measures else []
+    frames = _ChosenFrames({middle, *measured_frames})
+    blocks, squares, count = [], 0, 0
     for index, result in enumerate(session):
-        tokens = result.tokens
-        blocks.append(
-            Block(
-                clip=clip.name,
-                index=index,
-                num_kept=tokens.num_kept,
-                loss=tokens.loss,
-                met=None if run.threshold is None else tokens.met_threshold,
-                passes=result.passes,
-                seconds=result.seconds,
-                tried=result.tried,
-            )
-        )
+        blocks.append(_block(clip.name, index, result, condition))
         error = result.frames.astype(np.int32) - result.reconstruction
         squares += int(np.sum(np.square(error), dtype=np.int64))
         count += error.size
-        for original, reconstruction in zip(result.frames, result.reconstruction, strict=True):
-            if seen in wanted:
-                held[seen] = (original.copy(), reconstruction.copy())
-            seen += 1
+        frames.add(result)
         update()
-    pair = [np.stack([held[k][side] for k in spread]) for side in (0, 1)] if measures else []
+    pair = frames.stacked(measured_frames) if measures else ()
     tokens = session.tokens()
     return _Measured(
         blocks=blocks,
@@ -248,24 +247,74 @@ def _measure(
         bits=tokens.num_bits,
         pixels=tokens.num_frames * tokens.resolution**2,
         metrics={name: measure(*pair) for name, measure in measures.items()},
-        middle=(middle, *held[middle]),
+        middle=(middle, *frames.pair(middle)),
+    )
+
+
+class _ChosenFrames:
+    """Originals and reconstructions of a few frames, copied while the blocks of a clip come.
+
+    Args:
+      indices: the numbers of these frames in the clip.
+    """
+
+    def __init__(self, indices: Collection[int]):
+        self._indices = indices
+        self._pairs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._next = 0  # the index of the next block's first frame
+
+    def add(self, result: BlockResult) -> None:
+        """Copies the chosen frames of the next block."""
+        pairs = zip(result.frames, result.reconstruction, strict=True)
+        for index, (original, reconstruction) in enumerate(pairs, self._next):
+            if index in self._indices:
+                self._pairs[index] = (original.copy(), reconstruction.copy())
+        self._next += len(result.frames)
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Original and reconstruction of one frame, uint8 [rows, columns, 3]."""
+        return self._pairs[index]
+
+    def stacked(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Originals and reconstructions of several frames, uint8 [n, rows, columns, 3]."""
+        originals, reconstructions = zip(*(self._pairs[index] for index in indices), strict=True)
+        return np.stack(originals), np.stack(reconstructions)
+
+
+def _spread(num_frames: int, count: int) -> list[int]:
+    """At most `count` frame indices, evenly spread from the first to the last frame."""
+    return np.linspace(0, num_frames - 1, min(count, num_frames)).round().astype(int).tolist()
+
+
+def _block(clip: str, index: int, result: BlockResult, condition: Condition) -> Block:
+    """The record of one tokenized block."""
+    tokens = result.tokens
+    return Block(
+        clip=clip,
+        index=index,
+        num_kept=tokens.num_kept,
+        loss=tokens.loss,
+        met=None if condition.threshold is None else tokens.met_threshold,
+        passes=result.passes,
+        seconds=result.seconds,
+        tried=result.tried,
     )
 
 
 def _all_counts(model: ElasticTokConfig) -> int:
-    """How many counts, spread geometrically, leave out none: their steps are at most 1 at the far end."""
+    """How many geometrically spaced counts cover every whole number: the last and largest step is then at most 1."""
     return math.ceil(model.max_toks * math.log(model.max_toks / model.min_toks)) + 2
 
 
-def _result(run: Condition, measured: Sequence[_Measured]) -> RunResult:
-    """A run over all clips, from those over each."""
+def _result(condition: Condition, measured: Sequence[_Measured]) -> ConditionResult:
+    """The result of a condition over all clips, from its measurements on each clip."""
 
     def mean(name: str) -> float | None:
         values = [part.metrics[name] for part in measured if name in part.metrics]
         return float(np.mean(np.concatenate(values))) if values else None
 
-    return RunResult(
-        run=run,
+    return ConditionResult(
+        condition=condition,
         blocks=tuple(block for part in measured for block in part.blocks),
         mse=sum(part.squares for part in measured) / sum(part.count for part in measured),
         psnr_of_clips=float(np.mean([psnr_of_mse(m.squares / m.count) for m in measured])),

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and what it found: records, and the numbers that follow from them."""
+"""Records of an evaluation: its settings, its results, and the numbers computed from them."""
 
 import dataclasses
 import math
@@ -12,24 +12,25 @@ from elastic.report import strip
 from elastic.search import geometric_counts, search_names
 
 METRICS = ("psnr", "ssim", "lpips")
-GROUND_TRUTH = "linear"  # the search that assumes nothing: the others are held against it
-_NUM_COUNTS = 6  # where no counts are named
+GROUND_TRUTH = "linear"  # assumes nothing about the loss; the other searches are compared with it
+_NUM_COUNTS = 6  # fixed counts, if the config names none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured.
+    """What an evaluation measures.
 
     Attributes:
-      thresholds: errors under which a block's tokens are searched for.
-      num_tokens: counts given to every block alike; a float up to 1.0 is a share of the block. (): 6 from `min_toks` to all.
-      searches: names of searches, each run under every threshold; the first is the one that logs and pictures show.
-      num_counts: counts that the linear search spreads over the range; 0: every count.
+      thresholds: errors (mean squares, pixels in [-1, 1]) that a search keeps each block under.
+      num_tokens: fixed counts, the same for every block; a float up to 1.0 is a share of the block. (): 6 counts, geometrically
+        spaced from `min_toks` to all tokens.
+      searches: names of searches, each run under every threshold; logs and pictures show the first one.
+      num_counts: how many counts the linear search tries; 0: every count.
       metrics: 'psnr' (always measured), 'ssim', 'lpips'.
-      metric_frames: frames of a clip, evenly spread, on which SSIM and LPIPS are measured: they are slow on a CPU.
-      max_frames: frames read of a clip, its first ones; None: all.
-      fps: frames per second taken from a video, at most its own; None: all frames.
-      pictures: clips, the first ones, that pictures are made of.
+      metric_frames: evenly spread frames of a clip on which SSIM and LPIPS are measured; both are slow on a CPU.
+      max_frames: the first frames of a clip, which are read; None: all.
+      fps: frames per second read from a video, at most its own rate; None: all frames.
+      pictures: the number of clips, from the first on, that pictures are drawn of.
 
     Raises:
       ValueError: a value is out of its range, or a name is unknown.
@@ -73,7 +74,7 @@ class EvaluationConfig:
             raise ValueError(f"pictures={self.pictures} must be 0 or more.")
 
     def counts(self, model: ElasticTokConfig) -> list[int]:
-        """The counts that every block of a model is given alike. A model trained for one share knows its own alone.
+        """The fixed counts for a model. A model trained for one count is evaluated at that count only.
 
         Raises:
           ValueError: a count is larger than the model's block.
@@ -94,18 +95,18 @@ class EvaluationConfig:
             }
         )
 
-    def runs(self, model: ElasticTokConfig) -> list["Condition"]:
-        """The runs of a model: its counts, then every search under every threshold."""
-        runs = [Condition("fixed", num_tokens=count) for count in self.counts(model)]
+    def conditions(self, model: ElasticTokConfig) -> list["Condition"]:
+        """The conditions for a model: its fixed counts, then every search under every threshold."""
+        conditions = [Condition("fixed", num_tokens=count) for count in self.counts(model)]
         if fixed_count(model) is None:
-            runs += [
+            conditions += [
                 Condition(name, threshold=t) for name in self.searches for t in self.thresholds
             ]
-        return runs
+        return conditions
 
 
 def fixed_count(model: ElasticTokConfig) -> int | None:
-    """The tokens that a model of `mask_type='fixed_F'` was trained to keep of every block; None for an elastic one."""
+    """The count that a model with `mask_type='fixed_F'` was trained to keep of every block; None for an elastic model."""
     share = model.keep_fraction
     return None if share is None else max(model.min_toks, round(share * model.max_toks))
 
@@ -119,20 +120,20 @@ class Condition(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One block in one run."""
+    """One block under one condition."""
 
     clip: str
     index: int
     num_kept: int
     loss: float
-    met: bool | None  # None: there was no threshold
+    met: bool | None  # whether the loss is at most the threshold; None: no threshold
     passes: int
     seconds: float
-    tried: dict[int, float]  # every count evaluated, with its loss
+    tried: dict[int, float]  # {count: loss} of every count that was evaluated
 
 
 class CapPoint(NamedTuple):
-    """What a cap on the tokens of a block gives: a point of the paper's Figure 4."""
+    """The result of capping the tokens of every block: a point of the paper's Figure 4."""
 
     cap: int
     share_met: float
@@ -140,16 +141,16 @@ class CapPoint(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """One run over all clips.
+class ConditionResult:
+    """The result of one condition over all clips.
 
     Attributes:
-      mse: over all pixels of all clips, of 8-bit frames, pixels in [-1, 1].
-      psnr_of_clips: the mean of the clips' PSNR in dB; `psnr` is that of `mse`, where poor clips weigh more.
-      ssim, lpips: means over the frames they were measured on (`metric_frames` of a clip); None: not measured.
+      mse: mean squared error over all pixels of all clips, between 8-bit frames scaled to [-1, 1].
+      psnr_of_clips: the mean of the clips' PSNRs in dB. `psnr` is computed from `mse` instead, where poor clips weigh more.
+      ssim, lpips: means over the measured frames (`metric_frames` of each clip); None: not measured.
     """
 
-    run: Condition
+    condition: Condition
     blocks: tuple[Block, ...]
     mse: float
     psnr_of_clips: float
@@ -159,22 +160,22 @@ class RunResult:
 
     @property
     def psnr(self) -> float:
-        """PSNR in dB of the mean squared error over all pixels."""
+        """PSNR in dB, from the mean squared error over all pixels."""
         return psnr_of_mse(self.mse)
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens of a block."""
+        """Mean number of tokens kept of a block."""
         return float(np.mean([block.num_kept for block in self.blocks]))
 
     @property
     def passes_per_block(self) -> float:
-        """Runs of encoder and decoder over a block."""
+        """Mean number of passes through encoder and decoder for a block."""
         return float(np.mean([block.passes for block in self.blocks]))
 
     @property
     def seconds_per_block(self) -> float:
-        """Seconds of search and commit, without reading the file and without compiling."""
+        """Mean seconds for search and commit of a block, without reading and compiling."""
         return float(np.mean([block.seconds for block in self.blocks]))
 
     def share_met(self, threshold: float) -> float:
@@ -183,18 +184,18 @@ class RunResult:
 
 
 class Picture(NamedTuple):
-    """A frame of which a picture can be drawn."""
+    """One frame and its reconstruction, from which a picture is drawn."""
 
     name: str
-    run: Condition
+    condition: Condition
     clip: str
     index: int
     original: np.ndarray
     reconstruction: np.ndarray
 
     def draw(self, evaluation: "Evaluation") -> np.ndarray:
-        """The picture, with the strip of the clip's run."""
-        result = next(result for result in evaluation.runs if result.run == self.run)
+        """The picture, with the strip of the tokens that the clip's blocks kept under the condition."""
+        result = evaluation.result(self.condition)
         blocks = [block for block in result.blocks if block.clip == self.clip]
         return strip.strip_frame(
             self.original,
@@ -210,12 +211,13 @@ class Picture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one model gave on the clips.
+    """The results of one model on all clips.
 
     Attributes:
-      clips: their frames, by name.
-      skipped: files that could not be read, and why.
-      runs: in the order of `EvaluationConfig.runs`.
+      clips: {name: number of frames}.
+      skipped: {name: reason} of the files that could not be read.
+      results: one for each condition, in the order of `EvaluationConfig.conditions`.
+      shown: the frames that `pictures` draws.
     """
 
     config: EvaluationConfig
@@ -223,29 +225,33 @@ class Evaluation:
     model_id: str
     clips: dict[str, int]
     skipped: dict[str, str]
-    runs: tuple[RunResult, ...]
+    results: tuple[ConditionResult, ...]
     shown: tuple[Picture, ...] = dataclasses.field(repr=False)
 
-    def fixed(self) -> list[RunResult]:
-        """The runs that gave each block the same count."""
-        return [result for result in self.runs if result.run.search == "fixed"]
+    def result(self, condition: Condition) -> ConditionResult:
+        """The result of a condition that was measured."""
+        return next(result for result in self.results if result.condition == condition)
 
-    def under(self, threshold: float, search: str | None = None) -> RunResult:
-        """The run of a search (None: the first) under a threshold; a model of one count has the one run for all."""
+    def fixed(self) -> list[ConditionResult]:
+        """The results of the fixed counts."""
+        return [result for result in self.results if result.condition.search == "fixed"]
+
+    def under(self, threshold: float, search: str | None = None) -> ConditionResult:
+        """The result of a search (None: the first) under a threshold. A model of one count has one result for all thresholds."""
         if fixed_count(self.model) is not None:
-            return self.runs[0]
-        run = Condition(search or self.config.searches[0], threshold=threshold)
-        return next(result for result in self.runs if result.run == run)
+            return self.results[0]
+        return self.result(Condition(search or self.config.searches[0], threshold=threshold))
 
     def curve(self, threshold: float, search: str | None = None) -> list[CapPoint]:
         """The share of blocks that meet a threshold, against mean tokens, as a cap on the tokens of a block rises.
 
-        Follows from the smallest counts m that the search measured: under a cap c a block meets the threshold where m <= c, and takes
-        min(m, c) tokens, all of the cap where it cannot meet it. That is what a search with the cap would choose but for one thing: here
-        a block's cache holds blocks as they were without a cap. A model of one count gives one point.
+        Computed from the smallest count m that meets the threshold, as the search found it for each block. Under a cap c, a block
+        meets the threshold if m <= c, and takes min(m, c) tokens; a block that meets it with no count takes c. A search with this cap
+        would choose the same counts if the cache were the same; here the cache holds the earlier blocks as tokenized without a cap.
+        A model of one count gives one point.
         """
         result = self.under(threshold, search)
-        if result.run.search == "fixed":
+        if result.condition.search == "fixed":
             count = result.blocks[0].num_kept
             return [CapPoint(count, result.share_met(threshold), float(count))]
         needed = np.array([block.num_kept if block.met else np.inf for block in result.blocks])
@@ -258,7 +264,7 @@ class Evaluation:
         ]
 
     def above_optimum(self, threshold: float, search: str) -> float | None:
-        """Mean tokens of a search above those of the linear one, each in the context that it made itself; None: no linear run."""
+        """Mean tokens of a search minus mean tokens of the linear search, each on its own cache; None: linear was not run."""
         if GROUND_TRUTH not in self.config.searches or fixed_count(self.model) is not None:
             return None
         return (
@@ -267,7 +273,7 @@ class Evaluation:
         )
 
     def scalars(self) -> dict[str, float]:
-        """For logs: 'eval/mean_tokens@0.05' and its like for thresholds, 'eval/psnr@512' and its like for counts."""
+        """Numbers for logs, by names such as 'eval/mean_tokens@0.05' (a threshold) and 'eval/psnr@512' (a fixed count)."""
         found: dict[str, float] = {}
         for threshold in self.config.thresholds:
             result = self.under(threshold)
@@ -277,7 +283,7 @@ class Evaluation:
         for result in self.fixed():
             for name in METRICS:
                 if (value := getattr(result, name)) is not None:
-                    found[f"eval/{name}@{result.run.num_tokens}"] = value
+                    found[f"eval/{name}@{result.condition.num_tokens}"] = value
         return found
 
     def pictures(self) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.evaluation.records import GROUND_TRUTH, Evaluation, RunResult, fixed_count
+from elastic.evaluation.records import GROUND_TRUTH, ConditionResult, Evaluation, fixed_count
 from elastic.io import json_file
 from elastic.io.atomic import replaced_together
 from elastic.report import figures
@@ -39,17 +39,17 @@ Row = dict[str, Any]
 
 
 def summary_rows(evaluations: Evaluations) -> list[Row]:
-    """A line for each model, run and threshold: a run of one count is held against every threshold."""
+    """One row for each model, condition and threshold. A fixed count is compared with every threshold."""
     rows = []
     for name, evaluation in evaluations.items():
-        for result in evaluation.runs:
+        for result in evaluation.results:
             rows += [
                 {
                     "model": name,
                     "mask_type": evaluation.model.mask_type,
-                    "search": result.run.search,
+                    "search": result.condition.search,
                     "threshold": threshold,
-                    "num_tokens": result.run.num_tokens,
+                    "num_tokens": result.condition.num_tokens,
                     "blocks": len(result.blocks),
                     "share_met": None if threshold is None else result.share_met(threshold),
                     **_measured(result),
@@ -59,27 +59,27 @@ def summary_rows(evaluations: Evaluations) -> list[Row]:
     return rows
 
 
-def _measured(result: RunResult) -> Row:
+def _measured(result: ConditionResult) -> Row:
     names = "mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips passes_per_block seconds_per_block"
     return {name: getattr(result, name) for name in names.split()}
 
 
-def _thresholds(evaluation: Evaluation, result: RunResult) -> tuple[float, ...]:
-    """What a run is held against."""
-    own = result.run.threshold
+def _thresholds(evaluation: Evaluation, result: ConditionResult) -> tuple[float, ...]:
+    """The thresholds that a result is compared with: its own, or for a fixed count all."""
+    own = result.condition.threshold
     return evaluation.config.thresholds if own is None else (own,)
 
 
 def block_rows(evaluations: Evaluations) -> list[Row]:
-    """A line for each model, run, clip and block."""
+    """One row for each model, condition, clip and block."""
     return [
         {
             "model": name,
             "clip": block.clip,
             "block": block.index,
-            "search": result.run.search,
-            "threshold": result.run.threshold,
-            "num_tokens": result.run.num_tokens,
+            "search": result.condition.search,
+            "threshold": result.condition.threshold,
+            "num_tokens": result.condition.num_tokens,
             "kept": block.num_kept,
             "loss": block.loss,
             "met": None if block.met is None else int(block.met),
@@ -87,13 +87,13 @@ def block_rows(evaluations: Evaluations) -> list[Row]:
             "seconds": block.seconds,
         }
         for name, evaluation in evaluations.items()
-        for result in evaluation.runs
+        for result in evaluation.results
         for block in result.blocks
     ]
 
 
 def curve_rows(evaluations: Evaluations) -> list[Row]:
-    """A line for each model, threshold and cap: what the left half of the figure is drawn from."""
+    """One row for each model, threshold and cap; the left half of the figure shows these."""
     return [
         {"model": name, "threshold": threshold, **point._asdict()}
         for name, evaluation in evaluations.items()
@@ -103,10 +103,10 @@ def curve_rows(evaluations: Evaluations) -> list[Row]:
 
 
 def search_rows(evaluations: Evaluations) -> list[Row]:
-    """A line for each model, threshold and search; [] where only one was run.
+    """One row for each model, threshold and search; [] if only one search was run.
 
-    Optimal is what the linear search finds, which tries its counts from the smallest up. Each search makes its own context as it goes,
-    as it does in use, so that a difference in one block reaches the later ones.
+    The optimum is the result of the linear search, which tries its counts from the smallest up. Each search fills its own cache, as
+    in normal use, so that a different count in one block also affects later blocks.
     """
     rows = []
     for name, evaluation in evaluations.items():
@@ -129,7 +129,7 @@ def search_rows(evaluations: Evaluations) -> list[Row]:
 
 
 def as_json(evaluations: Evaluations) -> dict[str, Any]:
-    """Everything that was measured: the settings, for each model its clips, runs, blocks and every count tried, and curves."""
+    """All measurements: for each model the settings, clips, conditions, blocks and every count tried; then curves and searches."""
     return {
         "errors": "mean squares, pixels in [-1, 1]; psnr is that of the mean over all pixels",
         "optimum": f"mean_tokens_above_optimum is measured against the {GROUND_TRUTH} search",
@@ -140,11 +140,11 @@ def as_json(evaluations: Evaluations) -> dict[str, Any]:
 
 
 def _model_json(evaluation: Evaluation) -> dict[str, Any]:
-    def run(result: RunResult) -> dict[str, Any]:
-        held_against = _thresholds(evaluation, result)
+    def result_json(result: ConditionResult) -> dict[str, Any]:
+        thresholds = _thresholds(evaluation, result)
         return {
-            **result.run._asdict(),
-            "share_met": {f"{t:g}": result.share_met(t) for t in held_against},
+            **result.condition._asdict(),
+            "share_met": {f"{t:g}": result.share_met(t) for t in thresholds},
             **_measured(result),
             "blocks": [
                 block._asdict() | {"tried": [list(pair) for pair in block.tried.items()]}
@@ -158,12 +158,12 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
         "settings": vars(evaluation.config),
         "clips": evaluation.clips,
         "skipped": evaluation.skipped,
-        "runs": [run(result) for result in evaluation.runs],
+        "runs": [result_json(result) for result in evaluation.results],
     }
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Rows for the eye; columns without a value anywhere are left out."""
+    """Rows as aligned text; a column without any value is left out."""
     shown = [name for name in columns if any(row[name] is not None for row in rows)]
     cells = [[name.replace("_", " ") for name in shown]]
     cells += [[_cell(row[name]) for name in shown] for row in rows]
@@ -184,7 +184,7 @@ def describe(evaluations: Evaluations) -> str:
 
 
 def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
-    """Writes all results into `folder`, all or none; those of an earlier evaluation are replaced.
+    """Writes all results into `folder`, or none if that fails. Results of an earlier evaluation are replaced.
 
     Raises:
       ValueError: as `check_folder`.
@@ -204,17 +204,17 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
     except OSError as error:
         if not error.errno:
             raise
-        # The folder that was asked for, not the one beside it that is worked in.
+        # Name the folder that the user typed, not the temporary folder beside it.
         raise OSError(error.errno, error.strerror, typed) from error
     return written
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Refuses a folder that results cannot go to: asked before anything is measured. Nothing is left behind.
+    """Refuses a folder that results cannot be written to. Called before anything is measured; leaves nothing behind.
 
     Raises:
-      ValueError: it is a file, it cannot be made or written to, or files lie in it that an evaluation would replace
-        but none has written.
+      ValueError: the folder is a file, cannot be made or written to, or holds files that an evaluation would replace
+        although no evaluation wrote them.
     """
     typed, folder = os.fspath(folder), Path(folder)
     present = {name for name in RESULTS if os.path.lexists(folder / name)}
@@ -230,7 +230,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"{typed!r} {what}is a file; name a folder for the results.")
     try:
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=here) as trial:
-            # Its own name, too, may be one that the disk does not take.
+            # The folder's own name may be one that the file system refuses, so it is tried too.
             Path(trial, folder.absolute().relative_to(here.absolute())).mkdir(
                 parents=True, exist_ok=True
             )
@@ -244,7 +244,7 @@ def _of_an_evaluation(folder: Path) -> set[str]:
     """Names of the files in `folder` that an earlier evaluation wrote, by its evaluation.json; none without one."""
     path = folder / JSON
     try:
-        # A pipe of this name would be waited for; and no evaluation writes a folder.
+        # Only a regular file is read: reading a pipe would block.
         found = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return set()
@@ -255,7 +255,7 @@ def _of_an_evaluation(folder: Path) -> set[str]:
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    if not rows:  # no threshold, or one search: there is no such table
+    if not rows:  # without thresholds, or with one search, there is no such table
         return
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -270,14 +270,15 @@ def _cell(value: Any) -> str:
 
 
 def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
-    """Draws, as PNG: how many blocks meet a threshold with how many tokens (the paper's Figure 4), and quality against tokens."""
+    """Draws the figure as PNG: against tokens, the share of blocks that meet a threshold (the paper's Figure 4), and quality."""
     figure = figures.new_figure(12.5, 5.6)
     left, right = figure.subplots(1, 2)
     _plot_thresholds(left, evaluations)
     second = _plot_quality(right, evaluations)
     largest = max(evaluation.model.max_toks for evaluation in evaluations.values())
     smallest = min(
-        min(result.mean_tokens for result in evaluation.runs) for evaluation in evaluations.values()
+        min(result.mean_tokens for result in evaluation.results)
+        for evaluation in evaluations.values()
     )
     ticks = [largest / 2**k for k in range(12, -1, -1) if largest / 2**k >= 0.7 * smallest]
     for axes in (left, right):
@@ -293,7 +294,7 @@ def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
 
 
 def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:
-    """A colour for each threshold, a line style or a marker for each model."""
+    """The left half: a colour for each threshold, a line style or a marker for each model."""
     thresholds = next(iter(evaluations.values())).config.thresholds
     colours = dict(zip(thresholds, itertools.cycle(_COLOURS), strict=False))
     styles, markers = itertools.cycle(_STYLES), itertools.cycle(_MARKERS)
@@ -309,14 +310,14 @@ def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:
             )
             continue
         style = next(styles)
-        runs = evaluation.fixed()
+        fixed = evaluation.fixed()
         for threshold, colour in colours.items():
             points = evaluation.curve(threshold)
             x, y = [p.mean_tokens for p in points], [100 * p.share_met for p in points]
             axes.plot(x, y, color=colour, ls=style, lw=2)
-            axes.plot(x[-1], y[-1], "o", color=colour, ms=7)  # without a cap
-            shares = [100 * result.share_met(threshold) for result in runs]
-            axes.plot([r.mean_tokens for r in runs], shares, color=colour, **_SAME)
+            axes.plot(x[-1], y[-1], "o", color=colour, ms=7)  # the end of the curve: no cap
+            shares = [100 * result.share_met(threshold) for result in fixed]
+            axes.plot([r.mean_tokens for r in fixed], shares, color=colour, **_SAME)
         axes.plot([], [], color=_INK, ls=style, lw=2, marker="o", label=f"{name}, searched")
         axes.plot([], [], color=_INK, **_SAME, label=f"{name}, the same count for all")
     for threshold, colour in colours.items():
@@ -328,29 +329,29 @@ def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:
 
 
 def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
-    """A colour for each model; PSNR on the left, LPIPS (else SSIM) on the right if measured. True: it was."""
+    """The right half: a colour for each model; PSNR on the left axis, LPIPS (else SSIM) on the right, if measured. True: it was."""
     measured = [
         name
         for name in ("lpips", "ssim")
-        if any(getattr(r, name) is not None for e in evaluations.values() for r in e.runs)
+        if any(getattr(r, name) is not None for e in evaluations.values() for r in e.results)
     ]
     second = axes.twinx() if measured else None
     markers = itertools.cycle(_MARKERS)
     colours = itertools.cycle(_COLOURS)
     for (name, evaluation), colour in zip(evaluations.items(), colours, strict=False):
-        model_config = fixed_count(evaluation.model) is None
+        is_elastic = fixed_count(evaluation.model) is None
         look = dict(
-            color=colour, marker="o" if model_config else next(markers), ms=6 if model_config else 9
+            color=colour, marker="o" if is_elastic else next(markers), ms=6 if is_elastic else 9
         )
-        runs = evaluation.fixed()
-        tokens = [result.mean_tokens for result in runs]
-        label = f"{name}, the same count for all" if model_config else name
-        line = "-" if model_config else ""  # a single point has none in the legend either
-        axes.plot(tokens, [r.psnr for r in runs], ls=line, **look, mec="white", lw=2, label=label)
+        fixed = evaluation.fixed()
+        tokens = [result.mean_tokens for result in fixed]
+        label = f"{name}, the same count for all" if is_elastic else name
+        line = "-" if is_elastic else ""  # a single point has none in the legend either
+        axes.plot(tokens, [r.psnr for r in fixed], ls=line, **look, mec="white", lw=2, label=label)
         if second is not None:
-            values = [getattr(result, measured[0]) for result in runs]
+            values = [getattr(result, measured[0]) for result in fixed]
             second.plot(tokens, values, **look, mfc="white", lw=1.3, ls="--")
-        if model_config and evaluation.config.thresholds:
+        if is_elastic and evaluation.config.thresholds:
             chosen = [evaluation.under(threshold) for threshold in evaluation.config.thresholds]
             x, y = [r.mean_tokens for r in chosen], [r.psnr for r in chosen]
             axes.plot(x, y, "*", color=colour, ms=13, mec="white", label=f"{name}, searched")
@@ -364,9 +365,9 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
 
 
 def _label_bits(axes: Any, evaluations: Evaluations, ticks: Sequence[float]) -> None:
-    """Bits per pixel along the top, where a token is worth the same in every model."""
-    rates = [r.bits_per_pixel / r.mean_tokens for e in evaluations.values() for r in e.runs]
-    # A clip's last block may be short: its tokens are spread over fewer pixels.
+    """Labels the top axis with bits per pixel, if a token has the same number of bits in every model."""
+    rates = [r.bits_per_pixel / r.mean_tokens for e in evaluations.values() for r in e.results]
+    # 2 % of tolerance: the last block of a clip may be short, and its tokens are then spread over fewer pixels.
     if max(rates) > 1.02 * min(rates):
         axes.set_title("Quality that tokens buy", loc="left", fontsize=12)
         return

@@ -18,7 +18,7 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import tables
 from elastic.evaluation.evaluate import EvaluationConfig, _all_counts, evaluate
-from elastic.evaluation.records import Block, Condition, Evaluation, RunResult
+from elastic.evaluation.records import Block, Condition, ConditionResult, Evaluation
 from elastic.io.tree import unflatten
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import SHAPES
@@ -68,13 +68,15 @@ def measured(tokenizer, clips):
 
 def test_every_run_gives_what_the_tokenizer_gives(tokenizer, clips, measured):
     assert measured.clips == {"a.mp4": 7, "more/a.mp4": 5, "z.png": 1} and not measured.skipped
-    assert [tuple(result.run) for result in measured.runs] == [
+    assert [tuple(result.condition) for result in measured.results] == [
         ("fixed", None, 8), ("fixed", None, 32), ("binary", THRESHOLD, None),
         ("binary", 0.5, None), ("linear", THRESHOLD, None), ("linear", 0.5, None),
     ]  # fmt: skip
-    for result in measured.runs:
-        run = result.run
-        options = dict(search=run.search, threshold=run.threshold, num_tokens=run.num_tokens)
+    for result in measured.results:
+        condition = result.condition
+        options = dict(
+            search=condition.search, threshold=condition.threshold, num_tokens=condition.num_tokens
+        )
         originals, frames, blocks, bits = [], [], [], 0
         for file in media.find_media(clips):
             made = tokenizer.reconstruct(file, **options, num_counts=1000)
@@ -85,7 +87,7 @@ def test_every_run_gives_what_the_tokenizer_gives(tokenizer, clips, measured):
             bits += made.tokens.num_bits
         assert [b.num_kept for b in result.blocks] == [b.num_kept for b in blocks]
         assert [b.loss for b in result.blocks] == [b.loss for b in blocks]
-        if run.threshold:
+        if condition.threshold:
             assert [b.met for b in result.blocks] == [b.met_threshold for b in blocks]
         assert result.mean_tokens == np.mean([b.num_kept for b in blocks])
         whole = metrics.psnr(np.concatenate(originals), np.concatenate(frames))
@@ -163,13 +165,13 @@ def test_all_counts_leave_out_none(smallest, more):
 
 
 def made_up(needed, threshold=0.1, model=CONFIG):
-    """An evaluation whose one run needed so many tokens of each block; None: all were not enough."""
+    """An evaluation whose one condition needed so many tokens of each block; None: all were not enough."""
     blocks = tuple(
         Block("clip", k, 32 if n is None else n, 0.2 if n is None else 0.1, n is not None, 3, 1.0, {})
         for k, n in enumerate(needed)
     )  # fmt: skip
-    run = RunResult(
-        run=Condition("binary", threshold),
+    result = ConditionResult(
+        condition=Condition("binary", threshold),
         blocks=blocks,
         mse=0.1,
         psnr_of_clips=16.0,
@@ -177,7 +179,7 @@ def made_up(needed, threshold=0.1, model=CONFIG):
     )
     return Evaluation(
         config=EvaluationConfig(thresholds=(threshold,)), model=model, model_id="made up",
-        clips={"clip": 2 * len(needed)}, skipped={}, runs=(run,), shown=(),
+        clips={"clip": 2 * len(needed)}, skipped={}, results=(result,), shown=(),
     )  # fmt: skip
 
 
@@ -193,8 +195,8 @@ def test_a_higher_cap_lets_more_blocks_meet_the_threshold_with_more_tokens(neede
         assert share == np.mean([n is not None and n <= cap for n in needed])
         assert mean == pytest.approx(np.mean(kept))
     # Without a cap it is the run itself.
-    assert points[-1].share_met == evaluation.runs[0].share_met(0.1)
-    assert points[-1].mean_tokens == pytest.approx(evaluation.runs[0].mean_tokens)
+    assert points[-1].share_met == evaluation.results[0].share_met(0.1)
+    assert points[-1].mean_tokens == pytest.approx(evaluation.results[0].mean_tokens)
 
 
 # --- Models ------------------------------------------------------------------------------------
@@ -208,10 +210,10 @@ def test_a_model_of_one_count_is_evaluated_at_it_alone(tokenizer, clips, share):
     (trained,) = token_masks.sample_num_kept(
         jax.random.key(0), (1,), min_kept=4, max_kept=32, keep_fraction=share
     )
-    assert [tuple(result.run) for result in found.runs] == [("fixed", None, int(trained))]
+    assert [tuple(result.condition) for result in found.results] == [("fixed", None, int(trained))]
     for threshold in config.thresholds:
         (point,) = found.curve(threshold)
-        share_met = np.mean([block.loss <= threshold for block in found.runs[0].blocks])
+        share_met = np.mean([block.loss <= threshold for block in found.results[0].blocks])
         assert point == (int(trained), share_met, int(trained))
         assert found.scalars()[f"eval/share_met@{threshold}"] == share_met
     assert list(found.pictures()) == [f"eval/a.mp4@{int(trained)}"]
@@ -242,7 +244,7 @@ def test_wider_searches_give_the_same_and_one_count_costs_one_pass(tokenizer, cl
     narrow, found = (
         evaluate(t, [clips / "a.mp4"], config, progress=False) for t in (tokenizer, wide)
     )
-    for a, b in zip(narrow.runs, found.runs, strict=True):
+    for a, b in zip(narrow.results, found.results, strict=True):
         assert [block.num_kept for block in a.blocks] == [block.num_kept for block in b.blocks]
     assert found.fixed()[0].passes_per_block == 1
 
@@ -291,7 +293,7 @@ def test_a_clip_that_breaks_midway_is_left_out_whole(tokenizer, clips, monkeypat
     files = [clips / "a.mp4", clips / "z.png"]
     found = evaluate(Breaking(), files, config, progress=False)  # type: ignore[arg-type]
     assert list(found.clips) == ["z.png"] and found.skipped == {"a.mp4": "a.mp4 breaks off"}
-    assert {block.clip for result in found.runs for block in result.blocks} == {"z.png"}
+    assert {block.clip for result in found.results for block in result.blocks} == {"z.png"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ from elastic import checkpoints
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.evaluation import tables
-from elastic.evaluation.records import Block, Condition, Evaluation, EvaluationConfig, RunResult
+from elastic.evaluation.records import (
+    Block,
+    Condition,
+    ConditionResult,
+    Evaluation,
+    EvaluationConfig,
+)
 from elastic.evaluation.tables import RESULTS, check_folder
 from elastic.media import write_image
 from elastic.model import init_params
@@ -27,16 +33,18 @@ CONFIG = ElasticTokConfig(
 def made_up(searches=("binary",)):
     """An evaluation of one block, as if it had been measured."""
     block = Block("a.png", 0, num_kept=4, loss=0.1, met=True, passes=1, seconds=0.5, tried={4: 0.1})
-    runs = [
-        RunResult(run=run, blocks=(block,), mse=0.1, psnr_of_clips=16.0, bits_per_pixel=1.0)
-        for run in [
+    results = [
+        ConditionResult(
+            condition=condition, blocks=(block,), mse=0.1, psnr_of_clips=16.0, bits_per_pixel=1.0
+        )
+        for condition in [
             Condition("fixed", num_tokens=4),
             *(Condition(search, 0.1) for search in searches),
         ]
     ]
     return Evaluation(
         config=EvaluationConfig(thresholds=(0.1,), num_tokens=(4,), searches=searches), model=CONFIG,
-        model_id="made up", clips={"a.png": 1}, skipped={}, runs=tuple(runs), shown=(),
+        model_id="made up", clips={"a.png": 1}, skipped={}, results=tuple(results), shown=(),
     )  # fmt: skip
 
 
