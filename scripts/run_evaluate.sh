@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # --- Fill in here, or set in the environment -----------------------------------------------------
-# The models: NAME=MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference. One that was
+# The models: NAME=MODEL, separated by commas; a MODEL accepts every form of --load_checkpoint. One that was
 # trained with mask_type='fixed_0.5' is measured at its own count.
 models="${models:-example/fsq}"
 # The images and videos to measure on: a folder, or one file. They should not have been trained on.

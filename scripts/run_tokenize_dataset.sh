@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # --- Fill in here, or set in the environment -----------------------------------------------------
-# The model, written as --load_checkpoint of inference; one without a config.json beside it also needs the flags
+# The model, in any form of --load_checkpoint of inference; one without a config.json beside it also needs the flags
 # --load_elastic_config and --update_elastic_config.
 checkpoint_path="${checkpoint_path:-example/fsq}"
 # A folder of images and videos, or a list of them (.txt).
