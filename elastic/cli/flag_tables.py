@@ -26,14 +26,31 @@ def flag_table(script: Script) -> str:
     return "\n".join(lines) + "\n"
 
 
+def names_table() -> str:
+    """A Markdown table of the flags whose name is not that of their option in Python, such as `--n_codes`."""
+    names = {
+        flag.name: flag.option
+        for script in SCRIPTS.values()
+        for flag in script.flags
+        if flag.option
+    }
+    lines = ["| Flag | Option in Python |", "|---|---|"]
+    lines += [f"| `--{flag}` | `{option}` |" for flag, option in names.items() if "." not in flag]
+    return "\n".join(lines) + "\n"
+
+
 def update_tables(text: str) -> str:
     """`text` with a new table between each pair of marks `<!-- flags: NAME -->` and `<!-- end flags -->`.
+
+    NAME is a script, or `names` for the table of flags and options.
 
     Raises:
       ValueError: a mark names no script.
     """
 
     def table(found: re.Match[str]) -> str:
+        if found[2] == "names":
+            return f"{found[1]}\n{names_table()}\n{found[3]}"
         if found[2] not in SCRIPTS:
             raise ValueError(f"flags: {found[2]} names no script; use one of {', '.join(SCRIPTS)}.")
         return f"{found[1]}\n{flag_table(SCRIPTS[found[2]])}\n{found[3]}"
