@@ -24,9 +24,8 @@ from PIL import Image
 from elastic.media.errors import MediaError
 
 WRITABLE_VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv"})
-_SCALING = (
-    Interpolation.BICUBIC | Interpolation.ACCURATE_RND
-)  # RGB -> YUV with halved colour planes
+_ACCURATE_RND = 0x40000  # a flag of ffmpeg's scaler, which PyAV 17 does not name
+_SCALING = int(Interpolation.BICUBIC) | _ACCURATE_RND  # RGB -> YUV with halved colour planes
 _ERRORS = (av.error.FFmpegError, OSError)  # PyAV has errors of both kinds
 
 
