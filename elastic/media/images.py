@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from elastic.media.color import to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason
 from elastic.media.files import Place, is_url, open_file
-from elastic.media.source import Frames, MediaInfo, MediaSource
+from elastic.media.source import Frames, MediaInfo, MediaSource, Reader
 from elastic.media.timing import timed_source
 from elastic.media.video import video_source
 
@@ -82,12 +82,15 @@ def _formats() -> tuple[str, ...]:
     return (*_IMAGE_FORMATS, "HEIF")
 
 
-def open_source(path: str | os.PathLike[str], *, exact_color: bool = False) -> MediaSource:
+def open_source(
+    path: str | os.PathLike[str], *, exact_color: bool = False, reader: Reader = "pyav"
+) -> MediaSource:
     """Probes the file and returns how to read it; at most the first frame of a video is decoded.
 
     Args:
       path: the file or URL.
       exact_color: see `color.FrameConverter`.
+      reader: who decodes video.
 
     Raises:
       MediaError: as in `elastic.media.probe`.
@@ -122,7 +125,7 @@ def open_source(path: str | os.PathLike[str], *, exact_color: bool = False) -> M
         raise MediaError(f"{str(path)!r} is too large a picture: {error}") from error
     except _PILLOW_ERRORS as error:
         raise damaged(path, error) from error
-    return video_source(path, head, exact_color=exact_color)
+    return video_source(path, head, exact_color=exact_color, reader=reader)
 
 
 def _image_source(path: Place, image: Image.Image) -> MediaSource:

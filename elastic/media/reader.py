@@ -13,14 +13,15 @@ import math
 import os
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from elastic.media import decord_reader
 from elastic.media.images import open_source
-from elastic.media.source import MediaInfo, MediaSource
+from elastic.media.source import MediaInfo, MediaSource, Reader
 from elastic.media.timing import choose_frames
 
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
@@ -44,6 +45,7 @@ def open_clip(
     max_frames: int | None = None,
     tell_rate: bool = True,
     exact_color: bool = False,
+    reader: Reader = "pyav",
 ) -> "ClipReader":
     """Opens an image or a video for reading as square frames.
 
@@ -57,6 +59,7 @@ def open_clip(
       max_frames: deliver at most this many frames, from the first on.
       tell_rate: whether the log names a rate that differs from the source's.
       exact_color: round the colours of every video exactly; see `color.FrameConverter`.
+      reader: who decodes video: 'pyav', or 'decord' if it is installed; both give the same frames.
 
     Raises:
       MediaError: as in `probe`.
@@ -70,7 +73,11 @@ def open_clip(
         )
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
-    source = open_source(path, exact_color=exact_color)
+    if reader not in get_args(Reader):
+        raise ValueError(f"{reader=} must be one of {get_args(Reader)}.")
+    if reader == "decord":
+        decord_reader.check_installed()
+    source = open_source(path, exact_color=exact_color, reader=reader)
     delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
     return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
 

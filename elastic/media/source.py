@@ -35,6 +35,7 @@ class MediaInfo:
     transfer: Literal["sdr", "pq", "hlg"] = "sdr"
 
 
+Reader = Literal["pyav", "decord"]
 Frames = Generator[Image.Image, None, None]  # mode RGB, upright
 
 

@@ -18,10 +18,11 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
+from elastic.media import decord_reader
 from elastic.media.color import TRANSFERS, FrameConverter, to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason, warn_once
 from elastic.media.files import Place, open_file
-from elastic.media.source import Frames, MediaSource
+from elastic.media.source import Frames, MediaSource, Reader
 from elastic.media.timing import nominal_rate, timed_source
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
         yield stack.enter_context(av.open(source, "r", options=_FFMPEG_OPTIONS, **_LENIENT))
 
 
-def video_source(path: Place, head: bytes, *, exact_color: bool = False) -> MediaSource:
+def video_source(
+    path: Place, head: bytes, *, exact_color: bool = False, reader: Reader = "pyav"
+) -> MediaSource:
     """A video from its packets.
 
     Counts packets and takes their times. Decodes only up to the first frame, which gives the size and the
@@ -79,6 +82,7 @@ def video_source(path: Place, head: bytes, *, exact_color: bool = False) -> Medi
       path: the file.
       head: its first 12 bytes.
       exact_color: see `color.FrameConverter`.
+      reader: who decodes; files that decord would show differently are left to PyAV.
     """
     try:
         walk = _walk(path)
@@ -116,10 +120,20 @@ def video_source(path: Place, head: bytes, *, exact_color: bool = False) -> Medi
         keyframes = sorted(p.pts for p in packets if p.keyframe and p.pts is not None)
     size = _square_pixels(first.width, first.height, walk.pixel_aspect)
     check_size(path, *size)
-    track = _Track(path, position_of, len(packets), keyframes, turns, size, exact_color)
+    hdr = int(first.color_trc) in TRANSFERS
+    track = _Track(path, position_of, len(packets), keyframes, turns, size, exact_color, hdr)
+
+    by_decord = (
+        reader == "decord"
+        and isinstance(path, pathlib.Path)
+        and decord_reader.decodes_alike(first)
+        and not (turns or exact_color or track.hdr or len(packets) < len(walk.packets))
+    )
+    if reader == "decord" and not by_decord:
+        log.info("%s is read by PyAV: decord would show it differently.", path)
 
     def frames(positions: np.ndarray) -> Frames:
-        return _decode(track, positions)
+        return _decode_by_decord(track, positions) if by_decord else _decode(track, positions)
 
     shown = (size[1], size[0]) if _SWAPPING & set(turns) else size
     rate = nominal_rate(*walk.nominal_rates, stamps if position_of else [], walk.time_base)
@@ -188,7 +202,9 @@ def _walk(path: Place) -> _Walk:
             # AVI numbers frames in the order of decoding.
             by_order = container.format.name == "avi" and codec in _REORDERING_CODECS
             aspect = _fraction(stream.sample_aspect_ratio) or Fraction(1)
-            aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # else it is damage
+            # Within 1 % it stems from rounding a size, and resampling would only blur; beyond 8 it is damage.
+            if abs(aspect - 1) < Fraction(1, 100) or not Fraction(1, 8) <= aspect <= 8:
+                aspect = Fraction(1)
             states = container.format.name in _STATING_DURATION
             stated = (container.duration or 0) / av.time_base if states else 0.0
             # All streams, if the file states its duration, because the sound may be the longest stream.
@@ -310,6 +326,7 @@ class _Track(NamedTuple):
     turns: list[Image.Transpose]
     size: tuple[int, int]  # columns and rows in square pixels, before the turns
     exact_color: bool
+    hdr: bool
 
 
 class _Seek(NamedTuple):
@@ -321,6 +338,18 @@ class _Seek(NamedTuple):
 
 class _SeekError(Exception):
     """Decoding from a keyframe did not give the frames that decoding from the start gives."""
+
+
+def _decode_by_decord(track: _Track, positions: np.ndarray) -> Frames:
+    """Yields the frames at `positions` (ascending), decoded by decord."""
+    frames = decord_reader.decode(
+        track.path, positions, num_frames=track.num_frames, threads=decoder_threads
+    )
+    try:
+        for frame in frames:
+            yield _as_displayed(track, frame)
+    finally:
+        frames.close()
 
 
 def _decode(track: _Track, positions: np.ndarray) -> Frames:

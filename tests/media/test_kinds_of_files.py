@@ -147,6 +147,32 @@ def test_exact_colours_are_those_of_ffmpeg(golden, tmp_path, options):
     assert np.abs(shown - expected).mean() <= 1
 
 
+@pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")
+@pytest.mark.parametrize(
+    "name", [CLIP, "inputs/anam.mp4", "inputs/pq_grey.mp4", "inputs/h264_b_8.avi"]
+)
+def test_decord_gives_the_same_frames(golden, name):
+    options = {"resolution": 64, "rate": 12}
+    expected = open_clip(golden / name, **options)
+    found = open_clip(golden / name, **options, reader="decord")
+    assert (found.info, found.rate) == (expected.info, expected.rate)
+    np.testing.assert_array_equal(found.read(), expected.read())
+    np.testing.assert_array_equal(list(found.frames(2, 4)), list(expected.frames(2, 4)))
+
+
+def test_a_reader_that_is_not_there_is_refused(golden):
+    with pytest.raises(ValueError, match="reader='opencv' must be one of"):
+        open_clip(golden / CLIP, resolution=16, reader="opencv")
+    if importlib.util.find_spec("decord") is None:
+        with pytest.raises(ValueError, match="pip install decord"):
+            open_clip(golden / CLIP, resolution=16, reader="decord")
+
+
+def test_a_pixel_shape_within_rounding_of_square_is_square(golden, tmp_path):
+    ffmpeg("-i", golden / CLIP, "-frames:v", 2, "-vf", "setsar=640/639", tmp_path / "a.mp4")
+    assert (probe(tmp_path / "a.mp4").width, probe(tmp_path / "a.mp4").height) == (160, 120)
+
+
 def test_resampling_is_one_line_in_the_log(golden, caplog):
     with caplog.at_level(logging.INFO):
         open_clip(golden / CLIP, resolution=16, rate=24)
