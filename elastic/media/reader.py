@@ -20,10 +20,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from elastic.media import decord_reader
+from elastic.media.errors import warn_once
 from elastic.media.images import open_source
 from elastic.media.source import MediaInfo, MediaSource, Reader
 from elastic.media.timing import choose_frames
 
+_HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped."
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
 _EXTREME_ASPECT = 4
 
@@ -57,7 +59,7 @@ def open_clip(
         lowered to it, with a warning. None: the source's rate, every frame once; if the source's rate varies,
         the rate of its usual step, so that every frame is delivered as long as it is shown.
       max_frames: deliver at most this many frames, from the first on.
-      tell_rate: whether the log names a rate that differs from the source's.
+      tell_rate: whether the log names a rate that differs from the source's, and high dynamic range.
       exact_color: round the colours of every video exactly; see `color.FrameConverter`.
       reader: who decodes video: 'pyav', or 'decord' if it is installed; both give the same frames.
 
@@ -78,6 +80,8 @@ def open_clip(
     if reader == "decord":
         decord_reader.check_installed()
     source = open_source(path, exact_color=exact_color, reader=reader)
+    if source.info.transfer != "sdr" and tell_rate:
+        warn_once(source.info.path, _HDR, source.info.transfer.upper())
     delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
     return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
 

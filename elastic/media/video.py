@@ -144,11 +144,6 @@ def video_source(
     transfer = TRANSFERS.get(int(first.color_trc), "sdr")
     if transfer == "sdr":
         return source
-    warn_once(
-        path,
-        "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped.",
-        transfer.upper(),
-    )
     return dataclasses.replace(source, info=dataclasses.replace(source.info, transfer=transfer))
 
 
