@@ -15,6 +15,7 @@ def tokenize(flags: app.Values) -> int:
     app.check_target(flags)
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    options = app.encode_options(flags)
 
     from elastic.config import check_resolution
     from elastic.distributed import cpu_devices
@@ -43,11 +44,11 @@ def tokenize(flags: app.Values) -> int:
         tokenizer,
         inputs,
         flags["output_folder"],
+        options,
         overwrite=flags["overwrite"],
         resume=flags["resume"],
         viz=flags["viz"],
         batch=flags["batch"],
-        **app.encode_options(flags),
     )
     if bad:
         raise ValueError(

@@ -17,6 +17,7 @@ def tokenize(flags: app.Values) -> int:
         raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    options = app.encode_options(flags)
 
     from elastic.distributed import cpu_devices, mesh
     from elastic.distributed.hosts import Hosts, host_share, join_hosts
@@ -52,13 +53,13 @@ def tokenize(flags: app.Values) -> int:
         tokenizer,
         inputs,
         folder,
+        options,
         files_per_shard=flags["files_per_shard"],
         batch=flags["batch"],
         process_index=index,
         process_count=count,
         # The others are lost when the first one goes, whom they have joined.
         wait=hosts.initialize_jax_distributed,
-        **app.encode_options(flags),
     )
     if outcome.summary is not None:
         print(dataset_summary.describe(outcome.summary, folder))

@@ -4,6 +4,7 @@ import ast
 import pathlib
 import re
 import subprocess
+import tokenize
 
 import pytest
 
@@ -165,6 +166,65 @@ def test_every_public_function_and_class_says_what_it_is(path):
             if item.name != "setup" and ast.get_docstring(item) is None
         ]
     assert silent == []
+
+
+# Names that this project once had for things that the field names otherwise (glossary of elastic/README.md).
+RENAMED = set(
+    """
+    Past past past_spec attention_with_past KeysValues Lanes lanes lane Visits meetings Ids HIDDEN How Scope Options
+    on_device on_ring Places hide turned Compute pairs_apart Setting Waiting Encoding Recording Job Shown
+    Memory Pictures Sequences Batches Feed check_fit written_beside write_atomically atomic_file Stopped StopSign
+    answer_grain linear_start
+""".split()
+)
+# Here the words have another meaning: a vector register of a TPU has lanes.
+ELSEWHERE = {"elastic/ops/attention/pallas_tpu.py": {"lanes"}}
+METAPHORS = r"\b(?:rubbish|dear|(?<!make )(?<!makes )room(?! for\b))\b"
+
+
+def defined_names(tree: ast.AST) -> set[str]:
+    """Functions, classes, arguments, variables and fields, without underscores in front."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.arg):
+            found.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+    return {name.lstrip("_") for name in found}
+
+
+def prose(path: pathlib.Path) -> str:
+    """Docstrings and comments of a file."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+    with open(path, "rb") as file:
+        texts += [t.string for t in tokenize.tokenize(file.readline) if t.type == tokenize.COMMENT]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("path", ELASTIC, ids=name)
+def test_names_and_sentences_use_the_words_of_the_field(path):
+    names = defined_names(ast.parse(path.read_text(encoding="utf-8")))
+    assert names & RENAMED <= ELSEWHERE.get(name(path), set())
+    assert re.findall(METAPHORS, prose(path)) == []
+
+
+def test_the_search_for_such_names_finds_them():
+    source = "class _Lanes:\n    def put(self, Ids, *, meetings): self.on_ring = past = 1"
+    assert defined_names(ast.parse(source)) & RENAMED == {
+        "Lanes",
+        "Ids",
+        "meetings",
+        "on_ring",
+        "past",
+    }
 
 
 @pytest.mark.parametrize("path", SHELL, ids=name)

@@ -248,6 +248,22 @@ def functions_of_tests() -> frozenset[str]:
     return frozenset(itertools.chain.from_iterable(found))
 
 
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """The pairs (file, test) that a document writes as a file, a colon and names of its tests."""
+    listed = re.findall(r"`(tests/[\w/]+\.py)`:\s+(`test_\w+`(?:,\s+`test_\w+`)*)", prose(text))
+    return [(file, test) for file, tests in listed for test in re.findall(r"\w+", tests)]
+
+
+@each_document
+def test_a_test_that_is_named_with_its_file_is_in_that_file(path):
+    misplaced = [
+        (file, test)
+        for file, test in named_tests(path.read_text(encoding="utf-8"))
+        if not re.search(rf"^def {test}\(", source(file), re.MULTILINE)
+    ]
+    assert misplaced == []
+
+
 def anchors(path: pathlib.Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", prose(path.read_text(encoding="utf-8")), re.MULTILINE)
@@ -293,6 +309,11 @@ def test_no_path_of_one_machine_and_no_page_that_is_not_here(path):
     assert re.findall(r"\b(?:DESIGN|LAYOUT|STYLE|TRAPS)\b", text) == []
 
 
+@each_document
+def test_nothing_is_left_to_do(path):
+    assert re.findall(r"TODO\w*", path.read_text(encoding="utf-8")) == []
+
+
 def test_ci_runs_what_a_contributor_runs():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert "- run: .ci/run" in workflow
@@ -322,6 +343,16 @@ cd x && dataset_path=a python3 scripts/train.py \\
 
 def test_a_flag_that_no_script_has_is_found():
     assert "search_algorithm" not in all_flags() and "search_alg" in all_flags()
+
+
+def test_files_with_several_tests_are_found():
+    text = "| `tests/a.py`: `test_x`, `test_y`; `tests/b/c.py`; `tests/d.py`: `test_z` |"
+    assert named_tests(text) == [
+        ("tests/a.py", "test_x"),
+        ("tests/a.py", "test_y"),
+        ("tests/d.py", "test_z"),
+    ]
+    assert len(named_tests((ROOT / "elastic" / "README.md").read_text(encoding="utf-8"))) > 15
 
 
 def test_headings_become_anchors():

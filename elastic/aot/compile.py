@@ -250,14 +250,14 @@ def tiles(
       num_keys: keys on one device, in tokens.
       dtype: the dtype of operands, 'fp32' or 'bf16'.
     """
-    options = StaticArgs(
+    static = StaticArgs(
         model_config.tokens_per_block,
         model_config.scan_query_chunk_size,
         model_config.scan_key_chunk_size,
         model_config.num_attention_heads,
     )
     shape: dict[str, Any] = dict(
-        head_dim=model_config.head_dim, dtype=parse_dtype(dtype), options=options
+        head_dim=model_config.head_dim, dtype=parse_dtype(dtype), static=static
     )
     if name.startswith("pallas_tpu"):
         from elastic.ops.attention import pallas_tpu
@@ -268,7 +268,7 @@ def tiles(
 
         found = pallas_gpu.tiles("forward", lengths=(num_queries, num_keys), **shape)
         return found.q_tile, found.kv_tile
-    return blockwise.tiles(num_queries, num_keys, options)
+    return blockwise.tiles(num_queries, num_keys, static)
 
 
 def evenness(

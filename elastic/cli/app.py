@@ -19,9 +19,11 @@ from typing import Any
 
 from absl import flags
 
+from elastic.cli.flags import ENCODING
 from elastic.cli.options import name_flags, words
 from elastic.cli.script import Flag, Script, Values
 from elastic.io.user_cache import keep_programs
+from elastic.tokenizer.targets import EncodeOptions
 
 __all__ = ["Values", "check_target", "encode_options", "help_text", "log", "parse", "run", "words"]
 
@@ -82,24 +84,13 @@ def check_target(values: Values) -> None:
         )
 
 
-def encode_options(values: Values) -> dict[str, Any]:
-    """The flags of inference that say what is read of a clip, and how its tokens are chosen: `ElasticTokenizer.encode`'s options."""
-    return dict(
-        threshold=values["threshold"],
-        psnr=values["psnr"],
-        metric=values["metric"],
-        avg_tokens=values["avg_tokens"] or None,
-        bitrate=values["bitrate"] or None,
-        delay_blocks=values["delay_blocks"],
-        budget_counts=values["budget_counts"],
-        num_tokens=values["n_codes"] or None,
-        search=values["search_alg"],
-        rate=values["fps"] or None,
-        max_frames=values["max_frames"] or None,
-        max_fraction=values["max_prop_codes"],
-        fallback_fraction=values["default_prop_codes"],
-        num_counts=values["num_counts"],
-    )
+def encode_options(values: Values) -> EncodeOptions:
+    """The flags of inference that say what is read of a clip, and how its tokens are chosen. 0 stands for None where None is allowed.
+
+    Raises:
+      ValueError: a value is out of its range, or there is not one target.
+    """
+    return ENCODING.read(values)
 
 
 def help_text(script: Script) -> str:
@@ -122,7 +113,7 @@ def run(
 ) -> int:
     """Runs a script: parses, calls `body`, and gives the exit code.
 
-    Errors that our rooms raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
+    Errors that the packages raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
     one line on standard error; `--debug` shows where they came from. Other exceptions are bugs and
     keep their traceback.
     """
@@ -239,12 +230,12 @@ def _logging() -> Iterator[None]:
 
 
 def _is_no_trace(record: logging.LogRecord) -> bool:
-    """Of an exception that orbax logs with its traceback and then raises, once a thread, only what becomes of it is shown."""
+    """Drops the tracebacks that orbax logs, once a thread, before it raises the same exception."""
     return record.exc_info is None
 
 
 def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """For sys.excepthook: of the parts of a checkpoint that nobody waits for any more, tensorstore prints the failure of each."""
+    """For sys.excepthook: suppresses tensorstore's "Event loop is closed" errors, which come from abandoned reads of a checkpoint."""
     if not (kind is RuntimeError and str(error) == "Event loop is closed"):
         sys.__excepthook__(kind, error, trace)
 
@@ -270,7 +261,7 @@ def _termination() -> Iterator[None]:
 
     def lost(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
-            told(unraisable)
+            hook(unraisable)
             return
         ended = isinstance(unraisable.exc_value, SystemExit)
         number = signal.SIGTERM if ended else signal.SIGINT
@@ -278,10 +269,10 @@ def _termination() -> Iterator[None]:
         again.daemon = True
         again.start()
 
-    before, told = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
     sys.unraisablehook = lost
     try:
         yield
     finally:
-        sys.unraisablehook = told
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)

@@ -4,10 +4,15 @@ import dataclasses
 
 from elastic.cli.options import RecordFlags
 from elastic.cli.script import Flag, Script
+from elastic.tokenizer.targets import EncodeOptions
 from elastic.training.config import TrainConfig
 
 OTHER = (Flag("debug", False, "show the traceback of an error"),)
 RUN = RecordFlags(TrainConfig)
+ENCODING = RecordFlags(
+    EncodeOptions, zero_is_none=("num_tokens", "avg_tokens", "bitrate", "rate", "max_frames")
+)
+_OF_CLIP = ("rate", "max_frames")  # what is read of a clip, not how its tokens are chosen
 MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
 DTYPE = RUN.flag("dtype")
 PRESET = Flag(
@@ -78,14 +83,10 @@ INFERENCE = Script(
                 True,
                 "go on after the last whole block where a run of the same file and options was interrupted; False: begin anew",
             ),
-            Flag("viz", True, "draw viz.mp4 or viz.png; its frames take disk until then"),
             Flag(
-                "fps",
-                24.0,
-                "frames per second to take from a video, at most its own; 0: all frames",
-                option="rate",
+                "viz", True, "draw viz.mp4 or viz.png; uses temporary disk space until the run ends"
             ),
-            Flag("max_frames", 0, "take no more frames than this; 0: all"),
+            *ENCODING.flags(*_OF_CLIP),
             RESOLUTION,
         ),
         "Model": (
@@ -100,56 +101,7 @@ INFERENCE = Script(
             UPDATE,
         ),
         "How many tokens": (
-            Flag(
-                "threshold",
-                None,
-                "largest error of a block: mean square, pixels in [-1, 1]; 0.003 suits the released models",
-                kind=float,
-            ),
-            Flag(
-                "metric",
-                "mse",
-                "what the threshold and the budget are of; lpips is slow on a CPU: the mean of a block's frames",
-                choices=("mse", "lpips"),
-            ),
-            Flag("psnr", None, "the same in dB: every block reaches it, such as 28", kind=float),
-            Flag(
-                "avg_tokens",
-                0.0,
-                "tokens of a block in the mean, for the whole clip: spent where they lower its error most",
-            ),
-            Flag("bitrate", 0.0, "the same in kbit of tokens per second of video"),
-            Flag(
-                "delay_blocks",
-                64,
-                "with avg_tokens or bitrate: blocks that are held in memory and share what there is to spend",
-            ),
-            Flag(
-                "budget_counts",
-                24,
-                "with avg_tokens or bitrate: counts of each block that are measured to decide",
-            ),
-            Flag(
-                "search_alg",
-                None,
-                "how a block's count is found; without it predict, or fixed where n_codes is given",
-                kind=str,
-                choices=("predict", "binary", "linear", "fixed"),
-            ),
-            Flag("n_codes", 0, "tokens of every block, for the fixed search", option="num_tokens"),
-            Flag(
-                "max_prop_codes",
-                1.0,
-                "share of a block's tokens that may be tried",
-                option="max_fraction",
-            ),
-            Flag(
-                "default_prop_codes",
-                1.0,
-                "share of a block's tokens kept where no count meets the threshold",
-                option="fallback_fraction",
-            ),
-            Flag("num_counts", 100, "how many counts the linear search spaces over the range"),
+            *(ENCODING.flag(name) for name in ENCODING.names if name not in _OF_CLIP),
             Flag("search_width", 1, "counts tried in one call of the model", option="width"),
         ),
         "Context": (
@@ -289,7 +241,7 @@ EVALUATE = Script(
             Flag(
                 "models",
                 "",
-                "NAME=MODEL or MODEL, separated by commas; a MODEL is written as --load_checkpoint of inference: "
+                "NAME=MODEL or MODEL, separated by commas; a MODEL accepts every form of --load_checkpoint of inference: "
                 "a folder, params::FILE, trainstate_params::FILE, hf::OWNER/NAME",
                 required=True,
             ),

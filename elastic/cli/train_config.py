@@ -63,7 +63,7 @@ def _check_run(config: TrainConfig, model_config: ElasticTokConfig) -> None:
         try:
             DataPosition.load(config.load_dataset_state)
         except OSError:
-            pass  # a run that goes on needs it no more; another says so when it wants it
+            pass  # a run that goes on does not need the file; a new run refuses it later
         except ValueError as error:
             raise ValueError(
                 f"--load_dataset_state={config.load_dataset_state} is no saved position in the data; "

@@ -32,7 +32,7 @@ from elastic.evaluation.records import (
 )
 from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
 from elastic.metrics.lpips import lpips_of_frames
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +201,7 @@ def _measure(
     update: Callable[[], Any],
 ) -> _Measured:
     """One run over one clip."""
-    encoding = tokenizer.stream(
-        clip.path,
+    options = EncodeOptions(
         threshold=run.threshold,
         num_tokens=run.num_tokens,
         search=run.search,
@@ -210,6 +209,7 @@ def _measure(
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
     )
+    session = tokenizer.open_session(clip.path, options)
     if run.search not in ("fixed", config.searches[0]):
         measures = {}  # the other searches are there to be timed
     frames, middle = clip.num_frames, (clip.num_frames - 1) // 2
@@ -217,7 +217,7 @@ def _measure(
     wanted = {middle, *spread.tolist()} if measures else {middle}
     held: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     blocks, squares, count, seen = [], 0, 0, 0
-    for index, result in enumerate(encoding):
+    for index, result in enumerate(session):
         tokens = result.tokens
         blocks.append(
             Block(
@@ -240,7 +240,7 @@ def _measure(
             seen += 1
         update()
     pair = [np.stack([held[k][side] for k in spread]) for side in (0, 1)] if measures else []
-    tokens = encoding.tokens()
+    tokens = session.tokens()
     return _Measured(
         blocks=blocks,
         squares=squares * (2 / 255) ** 2,

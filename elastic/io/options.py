@@ -12,7 +12,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 _T = TypeVar("_T")
@@ -72,8 +72,12 @@ def options_of(record: Any) -> Mapping[str, Option]:
     }
 
 
-def check_options(record: Any) -> None:
+def check_options(record: Any, *, open_choices: Collection[str] = ()) -> None:
     """Checks the values of all options of a dataclass instance; for its `__post_init__`. None is checked by no rule.
+
+    Args:
+      record: an instance of a dataclass.
+      open_choices: options whose `choices` limit the flag alone: in Python they take other values too, such as functions.
 
     Raises:
       ValueError: a value is not among the choices of its option, or breaks its rule.
@@ -82,7 +86,7 @@ def check_options(record: Any) -> None:
         value = getattr(record, name)
         if value is None:
             continue
-        if about.choices and value not in about.choices:
+        if about.choices and name not in open_choices and value not in about.choices:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(about.choices)}.")
         if about.check is not None and not about.check.accepts(value):
             raise ValueError(f"{name}={as_typed(value)} {about.check.rule}.")

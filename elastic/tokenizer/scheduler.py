@@ -1,7 +1,7 @@
-"""Blocks of several clips going through the model side by side, each with a cache and a search of its own.
+"""Continuous batching: blocks of several clips go through the model side by side, each with its own cache and its own search.
 
-A lane whose search has ended commits its block and takes its clip's next one while the others still search: no run of the model waits
-for the slowest.
+A clip has a slot of the batch. A slot whose search has ended commits its block and takes the clip's next one while other slots still
+search, so that no run of the model waits for the slowest search.
 """
 
 import dataclasses
@@ -21,21 +21,22 @@ from elastic.tokenizer.block_codec import Codec, CodecCache, Trial
 from elastic.tokenizer.result import BlockResult
 from elastic.tokens import BlockTokens
 
-# Trials larger than this are not kept, or on an accelerator than this share of its memory: committing then costs one more pass.
+# A trial's keys and values are kept only if they fit in 2 GiB or, on an accelerator, in 1/8 of its memory, whichever is more.
+# Otherwise committing a block costs one more pass.
 _KEEP_BYTES = 2 << 30
 _KEEP_SHARE = 1 / 8
 
 
 @dataclasses.dataclass
 class _Work:
-    """One block in its lane."""
+    """One block in its slot."""
 
     frames: np.ndarray
     search: Search
     metric: Metric | None
     started: float
     passes: int = 0
-    held: int | None = None  # the count whose candidate is held, to be committed
+    selected: int | None = None  # the count whose candidate is selected, to be committed
     again: SearchResult | None = None  # the search has ended on a candidate that was not kept
 
     @property
@@ -46,12 +47,14 @@ class _Work:
 
 
 class BatchScheduler:
-    """A fixed number of clips in one compiled program.
+    """A fixed number of slots, one clip in each, in one compiled program.
 
     Args:
-      batch: how many lanes.
-      width: counts of a block tried in one call.
-      cache: what the lanes remember; None: nothing yet. It is used up.
+      codec: the programs of the model.
+      weights: the parameters as `Codec.stored` gives them.
+      batch: number of slots.
+      width: counts of a block tried in one call of the model.
+      cache: the keys and values of earlier blocks; None: an empty cache. It is donated to the programs.
     """
 
     def __init__(
@@ -68,87 +71,94 @@ class BatchScheduler:
         self.cache = codec.new_cache(batch) if cache is None else cache
         self._weights = weights
         self._work: list[_Work | None] = [None] * batch
-        self._keep = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
-        # The candidates to be committed: in one lane where the trial has them, in several gathered.
-        self._held: tuple[Trial, np.ndarray] | None = None
+        self._keeps_trials = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
+        # The candidates to be committed. One slot has them in its latest trial, several slots gather them in a trial of their own.
+        self._selected: tuple[Trial, np.ndarray] | None = None
         shape = (batch, config.tokens_per_block, config.patch_dim)
         self._patches = np.zeros(shape, np.uint8)
         self._num_frames = np.full(batch, config.frames_per_block, np.int32)
-        self._given = False
+        self._inputs_in_use = False  # the device may still read `_patches` and `_num_frames`
 
     @property
-    def free(self) -> list[int]:
-        """The lanes that have no block."""
-        return [lane for lane, work in enumerate(self._work) if work is None]
+    def free_slots(self) -> list[int]:
+        """The slots that have no block."""
+        return [slot for slot, work in enumerate(self._work) if work is None]
 
-    def forget(self, lane: int) -> None:
-        """Empties a lane's context: its next block begins a clip, or a window."""
-        self.cache = self.cache.forget(np.arange(self.batch) == lane)
+    def forget(self, slot: int) -> None:
+        """Empties a slot's cache: its next block begins a clip or a window."""
+        self.cache = self.cache.forget(np.arange(self.batch) == slot)
 
-    def put(
+    def assign(
         self,
-        lane: int,
+        slot: int,
         frames: UInt8[np.ndarray, "n rows columns 3"],
         search: Search,
         *,
         metric: Metric | None = None,
     ) -> None:
-        """Gives a free lane its next block; only a clip's last one may be short. `metric` None: squared error."""
+        """Gives a free slot its next block.
+
+        Args:
+          slot: a slot of `free_slots`.
+          frames: the block, uint8; only the last block of a clip may be short.
+          search: decides the block's token count.
+          metric: the loss of the block; None: the mean squared error.
+        """
         config = self.codec.config
         padded = pad_block(frames, config.frames_per_block)
-        if self._given:  # what a call was given may still be read
+        if self._inputs_in_use:
             self._patches, self._num_frames = self._patches.copy(), self._num_frames.copy()
-            self._given = False
-        self._patches[lane] = patchify(padded, config.patch_size)
-        self._num_frames[lane] = len(frames)
-        self._work[lane] = _Work(frames, search, metric, time.perf_counter())
+            self._inputs_in_use = False
+        self._patches[slot] = patchify(padded, config.patch_size)
+        self._num_frames[slot] = len(frames)
+        self._work[slot] = _Work(frames, search, metric, time.perf_counter())
 
     def step(self) -> list[tuple[int, BlockResult]]:
-        """One call of the model for every lane that has a block; the blocks that this finished, by lane."""
+        """Calls the model once for all slots that have a block; gives the blocks that are finished now, each with its slot."""
         groups: dict[int, list[int]] = {}
-        for lane, work in self._busy():
+        for slot, work in self._busy():
             again = work.again
-            groups[lane] = [again.num_kept] if again else work.search.propose() or []
-        keep = self._keep or any(work.again for _, work in self._busy())
+            groups[slot] = [again.num_kept] if again else work.search.propose() or []
+        keep = self._keeps_trials or any(work.again for _, work in self._busy())
         trial, losses = self._call(groups, keep=keep)
         finished: dict[int, SearchResult] = {}
         choice, newer = np.zeros(self.batch, np.int32), np.zeros(self.batch, bool)
-        for lane, work in self._busy():
+        for slot, work in self._busy():
             if work.again is None:
-                work.search.observe(groups[lane], losses[lane])
+                work.search.observe(groups[slot], losses[slot])
             target = work.again.num_kept if work.again else work.target
-            if keep and target in groups[lane]:
-                choice[lane], newer[lane] = groups[lane].index(target), True
-                work.held = target
+            if keep and target in groups[slot]:
+                choice[slot], newer[slot] = groups[slot].index(target), True
+                work.selected = target
             if work.again or work.search.propose() is None:
                 result = work.again or work.search.result()
-                if work.held == result.num_kept:
-                    finished[lane] = result
+                if work.selected == result.num_kept:
+                    finished[slot] = result
                 else:
                     work.again = result
-        self._hold(trial, choice, newer)
+        self._select(trial, choice, newer)
         return self._commit(finished) if finished else []
 
-    def losses_of(self, lane: int, counts: Sequence[int]) -> dict[int, float]:
-        """The losses of other counts of a lane's block; its search does not hear of them."""
+    def losses_of(self, slot: int, counts: Sequence[int]) -> dict[int, float]:
+        """The loss of each of these counts for the block in a slot, without telling its search."""
         found: dict[int, float] = {}
         for start in range(0, len(counts), self.width):
             group = list(counts[start : start + self.width])
-            _, losses = self._call({lane: group}, keep=False)
-            found |= zip(group, losses[lane], strict=True)
+            _, losses = self._call({slot: group}, keep=False)
+            found |= zip(group, losses[slot], strict=True)
         return found
 
     def _busy(self) -> list[tuple[int, _Work]]:
-        return [(lane, work) for lane, work in enumerate(self._work) if work is not None]
+        return [(slot, work) for slot, work in enumerate(self._work) if work is not None]
 
     def _call(
         self, groups: dict[int, list[int]], *, keep: bool
     ) -> tuple[Trial, dict[int, list[float]]]:
-        """Runs the model once for each count of each group, in one call of one compiled shape."""
+        """Evaluates the counts of all slots in one call of one compiled shape: {slot: counts} -> {slot: losses}."""
         counts = np.ones((self.batch, self.width), np.int32)
-        for lane, group in groups.items():
-            counts[lane] = group + group[-1:] * (self.width - len(group))
-        self._given = True
+        for slot, group in groups.items():
+            counts[slot] = group + group[-1:] * (self.width - len(group))
+        self._inputs_in_use = True
         trial = self.codec.try_counts(
             self._weights,
             self.cache,
@@ -157,18 +167,18 @@ class BatchScheduler:
             num_frames=self._num_frames,
             keep=keep,
         )
-        # Held against the threshold: the larger of both errors, so that decoded 8-bit frames keep the promise too.
+        # The larger of both errors is compared with the threshold, so that the decoded 8-bit frames stay under it too.
         squares = np.maximum(*jax.device_get((trial.losses, trial.pixel_losses)))
         losses = {}
-        for lane, group in groups.items():
-            work = self._work[lane]
+        for slot, group in groups.items():
+            work = self._work[slot]
             assert work is not None
             work.passes += len(group)
             if work.metric is None:
-                losses[lane] = squares[lane, : len(group)].tolist()
+                losses[slot] = squares[slot, : len(group)].tolist()
             else:
-                first = lane * self.width
-                losses[lane] = [
+                first = slot * self.width
+                losses[slot] = [
                     self._measure(work, work.metric, trial.pixels[first + k])
                     for k in range(len(group))
                 ]
@@ -188,33 +198,37 @@ class BatchScheduler:
         frames = np.asarray(unpatchify(np.asarray(pixels), self.codec.config.patch_size, *size))
         return frames[: len(work.frames)]
 
-    def _hold(self, trial: Trial, choice: np.ndarray, newer: np.ndarray) -> None:
+    def _select(self, trial: Trial, choice: np.ndarray, newer: np.ndarray) -> None:
+        """Selects a candidate of the trial in the slots where `newer` is True; the others keep their earlier one."""
         if not newer.any():
             return
-        if self.batch == 1:  # where it is: nothing is copied
-            self._held = trial, choice
+        if self.batch == 1:  # the trial itself is kept: nothing is copied
+            self._selected = trial, choice
             return
-        held = self._held[0] if self._held else None
-        self._held = self.codec.hold(held, trial, choice, newer), np.zeros_like(choice)
+        selected = self._selected[0] if self._selected else None
+        self._selected = self.codec.select(selected, trial, choice, newer), np.zeros_like(choice)
 
     def _commit(self, finished: dict[int, SearchResult]) -> list[tuple[int, BlockResult]]:
-        assert self._held is not None
-        trial, choice = self._held
+        """Appends the selected candidates of the finished slots to their caches."""
+        assert self._selected is not None
+        trial, choice = self._selected
         elements = np.isin(np.arange(self.batch), list(finished))
         self.cache, committed = self.codec.commit(
             self.cache, trial, choice, None if self.batch == 1 else elements
         )
         if self.batch == 1:
-            self._held = None
+            self._selected = None
         results = []
-        if 2 * len(finished) > self.batch:  # all come sooner than each, by a program of its own
+        if (
+            2 * len(finished) > self.batch
+        ):  # one transfer of all is faster than one program for each slot
             committed = jax.device_get(committed)
-        for lane, result in finished.items():
-            work = self._work[lane]
+        for slot, result in finished.items():
+            work = self._work[slot]
             assert work is not None
-            tokens = np.asarray(committed.tokens[lane])[: result.num_kept]
-            results.append((lane, self._result(work, result, tokens, committed.pixels[lane])))
-            self._work[lane] = None
+            tokens = np.asarray(committed.tokens[slot])[: result.num_kept]
+            results.append((slot, self._result(work, result, tokens, committed.pixels[slot])))
+            self._work[slot] = None
         return results
 
     def _result(
@@ -238,7 +252,7 @@ class BatchScheduler:
 
 
 def _most_kept(codec: Codec) -> float:
-    """Bytes that kept trials may take."""
+    """The most bytes of keys and values that trials may keep."""
     limit = None
     if codec.mesh is not None and platform_of(codec.mesh) != "cpu":
         limit = memory_limit(codec.mesh)

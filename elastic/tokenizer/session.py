@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -14,16 +13,17 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic.checkpoints.fingerprint import fingerprint
-from elastic.io.tree import flatten
+from elastic.io.tree import tree_digest
 from elastic.media import MediaError
-from elastic.metrics import Metric
+from elastic.metrics import make_metric
 from elastic.search import CurvePrior, Search, make_search
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
-from elastic.tokenizer.block_codec import Codec
+from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.clip_source import Clip, ahead
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.resume import ResumeError, ResumeLog, remove_resume_log
 from elastic.tokenizer.scheduler import BatchScheduler
+from elastic.tokenizer.targets import EncodeOptions
 from elastic.tokenizer.two_pass import Budget, spend
 from elastic.tokens import BlockTokens, TokenizedClip
 
@@ -34,12 +34,22 @@ _AHEAD = 2  # blocks of a clip that are decoded while the model runs
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerContext:
-    """What all clips of a tokenizer share; `elastic.tokenizer` documents the fields."""
+    """What all clips of a tokenizer share.
+
+    Attributes:
+      codec: the compiled programs of one block.
+      weights: the model's parameter tree on the devices, as `Codec.stored` gives it.
+      model_id: what token files call the model.
+      when_full: what happens to the context when the window is full: 'carry' slides it, 'restart' empties it.
+      search_width: counts of a block tried in one call of the model.
+      prior: what guesses a clip's first counts for the search 'predict'; None: nothing.
+    """
 
     codec: Codec
     weights: dict[str, Any]
     model_id: str
-    context: Literal["carry", "restart"]
+    when_full: Literal["carry", "restart"]
+    search_width: int
     prior: CurvePrior | None = None
 
     @functools.cached_property
@@ -50,78 +60,83 @@ class TokenizerContext:
     @functools.cached_property
     def weights_digest(self) -> str:
         """SHA-256 of all parameters, by name, type and shape, to the last bit."""
-        digest = hashlib.sha256()
-        for path, leaf in sorted(flatten(self.weights).items()):
-            array = np.asarray(leaf)
-            digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        return digest.hexdigest()
+        return tree_digest(self.weights)
 
 
 class PendingBlock(NamedTuple):
     """A block that is to be tokenized."""
 
     frames: UInt8[np.ndarray, "n rows columns 3"]
-    expected: Curve | None  # what its pixels say of its curve, where the search asks
+    expected: (
+        Curve | None
+    )  # its rate curve as guessed from its pixels; None where the search uses no guess
 
 
 class EncodeSession:
     """A clip being tokenized: iterate over it for one `BlockResult` after the other, then ask for `tokens()`.
 
-    Frames are read, tokenized and handed out block by block; nothing but the tokens is held.
+    Frames are read, tokenized and handed out block by block; only the tokens are kept.
+
+    Args:
+      context: what all clips of the tokenizer share.
+      clip: the clip.
+      options: what is asked of its tokens.
+      budget: the tokens that it may spend, where `options` give a mean or a bitrate; else None.
 
     Attributes:
-      num_frames, num_blocks: of the clip; None while frames are still coming.
+      num_frames, num_blocks: of the clip; None while frames are still arriving.
       is_image, rate, source: as in `TokenizedClip`.
       num_done: blocks that are tokenized.
-      first_block: the first that will be handed out. Above 0 where a recording goes on: `recorded` has those before.
-      recorded: numbers of the blocks before `first_block`: `passes`, `seconds` and `squares` of each.
+      first_block: the first block that will be handed out. Above 0 in a resumed run: `recorded` has the earlier ones.
+      recorded: the numbers `passes`, `seconds` and `squares` of each block before `first_block`.
     """
 
     def __init__(
         self,
-        setting: TokenizerContext,
+        context: TokenizerContext,
         clip: Clip,
-        search: dict[str, Any],
+        options: EncodeOptions,
         *,
         budget: Budget | None = None,
-        metric: tuple[str, Metric | None] = ("mse", None),
     ):
-        self._setting, self._clip, self._search, self._budget = setting, clip, search, budget
-        self._metric_name, self.metric = metric
+        config = context.codec.config
+        self._context, self._clip, self._budget = context, clip, budget
+        self._search_name = options.search_name
+        self._search_options = options.search_options(config, width=context.search_width)
+        self._metric_name, self.metric = make_metric(options.metric)
         self.is_image, self.rate, self.source = clip.is_image, clip.rate, clip.source
         self.num_frames = clip.num_frames
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
-        self._recording: ResumeLog | None = None
-        self._cache: Any = None
+        self._resume_log: ResumeLog | None = None
+        self._cache: CodecCache | None = None  # of an earlier run, until `start` hands it on
         self._history: SearchHistory | None = None
-        self.num_done = 0  # blocks that are tokenized
+        self.num_done = 0
         self._seen_frames = 0
-        self._blocks: list[BlockTokens] = []  # these; with a recording they are there instead
+        self._blocks: list[BlockTokens] = []  # empty where a resume log holds them
         self._finished = False
-        if budget is None:  # what cannot be searched for is refused before the first frame is read
-            make_search(**search)
+        if budget is None:  # wrong options are refused before the first frame is read
+            self._make_search()
 
     @property
     def num_blocks(self) -> int | None:
         """Blocks of the clip; None while frames are still coming."""
-        frames = self._setting.codec.config.frames_per_block
+        frames = self._context.codec.config.frames_per_block
         return None if self.num_frames is None else -(-self.num_frames // frames)
 
     @property
     def width(self) -> int:
-        """Counts tried in one call."""
-        return self._search["width"]
+        """Counts tried in one call of the model."""
+        return self._search_options.width
 
     @property
     def has_budget(self) -> bool:
-        """Whether the counts come from a budget instead of a search."""
+        """Whether the blocks share a budget, instead of being searched one by one."""
         return self._budget is not None
 
     def __iter__(self) -> Iterator[BlockResult]:
         if self._budget is None:
-            for _, result in tokenize_side_by_side(self._setting, [self]):
+            for _, result in tokenize_side_by_side(self._context, [self]):
                 if isinstance(result, Exception):
                     raise result
                 if result is not None:
@@ -129,12 +144,12 @@ class EncodeSession:
             return
         self._reset()
         results = spend(
-            self._setting.codec,
-            self._setting.weights,
-            ahead(self._clip.blocks(self._setting.codec.config.frames_per_block), _AHEAD),
+            self._context.codec,
+            self._context.weights,
+            ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD),
             self._budget,
             width=self.width,
-            restart=self._setting.context == "restart",
+            restart=self._context.when_full == "restart",
             metric=self.metric,
         )
         for result in results:
@@ -145,17 +160,20 @@ class EncodeSession:
     @property
     def num_recorded(self) -> int:
         """Blocks that an earlier run recorded."""
-        return 0 if self._recording is None else len(self._recording.blocks)
+        return 0 if self._resume_log is None else len(self._resume_log.blocks)
 
-    def open_record(self, path: str | os.PathLike, *, most_copied: float = math.inf) -> None:
-        """Records to `path` from now on; goes on from what an earlier run left there, so that `first_block` is known.
+    def open_resume_log(
+        self, path: str | os.PathLike, *, max_snapshot_block: float = math.inf
+    ) -> None:
+        """Records every block to `path` from now on; resumes from what an earlier run recorded there, which sets `first_block`.
 
         Args:
-          most_copied: blocks after which a copy of the cache may be used, at most; 0: none, because other clips will go through the
-            model beside this one. Recorded blocks after the copy go through the model once more.
+          path: the resume file.
+          max_snapshot_block: resume from a snapshot of the cache that was made after at most this many blocks. The recorded blocks
+            after the snapshot go through the model once more. 0 uses no snapshot, which is required when clips share a batch.
 
         Raises:
-          RecordingError: there is a recording of another run.
+          ResumeError: the file is of another run.
           ValueError: a budget is not spent block by block.
         """
         if self._budget is not None:
@@ -165,36 +183,39 @@ class EncodeSession:
         about = self._about()
         if about["clip"] is None and os.path.exists(path):
             raise ResumeError(
-                f"{path} is there already, and frames that come cannot be gone through again; give another record."
+                f"{path} exists already, and frames that arrive one by one cannot be read again; name another record."
             )
-        self._recording = ResumeLog(path, about, self._header())
-        found = self._recording.load_cache(self._setting.codec) if most_copied else None
-        if found is not None and 0 < found[0] <= most_copied:
+        self._resume_log = ResumeLog(path, about, self._header())
+        found = self._resume_log.load_cache(self._context.codec) if max_snapshot_block else None
+        if found is not None and 0 < found[0] <= max_snapshot_block:
             self.first_block, self._cache = found
-            before = self._recording.blocks[: self.first_block]
+            before = self._resume_log.blocks[: self.first_block]
             self._history = history_from_json(before[-1].about["memory"])
             self.recorded = [block.about for block in before]
 
-    def open_fitting_record(
-        self, path: str | os.PathLike, *, most_copied: float = math.inf
+    def open_or_replace_resume_log(
+        self, path: str | os.PathLike, *, max_snapshot_block: float = math.inf
     ) -> None:
-        """The same; a recording of another run is removed, and the log says so."""
+        """As `open_resume_log`, but a file of another run is removed, and the log says so."""
         try:
-            self.open_record(path, most_copied=most_copied)
+            self.open_resume_log(path, max_snapshot_block=max_snapshot_block)
         except ResumeError as error:
-            log.warning("Begins anew: %s", error)
+            log.warning("Starts again: %s", error)
             remove_resume_log(path)
-            self.open_record(path, most_copied=most_copied)
+            self.open_resume_log(path, max_snapshot_block=max_snapshot_block)
 
-    def begin(self, lanes: BatchScheduler, lane: int) -> Iterator[PendingBlock]:
-        """The blocks to tokenize, `lane` ready for the first. They are read, and their curves guessed, while the model works."""
-        lanes.forget(lane)
+    def start(self, scheduler: BatchScheduler, slot: int) -> Iterator[PendingBlock]:
+        """Makes a slot ready for the first block, and gives the blocks that are to be tokenized.
+
+        They are read, and their rate curves guessed, in a thread while the model runs.
+        """
+        scheduler.forget(slot)
         self._reset()
         if self._cache is not None:
-            lanes.cache, self._cache = self._cache, None
-        frames_per_block = self._setting.codec.config.frames_per_block
-        guesses = self._search["name"] == "predict" and self.metric is None
-        prior = self._setting.prior if guesses else None
+            scheduler.cache, self._cache = self._cache, None
+        frames_per_block = self._context.codec.config.frames_per_block
+        guesses = self._search_name == "predict" and self.metric is None
+        prior = self._context.prior if guesses else None
 
         def blocks() -> Iterator[PendingBlock]:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
@@ -204,26 +225,34 @@ class EncodeSession:
 
     def next_search(self, block: PendingBlock) -> Search:
         """The search of the next block."""
-        number, prior = self.num_done, self._setting.prior
-        if self._recording is not None and number < len(self._recording.blocks):
-            count = self._recording.blocks[number].tokens.num_kept
-            return make_search(**self._search | {"name": "fixed", "num_tokens": count})
+        number, prior = self.num_done, self._context.prior
+        if self._resume_log is not None and number < len(self._resume_log.blocks):
+            count = self._resume_log.blocks[number].tokens.num_kept
+            arguments: dict[str, Any] = self._search_arguments() | {"num_tokens": count}
+            return make_search("fixed", **arguments)
         if block.expected is not None and prior is not None:
             self._history = prior.history(block.expected, self._history)
-        elif (
-            self._history is None
-        ):  # of this clip alone, so that its tokens do not depend on others
+        elif self._history is None:  # of this clip alone: its tokens must not depend on other clips
             self._history = SearchHistory()
-        return make_search(history=self._history, **self._search)
+        return self._make_search(self._history)
 
-    def take(self, result: BlockResult, lanes: BatchScheduler) -> BlockResult:
-        """Notes what the next block has become."""
-        number, recording = self.num_done, self._recording
-        if recording is not None and number < len(recording.blocks):
+    def _make_search(self, history: SearchHistory | None = None) -> Search:
+        return make_search(self._search_name, history=history, **self._search_arguments())
+
+    def _search_arguments(self) -> dict[str, Any]:
+        """The arguments of `make_search` but its name and history; resume files hold them too."""
+        arguments = dataclasses.asdict(self._search_options)
+        del arguments["full_curve"], arguments["tolerance"]  # left at their defaults
+        return arguments
+
+    def record_result(self, result: BlockResult, scheduler: BatchScheduler) -> BlockResult:
+        """Counts and records the result of the next block, and gives it: with the tokens of the earlier run if it was recorded."""
+        number, resume_log = self.num_done, self._resume_log
+        if resume_log is not None and number < len(resume_log.blocks):
             result = self._repeated(result, number)
-        elif recording is not None:
+        elif resume_log is not None:
             history = history_to_json(self._history or SearchHistory())
-            recording.append(
+            resume_log.append(
                 result.tokens,
                 len(result.frames),
                 passes=result.passes,
@@ -232,20 +261,24 @@ class EncodeSession:
                 memory=history,
             )
         self._count(result)
-        if recording is not None and lanes.batch == 1 and self.num_done > len(recording.blocks):
-            recording.copy_cache(lanes.cache)
+        if (
+            resume_log is not None
+            and scheduler.batch == 1
+            and self.num_done > len(resume_log.blocks)
+        ):
+            resume_log.copy_cache(scheduler.cache)
         return result
 
     def end(self) -> None:
-        """Notes that there are no more blocks."""
-        if self._recording is not None:
-            self._recording.finish()
+        """Ends the clip: there are no more blocks."""
+        if self._resume_log is not None:
+            self._resume_log.finish()
         self._end()
 
     def close(self) -> None:
-        """Leaves an unfinished recording for a later run."""
-        if self._recording is not None:
-            self._recording.close()
+        """Closes an unfinished resume log, which a later run may resume from."""
+        if self._resume_log is not None:
+            self._resume_log.close()
 
     def tokens(self) -> TokenizedClip:
         """The token record of the whole clip.
@@ -257,29 +290,29 @@ class EncodeSession:
             of = "" if self.num_blocks is None else f" of {self.num_blocks}"
             raise ValueError(f"{self.num_done}{of} blocks are tokenized; iterate to the end first.")
         header: dict[str, Any] = self._header() | {"num_frames": self._seen_frames}
-        blocks = self._blocks if self._recording is None else self._recording.tokens()
+        blocks = self._blocks if self._resume_log is None else self._resume_log.tokens()
         return TokenizedClip(blocks=tuple(blocks), **header)
 
     def _reset(self) -> None:
-        """Back to the first block that is to be tokenized."""
-        before = [] if self._recording is None else self._recording.blocks[: self.first_block]
+        """Goes back to the first block that is to be tokenized."""
+        before = [] if self._resume_log is None else self._resume_log.blocks[: self.first_block]
         self.num_done, self._blocks = len(before), []
         self._seen_frames = sum(block.num_frames for block in before)
 
     def _count(self, result: BlockResult) -> None:
-        if self._recording is None:
+        if self._resume_log is None:
             self._blocks.append(result.tokens)
         self.num_done += 1
         self._seen_frames += len(result.frames)
 
     def _repeated(self, result: BlockResult, number: int) -> BlockResult:
         """The result of a block that was recorded, after it went through the model with its count."""
-        assert self._recording is not None
-        earlier = self._recording.blocks[number]
+        assert self._resume_log is not None
+        earlier = self._resume_log.blocks[number]
         same = np.array_equal(earlier.tokens.values, result.tokens.values)
         if not same or len(result.frames) != earlier.num_frames:
             raise ResumeError(
-                f"{self._recording.path} has other tokens for block {number} than this machine finds; remove it to begin anew."
+                f"{self._resume_log.path} has other tokens for block {number} than this machine computes; remove it to start again."
             )
         self._history = history_from_json(earlier.about["memory"])
         spent = {name: earlier.about[name] for name in ("passes", "seconds")}
@@ -290,21 +323,21 @@ class EncodeSession:
         self._finished = True
 
     def _about(self) -> dict[str, Any]:
-        """All that the result depends on."""
-        setting = self._setting
+        """Everything that the result depends on."""
+        context = self._context
         return {
             "clip": self._clip.identity(),
-            "model": [setting.codec.config.config_hash(), setting.weights_digest],
-            "prior": None if setting.prior is None else setting.prior.to_json(),
-            "dtype": str(setting.codec.dtype),
-            "window": [setting.codec.window_blocks, setting.context],
+            "model": [context.codec.config.config_hash(), context.weights_digest],
+            "prior": None if context.prior is None else context.prior.to_json(),
+            "dtype": str(context.codec.dtype),
+            "window": [context.codec.window_blocks, context.when_full],
             "metric": self._metric_name,
-            "search": self._search,
+            "search": {"name": self._search_name} | self._search_arguments(),
         }
 
     def _header(self) -> dict[str, Any]:
-        """The fields of `TokenizedClip` but for its blocks."""
-        setting, config = self._setting, self._setting.codec.config
+        """The fields of `TokenizedClip` except its blocks."""
+        context, config = self._context, self._context.codec.config
         header: dict[str, Any] = dict(
             bottleneck_type=config.bottleneck_type,
             codebook_size=config.codebook_size if config.bottleneck_type == "fsq" else None,
@@ -315,19 +348,19 @@ class EncodeSession:
             resolution=config.resolution,
             source=self.source,
             rate=float(self.rate),
-            model_id=setting.model_id,
+            model_id=context.model_id,
             config_hash=config.config_hash(),
-            threshold=self._search["threshold"],
-            search=self._search_name(),
-            window_blocks=setting.codec.window_blocks,
-            context=setting.context,
-            weights=setting.fingerprint,
+            threshold=self._search_options.threshold,
+            search=self._search_label(),
+            window_blocks=context.codec.window_blocks,
+            context=context.when_full,
+            weights=context.fingerprint,
         )
         return header
 
-    def _search_name(self) -> str:
-        """What the token file says of how counts were found; losses other than squared errors are named."""
-        search = self._search["name"] if self._budget is None else "budget"
+    def _search_label(self) -> str:
+        """How counts were found, as token files say it; a loss other than the squared error is named."""
+        search = self._search_name if self._budget is None else "budget"
         return search if self.metric is None else f"{search}:{self._metric_name}"
 
 
@@ -335,69 +368,82 @@ Progress = tuple[EncodeSession, BlockResult | MediaError | None]
 
 
 def tokenize_side_by_side(
-    setting: TokenizerContext, encodings: Iterable[EncodeSession], *, batch: int = 1
+    context: TokenizerContext, sessions: Iterable[EncodeSession], *, batch: int = 1
 ) -> Iterator[Progress]:
-    """The blocks of several clips as they are done, each with its clip; None says that a clip is finished, an error that it is no good.
+    """The blocks of several clips as they are done, each with its clip; after a clip's last block None, or the error that ended it.
 
     Args:
-      batch: clips that go through the model at once. One that ends makes room for the next.
+      context: what all clips of the tokenizer share.
+      sessions: the clips; one is started when a slot is free.
+      batch: clips that go through the model at once. The next clip takes the slot of one that ends.
     """
-    waiting = iter(encodings)
+    waiting = iter(sessions)
     first = next(waiting, None)
     if first is None:
         return
-    lanes = BatchScheduler(setting.codec, setting.weights, batch=batch, width=first.width)
+    scheduler = BatchScheduler(context.codec, context.weights, batch=batch, width=first.width)
     waiting = itertools.chain([first], waiting)
-    in_lane: dict[int, tuple[EncodeSession, Iterator[PendingBlock]]] = {}
+    running: _Running = {}
     try:
         while True:
-            for lane in lanes.free:
-                yield from _fill(setting, lanes, lane, in_lane, waiting)
-            if len(lanes.free) == batch:
+            for slot in scheduler.free_slots:
+                yield from _fill_slot(context, scheduler, slot, running, waiting)
+            if len(scheduler.free_slots) == batch:
                 return
-            for lane, result in lanes.step():
-                encoding = in_lane[lane][0]
-                yield encoding, encoding.take(result, lanes)
+            for slot, result in scheduler.step():
+                session, _ = running[slot]
+                yield session, session.record_result(result, scheduler)
     finally:
-        for encoding, blocks in in_lane.values():
+        for session, blocks in running.values():
             blocks.close()  # type: ignore[attr-defined]
-            encoding.close()
+            session.close()
 
 
-def _fill(
-    setting: TokenizerContext,
-    lanes: BatchScheduler,
-    lane: int,
-    in_lane: dict[int, tuple[EncodeSession, Iterator[PendingBlock]]],
-    waiting: Iterator[Any],
+# The clip in each slot, and its blocks that are still to come.
+_Running = dict[int, tuple[EncodeSession, Iterator[PendingBlock]]]
+
+
+def _fill_slot(
+    context: TokenizerContext,
+    scheduler: BatchScheduler,
+    slot: int,
+    running: _Running,
+    waiting: Iterator[EncodeSession],
 ) -> Iterator[Progress]:
-    """Gives a free lane its clip's next block, or the first one of another clip, if there is one."""
+    """Gives a free slot the next block of its clip, else the first block of the next clip; the slot stays free if no clip is left.
+
+    Args:
+      context: what all clips of the tokenizer share.
+      scheduler: has the slots.
+      slot: the free one.
+      running: changed in place.
+      waiting: clips that have not started.
+    """
     while True:
-        if lane not in in_lane:
-            encoding = next(waiting, None)
-            if encoding is None:
+        if slot not in running:
+            session = next(waiting, None)
+            if session is None:
                 return
-            if encoding.width != lanes.width:
+            if session.width != scheduler.width:
                 raise ValueError(
-                    f"Clips that try {encoding.width} and {lanes.width} counts in a call cannot share one; give all the same options."
+                    f"Clips that try {session.width} and {scheduler.width} counts in a call cannot share one; give all the same options."
                 )
-            in_lane[lane] = encoding, encoding.begin(lanes, lane)
-        encoding, blocks = in_lane[lane]
+            running[slot] = session, session.start(scheduler, slot)
+        session, blocks = running[slot]
         try:
             block = next(blocks, None)
         except MediaError as error:
-            del in_lane[lane]
-            encoding.close()
-            yield encoding, error
+            del running[slot]
+            session.close()
+            yield session, error
             continue
         if block is not None:
-            number = encoding.num_done
-            window = setting.codec.window_blocks
-            if setting.context == "restart" and number % window == 0:
-                lanes.forget(lane)
-            search = encoding.next_search(block)
-            lanes.put(lane, block.frames, search, metric=encoding.metric)
+            number, window = session.num_done, context.codec.window_blocks
+            if context.when_full == "restart" and number % window == 0:
+                scheduler.forget(slot)
+            search = session.next_search(block)
+            scheduler.assign(slot, block.frames, search, metric=session.metric)
             return
-        del in_lane[lane]
-        encoding.end()
-        yield encoding, None
+        del running[slot]
+        session.end()
+        yield session, None

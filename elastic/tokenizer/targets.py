@@ -1,64 +1,238 @@
-"""What may be asked of a clip's tokens, and its checks."""
+"""`EncodeOptions`: what is asked of a clip's tokens, from the command line to the search of every block."""
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
-from elastic.config import ElasticTokConfig
-from elastic.metrics import mse_of_psnr
+import numpy as np
+
+from elastic.io.names import suggest_arguments
+from elastic.io.options import Check, at_least, check_options, option
+from elastic.search import SearchOptions
+
+if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
+    from elastic.config import ElasticTokConfig
+
+# The loss of a block: of original and reconstruction, uint8 [n, rows, columns, 3].
+_Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
+
+_TARGETS = ("threshold", "psnr", "num_tokens", "avg_tokens", "bitrate")
+_SHARE = Check(lambda share: 0 < share <= 1, "must be above 0 and at most 1")
 
 
-def check_targets(targets: Mapping[str, float | None], search: str | None) -> None:
-    """Refuses none and several targets; a threshold beside `num_tokens` only decides what counts as met.
+class EncodeArguments(TypedDict, total=False):
+    """The fields of `EncodeOptions` as keyword arguments of a function."""
+
+    threshold: float | None
+    psnr: float | None
+    metric: str | _Metric
+    avg_tokens: float | None
+    bitrate: float | None
+    delay_blocks: int
+    budget_counts: int
+    num_tokens: int | None
+    search: str | None
+    rate: float | None
+    max_frames: int | None
+    max_fraction: float
+    fallback_fraction: float
+    num_counts: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What is read of a clip, and how its tokens are chosen.
+
+    Exactly one target is given: `threshold`, `psnr`, `num_tokens`, `avg_tokens` or `bitrate`. A threshold beside `num_tokens` only
+    decides which blocks count as met. The help text of each field says what it means; `ElasticTokenizer.stream` documents them too.
 
     Raises:
-      ValueError: there is not one target, it is no number, or a search is given that it has no use for.
+      ValueError: there is not exactly one target, a value is out of its range, or two options contradict each other.
+      TypeError: an option is unknown; the message suggests a known one.
     """
-    given = [name for name, value in targets.items() if value is not None]
-    for name in given:
-        value, kind = targets[name], numbers.Integral if name == "num_tokens" else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind):
-            what = "whole number of tokens" if name == "num_tokens" else "number"
-            raise ValueError(f"{name}={value!r} must be a {what}.")
-    if not given:
-        raise ValueError(
-            "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "
-            "avg_tokens= (a mean to spend) or bitrate=."
+
+    threshold: float | None = option(
+        None,
+        "largest error of a block: mean square, pixels in [-1, 1]; 0.003 suits the released models",
+        check=Check(
+            lambda error: 0 <= error < math.inf,
+            "must be a finite number, 0 or above: it is a mean of squared errors",
+        ),
+    )
+    psnr: float | None = option(
+        None,
+        "the same in dB: every block reaches it, such as 28",
+        check=Check(
+            lambda psnr: 0 < psnr < math.inf,
+            "must be a finite number of decibels above 0, such as 28",
+        ),
+    )
+    metric: str | _Metric = option(
+        "mse",
+        "the error that the threshold and the budget refer to; lpips is the mean of a block's frames and slow on a CPU",
+        choices=("mse", "lpips"),
+    )
+    avg_tokens: float | None = option(
+        None,
+        "tokens of a block in the mean, for the whole clip: spent where they lower its error most",
+    )
+    bitrate: float | None = option(
+        None,
+        "the same in kbit of tokens per second of video",
+        check=Check(
+            lambda bitrate: 0 < bitrate < math.inf,
+            "must be a finite number of kbit per second above 0",
+        ),
+    )
+    delay_blocks: int = option(
+        64,
+        "with avg_tokens or bitrate: blocks that are held in memory and share what there is to spend",
+        check=at_least(1),
+    )
+    budget_counts: int = option(
+        24,
+        "with avg_tokens or bitrate: counts of each block that are measured to decide",
+        check=Check(lambda count: count >= 2, "must be 2 or more: both ends"),
+    )
+    num_tokens: int | None = option(
+        None, "tokens of every block, for the fixed search", flag="n_codes"
+    )
+    search: str | None = option(
+        None,
+        "how a block's count is found; without it predict, or fixed where n_codes is given",
+        choices=("predict", "binary", "linear", "fixed"),
+        flag="search_alg",
+    )
+    rate: float | None = option(
+        24.0,
+        "frames per second to take from a video, at most its own; 0: all frames",
+        flag="fps",
+        check=Check(
+            lambda rate: 0 < rate < math.inf, "must be a positive number of frames/s, or None"
+        ),
+    )
+    max_frames: int | None = option(
+        None,
+        "take no more frames than this; 0: all",
+        check=Check(lambda frames: frames >= 1, "must be at least 1, or None for all"),
+    )
+    max_fraction: float = option(
+        1.0, "share of a block's tokens that may be tried", flag="max_prop_codes", check=_SHARE
+    )
+    fallback_fraction: float = option(
+        1.0,
+        "share of a block's tokens kept where no count meets the threshold",
+        flag="default_prop_codes",
+        check=_SHARE,
+    )
+    num_counts: int = option(
+        100,
+        "how many counts the linear search spaces over the range",
+        check=Check(lambda count: count >= 2, "must be at least 2: both ends"),
+    )
+
+    def __post_init__(self):
+        self._check_targets()
+        # The search and the metric are looked up by name where they are made.
+        check_options(self, open_choices=("search", "metric"))
+        if self.psnr is not None and self.metric != "mse":
+            raise ValueError(
+                f"psnr={self.psnr} is of squared errors; give threshold= with metric={self.metric!r}."
+            )
+
+    def _check_targets(self) -> None:
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        for name in given:
+            value, whole = getattr(self, name), name == "num_tokens"
+            kind = numbers.Integral if whole else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, kind):
+                what = "whole number of tokens" if whole else "number"
+                raise ValueError(f"{name}={value!r} must be a {what}.")
+        if not given:
+            raise ValueError(
+                "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "
+                "avg_tokens= (a mean to spend) or bitrate=."
+            )
+        if len(given) > 1 and given != ["threshold", "num_tokens"]:
+            raise ValueError(
+                f"{' and '.join(f'{name}=' for name in given)} are {len(given)} targets; give one."
+            )
+        if self.search is not None and self.has_budget:
+            raise ValueError(
+                f"{given[0]}= does not search for a threshold; leave out search={self.search!r}."
+            )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the blocks share a budget of tokens, instead of being searched one by one."""
+        return self.avg_tokens is not None or self.bitrate is not None
+
+    @property
+    def search_name(self) -> str:
+        """The name of the search: as given, else 'fixed' with `num_tokens` and 'predict' without."""
+        return self.search or ("predict" if self.num_tokens is None else "fixed")
+
+    @property
+    def largest_error(self) -> float | None:
+        """The threshold, also where it is given as a PSNR; None where there is none."""
+        return self.threshold if self.psnr is None else threshold_of_psnr(self.psnr)
+
+    def search_options(self, config: "ElasticTokConfig", *, width: int) -> SearchOptions:
+        """What the search of a block of this model may try.
+
+        Args:
+          config: the model.
+          width: counts tried in one call of the model.
+
+        Raises:
+          ValueError: the model has no block of so many tokens.
+        """
+        searched = self.num_tokens is None
+        return SearchOptions(
+            min_kept=config.min_toks if searched else 1,
+            max_kept=config.max_toks,
+            threshold=self.largest_error,
+            num_tokens=self.num_tokens,
+            fallback_fraction=self.fallback_fraction,
+            max_fraction=self.max_fraction,
+            num_counts=self.num_counts,
+            width=width if searched else 1,
         )
-    if len(given) > 1 and given != ["threshold", "num_tokens"]:
-        raise ValueError(
-            f"{' and '.join(f'{name}=' for name in given)} are {len(given)} targets; give one."
-        )
-    if search is not None and given[0] in ("avg_tokens", "bitrate"):
-        raise ValueError(
-            f"{given[0]}= does not search for a threshold; leave out search={search!r}."
-        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON holds them: a metric that is a function by its name."""
+        return {
+            name: getattr(value, "__name__", repr(value)) if callable(value) else value
+            for name, value in vars(self).items()
+        }
+
+
+# A misspelled option gets a suggestion here too, as in `ElasticTokenizer.encode`.
+setattr(EncodeOptions, "__init__", suggest_arguments(EncodeOptions.__init__))  # noqa: B010
 
 
 def threshold_of_psnr(psnr: float) -> float:
-    """The mean squared error, pixels in [-1, 1], of a PSNR in dB.
+    """The mean squared error, pixels in [-1, 1], of a PSNR in dB."""
+    from elastic.metrics import mse_of_psnr  # loads jax
 
-    Raises:
-      ValueError: it is not a finite number of decibels above 0.
-    """
-    if not 0 < psnr < math.inf:
-        raise ValueError(f"psnr={psnr} must be a finite number of decibels above 0, such as 28.")
     return mse_of_psnr(psnr)
 
 
-def tokens_of_bitrate(bitrate: float, rate: float, config: ElasticTokConfig) -> float:
-    """Tokens of a block in the mean, of kbit of tokens per second.
+def tokens_of_bitrate(bitrate: float, rate: float, config: "ElasticTokConfig") -> float:
+    """Tokens of a block in the mean that a bitrate allows.
 
     Args:
-      rate: frames per second.
+      bitrate: kbit of tokens per second.
+      rate: frames per second of the clip; 0 for an image.
+      config: the model.
 
     Raises:
-      ValueError: the clip has no rate, as an image, or there is no bit to spend.
+      ValueError: the clip is an image, which has no rate.
     """
     if not rate > 0:
         raise ValueError(f"bitrate={bitrate} needs a video; for an image give num_tokens=.")
-    if not 0 < bitrate < math.inf:
-        raise ValueError(f"bitrate={bitrate} must be a finite number of kbit per second above 0.")
     fsq = config.bottleneck_type == "fsq"
     bits = (
         max(1, (config.codebook_size - 1).bit_length()) if fsq else 32 * config.vae_bottleneck_dim

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Unpack, cast
 
 import jax
 import numpy as np
@@ -17,18 +17,23 @@ from elastic import checkpoints
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
+from elastic.io.names import suggest_arguments
 from elastic.media import MediaError
-from elastic.metrics import Metric, make_metric
+from elastic.metrics import Metric
 from elastic.ops import bf16_bits
-from elastic.patches import unpatchify
-from elastic.search import CurvePrior, SearchOptions, load_prior
+from elastic.search import CurvePrior, load_prior
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import ClipLike, open_clip
-from elastic.tokenizer.session import EncodeSession, TokenizerContext, tokenize_side_by_side
-from elastic.tokenizer.targets import check_targets, threshold_of_psnr, tokens_of_bitrate
+from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
+from elastic.tokenizer.session import (
+    EncodeSession,
+    Progress,
+    TokenizerContext,
+    tokenize_side_by_side,
+)
+from elastic.tokenizer.targets import EncodeArguments, EncodeOptions
 from elastic.tokenizer.two_pass import Budget
-from elastic.tokens import BlockTokens, TokenizedClip, read_token_stream
-from elastic.tokens.same_weights import are_apart
+from elastic.tokens import TokenizedClip, read_token_stream
 
 
 class Reconstruction(NamedTuple):
@@ -94,7 +99,7 @@ class ElasticTokenizer:
     ) -> "ElasticTokenizer":
         """The same tokenizer with other weights, and their prior: both share the compiled programs, which two made anew would not."""
         other = copy.copy(self)
-        other.__dict__.pop("_setting", None)
+        other.__dict__.pop("_context", None)
         other.config = self.config.replace(mask_type=mask_type or self.config.mask_type)
         other.model_id, other.prior = model_id or self.model_id, prior  # of these weights alone
         other.weights = jax.device_put(
@@ -105,7 +110,7 @@ class ElasticTokenizer:
     @property
     def weights_digest(self) -> str:
         """SHA-256 of all parameters: what tells two models of one shape apart."""
-        return self._setting.weights_digest
+        return self._context.weights_digest
 
     @property
     def params(self) -> dict[str, Any]:
@@ -145,103 +150,61 @@ class ElasticTokenizer:
         mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
         return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
 
-    def encode(self, source: ClipLike, **options: Any) -> TokenizedClip:
+    @suggest_arguments
+    def encode(
+        self,
+        source: ClipLike,
+        *,
+        threshold: float | None = None,
+        psnr: float | None = None,
+        num_tokens: int | None = None,
+        avg_tokens: float | None = None,
+        bitrate: float | None = None,
+        metric: str | Metric = EncodeOptions.metric,
+        delay_blocks: int = EncodeOptions.delay_blocks,
+        budget_counts: int = EncodeOptions.budget_counts,
+        search: str | None = None,
+        rate: float | None = EncodeOptions.rate,
+        max_frames: int | None = None,
+        fallback_fraction: float = EncodeOptions.fallback_fraction,
+        max_fraction: float = EncodeOptions.max_fraction,
+        num_counts: int = EncodeOptions.num_counts,
+    ) -> TokenizedClip:
         """Tokens of a clip: a path, uint8 frames [frames, height, width, 3], or a picture [height, width, 3].
 
         Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
-        `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most). For
-        the other options see `stream`.
+        `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most).
+        The other arguments are those of `stream`, which documents them all.
         """
-        encoding = self.stream(source, **options)
-        for _ in encoding:  # the frames are not held
+        options = EncodeOptions(
+            threshold=threshold,
+            psnr=psnr,
+            num_tokens=num_tokens,
+            avg_tokens=avg_tokens,
+            bitrate=bitrate,
+            metric=metric,
+            delay_blocks=delay_blocks,
+            budget_counts=budget_counts,
+            search=search,
+            rate=rate,
+            max_frames=max_frames,
+            fallback_fraction=fallback_fraction,
+            max_fraction=max_fraction,
+            num_counts=num_counts,
+        )
+        session = self.open_session(source, options)
+        for _ in session:  # the frames of a block are dropped when the next block comes
             pass
-        return encoding.tokens()
+        return session.tokens()
 
-    def reconstruct(self, source: ClipLike, **options: Any) -> Reconstruction:
+    @suggest_arguments
+    def reconstruct(self, source: ClipLike, **options: Unpack[EncodeArguments]) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
-        encoding = self.stream(source, **options)
-        frames = np.concatenate([result.reconstruction for result in encoding])
-        return Reconstruction(frames, encoding.tokens())
+        session = self.open_session(source, EncodeOptions(**options))
+        frames = np.concatenate([result.reconstruction for result in session])
+        return Reconstruction(frames, session.tokens())
 
-    def encode_many(
-        self,
-        sources: Iterable[ClipLike],
-        *,
-        batch: int = 1,
-        record: Callable[[int], str | os.PathLike] | None = None,
-        **options: Any,
-    ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
-        """The tokens of several clips as they are finished, each with its number; of one that cannot be read, the error.
-
-        Args:
-          batch: clips that go through the model at once: as many as fill the device. Each has its own cache and its own search, and
-            one that ends makes room for the next.
-          record: names each clip's file of `stream`; what is there of another run is removed.
-          options: those of `stream`, for every clip.
-
-        Raises:
-          ValueError: an option is wrong, or a budget is to be spent by more than one clip at once.
-        """
-        numbers: dict[EncodeSession, int] = {}
-        bad: list[tuple[int, MediaError]] = []
-
-        def opened() -> Iterator[EncodeSession]:
-            for number, source in enumerate(sources):
-                try:
-                    encoding = self.stream(source, **options)
-                    if record is not None and not encoding.has_budget:
-                        encoding.open_fitting_record(
-                            record(number), most_copied=math.inf if batch == 1 else 0
-                        )
-                except MediaError as error:
-                    bad.append((number, error))
-                    continue
-                numbers[encoding] = number
-                yield encoding
-
-        for encoding, result in self.stream_many(opened(), batch=batch):
-            yield from bad
-            bad.clear()
-            if isinstance(result, MediaError):
-                yield numbers.pop(encoding), result
-            elif result is None:
-                yield numbers.pop(encoding), encoding.tokens()
-        yield from bad
-
-    def stream_many(
-        self, encodings: Iterable[EncodeSession], *, batch: int = 1
-    ) -> Iterator[tuple[EncodeSession, Any]]:
-        """The blocks of several clips made by `stream`, as they are done; after a clip's last one None, or the error that ended it.
-
-        Raises:
-          ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
-        """
-        shares = self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
-        if batch < 1 or (batch > 1 and batch % shares):
-            raise ValueError(
-                f"batch={batch} must be a multiple of dp * fsdp = {shares}: the devices share the clips."
-            )
-        encodings = iter(encodings)
-        first = next(encodings, None)
-        if first is None:
-            return
-        encodings = itertools.chain([first], encodings)
-        if first.has_budget:
-            if batch > 1:
-                raise ValueError(
-                    f"batch={batch}: a budget is spent clip by clip; leave out --batch, or give a threshold."
-                )
-            for encoding in encodings:
-                try:
-                    for result in encoding:
-                        yield encoding, result
-                except MediaError as error:
-                    yield encoding, error
-                else:
-                    yield encoding, None
-            return
-        yield from tokenize_side_by_side(self._setting, encodings, batch=batch)
-
+    @suggest_arguments
     def stream(
         self,
         source: ClipLike,
@@ -251,91 +214,182 @@ class ElasticTokenizer:
         num_tokens: int | None = None,
         avg_tokens: float | None = None,
         bitrate: float | None = None,
-        metric: str | Metric = "mse",
-        delay_blocks: int = 64,
-        budget_counts: int = 24,
+        metric: str | Metric = EncodeOptions.metric,
+        delay_blocks: int = EncodeOptions.delay_blocks,
+        budget_counts: int = EncodeOptions.budget_counts,
         search: str | None = None,
-        rate: float | None = 24.0,
+        rate: float | None = EncodeOptions.rate,
         max_frames: int | None = None,
-        fallback_fraction: float = 1.0,
-        max_fraction: float = 1.0,
-        num_counts: int = 100,
+        fallback_fraction: float = EncodeOptions.fallback_fraction,
+        max_fraction: float = EncodeOptions.max_fraction,
+        num_counts: int = EncodeOptions.num_counts,
         record: str | os.PathLike | None = None,
     ) -> EncodeSession:
         """As `encode`, block by block, in bounded memory: `for block in tokenizer.stream(reader, threshold=0.01)`.
 
-        The source may also be a `ClipReader`, or any iterable of frames that come one by one, a camera's for instance.
+        Give exactly one of `threshold`, `psnr`, `num_tokens`, `avg_tokens` and `bitrate`.
 
         Args:
-          psnr: decibels that every block reaches; 4 / 10^(psnr / 10) as a threshold.
-          avg_tokens: tokens of a block in the mean, at most; `bitrate` is the same in kbit of tokens per second.
-          metric: what a block's loss is, and `threshold` limits: 'mse', 'lpips' (mean of the frames), or a function of original and
-            reconstruction (uint8, real frames only) that gives 0 or above, less being better.
-          delay_blocks: with a budget, blocks that are held and split it; what comes later is not foreseen.
-          budget_counts: with a budget, counts of each block that are measured to decide.
+          source: a clip as for `encode`, a `ClipReader`, or any iterable of frames that arrive one by one, such as a camera's.
+          threshold: the largest mean squared error of a block, pixels in [-1, 1]. Beside `num_tokens` it only decides which
+            blocks count as met.
+          psnr: the PSNR in dB that every block reaches: a threshold of 4 / 10^(psnr / 10).
+          num_tokens: tokens of every block.
+          avg_tokens: mean tokens of a block, at most.
+          bitrate: the same in kbit of tokens per second.
+          metric: the loss of a block, which `threshold` limits: 'mse', 'lpips' (mean over the frames), or a function of original
+            and reconstruction (uint8 [n, rows, columns, 3], real frames only) whose value is 0 or above, less being better.
+          delay_blocks: with a budget, the number of blocks that are held in memory and share it; later blocks are not foreseen.
+          budget_counts: with a budget, the number of counts of each block that are measured.
           search: 'predict', 'binary', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'predict'.
           rate: frames per second to read from a file, and the rate of an array; None keeps a file's own.
-          max_frames: read no more frames than this.
-          fallback_fraction: share of a block's tokens kept when no count meets the threshold.
+          max_frames: read no more frames than this; None: all.
+          fallback_fraction: share of a block's tokens kept where no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
-          num_counts: counts of the linear search.
-          record: a file to which every block is added when it is done. A run that finds an unfinished one of the same clip and
-            options goes on after it; `decode_stream` reads it, also while it grows.
+          num_counts: counts that the search 'linear' spreads over the range.
+          record: a file that holds the tokens of every block as soon as it is tokenized. A second call with the same arguments
+            resumes after its last block; it must find the same tokens.
 
         Raises:
           ValueError: the source cannot be read, or the options contradict each other.
+          TypeError: an argument is unknown; the message suggests a known one.
         """
-        clip = open_clip(source, self.config.resolution, rate=rate, max_frames=max_frames)
-        targets = dict(
+        options = EncodeOptions(
             threshold=threshold,
             psnr=psnr,
             num_tokens=num_tokens,
             avg_tokens=avg_tokens,
             bitrate=bitrate,
-        )
-        check_targets(targets, search)
-        if psnr is not None and metric != "mse":
-            raise ValueError(f"psnr={psnr} is of squared errors; give threshold= with {metric=}.")
-        if psnr is not None:
-            threshold = threshold_of_psnr(psnr)
-        options = dict(
-            name=search or ("predict" if num_tokens is None else "fixed"),
-            min_kept=self.config.min_toks if num_tokens is None else 1,
-            max_kept=self.config.max_toks,
-            threshold=threshold,
-            num_tokens=num_tokens,
+            metric=metric,
+            delay_blocks=delay_blocks,
+            budget_counts=budget_counts,
+            search=search,
+            rate=rate,
+            max_frames=max_frames,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
-            width=self.search_width if num_tokens is None else 1,
         )
-
-        def make_budget(mean: float) -> Budget:
-            limits = SearchOptions(
-                min_kept=self.config.min_toks,
-                max_kept=self.config.max_toks,
-                max_fraction=max_fraction,
-            )
-            return Budget(
-                avg_tokens=mean,
-                smallest=limits.min_kept,
-                largest=limits.largest,
-                delay_blocks=delay_blocks,
-                num_counts=budget_counts,
-            )
-
-        budget = None if avg_tokens is None else make_budget(avg_tokens)
-        if bitrate is not None:
-            try:  # the same bitrate may be too low for one clip and right for another
-                budget = make_budget(tokens_of_bitrate(bitrate, clip.rate, self.config))
-            except ValueError as error:
-                raise MediaError(f"{_name(source)} cannot have {bitrate=}: {error}") from error
-        encoding = EncodeSession(
-            self._setting, clip, options, budget=budget, metric=make_metric(metric)
-        )
+        session = self.open_session(source, options)
         if record is not None:
-            encoding.open_record(record)
-        return encoding
+            session.open_resume_log(record)
+        return session
+
+    def open_session(self, source: ClipLike, options: EncodeOptions) -> EncodeSession:
+        """As `stream`, with the options as one record.
+
+        Raises:
+          ValueError: the source cannot be read, or the options do not fit the model.
+        """
+        clip = open_clip(
+            source, self.config.resolution, rate=options.rate, max_frames=options.max_frames
+        )
+        try:
+            budget = Budget.of(options, self.config, rate=clip.rate)
+        except ValueError as error:
+            if options.bitrate is None:
+                raise
+            # The same bitrate may be too low for one clip and right for another.
+            raise MediaError(
+                f"{_name(source)} cannot have bitrate={options.bitrate}: {error}"
+            ) from error
+        return EncodeSession(self._context, clip, options, budget=budget)
+
+    @suggest_arguments
+    def encode_many(
+        self,
+        sources: Iterable[ClipLike],
+        *,
+        batch: int = 1,
+        record: Callable[[int], str | os.PathLike] | None = None,
+        **options: Unpack[EncodeArguments],
+    ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
+        """The tokens of several clips as they are finished, each with its number; for a clip that cannot be read, the error.
+
+        Args:
+          sources: the clips; one is opened when its turn comes.
+          batch: clips that go through the model at once: as many as fill the device. Each has its own cache and its own search, and
+            the next clip takes the place of one that ends.
+          record: names each clip's file of `stream`; a file of another run is replaced.
+          options: those of `stream`, for every clip.
+
+        Raises:
+          ValueError: an option is wrong, or a budget is to be spent by more than one clip at once.
+        """
+        return self.encode_each(sources, EncodeOptions(**options), batch=batch, record=record)
+
+    def encode_each(
+        self,
+        sources: Iterable[ClipLike],
+        options: EncodeOptions,
+        *,
+        batch: int = 1,
+        record: Callable[[int], str | os.PathLike] | None = None,
+    ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
+        """As `encode_many`, with the options as one record."""
+        numbers: dict[EncodeSession, int] = {}
+        unreadable: list[tuple[int, MediaError]] = []
+
+        def opened() -> Iterator[EncodeSession]:
+            for number, source in enumerate(sources):
+                try:
+                    session = self.open_session(source, options)
+                    if record is not None and not session.has_budget:
+                        session.open_or_replace_resume_log(
+                            record(number), max_snapshot_block=math.inf if batch == 1 else 0
+                        )
+                except MediaError as error:
+                    unreadable.append((number, error))
+                    continue
+                numbers[session] = number
+                yield session
+
+        for session, result in self.stream_many(opened(), batch=batch):
+            yield from unreadable
+            unreadable.clear()
+            if isinstance(result, MediaError):
+                yield numbers.pop(session), result
+            elif result is None:
+                yield numbers.pop(session), session.tokens()
+        yield from unreadable
+
+    def stream_many(
+        self, sessions: Iterable[EncodeSession], *, batch: int = 1
+    ) -> Iterator[Progress]:
+        """The blocks of several clips as they are done; after a clip's last block None, or the error that ended it.
+
+        Args:
+          sessions: the clips, as `stream` gives them.
+          batch: clips that go through the model at once.
+
+        Raises:
+          ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
+        """
+        shares = self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
+        if batch < 1 or (batch > 1 and batch % shares):
+            raise ValueError(
+                f"batch={batch} must be a multiple of dp * fsdp = {shares}: the devices share the clips."
+            )
+        sessions = iter(sessions)
+        first = next(sessions, None)
+        if first is None:
+            return
+        sessions = itertools.chain([first], sessions)
+        if not first.has_budget:
+            yield from tokenize_side_by_side(self._context, sessions, batch=batch)
+            return
+        if batch > 1:
+            raise ValueError(
+                f"batch={batch}: a budget is spent clip by clip; leave out --batch, or give a threshold."
+            )
+        for session in sessions:
+            try:
+                for result in session:
+                    yield session, result
+            except MediaError as error:
+                yield session, error
+            else:
+                yield session, None
 
     def decode(self, tokens: TokenizedClip) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """The frames of a token record; a picture is a clip of one frame."""
@@ -359,58 +413,23 @@ class ElasticTokenizer:
           ValueError: the tokens were made by a model of another shape, or the file cannot be read.
         """
         if isinstance(tokens, TokenizedClip):
-            header, left = vars(tokens), tokens.num_frames
-            per_block = tokens.frames_per_block
-            lengths = (min(per_block, left - i * per_block) for i in range(len(tokens.blocks)))
-            blocks: Iterable[tuple[BlockTokens, int]] = zip(tokens.blocks, lengths, strict=True)
+            header, blocks = vars(tokens), blocks_of(tokens)
         else:
             header, recorded = read_token_stream(tokens, follow=follow, patience=patience)
             blocks = ((block.tokens, block.num_frames) for block in recorded)
-        return self._decode(header, blocks)
-
-    def _decode(
-        self, header: dict[str, Any], blocks: Iterable[tuple[BlockTokens, int]]
-    ) -> Iterator[np.ndarray]:
-        config, codec = self.config, self.codec
-        self._check_maker(header)
-        window = header["window_blocks"]
-        if window != codec.window_blocks:
-            codec = Codec(config, dtype=codec.dtype, mesh=self.mesh, window_blocks=window)
-        cache = codec.new_decoder_cache()
-        for number, (block, num_frames) in enumerate(blocks):
-            if header["context"] == "restart" and number % window == 0:
-                cache = codec.new_decoder_cache()
-            full = np.zeros(
-                (1, config.tokens_per_block, *block.values.shape[1:]), block.values.dtype
-            )
-            _check_values(block, number, config)
-            full[0, : block.num_kept] = block.values
-            cache, pixels = codec.decode(
-                self.weights, cache, full, np.array([block.num_kept], np.int32)
-            )
-            size = (config.resolution, config.resolution)
-            frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
-            yield frames[:num_frames]
-
-    def _check_maker(self, header: dict[str, Any]) -> None:
-        """Refuses tokens of another model, or of other weights."""
-        config, maker = self.config, f"These tokens were made by {header.get('model_id')!r}"
-        if header.get("config_hash") != config.config_hash():
-            raise ValueError(
-                f"{maker} (config {header.get('config_hash')}), this model is "
-                f"{self.model_id!r} (config {config.config_hash()}); load the model that made them."
-            )
-        weights = header.get("weights")
-        if weights and are_apart(weights, self._setting.fingerprint):
-            raise ValueError(
-                f"{maker}, whose weights were others than those of {self.model_id!r} as it is now; load the model that made them."
-            )
-        for name in ("resolution", "tokens_per_block", "frames_per_block", "bottleneck_type"):
-            if header.get(name) != getattr(config, name):
-                raise ValueError(
-                    f"These tokens say {name}={header.get(name)!r}, but their model has {getattr(config, name)!r}; "
-                    "tokenize the clip again."
-                )
+        check_maker(
+            header,
+            self.config,
+            model_id=self.model_id,
+            fingerprint=self._context.fingerprint,
+        )
+        yield from decode_blocks(
+            self.codec,
+            self.weights,
+            blocks,
+            window_blocks=header["window_blocks"],
+            context=header["context"],
+        )
 
     def _check_memory(self) -> None:
         """Refuses a cache that cannot fit, before it is allocated."""
@@ -424,20 +443,14 @@ class ElasticTokenizer:
             )
 
     @functools.cached_property
-    def _setting(self) -> TokenizerContext:
-        return TokenizerContext(self.codec, self.weights, self.model_id, self.context, self.prior)
-
-
-def _check_values(block: BlockTokens, number: int, config: ElasticTokConfig) -> None:
-    """Refuses tokens that the model has none of."""
-    width, largest = block.values.shape[1:], None if block.indices is None else block.indices.max()
-    if width and width != (config.code_dim,):
-        raise ValueError(
-            f"Block {number} holds vectors of {width[0]} numbers; the model's have {config.code_dim}."
-        )
-    if largest is not None and largest >= config.codebook_size:
-        raise ValueError(
-            f"Block {number} holds index {largest}; the model's codes end at {config.codebook_size - 1}."
+    def _context(self) -> TokenizerContext:
+        return TokenizerContext(
+            codec=self.codec,
+            weights=self.weights,
+            model_id=self.model_id,
+            when_full=self.context,
+            search_width=self.search_width,
+            prior=self.prior,
         )
 
 

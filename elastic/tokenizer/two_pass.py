@@ -1,8 +1,9 @@
-"""A budget of tokens for a whole clip, or for one stretch of it after the other: measured first, then spent where it buys most.
+"""A budget of tokens for a clip, or for each stretch of a long one: measured first, then spent where it lowers the error most.
 
-Each stretch is gone through twice. First every block gets the same count, and a few other counts are measured beside it: that gives the
-curves from which `elastic.budget` splits the budget. Then the split is carried out. The context of a block is another one then, so the
-curves are a forecast; where the error came out higher than that of equal counts, these are taken after all, which were carried out too.
+Each stretch is tokenized twice. In the first pass every block gets the same count, and a few other counts are measured: this gives the
+rate curves from which `elastic.search.allocation` splits the budget. The second pass carries out the split. There a block has another
+context than in the first pass, so the curves are a forecast. Where the error is higher than with equal counts, the result of the first
+pass is taken.
 """
 
 import dataclasses
@@ -17,31 +18,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from elastic.config import ElasticTokConfig
 from elastic.metrics import Metric
 from elastic.search import geometric_counts, make_search
 from elastic.search.allocation import allocate, counts_to_measure, price_of, tabulate
 from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import BatchScheduler
+from elastic.tokenizer.targets import EncodeOptions, tokens_of_bitrate
 
-_SHARING = 8  # blocks before, at most, that are taken to share a budget like the whole clip
+_SHARING = 8  # number of earlier blocks that stand for the whole clip when the price of a token is estimated
 _SPREAD = 7  # counts of a block that are measured first, over the whole range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may be spent.
+    """The tokens that a clip may spend.
 
     Attributes:
-      avg_tokens: tokens of a block in the mean, at most.
+      avg_tokens: mean tokens of a block, at most.
       smallest, largest: the range of a block's count.
-      delay_blocks: blocks in a stretch: so many are held in memory, and so late may a block's tokens come. What a
-        stretch leaves over, the next one may spend.
-      num_counts: counts of a block that are measured to decide, most of them where it could end. More find the best
-        split more exactly; each costs a pass.
+      delay_blocks: blocks in a stretch. They are held in memory, and a block's tokens come at most so many blocks late. The next
+        stretch may spend what a stretch leaves over.
+      num_counts: counts measured for each block, most of them near its likely count. More counts find a better split; each
+        costs a pass.
 
     Raises:
-      ValueError: the mean is not in the range, or a number is too small.
+      ValueError: the mean is not in the range.
     """
 
     avg_tokens: float
@@ -56,14 +59,39 @@ class Budget:
                 f"avg_tokens={self.avg_tokens:.6g} must lie between {self.smallest} and {self.largest}, "
                 "the fewest and the most tokens of a block of this model."
             )
-        if self.delay_blocks < 1:
-            raise ValueError(f"delay_blocks={self.delay_blocks} must be 1 or more.")
-        if self.num_counts < 2:
-            raise ValueError(f"num_counts={self.num_counts} must be 2 or more: both ends.")
+
+    @classmethod
+    def of(
+        cls, options: EncodeOptions, config: ElasticTokConfig, *, rate: float
+    ) -> "Budget | None":
+        """The budget that options ask for; None where they ask for a threshold or a fixed count.
+
+        Args:
+          options: `avg_tokens` or `bitrate`, and how it is spent.
+          config: the model.
+          rate: frames per second of the clip; 0 for an image.
+
+        Raises:
+          ValueError: the model cannot spend so much or so little, or a bitrate is given for an image.
+        """
+        if not options.has_budget:
+            return None
+        mean = options.avg_tokens
+        if options.bitrate is not None:
+            mean = tokens_of_bitrate(options.bitrate, rate, config)
+        assert mean is not None
+        limits = options.search_options(config, width=1)
+        return cls(
+            avg_tokens=mean,
+            smallest=limits.min_kept,
+            largest=limits.largest,
+            delay_blocks=options.delay_blocks,
+            num_counts=options.budget_counts,
+        )
 
     @property
     def equal(self) -> int:
-        """The count that every block could have."""
+        """The count of every block if all have the same."""
         return math.floor(self.avg_tokens)
 
 
@@ -80,14 +108,19 @@ def spend(
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
     Args:
-      width: counts measured in one call.
+      codec: the programs of the model.
+      weights: the parameters as `Codec.stored` gives them.
+      blocks: the clip, uint8; only the last block may be short.
+      budget: the tokens that may be spent.
+      width: counts measured in one call of the model.
       restart: whether the context is emptied whenever the window is full.
+      metric: the loss of a block; None: the mean squared error.
     """
     cache, first, left = codec.new_cache(), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
         walk = _Walk(codec, weights, stretch, first, width, restart, metric)
-        kept = jax.tree.map(jnp.copy, cache)  # committing uses a cache up
+        kept = jax.tree.map(jnp.copy, cache)  # committing donates the cache it is given
         equal, curves, equal_cache = walk.measure(kept, budget)
         available = math.floor(budget.avg_tokens * len(stretch) + left)
         counts = allocate(
@@ -108,7 +141,10 @@ def spend(
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """One stretch of a clip: its blocks, the number of the first, and how they are tokenized."""
+    """One stretch of a clip: its blocks, the number of the first, and how they are tokenized.
+
+    `first` is a block number in the clip; the other fields are arguments of `spend`.
+    """
 
     codec: Codec
     weights: dict[str, Any]
@@ -121,39 +157,41 @@ class _Walk:
     def measure(
         self, cache: CodecCache, budget: Budget
     ) -> tuple[list[BlockResult], list[dict[int, float]], CodecCache]:
-        """Every block with the equal count, and what other counts would give in its place."""
+        """The first pass: every block with the equal count, the rate curve of each, and the cache after the last one."""
         results, curves, tables = [], [], []
-        lanes = self._lanes(cache)
+        scheduler = self._scheduler(cache)
         for number, frames in enumerate(self.stretch, self.first):
-            self._put(lanes, number, frames, budget.equal)
-            curve = _sampled(functools.partial(lanes.losses_of, 0), budget, self.width, tables)
-            ((_, result),) = lanes.step()
+            self._assign(scheduler, number, frames, budget.equal)
+            curve = _sampled(functools.partial(scheduler.losses_of, 0), budget, self.width, tables)
+            ((_, result),) = scheduler.step()
             results.append(result)
             curves.append(curve | result.tried)
             tables.append(tabulate(curves[-1], budget.smallest, budget.largest))
-        return results, curves, lanes.cache
+        return results, curves, scheduler.cache
 
     def commit(self, cache: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
-        """Every block with its own count."""
+        """The second pass: every block with its own count, and the cache after the last one."""
         results = []
-        lanes = self._lanes(cache)
+        scheduler = self._scheduler(cache)
         for number, (frames, count) in enumerate(
             zip(self.stretch, counts, strict=True), self.first
         ):
-            self._put(lanes, number, frames, count)
-            ((_, result),) = lanes.step()
+            self._assign(scheduler, number, frames, count)
+            ((_, result),) = scheduler.step()
             results.append(result)
-        return results, lanes.cache
+        return results, scheduler.cache
 
-    def _lanes(self, cache: CodecCache) -> BatchScheduler:
+    def _scheduler(self, cache: CodecCache) -> BatchScheduler:
         return BatchScheduler(self.codec, self.weights, width=self.width, cache=cache)
 
-    def _put(self, lanes: BatchScheduler, number: int, frames: np.ndarray, count: int) -> None:
+    def _assign(
+        self, scheduler: BatchScheduler, number: int, frames: np.ndarray, count: int
+    ) -> None:
         if self.restart and number % self.codec.window_blocks == 0:
-            lanes.forget(0)
+            scheduler.forget(0)
         most = self.codec.config.tokens_per_block
         search = make_search("fixed", min_kept=1, max_kept=most, num_tokens=count, width=self.width)
-        lanes.put(0, frames, search, metric=self.metric)
+        scheduler.assign(0, frames, search, metric=self.metric)
 
 
 def _sampled(
@@ -162,10 +200,16 @@ def _sampled(
     width: int,
     earlier: Sequence[Mapping[int, float]],
 ) -> dict[int, float]:
-    """A block's losses at `num_counts` counts but the equal one.
+    """The losses of one block at `num_counts` counts, the equal count not among them.
 
-    A few are spread over the range. With the curves of the blocks before they tell what a token is worth in this clip, and so where
-    this block could end: there lie the others.
+    The first counts are spread over the range. Together with the curves of earlier blocks they give the price of a token in this
+    clip, and so the block's likely count. The other counts lie near it.
+
+    Args:
+      losses_of: measures counts of the block.
+      budget: the tokens that may be spent.
+      width: counts measured in one call of the model.
+      earlier: the rate curves of the blocks before, {count: loss} each.
     """
     spread = geometric_counts(
         budget.smallest, budget.largest, max(2, min(_SPREAD, budget.num_counts))
@@ -176,7 +220,7 @@ def _sampled(
     price = price_of(sharing, budget.avg_tokens * len(sharing))
     while (wanted := budget.num_counts - len(curve)) > 0:
         counts = counts_to_measure(curve, price, min(width, wanted))
-        # Beside the equal count, which is measured anyway.
+        # The equal count is measured anyway: its neighbour is taken instead.
         counts = {count + (count == budget.equal) for count in counts} - curve.keys()
         if not counts:
             break

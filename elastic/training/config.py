@@ -230,7 +230,7 @@ class TrainConfig:
     )
     load_checkpoint: str = option(
         "",
-        "what a new run starts from, as in inference; trainstate::FILE also takes moments and step; '' draws new parameters",
+        "a new run's start, in every form that inference accepts; trainstate::FILE also takes moments and step; '' draws new parameters",
     )
     load_dataset_state: str = option(
         "", "the file data_position.json of a milestone: where in the data a new run starts"

@@ -47,7 +47,7 @@ class Evaluator:
     """
 
     def __init__(self, config: TrainConfig, model_config: ElasticTokConfig):
-        self._dtype, self._elastic = config.dtype, model_config
+        self._dtype, self._model_config = config.dtype, model_config
         self._save = config.save
         self._folder = pathlib.Path(config.output_dir) / FOLDER
         wanted = config.evaluation
@@ -94,7 +94,7 @@ class Evaluator:
         if self._tokenizer is None:
             mesh = make_mesh("!1,1,-1,1", jax.local_devices())
             self._tokenizer = ElasticTokenizer(
-                self._elastic, params, dtype=self._dtype, mesh=mesh, model_id=model_id
+                self._model_config, params, dtype=self._dtype, mesh=mesh, model_id=model_id
             )
         else:
             self._tokenizer = self._tokenizer.with_params(params, model_id=model_id)

@@ -37,7 +37,7 @@ class StepRecorder:
         self._config, self._data = config, data
         self._step, self._time = first_step, time.perf_counter()
         self._waited = 0.0
-        self._elastic, self._length = model_config, sequence_length(config.data, model_config)
+        self._model_config, self._length = model_config, sequence_length(config.data, model_config)
         self._rows = config.data.batch_size
         self._peak = device_peak(config.dtype) * devices
 
@@ -68,7 +68,7 @@ class StepRecorder:
         steps, seconds = step - self._step, now - self._time
         # Of this step's files: short ones see less, and cost less.
         visible = record["visible_blocks"]
-        work = flops.training_flops(self._elastic, self._length, visible_blocks=visible)
+        work = flops.training_flops(self._model_config, self._length, visible_blocks=visible)
         rate = steps * self._rows * work / seconds
         record["psnr"] = metrics.psnr_of_mse(record["recon_loss"])
         record |= {

@@ -43,7 +43,7 @@ class Writer(Protocol):
 
 @contextlib.contextmanager
 def _named(path: pathlib.Path) -> Iterator[None]:
-    """An error of writing says where."""
+    """Adds the path to an error of writing."""
     try:
         yield
     except OSError as error:
@@ -52,7 +52,7 @@ def _named(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _said(path: pathlib.Path) -> Iterator[None]:
-    """An error of closing is told, and does not take the place of the one that ends the run."""
+    """Logs an error of closing, so that it does not replace the error that ends the run."""
     try:
         yield
     except OSError as error:

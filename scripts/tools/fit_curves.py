@@ -83,7 +83,7 @@ def fit_curves(flags: app.Values) -> int:
         window_blocks=1,
         search_width=_WIDTH,
     )
-    lanes = BatchScheduler(tokenizer.codec, tokenizer.weights, width=_WIDTH)
+    scheduler = BatchScheduler(tokenizer.codec, tokenizer.weights, width=_WIDTH)
     search = make_search(
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
@@ -103,8 +103,8 @@ def fit_curves(flags: app.Values) -> int:
             continue
         for frames in chosen:
             # Nothing is committed, so every block finds the cache empty.
-            lanes.put(0, frames, search)
-            losses.append(list(lanes.losses_of(0, counts).values()))
+            scheduler.assign(0, frames, search)
+            losses.append(list(scheduler.losses_of(0, counts).values()))
             blocks.append(frames)
     if not blocks:
         raise ValueError(

@@ -88,4 +88,4 @@ def test_the_readme_example_runs_as_it_is_written(monkeypatch, tmp_path):
     resolution = names["tokenizer"].config.resolution
     assert names["video"].shape == (8, resolution, resolution, 3)
     assert names["shorter"].counts.max() <= 256
-    assert TokenizedClip.load("video.tokens.npz") == names["tokens"]
+    assert TokenizedClip.load("outputs/video.tokens.npz") == names["tokens"]

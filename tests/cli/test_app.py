@@ -13,8 +13,8 @@ import time
 import pytest
 
 from elastic.cli import app
-from elastic.cli.flags import DATASET, DECODE, EVALUATE, INFERENCE, OTHER
-from elastic.cli.flags_train import TRAIN
+from elastic.cli.flags import DATASET, DECODE, ENCODING, EVALUATE, INFERENCE, OTHER, RUN
+from elastic.cli.flags_train import DATA, EVALUATION, LOG, OPTIMIZER, SAVE, TRAIN
 from elastic.cli.script import Flag, Script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -72,6 +72,17 @@ def test_no_flag_is_lost_and_none_changes_its_type_default_or_choices(script):
     assert {name: found.get(name) for name in recorded} == recorded
 
 
+@pytest.mark.parametrize("script", [INFERENCE, DATASET, TRAIN], ids=lambda s: s.name)
+def test_every_option_of_a_record_has_its_flag(script):
+    training = (RUN, DATA, OPTIMIZER, LOG, SAVE, EVALUATION)
+    wanted = {
+        name
+        for record in (training if script is TRAIN else (ENCODING,))
+        for name in record.names.values()
+    }
+    assert wanted <= {flag.name for flag in script.flags}
+
+
 @SCRIPTS
 def test_help_names_every_flag_once_and_fits_the_screen(script):
     text = app.help_text(script)
@@ -92,7 +103,7 @@ def test_help_needs_neither_jax_nor_a_model(script):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     *_, modules = done.stdout.splitlines()
-    heavy = {"jax", "flax", "numpy", "transformers", "tensorstore", "matplotlib"}
+    heavy = {"jax", "flax", "transformers", "tensorstore", "matplotlib"}
     assert not heavy & set(modules.split())
     assert f"usage: python3 scripts/{script}.py" in done.stdout
 

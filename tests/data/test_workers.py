@@ -48,7 +48,7 @@ def test_what_is_prepared_ahead_fits_into_shared_memory(monkeypatch, caplog):
 PROGRAM = """
 import contextlib, logging, os, sys, time
 from elastic.config import ElasticTokConfig
-from elastic.data import DataConfig, TrainingData, load_index
+from elastic.data.dataset import DataConfig, TrainingData, load_index
 
 
 def main(folder, first, last, wait):

@@ -44,7 +44,6 @@ def free_port() -> int:
 def two_processes(command_of, **environment):
     """Runs `command_of(process)` twice, and leaves none behind."""
     common = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    common["JAX_SHARE_BINARY_BETWEEN_HOSTS"] = "1"  # the first process compiles for both
     environment = os.environ | common | environment
     running = [
         subprocess.Popen(

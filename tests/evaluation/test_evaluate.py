@@ -268,20 +268,20 @@ def test_files_that_cannot_be_read_are_named_and_in_no_number(tokenizer, clips, 
 
 
 def test_a_clip_that_breaks_midway_is_left_out_whole(tokenizer, clips, monkeypatch):
-    stream, calls = tokenizer.stream, []
+    open_session, calls = tokenizer.open_session, []
 
     class Breaking:
         def __getattr__(self, name):
             return getattr(tokenizer, name)
 
-        def stream(self, source, **options):
-            encoding = stream(source, **options)
+        def open_session(self, source, options):
+            session = open_session(source, options)
             calls.append(source)
             if len(calls) == 2:  # the second run over the first clip
-                monkeypatch.setattr(type(encoding), "__iter__", broken)
+                monkeypatch.setattr(type(session), "__iter__", broken)
             else:
                 monkeypatch.undo()
-            return encoding
+            return session
 
     def broken(self):
         raise media.MediaError("a.mp4 breaks off")

@@ -21,7 +21,6 @@ from elastic.ops.attention import ring
 from elastic.training.loss import training_loss
 
 TOLERANCE = 2e-5
-SCAN = {True: "scan", False: "unscan"}
 
 
 @functools.cache

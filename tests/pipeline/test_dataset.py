@@ -1,5 +1,6 @@
 """Data sets: files to shards, each once, whatever stops a process on the way."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
 from elastic.pipeline import dataset
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokens import TokenShards
 from scripts import tokenize_dataset as script
 
@@ -33,6 +34,13 @@ MODEL = dict(
 )  # fmt: skip
 OPTIONS = dict(files_per_shard=4, progress=False, num_tokens=12, rate=4.0, max_frames=5)
 BAD = ["b/broken.mp4", "b/empty.png"]
+
+
+def run(tokenizer, inputs, folder, **given):
+    """`tokenize_dataset` with the fields of `EncodeOptions` among its arguments."""
+    fields = {field.name for field in dataclasses.fields(EncodeOptions)} & given.keys()
+    options = EncodeOptions(**{name: given.pop(name) for name in fields})
+    return tokenize_dataset(tokenizer, inputs, folder, options, **given)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,7 @@ def clips(golden, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(tokenizer, clips, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    outcome = tokenize_dataset(tokenizer, list_inputs(clips, folder), folder, **OPTIONS)
+    outcome = run(tokenizer, list_inputs(clips, folder), folder, **OPTIONS)
     return folder, outcome
 
 
@@ -132,32 +140,32 @@ def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
 ):
     name, calls = STAGES[stage]
     inputs, encoded = list_inputs(clips, tmp_path), []
-    encode = tokenizer.stream
+    open_session = tokenizer.open_session
 
-    def note(source, **options):
+    def note(source, options):
         if not isinstance(source, np.ndarray):  # the options are tried on one
             encoded.append(source)
-        return encode(source, **options)
+        return open_session(source, options)
 
-    monkeypatch.setattr(tokenizer, "stream", note)
+    monkeypatch.setattr(tokenizer, "open_session", note)
     with monkeypatch.context() as patch:
         *path, last = name.split(".")
         owner = getattr(dataset, path[0]) if path else dataset
         real, left = getattr(owner, last), [calls]
 
-        def kill(*arguments, **options):
+        def kill(*arguments, **named):
             left[0] -= 1
             if left[0] < 0:
                 raise Killed
-            return real(*arguments, **options)
+            return real(*arguments, **named)
 
         patch.setattr(owner, last, kill)
         with pytest.raises(Killed):
-            tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+            run(tokenizer, inputs, tmp_path, **OPTIONS)
     half = "summary.json" if stage == "the summary" else "shard-00002.parquet"
     (tmp_path / f".{half}.0a1b2c3d.tmp").touch()  # what a real kill leaves
     before = len(encoded)
-    outcome = tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    outcome = run(tokenizer, inputs, tmp_path, **OPTIONS)
     assert outcome.summary is not None and set(encoded) == set(inputs.values())
     lost = 1 if name in ("TokenizedClip.save", "write_json") else 0  # the file under way
     assert len(encoded) == len(inputs) + lost and before > 0
@@ -171,9 +179,9 @@ def test_a_damaged_token_file_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(dataset, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+            run(tokenizer, inputs, tmp_path, **OPTIONS)
     (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
-    tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+    run(tokenizer, inputs, tmp_path, **OPTIONS)
     assert "Tokenized again" in caplog.text and files(tmp_path) == files(undisturbed[0])
 
 
@@ -184,7 +192,7 @@ def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
     inputs = list_inputs(clips, tmp_path)
     with locked(tmp_path / ".shard-00001.lock") as held:
         assert held
-        outcome = tokenize_dataset(tokenizer, inputs, tmp_path, **OPTIONS)
+        outcome = run(tokenizer, inputs, tmp_path, **OPTIONS)
         assert outcome == (None, ("shard-00001",))
         assert not (tmp_path / "summary.json").exists()
     # Who is to wait does so while somebody works on it, and no longer.
@@ -199,14 +207,14 @@ def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
     threading.Timer(0.5, let_go.set).start()
     started = time.perf_counter()
     options = OPTIONS | dict(process_count=2, wait=True)
-    assert tokenize_dataset(tokenizer, inputs, tmp_path, **options).unfinished == ("shard-00001",)
+    assert run(tokenizer, inputs, tmp_path, **options).unfinished == ("shard-00001",)
     assert time.perf_counter() - started > 0.5
     other.join()
     # Another number of processes takes over; its first one has nothing to do.
-    outcome = tokenize_dataset(tokenizer, inputs, tmp_path, process_count=2, **OPTIONS)
+    outcome = run(tokenizer, inputs, tmp_path, process_count=2, **OPTIONS)
     assert outcome.unfinished == ("shard-00001",)
     options = OPTIONS | dict(process_index=1, process_count=2)
-    assert tokenize_dataset(tokenizer, inputs, tmp_path, **options).summary is not None
+    assert run(tokenizer, inputs, tmp_path, **options).summary is not None
     assert files(tmp_path) == files(undisturbed[0])
 
 
@@ -226,13 +234,13 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
         (other, inputs, {}, r"model_id=n \(then m\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            tokenize_dataset(who, what, folder, **(OPTIONS | options))
+            run(who, what, folder, **(OPTIONS | options))
     (folder / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match=r"plan\.json is no plan"):
-        tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
+        run(tokenizer, inputs, folder, **OPTIONS)
     (folder / "plan.json").unlink()
     with pytest.raises(ValueError, match=r"bad\.jsonl but no plan\.json"):
-        tokenize_dataset(tokenizer, inputs, folder, **OPTIONS)
+        run(tokenizer, inputs, folder, **OPTIONS)
     assert files(folder) == {name: data for name, data in before.items() if name != "plan.json"}
 
 
@@ -247,7 +255,7 @@ def test_options_that_no_file_could_have_are_refused_before_anything_is_written(
         (OPTIONS | dict(files_per_shard=0), "files_per_shard=0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            tokenize_dataset(tokenizer, inputs, tmp_path / "out", **options)
+            run(tokenizer, inputs, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -278,7 +286,7 @@ def test_inputs_are_a_folder_a_file_or_a_list(clips, tmp_path):
 def test_files_that_no_run_wrote_are_refused_and_stay(tokenizer, clips, tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=rf"holds {name} but no plan\.json"):
-        tokenize_dataset(tokenizer, list_inputs(clips, tmp_path), tmp_path, **OPTIONS)
+        run(tokenizer, list_inputs(clips, tmp_path), tmp_path, **OPTIONS)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -356,7 +364,7 @@ def test_a_pipe_is_a_bad_file_and_is_not_waited_for(tokenizer, clips, tmp_path):
     os.mkfifo(tmp_path / "in/a.mp4")
     shutil.copy(clips / "a/1.png", tmp_path / "in/b.png")
     inputs = list_inputs(tmp_path / "in", tmp_path / "out")
-    tokenize_dataset(tokenizer, inputs, tmp_path / "out", **OPTIONS)
+    run(tokenizer, inputs, tmp_path / "out", **OPTIONS)
     line = json.loads((tmp_path / "out/bad.jsonl").read_text())
     assert line["id"] == "a.mp4" and "a pipe or a device" in line["reason"]
     assert list(TokenShards(tmp_path / "out").ids) == ["b.png"]

@@ -15,7 +15,7 @@ from elastic import media
 from elastic.io.atomic import locked
 from elastic.pipeline import decode_files, result_folder
 from elastic.pipeline import tokenize_files as runs
-from elastic.tokenizer import resume
+from elastic.tokenizer import EncodeOptions, resume
 from elastic.tokens import TokenizedClip, npz_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path)
     (tmp_path / "report.json").write_text(REPORT)
     (tmp_path / "notes.txt").write_text("of the user")
     run = runs.tokenize_file(
-        tokenizer, golden / "media" / PHOTO, tmp_path, threshold=0.6, progress=False
+        tokenizer, golden / "media" / PHOTO, tmp_path, EncodeOptions(threshold=0.6), progress=False
     )
     assert names(tmp_path) == ["notes.txt", "plot.png", "report.json", "tokens.npz", "viz.png"]
     assert "(an image, 32x32)" in runs.summary(run)
@@ -126,7 +126,9 @@ def test_the_files_of_a_folder_get_folders_and_a_bad_one_is_left_out(
     (source / "out" / "viz.mp4").write_text("a result")
     inputs = runs.find_inputs(source, output_folder=source / "out")
     assert list(inputs.values()) == ["a", "b.mp4", "b.png", "b.webp", "more/a"]
-    done, bad = runs.tokenize_files(tokenizers["fsq"], inputs, out, num_tokens=8, progress=False)
+    done, bad = runs.tokenize_files(
+        tokenizers["fsq"], inputs, out, EncodeOptions(num_tokens=8), progress=False
+    )
     assert [str(run.folder.relative_to(out)) for run in done] == ["a", "b.png", "b.webp", "more/a"]
     assert bad == [source / "b.mp4"] and "b.mp4" in caplog.text
     assert sorted(path.name for path in out.iterdir()) == ["a", "b.png", "b.webp", "more"]
@@ -140,8 +142,7 @@ def test_a_clip_cut_off_leaves_nothing(tokenizers, tmp_path, golden):
             tokenizers["fsq"],
             tmp_path / "cut.mp4",
             tmp_path / "out",
-            num_tokens=8,
-            rate=None,
+            EncodeOptions(num_tokens=8, rate=None),
             progress=False,
         )
     assert names(tmp_path) == ["cut.mp4"]
@@ -167,7 +168,7 @@ def test_a_picture_that_stops_midway_leaves_the_folder_as_it_was(
             tokenizers["fsq"],
             golden / "media" / PHOTO,
             tmp_path / "out",
-            num_tokens=8,
+            EncodeOptions(num_tokens=8),
             progress=False,
         )
     assert names(tmp_path) == before
@@ -182,8 +183,8 @@ def test_results_are_only_replaced_when_that_is_wanted(tokenizers, golden, tmp_p
             tokenizers["fsq"],
             golden / "media" / PHOTO,
             tmp_path,
+            EncodeOptions(num_tokens=8),
             overwrite=False,
-            num_tokens=8,
             progress=False,
         )
     with pytest.raises(ValueError, match="is a file"):
@@ -191,7 +192,7 @@ def test_results_are_only_replaced_when_that_is_wanted(tokenizers, golden, tmp_p
             tokenizers["fsq"],
             golden / "media" / PHOTO,
             tmp_path / "report.json",
-            num_tokens=8,
+            EncodeOptions(num_tokens=8),
             progress=False,
         )
     assert names(tmp_path) == ["report.json"]
@@ -216,7 +217,9 @@ def test_no_file_of_the_user_is_replaced(tokenizers, golden, tmp_path, present, 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     source = golden / "media" / source if source == PHOTO else tmp_path / source
     with pytest.raises(ValueError, match="name another folder"):
-        runs.tokenize_file(tokenizers["fsq"], source, tmp_path, num_tokens=8, progress=False)
+        runs.tokenize_file(
+            tokenizers["fsq"], source, tmp_path, EncodeOptions(num_tokens=8), progress=False
+        )
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -235,9 +238,7 @@ def test_a_run_reads_its_frames_one_block_after_the_other(
         tokenizers["fsq"],
         golden / "media" / CLIP,
         tmp_path,
-        num_tokens=8,
-        rate=4,
-        max_frames=5,
+        EncodeOptions(num_tokens=8, rate=4, max_frames=5),
         progress=False,
     )
     assert held == [2, 2, 1]
@@ -251,9 +252,11 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
     """Also where the disk was full while the results were written; an earlier run's results stay until then."""
     monkeypatch.setattr(resume, "_COPY_SECONDS", 0.0 if copies else 1e9)
     monkeypatch.setattr(resume, "_COPY_SHARE", 0)
-    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    options = EncodeOptions(threshold=0.522, rate=4, max_frames=11)
     source = golden / "media" / CLIP
-    whole = runs.tokenize_file(tokenizers["fsq"], source, tmp_path / "whole", **how)
+    whole = runs.tokenize_file(
+        tokenizers["fsq"], source, tmp_path / "whole", options, progress=False
+    )
     out = tmp_path / "out"
     out.mkdir()
     (out / "tokens.npz").write_bytes(EARLIER)
@@ -272,7 +275,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
                 ),
             )
         with pytest.raises((KeyboardInterrupt, OSError)):
-            runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+            runs.tokenize_file(tokenizers["fsq"], source, out, options, progress=False)
     assert (out / "tokens.npz").read_bytes() == EARLIER
     assert names(out) == sorted(
         ["tokens.npz", "unfinished"]
@@ -285,7 +288,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
     decode_files.decode_to_file(tokenizers["fsq"], part, tmp_path / "so_far.mp4", progress=False)
     with media.open_clip(tmp_path / "so_far.mp4", resolution=32, rate=None) as clip:
         assert clip.num_frames == (11 if stage == "drawing" else 8)
-    again = runs.tokenize_file(tokenizers["fsq"], source, out, **how)
+    again = runs.tokenize_file(tokenizers["fsq"], source, out, options, progress=False)
     assert names(out) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]
     assert TokenizedClip.load(out / "tokens.npz") == TokenizedClip.load(whole.folder / "tokens.npz")
     for run in (whole, again):  # what took time is not the same
@@ -308,7 +311,11 @@ def test_a_folder_that_another_process_writes_into_is_refused(tokenizers, golden
     with locked(tmp_path / "unfinished" / ".lock"):
         with pytest.raises(ValueError, match="Another process is writing into"):
             runs.tokenize_file(
-                tokenizers["fsq"], golden / "media" / PHOTO, tmp_path, num_tokens=8, progress=False
+                tokenizers["fsq"],
+                golden / "media" / PHOTO,
+                tmp_path,
+                EncodeOptions(num_tokens=8),
+                progress=False,
             )
         assert names(tmp_path) == ["unfinished", "unfinished/.lock"]
 
@@ -320,11 +327,11 @@ def test_files_side_by_side_give_the_results_of_files_one_by_one(tokenizers, gol
         (source / name).write_bytes((golden / "media" / name).read_bytes())
     (source / "bad.mp4").write_bytes(b"no video")
     inputs = runs.find_inputs(source)
-    how = dict(threshold=0.522, rate=4, max_frames=11, progress=False)
+    options = EncodeOptions(threshold=0.522, rate=4, max_frames=11)
     found = {}
     for batch in (1, 2):
         done, bad = runs.tokenize_files(
-            tokenizers["fsq"], inputs, tmp_path / str(batch), batch=batch, **how
+            tokenizers["fsq"], inputs, tmp_path / str(batch), options, batch=batch, progress=False
         )
         assert [path.name for path in bad] == ["bad.mp4"]
         found[batch] = {

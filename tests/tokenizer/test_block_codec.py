@@ -65,7 +65,7 @@ def test_block_by_block_equals_one_shot_and_decoding_repeats_it(case):
         )
         np.testing.assert_array_equal(pixels, committed.pixels)
 
-    x = to_unit_range(patches.reshape(2, 128, -1))
+    x = to_unit_range(jnp.asarray(patches.reshape(2, 128, -1)))
     kept = token_masks.kept_mask(jnp.asarray(counts), 32).reshape(2, 128)
     out, _ = ElasticTok(config).apply({"params": params}, Batch(x, kept))
     error = jnp.square(jnp.clip(out, -1, 1) - x).reshape(2, 4, -1).mean(axis=-1)

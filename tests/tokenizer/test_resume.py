@@ -1,4 +1,4 @@
-"""Tokenizing as it goes: clips side by side, recordings that a later run goes on from, decoding while a file grows."""
+"""Tokenizing as it goes: clips side by side, resume files that a later run resumes from, decoding while a file grows."""
 
 import itertools
 import threading
@@ -91,7 +91,7 @@ def test_a_recording_of_another_run_is_refused(tokenizer, frames, options, tmp_p
     params = jax.tree.map(lambda x: np.asarray(x) * 1.001, tokenizer.params)
     with pytest.raises(ResumeError, match="another model"):
         tokenizer.with_params(params).stream(frames[:27], **options, record=path)
-    with pytest.raises(ResumeError, match="cannot be gone through again"):
+    with pytest.raises(ResumeError, match="cannot be read again"):
         tokenizer.stream(iter(frames[:27]), **options, record=path)
     with pytest.raises(ValueError, match="a budget is not spent block by block"):
         tokenizer.stream(frames[:27], avg_tokens=16, record=tmp_path / "b.part")
@@ -143,7 +143,7 @@ def test_decoding_follows_a_file_that_is_being_written(tokenizer, frames, option
 def test_clips_side_by_side_have_the_tokens_they_have_alone(
     tokenizer, frames, options, tmp_path, golden, batch, mesh_dim
 ):
-    """Of different lengths, with a picture and a file that is no good among them, more of them than lanes."""
+    """Of different lengths, with a picture and an unreadable file among them, more of them than slots."""
     if mesh_dim == "2,1,1,1" and batch == 3:
         with pytest.raises(ValueError, match="batch=3 must be a multiple of dp"):
             mesh = make_mesh(mesh_dim, jax.devices()[:2])

@@ -90,7 +90,7 @@ def test_a_psnr_is_a_threshold(tokenizer, clip):
         (dict(avg_tokens=8, search="binary"), "does not search for a threshold"),
         (dict(avg_tokens=33), "avg_tokens=33 must lie between"),
         (dict(avg_tokens=8, delay_blocks=0), "delay_blocks=0 must be"),
-        (dict(avg_tokens=8, budget_counts=1), "num_counts=1 must be"),
+        (dict(avg_tokens=8, budget_counts=1), "budget_counts=1 must be"),
         (dict(psnr=-1.0), "psnr=-1.0 must be"),
         (dict(bitrate=float("inf")), "bitrate=inf must be"),
     ],

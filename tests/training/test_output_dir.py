@@ -16,11 +16,12 @@ import pytest
 from tiny_run import MODELS, make_clips, settings
 
 from elastic import checkpoints
-from elastic.training import loop as training
+from elastic.training import loop
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, SaveConfig
 from elastic.training.loop import train
 from elastic.training.optimizer import make_optimizer
+from elastic.training.run import open_data
 from elastic.training.state import state_layout
 from elastic.training.writers import TensorBoard
 
@@ -61,7 +62,7 @@ def test_a_run_does_not_train_on_what_it_writes(clips, tmp_path):
     train(settings(tmp_path, inside, evaluation=evaluation, total_steps=1), MODEL)
     (picture,) = (inside / "eval").rglob("*.png")
     for out in (inside, same):
-        training._open_data(settings(tmp_path, out), MODEL, out)
+        open_data(settings(tmp_path, out), MODEL, out)
         names = [name for name, *_ in json.loads((out / "data_index.json").read_text())["files"]]
         assert names == ["dot.mp4", "pan.mp4"]
         (same / "eval").mkdir(exist_ok=True)
@@ -141,7 +142,7 @@ def restored(folder):
     """What a run in the folder would go on from."""
     config = settings(folder, folder)
     layout = state_layout(
-        config, MODEL, make_optimizer(config.optimizer), training.make_mesh("1,1,1,1")
+        config, MODEL, make_optimizer(config.optimizer), loop.make_mesh("1,1,1,1")
     )
     checkpoints = Checkpoints(folder, config.save)
     try:

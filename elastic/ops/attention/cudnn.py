@@ -16,6 +16,8 @@ how they are called.
 Shapes are as in base.py, or with heads in place: q [b, Q, h, D], k and v [b, K, h, D], logsumexp [b, h, Q].
 """
 
+import functools
+import inspect
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -66,6 +68,7 @@ class _Cudnn(NamedTuple):
             *self._batched(kv_length, q, k, v),
             *self._lengths(q, kv_length),
             **settings,
+            **_neutral_settings("fwd"),
             is_training=True,
         )
         return self._unbatched(out), self._unbatched(lse)
@@ -82,6 +85,7 @@ class _Cudnn(NamedTuple):
             out,
             dout,
             **settings,
+            **_neutral_settings("bwd"),
         )
         return self._unbatched(dq), self._unbatched(dk), self._unbatched(dv)
 
@@ -123,6 +127,37 @@ def _primitive(direction: str) -> Any:
     from jax._src.cudnn import fused_attention_stablehlo
 
     return getattr(fused_attention_stablehlo, f"_dot_product_attention_{direction}_p_wrapper")
+
+
+# What the primitives take in jax 0.10 and 0.11, in the order of their implementation's parameters.
+_SHARED_INPUTS = (
+    "query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v"
+)
+_SHARED_SETTINGS = "scale seed dropout_rate variadic_args mask_type layout sliding_window_length"
+_PARAMETERS = {
+    "fwd": f"{_SHARED_INPUTS} {_SHARED_SETTINGS} is_training".split(),
+    "bwd": f"{_SHARED_INPUTS} activation fwd_output grad_output {_SHARED_SETTINGS}".split(),
+}
+# What jax 0.12 adds: a function of the scores and its arguments. None of either leaves the scores as they are.
+_NEUTRAL: dict[str, Any] = {"score_mod": None}
+_ADDED = {"score_mod", "score_mod_args"}
+
+
+@functools.cache
+def _neutral_settings(direction: str) -> dict[str, Any]:
+    """The settings that the installed jax wants beyond those of jax 0.10, at values that change nothing.
+
+    Raises:
+      AttributeError: it lacks the primitive, or takes parameters that are not known here.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    name = f"_dot_product_attention_{direction}_impl"
+    found = list(inspect.signature(getattr(fused_attention_stablehlo, name)).parameters)
+    if [parameter for parameter in found if parameter not in _ADDED] != _PARAMETERS[direction]:
+        other = ", ".join(sorted({*found} ^ {*_PARAMETERS[direction]})) or "another order"
+        raise AttributeError(f"{name} takes other parameters: {other}", name=name)
+    return {name: value for name, value in _NEUTRAL.items() if name in found}
 
 
 class _Chunks(NamedTuple):
@@ -348,8 +383,9 @@ def check(head_dim: int, dtype: jax.typing.DTypeLike) -> None:
     try:
         for direction in ("fwd", "bwd"):
             _primitive(direction)
+            _neutral_settings(direction)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"jax {jax.__version__} has no {error.name!r}, which attention needs to call cuDNN; use "
-            "attention_implementation='pallas_gpu', or jax 0.10 or 0.11."
+            f"Attention cannot call cuDNN through jax {jax.__version__}: {error}; use "
+            "attention_implementation='pallas_gpu', or jax 0.10 to 0.12."
         ) from error

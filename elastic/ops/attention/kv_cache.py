@@ -25,6 +25,8 @@ class KVCache(NamedTuple):
     Of each batch element the first `length` positions are filled, in any order. On a mesh with sp the capacity is
     split: each device holds its own part of every block, and the first `length / sp` positions of each part are filled.
     On the CPU bfloat16 is held as uint16 (bf16_bits.py).
+
+    This file only reads a cache: `tokenizer/block_codec.py` allocates it, appends blocks and slides it.
     """
 
     keys: Num[Array, "layers b h c d"]  # c: capacity in tokens

@@ -5,6 +5,7 @@ leaves memory unwritten. A test that lowers for CUDA checks how cuDNN is called.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +262,9 @@ def test_a_jax_without_the_parts_is_refused_and_pallas_chosen(monkeypatch, caplo
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.delattr(fused_attention_stablehlo, "_dot_product_attention_bwd_p_wrapper")
-    with pytest.raises(ValueError, match=r"no '_dot_product_attention_bwd_p_wrapper'.*pallas_gpu"):
+    with pytest.raises(
+        ValueError, match=r"no attribute '_dot_product_attention_bwd_p_wrapper'.*pallas_gpu"
+    ):
         cudnn.check(128, jnp.bfloat16)
     assert dispatch._best.__wrapped__("gpu", 128, jnp.dtype("bfloat16")) == "pallas_gpu"
     assert "does not run as 'gpu'" in caplog.text
@@ -272,3 +275,22 @@ def test_a_jax_without_the_parts_is_refused_and_pallas_chosen(monkeypatch, caplo
 def test_gpu_by_name_is_refused_on_a_cpu():
     with pytest.raises(ValueError, match=r"'gpu' runs on gpu.*pallas_gpu_interpret"):
         dispatch.choose_implementation("gpu")
+
+
+def test_a_jax_whose_cudnn_takes_other_parameters_is_refused_by_their_name(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    name = "_dot_product_attention_bwd_impl"
+    known = getattr(fused_attention_stablehlo, name)
+    signature = inspect.signature(known)
+    more = inspect.Parameter("softcap", inspect.Parameter.KEYWORD_ONLY)
+
+    def of_tomorrow(*args, **kwargs):
+        return known(*args, **kwargs)
+
+    of_tomorrow.__signature__ = signature.replace(parameters=[*signature.parameters.values(), more])
+    monkeypatch.setattr(fused_attention_stablehlo, name, of_tomorrow)
+    cudnn._neutral_settings.cache_clear()
+    with pytest.raises(ValueError, match=r"takes other parameters: softcap.*pallas_gpu"):
+        cudnn.check(128, jnp.bfloat16)
+    cudnn._neutral_settings.cache_clear()
