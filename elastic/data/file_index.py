@@ -242,24 +242,35 @@ def _place(folder: str, name: str) -> Place:
 def _measure_all(
     folder: str, files: Iterable[tuple[str, str]], fps: float
 ) -> dict[str, MediaFile | BadFile]:
-    files = list(files)
+    files, hdr = list(files), []
     threads = _URL_THREADS if is_url(folder) else os.cpu_count() or 1
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="index")
     try:
-        jobs = [pool.submit(_measure, folder, name, stamp, fps) for name, stamp in files]
+        jobs = [pool.submit(_measure, folder, name, stamp, fps, hdr) for name, stamp in files]
         # Shown on a terminal only, and only if it takes more than a second.
         bar = tqdm(zip(files, jobs, strict=True), "Files", len(jobs), disable=None, delay=1)
-        return {name: job.result() for (name, _), job in bar}
+        measured = {name: job.result() for (name, _), job in bar}
+        if hdr:
+            log.warning(
+                "Files of high dynamic range, which are tone-mapped to SDR: %d of %d, such as %s.",
+                len(hdr),
+                len(files),
+                min(hdr),
+            )
+        return measured
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _measure(folder: str, name: str, stamp: str, fps: float) -> MediaFile | BadFile:
+def _measure(folder: str, name: str, stamp: str, fps: float, hdr: list[str]) -> MediaFile | BadFile:
+    """Counts the frames of a file; adds its name to `hdr` if it has high dynamic range."""
     place = _place(folder, name)
     if stamp == "special":  # opening a pipe would wait for ever
         return BadFile(f"{str(place)!r} is not a regular file.", stamp)
     try:
         with media.open_clip(place, resolution=1, rate=fps, tell_rate=False) as clip:
+            if clip.info.transfer != "sdr":
+                hdr.append(name)
             return MediaFile(name, clip.info.kind, clip.num_frames, stamp)
     except MediaError as error:
         return BadFile(str(error), stamp)

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pnm", ".jp2", ".avif", ".qoi",
+    ".pnm", ".jp2", ".avif", ".avifs", ".heic", ".heif", ".hif", ".qoi",
 ))
 VIDEO_SUFFIXES = frozenset((
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts",

@@ -4,12 +4,17 @@ The content decides what a file is, not its name: Pillow recognises pictures by 
 (through PyAV) probes everything else.
 """
 
+import dataclasses
+import functools
+import importlib
+import importlib.util
 import logging
 import os
 import pathlib
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from elastic.media.color import to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason
 from elastic.media.files import Place, is_url, open_file
-from elastic.media.source import Frames, MediaInfo, MediaSource
+from elastic.media.source import Frames, MediaInfo, MediaSource, Reader
 from elastic.media.timing import timed_source
 from elastic.media.video import video_source
 
@@ -68,8 +73,24 @@ _UPRIGHT = {  # EXIF orientation -> the transposition from the stored picture to
 }
 
 
-def open_source(path: str | os.PathLike[str]) -> MediaSource:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The picture formats that Pillow may read; pillow-heif, if it is installed, adds HEIC made of tiles."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return _IMAGE_FORMATS
+    importlib.import_module("pillow_heif").register_heif_opener()
+    return (*_IMAGE_FORMATS, "HEIF")
+
+
+def open_source(
+    path: str | os.PathLike[str], *, exact_color: bool = False, reader: Reader = "pyav"
+) -> MediaSource:
     """Probes the file and returns how to read it; at most the first frame of a video is decoded.
+
+    Args:
+      path: the file or URL.
+      exact_color: see `color.FrameConverter`.
+      reader: who decodes video.
 
     Raises:
       MediaError: as in `elastic.media.probe`.
@@ -87,13 +108,15 @@ def open_source(path: str | os.PathLike[str]) -> MediaSource:
     if not head:
         raise MediaError(f"{str(path)!r} is empty (0 bytes); copy or download it again.")
     try:
-        with open_file(path) as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+        with open_file(path) as file, Image.open(file, formats=_formats()) as image:
             check_size(path, *image.size)
             moving = image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False)
             if not moving:
                 return _image_source(path, image)
             if image.format == "WEBP":  # ffmpeg's decoder reads still WebP only
                 return _webp_source(path, image)
+            if image.format == "AVIF" and image.has_transparency_data:  # for ffmpeg, another stream
+                return _avif_source(path, head, exact_color)
     except MediaError:
         raise
     except UnidentifiedImageError:
@@ -102,7 +125,7 @@ def open_source(path: str | os.PathLike[str]) -> MediaSource:
         raise MediaError(f"{str(path)!r} is too large a picture: {error}") from error
     except _PILLOW_ERRORS as error:
         raise damaged(path, error) from error
-    return video_source(path, head)
+    return video_source(path, head, exact_color=exact_color, reader=reader)
 
 
 def _image_source(path: Place, image: Image.Image) -> MediaSource:
@@ -114,7 +137,7 @@ def _image_source(path: Place, image: Image.Image) -> MediaSource:
 
     def frames(positions: np.ndarray) -> Frames:
         try:
-            with open_file(path) as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+            with open_file(path) as file, Image.open(file, formats=_formats()) as image:
                 image.load()
                 upright = _UPRIGHT.get(_orientation(path, image))
                 picture = to_rgb(path, image)
@@ -137,6 +160,27 @@ def _orientation(path: Place, image: Image.Image) -> int:
         return 1
 
 
+def _avif_source(path: Place, head: bytes, exact_color: bool) -> MediaSource:
+    """An animation with transparency: its times through ffmpeg, its frames through Pillow."""
+    source = video_source(path, head, exact_color=exact_color)
+    return dataclasses.replace(source, frames=_seeking_frames(path, "AVIF"))
+
+
+def _seeking_frames(path: Place, kind: str) -> Callable[[np.ndarray], Frames]:
+    """Decodes chosen frames of an animation through Pillow."""
+
+    def frames(positions: np.ndarray) -> Frames:
+        try:
+            with open_file(path) as file, Image.open(file, formats=(kind,)) as image:
+                for position in positions:
+                    image.seek(int(position))
+                    yield to_rgb(path, image).copy()  # decodes here, and survives the next seek
+        except _PILLOW_ERRORS as error:
+            raise damaged(path, error) from error
+
+    return frames
+
+
 def _webp_source(path: Place, image: Image.Image) -> MediaSource:
     durations = []
     with open_file(path) as file:
@@ -153,14 +197,7 @@ def _webp_source(path: Place, image: Image.Image) -> MediaSource:
             f"{str(path)!r} is damaged: {len(durations)} of {num_frames} frames are there."
         )
 
-    def frames(positions: np.ndarray) -> Frames:
-        try:
-            with open_file(path) as file, Image.open(file, formats=("WEBP",)) as image:
-                for position in positions:
-                    image.seek(int(position))
-                    yield to_rgb(path, image).copy()  # decodes here, and survives the next seek
-        except _PILLOW_ERRORS as error:
-            raise damaged(path, error) from error
-
     starts = np.concatenate([[0.0], np.cumsum(durations)])
-    return timed_source(path, *image.size, starts[:-1], float(starts[-1]), None, frames)
+    return timed_source(
+        path, *image.size, starts[:-1], float(starts[-1]), None, _seeking_frames(path, "WEBP")
+    )

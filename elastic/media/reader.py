@@ -1,8 +1,8 @@
 """Reads pictures and videos as square frames of one size.
 
 A frame is 8-bit RGB as displayed: rotation (EXIF, display matrix) is applied, transparency is composited over
-white, and 16-bit pictures are scaled. Pixels are taken as square and fields are not deinterlaced, as in the
-released code. A picture is one frame, not a repeated one.
+white, and 16-bit pictures are scaled. Pixels that are not square are resampled, high dynamic range is
+tone-mapped, and fields are not deinterlaced. A picture is one frame, not a repeated one.
 
 A recording or a cut may start with frames that need earlier ones; these are left out. Damaged frames that the
 decoder shows are used. The log reports both, and a file that ends earlier than its header states. A frame in the
@@ -13,16 +13,19 @@ import math
 import os
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Self
+from typing import Self, get_args
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from elastic.media import decord_reader
+from elastic.media.errors import warn_once
 from elastic.media.images import open_source
-from elastic.media.source import MediaInfo, MediaSource
+from elastic.media.source import MediaInfo, MediaSource, Reader
 from elastic.media.timing import choose_frames
 
+_HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped."
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
 _EXTREME_ASPECT = 4
 
@@ -43,6 +46,8 @@ def open_clip(
     rate: float | int | None = 24.0,
     max_frames: int | None = None,
     tell_rate: bool = True,
+    exact_color: bool = False,
+    reader: Reader = "pyav",
 ) -> "ClipReader":
     """Opens an image or a video for reading as square frames.
 
@@ -51,9 +56,12 @@ def open_clip(
       resolution: rows and columns of the frames.
       rate: frames per second to deliver, by the released rule (`frame_indices`), or by timestamps
         (the frame shown at time k / rate) if the source's rate varies. A rate above the source's is
-        lowered to it, with a warning. None: every frame once, at the source's (mean) rate.
+        lowered to it, with a warning. None: the source's rate, every frame once; if the source's rate varies,
+        the rate of its usual step, so that every frame is delivered as long as it is shown.
       max_frames: deliver at most this many frames, from the first on.
-      tell_rate: whether to warn of a rate above the source's.
+      tell_rate: whether the log names a rate that differs from the source's, and high dynamic range.
+      exact_color: round the colours of every video exactly; see `color.FrameConverter`.
+      reader: who decodes video: 'pyav', or 'decord' if it is installed; both give the same frames.
 
     Raises:
       MediaError: as in `probe`.
@@ -67,7 +75,13 @@ def open_clip(
         )
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
-    source = open_source(path)
+    if reader not in get_args(Reader):
+        raise ValueError(f"{reader=} must be one of {get_args(Reader)}.")
+    if reader == "decord":
+        decord_reader.check_installed()
+    source = open_source(path, exact_color=exact_color, reader=reader)
+    if source.info.transfer != "sdr" and tell_rate:
+        warn_once(source.info.path, _HDR, source.info.transfer.upper())
     delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
     return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
 

@@ -17,11 +17,12 @@ class MediaInfo:
     Attributes:
       path: the file; a string if it is a URL.
       kind: 'image' or 'video' (an animated GIF, PNG or WebP is a video), by content, not by name.
-      width: columns as displayed, after rotation.
+      width: columns as displayed, after rotation, in square pixels.
       height: rows as displayed.
       num_frames: how many frames it shows; exact, counted in the container.
       rate: frames per second, the mean one if it varies; 0.0 for an image.
       variable_rate: some frame is shown more than half a frame away from an even spacing.
+      transfer: 'pq' or 'hlg' if the file has high dynamic range, which is tone-mapped; else 'sdr'.
     """
 
     path: Place
@@ -31,8 +32,10 @@ class MediaInfo:
     num_frames: int
     rate: float
     variable_rate: bool
+    transfer: Literal["sdr", "pq", "hlg"] = "sdr"
 
 
+Reader = Literal["pyav", "decord"]
 Frames = Generator[Image.Image, None, None]  # mode RGB, upright
 
 

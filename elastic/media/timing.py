@@ -96,7 +96,7 @@ def choose_frames(
     """
     info = source.info
     everything = np.arange(info.num_frames)
-    if info.kind == "image" or rate is None:
+    if info.kind == "image" or (rate is None and source.times is None):
         return info.rate, everything
     # A screen recording has pauses and bursts, so its highest rate is taken from the median step, not from the mean.
     limit = (
@@ -104,6 +104,7 @@ def choose_frames(
         if source.times is None
         else max(info.rate, 1 / float(np.median(np.diff(source.times))))
     )
+    rate = limit if rate is None else rate
     if rate > limit:
         level = (
             logging.WARNING if tell_rate and rate > 1.01 * limit else logging.DEBUG
@@ -111,7 +112,13 @@ def choose_frames(
         message = "%s has %.6g frames/s, fewer than the %.6g asked for; it is read at its own rate."
         log.log(level, message, info.path, limit, rate)
         rate = limit
+    if rate < 0.99 * info.rate and source.times is None:
+        level = logging.INFO if tell_rate else logging.DEBUG
+        log.log(level, "%s has %.6g frames/s and is read at %.6g.", info.path, info.rate, rate)
     if source.times is not None:
+        level = logging.INFO if tell_rate else logging.DEBUG
+        message = "%s has frames at varying times, %.6g/s in the mean; it is read at %.6g."
+        log.log(level, message, info.path, info.rate, rate)
         steps = np.arange(max(1, int(source.duration * rate + 1e-9)))
         shown = np.searchsorted(source.times, steps / rate + 1e-6, side="right") - 1
         return float(rate), shown

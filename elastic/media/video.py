@@ -3,12 +3,13 @@
 import bisect
 import collections
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import av
 import av.container
@@ -17,10 +18,11 @@ import numpy as np
 from av.stream import Disposition
 from PIL import Image
 
-from elastic.media.color import to_rgb
+from elastic.media import decord_reader
+from elastic.media.color import TRANSFERS, FrameConverter, to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason, warn_once
 from elastic.media.files import Place, open_file
-from elastic.media.source import Frames, MediaSource
+from elastic.media.source import Frames, MediaSource, Reader
 from elastic.media.timing import nominal_rate, timed_source
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 _DEMUXERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,apng,ivf,h264,hevc,m4v,"
     "mjpeg,mxf,nut,rm,dv,yuv4mpegpipe,obu,av1,tiff_pipe,png_pipe,jpegxl_pipe,dpx_pipe,exr_pipe"
+)
+# Metadata that are no UTF-8 are no reason to refuse a file. PyAV 19 has no such argument and never refuses them.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if hasattr(av.container.Container, "metadata_errors") else {}
 )
 _FFMPEG_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _DEMUXERS}
 # Codecs whose frames after a keyframe need no frame before it. (Those after a GIF's "keyframes" do.)
@@ -40,6 +46,9 @@ _STATING_DURATION = frozenset(("matroska,webm", "flv", "avi", "asf"))
 _MISSED_SECONDS = 0.5  # a file that ends so much earlier than stated may be cut off
 # Decoders that decode the transparency of a WebM; ffmpeg's own ones skip it.
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+_REORDERING_CODECS = frozenset(("h264", "hevc"))
+_DEPENDENT = Disposition.dependent  # a part of another stream, such as a tile of a picture
+_PICTURE_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"mif1", b"avif", b"miaf"))
 _WORTH_A_SEEK = 8  # frames; decoding fewer is faster than seeking past them
 # Threads of one decoder; 0: one per core. Worker processes, which share the cores, set 1.
 decoder_threads = 0
@@ -58,12 +67,12 @@ def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
             source = f"file:{path}"  # so that a name such as 'concat:x' or 'a:b.mp4' is no protocol
         else:
             source = stack.enter_context(open_file(path))
-        yield stack.enter_context(
-            av.open(source, "r", options=_FFMPEG_OPTIONS, metadata_errors="replace")
-        )
+        yield stack.enter_context(av.open(source, "r", options=_FFMPEG_OPTIONS, **_LENIENT))
 
 
-def video_source(path: Place, head: bytes) -> MediaSource:
+def video_source(
+    path: Place, head: bytes, *, exact_color: bool = False, reader: Reader = "pyav"
+) -> MediaSource:
     """A video from its packets.
 
     Counts packets and takes their times. Decodes only up to the first frame, which gives the size and the
@@ -71,7 +80,9 @@ def video_source(path: Place, head: bytes) -> MediaSource:
 
     Args:
       path: the file.
-      head: its first bytes.
+      head: its first 12 bytes.
+      exact_color: see `color.FrameConverter`.
+      reader: who decodes; files that decord would show differently are left to PyAV.
     """
     try:
         walk = _walk(path)
@@ -96,6 +107,8 @@ def video_source(path: Place, head: bytes) -> MediaSource:
     if len(stamps) == len(packets):
         position_of = {stamp: position for position, stamp in enumerate(stamps)}
         times = np.array([float((stamp - stamps[0]) * walk.time_base) for stamp in stamps])
+    if walk.by_order:
+        position_of = {}
     typical = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     duration = float(times[-1]) + (float(walk.last_duration * walk.time_base) or typical)
     _warn_of_missing_frames(path, walk, len(packets), max(_MISSED_SECONDS, 3 * typical))
@@ -105,15 +118,40 @@ def video_source(path: Place, head: bytes) -> MediaSource:
     keyframes = []
     if walk.can_seek and position_of:
         keyframes = sorted(p.pts for p in packets if p.keyframe and p.pts is not None)
-    track = _Track(path, position_of, len(packets), keyframes, turns)
+    size = _square_pixels(first.width, first.height, walk.pixel_aspect)
+    check_size(path, *size)
+    hdr = int(first.color_trc) in TRANSFERS
+    track = _Track(path, position_of, len(packets), keyframes, turns, size, exact_color, hdr)
+
+    by_decord = (
+        reader == "decord"
+        and isinstance(path, pathlib.Path)
+        and decord_reader.decodes_alike(first)
+        and not (turns or exact_color or track.hdr or len(packets) < len(walk.packets))
+    )
+    if reader == "decord" and not by_decord:
+        log.info("%s is read by PyAV: decord would show it differently.", path)
 
     def frames(positions: np.ndarray) -> Frames:
-        return _decode(track, positions)
+        return _decode_by_decord(track, positions) if by_decord else _decode(track, positions)
 
-    swapped = bool(_SWAPPING & set(turns))
-    size = (first.height, first.width) if swapped else (first.width, first.height)
+    shown = (size[1], size[0]) if _SWAPPING & set(turns) else size
     rate = nominal_rate(*walk.nominal_rates, stamps if position_of else [], walk.time_base)
-    return timed_source(path, *size, times, duration, rate, frames)
+    source = timed_source(path, *shown, times, duration, rate, frames)
+    if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS and len(packets) == 1:
+        picture = dataclasses.replace(source.info, kind="image", rate=0.0, variable_rate=False)
+        return MediaSource(picture, None, 0.0, frames)
+    transfer = TRANSFERS.get(int(first.color_trc), "sdr")
+    if transfer == "sdr":
+        return source
+    return dataclasses.replace(source, info=dataclasses.replace(source.info, transfer=transfer))
+
+
+def _square_pixels(width: int, height: int, aspect: Fraction) -> tuple[int, int]:
+    """Columns and rows with square pixels: the shorter axis is enlarged, so that no detail is lost."""
+    if aspect >= 1:
+        return round(width * aspect), height
+    return width, round(height / aspect)
 
 
 class _ProbeError(Exception):
@@ -139,6 +177,8 @@ class _Walk(NamedTuple):
     time_base: Fraction  # seconds per tick
     nominal_rates: tuple[Fraction | None, Fraction | None]  # the mean, and a guess at the intended
     can_seek: bool
+    by_order: bool  # the stamps are not those of display
+    pixel_aspect: Fraction  # width of a pixel over its height
     stated_seconds: float  # duration that the header states; 0.0: none
     end_seconds: float  # end of the last packet of any stream, if the header states a duration
 
@@ -150,16 +190,24 @@ def _walk(path: Place) -> _Walk:
         with _open_container(path) as container:
             stream = _video_stream(path, container)
             announced = sum(entry.size > 0 for entry in stream.index_entries)
-            time_base = stream.time_base or Fraction(1, 1000)
-            nominal_rates = (stream.average_rate, stream.guessed_rate)
-            can_seek = stream.codec_context.codec.canonical_name in _SEEKABLE_CODECS
+            time_base = _fraction(stream.time_base) or Fraction(1, 1000)
+            nominal_rates = (_fraction(stream.average_rate), _fraction(stream.guessed_rate))
+            codec = stream.codec_context.codec.canonical_name
+            can_seek = codec in _SEEKABLE_CODECS
+            # AVI numbers frames in the order of decoding.
+            by_order = container.format.name == "avi" and codec in _REORDERING_CODECS
+            aspect = _fraction(stream.sample_aspect_ratio) or Fraction(1)
+            # Within 1 % it stems from rounding a size, and resampling would only blur; beyond 8 it is damage.
+            if abs(aspect - 1) < Fraction(1, 100) or not Fraction(1, 8) <= aspect <= 8:
+                aspect = Fraction(1)
             states = container.format.name in _STATING_DURATION
             stated = (container.duration or 0) / av.time_base if states else 0.0
             # All streams, if the file states its duration, because the sound may be the longest stream.
             for packet in container.demux(*([] if stated else [stream])):
                 if stated and packet.pts is not None and packet.time_base is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream_index != stream.index:
+                # Not `stream_index`, which is 0 in the last, empty packet that flushes the decoder.
+                if packet.stream.index != stream.index:
                     continue
                 if first is None:
                     fed = len(packets) + 1
@@ -187,7 +235,7 @@ def _walk(path: Place) -> _Walk:
         )
     return _Walk(
         packets, first, fed, num_damaged, last_duration, time_base, nominal_rates, can_seek,
-        stated_seconds=stated, end_seconds=end,
+        by_order, aspect, stated_seconds=stated, end_seconds=end,
     )  # fmt: skip
 
 
@@ -196,7 +244,9 @@ def _without_lead(walk: _Walk) -> list[_Packet]:
     first, packets = walk.first, walk.packets
     if first is None:
         return []
-    if first.pts is None:  # a bare stream, without stamps: its decoder waits for a keyframe
+    if (
+        first.pts is None or walk.by_order
+    ):  # a bare stream, without stamps: its decoder waits for a keyframe
         start = next((i for i, packet in enumerate(packets) if packet.keyframe), 0)
         return packets[start:] if start < walk.fed else packets
     same = [i for i, packet in enumerate(packets[: walk.fed]) if packet.pts == first.pts]
@@ -239,13 +289,26 @@ def _warn_of_missing_frames(path: Place, walk: _Walk, num_frames: int, most_seco
 
 
 def _video_stream(path: Place, container) -> av.VideoStream:
+    tiles = [s for s in container.streams.video if s.disposition & _DEPENDENT]
+    if tiles and container.format.name.startswith("mov"):
+        raise MediaError(
+            f"{str(path)!r} is a picture made of {len(tiles)} tiles (HEIF), which are not put together here; "
+            "convert it to JPEG or PNG, or `pip install pillow-heif`."
+        )
     stream = container.streams.best("video")
-    if stream is None or stream.disposition & Disposition.attached_pic:
+    if stream is None or stream.disposition & (Disposition.attached_pic | _DEPENDENT):
         what = "only sound" if container.streams.audio else "no video stream"
         raise MediaError(f"{str(path)!r} holds {what}; give a file with a picture.")
     if stream.codec_context is None:
         raise MediaError(f"{str(path)!r} uses a codec without a decoder here; convert it to H.264.")
     return stream
+
+
+def _fraction(value: Any) -> Fraction | None:
+    """A ratio of any version of PyAV; None if it is 0 or unknown."""
+    if value is None or not value.denominator or not value.numerator:
+        return None
+    return Fraction(value.numerator, value.denominator)
 
 
 class _Track(NamedTuple):
@@ -256,6 +319,9 @@ class _Track(NamedTuple):
     num_frames: int
     keyframes: list[int]  # ascending time stamps; empty: decoding starts at the first frame
     turns: list[Image.Transpose]
+    size: tuple[int, int]  # columns and rows in square pixels, before the turns
+    exact_color: bool
+    hdr: bool
 
 
 class _Seek(NamedTuple):
@@ -267,6 +333,18 @@ class _Seek(NamedTuple):
 
 class _SeekError(Exception):
     """Decoding from a keyframe did not give the frames that decoding from the start gives."""
+
+
+def _decode_by_decord(track: _Track, positions: np.ndarray) -> Frames:
+    """Yields the frames at `positions` (ascending), decoded by decord."""
+    frames = decord_reader.decode(
+        track.path, positions, num_frames=track.num_frames, threads=decoder_threads
+    )
+    try:
+        for frame in frames:
+            yield _as_displayed(track, frame)
+    finally:
+        frames.close()
 
 
 def _decode(track: _Track, positions: np.ndarray) -> Frames:
@@ -315,6 +393,7 @@ def _decode_from(
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = decoder_threads
             alpha = _alpha_decoder(track.path, stream)
+            convert = FrameConverter(exact=track.exact_color, threads=decoder_threads)
             for frame in _frames_from(container, stream, seek, alpha):
                 position_of = track.position_of
                 here = position_of.get(frame.pts, -1) if position_of else decoded
@@ -324,7 +403,7 @@ def _decode_from(
                         raise _SeekError
                     tally["read"] += 1
                     tally["damaged"] += frame.is_corrupt
-                    yield _frame_to_rgb(track.path, frame, track.turns)
+                    yield _as_displayed(track, convert(frame))
                     target = next(wanted, None)
                 elif target is not None and here > target:
                     if seek is not None:
@@ -401,13 +480,12 @@ def _alpha_decoder(path: Place, stream: av.VideoStream) -> av.VideoCodecContext 
     return decoder
 
 
-def _frame_to_rgb(path: Place, frame: av.VideoFrame, turns: list[Image.Transpose]) -> Image.Image:
-    """The frame as displayed; its own colour matrix and range decide the conversion."""
-    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        image = to_rgb(path, Image.fromarray(frame.to_ndarray(format="rgba")))
-    else:
-        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    for turn in turns:
+def _as_displayed(track: _Track, image: Image.Image) -> Image.Image:
+    """A converted frame over white, with square pixels, upright."""
+    image = to_rgb(track.path, image)
+    if image.size != track.size and track.size[0] * image.size[1] != track.size[1] * image.size[0]:
+        image = image.resize(track.size, Image.Resampling.BICUBIC)
+    for turn in track.turns:
         image = image.transpose(turn)
     return image
 

@@ -366,3 +366,12 @@ def test_files_that_vanish_are_named_and_an_epoch_without_any_is_an_error(clips,
     assert len(data.bad_files) == 2 and caplog.text.count("clip2.mp4") == 1
     with pytest.raises(ValueError, match=r"Nothing in .* can be decoded"):
         data.sample_patches(10)
+
+
+def test_files_of_high_dynamic_range_are_counted_in_one_line(golden, tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(golden / "inputs" / "pq_grey.mp4", tmp_path / name)
+    shutil.copy(golden / "media" / "clip_160x120_30fps_97f.mp4", tmp_path / "c.mp4")
+    file_index.FileIndex.build(str(tmp_path), fps=24)
+    (line,) = [r.getMessage() for r in caplog.records if "high dynamic range" in r.getMessage()]
+    assert line.endswith("2 of 3, such as a.mp4.")

@@ -150,6 +150,7 @@ def test_only_what_precedes_the_first_frame_is_its_lead(packets, first, fed, sho
         packets=[media_video._Packet(*packet) for packet in packets],
         first=types.SimpleNamespace(pts=first),
         fed=fed,
+        by_order=False,
     )
     assert [packet.pts for packet in media_video._without_lead(walk)] == shown
 
