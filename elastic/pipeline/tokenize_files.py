@@ -117,18 +117,18 @@ def tokenize_files(
     viz: bool = True,
     progress: bool = True,
 ) -> tuple[list[FinishedFile], list[Path]]:
-    """`tokenize_file` for each; of several, one that is no good is named in the log and left out.
+    """Calls `tokenize_file` for each file. If there are several, an unreadable one is named in the log and left out.
 
     Args:
       tokenizer: the model.
-      inputs: each file with the name of its folder, as `find_inputs` gives them.
-      folder: holds these folders.
+      inputs: {file: name of its folder}, as `find_inputs` returns them.
+      folder: the folder in which these folders are made.
       options: which frames are read, and how the token counts are chosen.
       batch: files that go through the model at once.
       overwrite, resume, viz, progress: as for `tokenize_file`.
 
     Returns:
-      The finished runs, and the files that could not be read.
+      The finished files, and the files that could not be read.
     """
     folder = Path(folder)
     if batch > 1 and len(inputs) > 1:

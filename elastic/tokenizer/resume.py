@@ -1,7 +1,7 @@
 """The files from which an interrupted tokenization resumes after its last whole block.
 
-There are two files. A token stream receives every block when it is done. A second file holds a copy of the KV cache, which is renewed
-from time to time. To resume, the cache is loaded from the copy, and the blocks that the stream received after the copy go through the
+There are two files. A token stream receives every block when it is done. A second file holds a snapshot of the KV cache, which is renewed
+from time to time. To resume, the cache is loaded from the snapshot, and the blocks that the stream received after it go through the
 model once, each with its known token count. The cache is then the same as without the interruption, and so are the results.
 """
 

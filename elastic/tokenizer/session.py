@@ -196,7 +196,7 @@ class EncodeSession:
     def open_or_replace_resume_log(
         self, path: str | os.PathLike, *, max_snapshot_block: float = math.inf
     ) -> None:
-        """As `open_resume_log`, but a file of another run is removed, and the log says so."""
+        """Like `open_resume_log`, but removes a file of another run, with a warning in the log."""
         try:
             self.open_resume_log(path, max_snapshot_block=max_snapshot_block)
         except ResumeError as error:
