@@ -10,7 +10,7 @@ import numpy as np
 
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
-from elastic.search import SearchOptions
+from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
     from elastic.config import ElasticTokConfig
@@ -102,7 +102,7 @@ class EncodeOptions:
     search: str | None = option(
         None,
         "how a block's count is found; without it predict, or fixed where n_codes is given",
-        choices=("predict", "binary", "linear", "fixed"),
+        choices=search_names(),
         flag="search_alg",
     )
     rate: float | None = option(
