@@ -6,8 +6,6 @@ import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
-import numpy as np
-
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
 from elastic.search import SearchOptions, search_names
@@ -16,7 +14,7 @@ if TYPE_CHECKING:  # so that the flags are made from this file without loading j
     from elastic.config import ElasticTokConfig
 
 # The loss of a block: of original and reconstruction, uint8 [n, rows, columns, 3].
-_Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
+_Metric = Callable[..., SupportsFloat]
 
 _TARGETS = ("threshold", "psnr", "num_tokens", "avg_tokens", "bitrate")
 _SHARE = Check(lambda share: 0 < share <= 1, "must be above 0 and at most 1")
