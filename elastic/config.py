@@ -35,6 +35,7 @@ REMAT_POLICIES = (
 )
 _MODEL_TYPE = "elastic_tok"  # what transformers calls a model of this kind
 _OLD_NAMES = {"mask_mode": "mask_type"}
+_IGNORED = ("mesh_dim", "return_feats")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,17 +85,21 @@ class ElasticTokConfig:
     remat_block: str = ""
     scan_layers: bool = True
     param_scan_axis: int = 0
+    # Fields of the released system (`_IGNORED`) that may be given and are not kept.
+    mesh_dim: dataclasses.InitVar[Any] = None
+    return_feats: dataclasses.InitVar[Any] = None
 
     if not TYPE_CHECKING:  # editors complete the options from the fields
 
         def __new__(cls, **options):
             """Refuses unknown options before `__init__` does, with a suggestion."""
-            unknown = [key for key in options if key not in option_names()]
+            unknown = [key for key in options if key not in (*option_names(), *_IGNORED)]
             if unknown:
                 raise ValueError("; ".join(_unknown_option(key) for key in unknown))
             return super().__new__(cls)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, mesh_dim: Any, return_feats: Any) -> None:
+        del mesh_dim, return_feats
         for name in option_names():  # a frozen record is set this way
             object.__setattr__(self, name, _typed(name, getattr(self, name)))
         self._check()

@@ -198,3 +198,10 @@ def test_every_name_of_a_remat_policy_is_one_of_jax():
     import jax
 
     assert all(hasattr(jax.checkpoint_policies, name) for name in REMAT_POLICIES if name)
+
+
+def test_fields_of_the_released_configuration_that_do_nothing_may_be_given():
+    config = ElasticTokConfig(hidden_size=512, mesh_dim="1,1,-1,1", return_feats=True)
+    assert config == ElasticTokConfig(hidden_size=512)
+    assert config.to_json_dict() == ElasticTokConfig(hidden_size=512).to_json_dict()
+    assert config.replace(hidden_size=256).hidden_size == 256

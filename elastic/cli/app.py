@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -34,6 +35,7 @@ _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
 _TERMINATED = 128 + signal.SIGTERM
 _INTERRUPTED = 128 + signal.SIGINT
+_READER_LEFT = 128 + signal.SIGPIPE  # what a shell shows for `cat` when its reader ends first
 
 
 def parse(script: Script, arguments: Sequence[str]) -> Values:
@@ -115,12 +117,33 @@ def run(
 
     Errors that the packages raise on purpose (`ValueError`, `OSError`), and a lack of memory, become
     one line on standard error; `--debug` shows where they came from. Other exceptions are bugs and
-    keep their traceback.
+    keep their traceback. Where the reader of the output leaves early (`| head -1`), the script ends
+    without a message, as other programs do.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if any(argument in _HELP for argument in arguments):
-        print(help_text(script))
-        return 0
+    code = 0
+    try:
+        if any(argument in _HELP for argument in arguments):
+            print(help_text(script))
+        else:
+            code = _run_body(script, body, arguments)
+        if sys.stdout is not None:  # None: standard output was closed before Python started
+            sys.stdout.flush()  # a failure shows here, not when Python ends
+    except OSError as error:
+        _drop_output()
+        if isinstance(error, BrokenPipeError):
+            return code or _READER_LEFT
+        if code == 0:  # else the message is out already
+            reason = error.strerror or str(error)
+            print(f"{script.name}: error: standard output: {reason}.", file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _run_body(
+    script: Script, body: Callable[[Values], int | None], arguments: Sequence[str]
+) -> int:
+    """As `run`, but a write to a pipe whose reader has left raises BrokenPipeError."""
     debug = False
     with _logging(), _termination():
         try:
@@ -134,6 +157,8 @@ def run(
             print(f"{script.name}: interrupted.", file=sys.stderr)
             return _INTERRUPTED
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                raise
             message = _one_line(error)
             if message is None:
                 raise
@@ -141,6 +166,28 @@ def run(
                 traceback.print_exc()
             print(f"{script.name}: error: {_with_flags(message, script)}", file=sys.stderr)
             return 1
+
+
+def _reader_left() -> bool:
+    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # closed, or no file at all
+            continue
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            return True
+    return False
+
+
+def _drop_output() -> None:
+    """Drops what standard output still buffers, which Python would otherwise try to write when it ends."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _one_line(error: Exception) -> str | None:

@@ -133,7 +133,7 @@ def wait_for_hosts(name: str) -> None:
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
-    """The rows (first axis) of a global array of which this process's devices hold a part, ascending."""
+    """The rows (first axis) of a global array that devices of this process hold, in ascending order."""
     parts = sharding.addressable_devices_indices_map(shape).values()
     spans = [range(*index[0].indices(shape[0])) for index in parts if index is not None]
     return sorted({row for span in spans for row in span})

@@ -281,7 +281,7 @@ def _warn_of_missing_frames(path: Place, walk: _Walk, num_frames: int, most_seco
     if walk.stated_seconds - walk.end_seconds > most_seconds:
         warn_once(
             path,
-            "%s: the header states %.3g s, of which %.3g s are there. If it was cut off, "
+            "%s: the header states %.3g s, but the file holds %.3g s. If it was cut off, "
             "copy or download it again.",
             walk.stated_seconds,
             walk.end_seconds,

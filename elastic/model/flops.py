@@ -47,7 +47,7 @@ def forward_flops(
     Args:
       config: the model.
       length: tokens of the sequence.
-      cache: tokens in a KV cache, all of which every query sees too.
+      cache: tokens in a KV cache. Every query attends to all of them too.
       visible_blocks: mean number of blocks that a token sees, its own included; None: one clip fills the sequence.
     """
     width, latents = config.hidden_size, _num_latents(config)

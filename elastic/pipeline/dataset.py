@@ -1,9 +1,12 @@
-"""Tokenizes a data set: files -> shards, in several processes that need not know of each other, and after any restart.
+"""Tokenizes a data set into shards, in one process or several that do not communicate. An interrupted run can be restarted.
 
-How a shard comes to be: (1) its process takes the shard's lock; (2) each file becomes a token file in
-`.unfinished/shard-00003/`, so that only the file under way can be lost; (3) they are packed into
-`shard-00003.parquet`, which appears as a whole; (4) `shard-00003.json` says that the shard is finished;
-(5) the folder goes. A process that was killed leaves at most what the next one redoes or removes.
+A shard is made in five steps:
+1. The process takes the shard's lock.
+2. It tokenizes each file into a token file in `.unfinished/shard-00003/`. A kill loses the file under way only.
+3. It packs the token files into `shard-00003.parquet`, which is written atomically.
+4. It writes `shard-00003.json`, which marks the shard as finished.
+5. It removes the folder of step 2.
+The next process redoes or removes whatever a killed process left.
 """
 
 import contextlib
@@ -43,15 +46,16 @@ __all__ = ["Outcome", "list_inputs", "shard_name", "tokenize_dataset"]
 
 log = logging.getLogger(__name__)
 
-_WAIT_SECONDS, _QUIET_WAITS = 1.0, 5  # between two shards a process holds none for a moment
+# A process holds no lock for a moment between two shards, so that waiting ends only after several looks without a lock.
+_WAIT_SECONDS, _QUIET_WAITS = 1.0, 5
 
 
 class Outcome(NamedTuple):
-    """How a process's part in a run ended.
+    """The state of a run when this process is done with its own shards.
 
     Attributes:
-      summary: the content of summary.json, if all shards of the run are finished.
-      unfinished: shards that are not, all of them other processes'.
+      summary: the content of summary.json; None: some shards are not finished.
+      unfinished: names of these shards. They belong to other processes.
     """
 
     summary: dict[str, Any] | None
@@ -71,21 +75,20 @@ def tokenize_dataset(
     wait: bool = False,
     progress: bool = True,
 ) -> Outcome:
-    """Does this process's share of a data set: shards `process_index`, `process_index + process_count`, ...
+    """Tokenizes this process's shards of a data set: `process_index`, `process_index + process_count`, ...
 
-    Called again, in as many processes or others, it goes on where it was. Whoever sees that all shards are finished
-    writes the summary.
+    A second call resumes the run; the number of processes may differ. A process that finds all shards finished writes the summary.
 
     Args:
       tokenizer: the model.
       inputs: {id: file}, as `list_inputs` gives them.
-      folder: where the shards go; made if need be.
-      options: what is read of a clip, and how its tokens are chosen.
-      files_per_shard: files that share a shard; the last one may have fewer.
-      process_index, process_count: the number of this process, from 0, and how many there are.
+      folder: the folder of the shards; it is made if it does not exist.
+      options: which frames are read, and how the token counts are chosen.
+      files_per_shard: files in a shard; the last shard may have fewer.
+      process_index, process_count: the index of this process, from 0, and the number of processes.
       batch: clips that go through the model together.
-      wait: return only when all shards of the run are finished, or no process works on those that are not.
-      progress: show a bar with rate and estimate.
+      wait: return only when all shards of the run are finished, or when no process works on the unfinished ones.
+      progress: show a progress bar with the rate and the remaining time.
 
     Raises:
       ValueError: the options contradict each other, or the folder holds another run's shards.
@@ -96,49 +99,61 @@ def tokenize_dataset(
     plan = DatasetPlan(
         files=sizes(dict(sorted(inputs.items()))),
         files_per_shard=files_per_shard,
-        model=_model(tokenizer),
-        options=_written(tokenizer, options),
+        model=_model_json(tokenizer),
+        options=_options_json(tokenizer, options),
     )
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_or_check(folder, plan)
-    work = _Work(tokenizer, inputs, folder, plan, batch, options)
+    shards = _Shards(tokenizer, inputs, folder, plan, batch, options)
     mine = range(process_index, plan.num_shards, process_count)
-    with _Progress(work, mine, shown=progress) as bar:
+    with _Progress(shards, mine, shown=progress) as bar:
         try:
-            # What another process has in hand is looked at once more at the end: it may have been killed.
-            for shard in [shard for shard in mine if not work.do(shard, bar)]:
-                work.do(shard, bar)
+            locked_shards = [shard for shard in mine if not shards.finish(shard, bar)]
+            # The process that held the lock may have been killed since.
+            for shard in locked_shards:
+                shards.finish(shard, bar)
         except (KeyboardInterrupt, SystemExit):
             log.warning("Stopped; the same command goes on from here.")
             raise
     if wait:
-        work.wait()
-    if left := work.unfinished():
+        shards.wait()
+    if left := shards.unfinished():
         names = tuple(shard_name(shard) for shard in left)
         log.info(
-            "%d of %d shards are left to other processes: %s.",
+            "%d of %d shards belong to other processes and are not finished: %s.",
             len(left),
             plan.num_shards,
-            _few(names),
+            _first_few(names),
         )
         return Outcome(None, names)
     with locked(folder / LOCK, wait=True):
         for lock in folder.glob(".shard-*.lock"):
             lock.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # gone already
+        with contextlib.suppress(OSError):  # removed by another process
             (folder / UNFINISHED).rmdir()
-        shards = [(shard_name(k), Tally.load(work.json(k))) for k in range(plan.num_shards)]
-        return Outcome(write_summary(folder, plan, shards), ())
+        tallies = [
+            (shard_name(k), Tally.load(shards.summary_path(k))) for k in range(plan.num_shards)
+        ]
+        return Outcome(write_summary(folder, plan, tallies), ())
 
 
 def shard_name(shard: int) -> str:
-    """The name of a shard's files, without their ending."""
+    """The name of a shard's files, without a suffix."""
     return f"shard-{shard:05d}"
 
 
-class _Work:
-    """The shards of a run, as they lie in its folder."""
+class _Shards:
+    """The shards of a run: which are finished, and the steps that finish one.
+
+    Args:
+      tokenizer: the model.
+      inputs: {id: file} of the data set.
+      folder: the folder of the shards.
+      plan: the files of each shard.
+      batch: clips that go through the model together.
+      options: which frames are read, and how the token counts are chosen.
+    """
 
     def __init__(
         self,
@@ -152,36 +167,37 @@ class _Work:
         self._tokenizer, self._inputs, self._options = tokenizer, inputs, options
         self._folder, self._batch, self.plan = folder, batch, plan
 
-    def json(self, shard: int) -> Path:
-        """The file that says that a shard is finished."""
+    def summary_path(self, shard: int) -> Path:
+        """The JSON file that marks a shard as finished."""
         return self._folder / f"{shard_name(shard)}.json"
 
-    def place(self, shard: int) -> Path:
-        """Where the files of an unfinished shard wait."""
+    def work_folder(self, shard: int) -> Path:
+        """The folder of the token files of an unfinished shard."""
         return self._folder / UNFINISHED / shard_name(shard)
 
     def finished(self, shard: int) -> bool:
-        """Whether nothing is left to be done for a shard."""
-        return self.json(shard).exists()
+        """Whether a shard is written and marked as finished."""
+        return self.summary_path(shard).exists()
 
     def unfinished(self) -> list[int]:
-        """All shards of the run that are not finished, whosever they are."""
+        """All unfinished shards of the run, of every process."""
         return [shard for shard in range(self.plan.num_shards) if not self.finished(shard)]
 
-    def done(self, shard: int) -> int:
-        """How many files of a shard are."""
+    def num_done(self, shard: int) -> int:
+        """The number of a shard's files that are tokenized or left out."""
         if self.finished(shard):
             return len(self.plan.names(shard))
-        return sum(1 for _ in self.place(shard).glob("*.json"))
+        return sum(1 for _ in self.work_folder(shard).glob("*.json"))
 
     def wait(self) -> None:
-        """Returns when no other process has an unfinished shard in hand."""
+        """Returns when no other process works on an unfinished shard."""
         quiet = 0
         while (left := self.unfinished()) and quiet < _QUIET_WAITS:
             time.sleep(_WAIT_SECONDS)
-            quiet = 0 if any(map(self._held_by_another, left)) else quiet + 1
+            quiet = 0 if any(map(self._is_locked, left)) else quiet + 1
 
-    def _held_by_another(self, shard: int) -> bool:
+    def _is_locked(self, shard: int) -> bool:
+        """Whether another process works on a shard."""
         lock = self._lock(shard)
         if not lock.exists():
             return False
@@ -191,40 +207,41 @@ class _Work:
     def _lock(self, shard: int) -> Path:
         return self._folder / f".{shard_name(shard)}.lock"
 
-    def do(self, shard: int, bar: "_Progress") -> bool:
-        """Finishes a shard; False: another process has it in hand."""
-        if self.finished(shard) and not self.place(shard).exists():
+    def finish(self, shard: int, bar: "_Progress") -> bool:
+        """Finishes a shard; False: another process works on it."""
+        if self.finished(shard) and not self.work_folder(shard).exists():
             return True
         lock = self._lock(shard)
         with locked(lock) as held:
             if not held:
                 return False
-            if not self.finished(shard):  # by another process, a moment ago
+            # Another process may have finished the shard before this one got the lock.
+            if not self.finished(shard):
                 clear_unfinished(self._folder, shard_name(shard))
                 self._tokenize(shard, bar)
                 self._pack(shard)
-            shutil.rmtree(self.place(shard), ignore_errors=True)
-            # Who waits for this very file finds the shard finished.
+            shutil.rmtree(self.work_folder(shard), ignore_errors=True)
+            # A process that opened this lock file before still finds the shard finished.
             lock.unlink(missing_ok=True)
         return True
 
     def _tokenize(self, shard: int, bar: "_Progress") -> None:
-        """The files of a shard that are not done -> token files."""
-        place = self.place(shard)
-        place.mkdir(parents=True, exist_ok=True)
+        """Tokenizes the files of a shard that are not done yet into token files."""
+        work_folder = self.work_folder(shard)
+        work_folder.mkdir(parents=True, exist_ok=True)
         todo = [
             (number, name)
             for number, name in enumerate(self.plan.names(shard))
-            if not _sound(place, number)
+            if not _is_done(work_folder, number)
         ]
         files = [self._inputs[name] for _, name in todo]
         started = time.perf_counter()
 
-        def record(which: int) -> Path:
-            return place / f"{todo[which][0]:05d}.part"
+        def resume_path(which: int) -> Path:
+            return work_folder / f"{todo[which][0]:05d}.part"
 
         for which, found in self._tokenizer.encode_each(
-            files, self._options, batch=self._batch, record=record
+            files, self._options, batch=self._batch, record=resume_path
         ):
             number = todo[which][0]
             reason = None
@@ -232,44 +249,44 @@ class _Work:
                 reason = printable(str(found))
                 log.warning("Left out: %s", found)
             else:
-                found.save(place / f"{number:05d}.npz")
+                found.save(work_folder / f"{number:05d}.npz")
             seconds = time.perf_counter() - started
-            # Written last: the file is done.
-            write_json(place / f"{number:05d}.json", {"reason": reason, "seconds": seconds})
-            remove_resume_log(record(which))
+            # Written last, because it marks the file as done.
+            write_json(work_folder / f"{number:05d}.json", {"reason": reason, "seconds": seconds})
+            remove_resume_log(resume_path(which))
             bar.add(0 if isinstance(found, MediaError) else found.num_frames)
             started = time.perf_counter()
 
     def _pack(self, shard: int) -> None:
-        """Token files -> the shard, then its numbers."""
-        place, tally, names = self.place(shard), Tally(), self.plan.names(shard)
-        good = []
+        """Packs token files into the shard, then writes its numbers."""
+        work_folder, tally, names = self.work_folder(shard), Tally(), self.plan.names(shard)
+        readable = []
         for number, name in enumerate(names):
-            notes = json.loads((place / f"{number:05d}.json").read_bytes())
+            notes = json.loads((work_folder / f"{number:05d}.json").read_bytes())
             tally.seconds += notes["seconds"]
             if notes["reason"] is None:
-                good.append((number, name))
+                readable.append((number, name))
             else:
                 tally.bad.append([name, notes["reason"]])
 
         def rows() -> Iterator[tuple[str, TokenizedClip]]:
-            for number, name in good:
-                clip = TokenizedClip.load(place / f"{number:05d}.npz")
+            for number, name in readable:
+                clip = TokenizedClip.load(work_folder / f"{number:05d}.npz")
                 tally.add(clip)
                 yield name, clip
 
         file = f"{shard_name(shard)}.parquet"
-        if good:
+        if readable:
             write_shard(self._folder / file, rows())
-        tally.save(self.json(shard), file if good else None)
+        tally.save(self.summary_path(shard), file if readable else None)
 
 
 class _Progress:
-    """One bar for this process: files, frames a second, and the time that is left."""
+    """The progress bar of this process: files, frames per second, remaining time."""
 
-    def __init__(self, work: _Work, mine: Sequence[int], *, shown: bool):
-        total = sum(len(work.plan.names(shard)) for shard in mine)
-        done = sum(work.done(shard) for shard in mine)
+    def __init__(self, shards: _Shards, mine: Sequence[int], *, shown: bool):
+        total = sum(len(shards.plan.names(shard)) for shard in mine)
+        done = sum(shards.num_done(shard) for shard in mine)
         self._bar = tqdm(
             total=total, initial=done, unit="file", disable=not shown, dynamic_ncols=True
         )
@@ -282,16 +299,16 @@ class _Progress:
         self._bar.close()
 
     def add(self, num_frames: int) -> None:
-        """A file is done."""
+        """Counts one finished file and its frames."""
         self._frames += num_frames
         rate = self._frames / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"{rate:.1f} frames/s", refresh=False)
         self._bar.update()
 
 
-def _sound(place: Path, number: int) -> bool:
-    """Whether an earlier run finished a file; what is no good is removed."""
-    notes, tokens = (place / f"{number:05d}{ending}" for ending in (".json", ".npz"))
+def _is_done(work_folder: Path, number: int) -> bool:
+    """Whether an earlier run finished a file. A file whose tokens are damaged is marked as not done."""
+    notes, tokens = (work_folder / f"{number:05d}{ending}" for ending in (".json", ".npz"))
     try:
         if json.loads(notes.read_bytes())["reason"] is None:
             TokenizedClip.load(tokens)
@@ -307,7 +324,7 @@ def _sound(place: Path, number: int) -> bool:
 def _check_options(
     tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: EncodeOptions
 ) -> None:
-    """Refuses what no file could be tokenized with, before a plan is written."""
+    """Refuses options that would fail for every file, before a plan is written."""
     images = [name for name in inputs if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if options.bitrate is not None and images:
         raise ValueError(
@@ -316,7 +333,7 @@ def _check_options(
         )
     trial = options
     if options.bitrate is not None:
-        # How many tokens it allows depends on the rate of each clip.
+        # A bitrate becomes a token count with the frame rate of each clip. Here any valid count will do.
         mean = tokenizer.config.min_toks
         trial = dataclasses.replace(options, bitrate=None, avg_tokens=mean)
     size = tokenizer.config.resolution
@@ -324,8 +341,8 @@ def _check_options(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder that holds files by the names of a run's results, but no run."""
-    # Looked at before the plan: a process beside this one writes its plan first, and its results last.
+    """Refuses a folder that has files named like results of a run, but no plan of a run."""
+    # Look for results before looking for the plan: a concurrent process writes its plan first and its results last.
     present = [name for name in (SUMMARY, PLOT, BAD) if (folder / name).exists()]
     if present and not (folder / PLAN).exists():
         raise ValueError(
@@ -334,8 +351,8 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
-    """What names a model, to the last bit of its weights."""
+def _model_json(tokenizer: ElasticTokenizer) -> dict[str, Any]:
+    """What identifies a model, including a digest of its weights."""
     return {
         "model_id": tokenizer.model_id,
         "config_hash": tokenizer.config.config_hash(),
@@ -344,8 +361,8 @@ def _model(tokenizer: ElasticTokenizer) -> dict[str, Any]:
     }
 
 
-def _written(tokenizer: ElasticTokenizer, options: EncodeOptions) -> dict[str, Any]:
-    """The options that tokens depend on, as JSON can hold them."""
+def _options_json(tokenizer: ElasticTokenizer, options: EncodeOptions) -> dict[str, Any]:
+    """All options that the tokens depend on, as JSON values."""
     return options.to_json() | {
         "dtype": str(np.dtype(tokenizer.codec.dtype)),
         "window_blocks": tokenizer.window_blocks,
@@ -354,5 +371,6 @@ def _written(tokenizer: ElasticTokenizer, options: EncodeOptions) -> dict[str, A
     }
 
 
-def _few(names: Sequence[str]) -> str:
+def _first_few(names: Sequence[str]) -> str:
+    """At most three names, as text."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,7 +1,7 @@
-"""What a data set run does, written down before it starts: its files, their shards, the model, the options.
+"""The plan of a data set run, which is written before the run starts: its files, their shards, the model, the options.
 
-`plan.json` is written once, and every process of the run, now or after a restart, works by it. So that two runs cannot
-mix in one folder, another list of files, another model or other options are refused.
+`plan.json` is written once. Every process of the run compares its own plan with it, also after a restart. A process with other
+files, another model or other options is refused, so that two runs cannot mix in one folder.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from elastic.media import MediaError
 
 PLAN = "plan.json"
 UNFINISHED = ".unfinished"
-LOCK = ".plan.lock"  # held for what a run writes once
+LOCK = ".plan.lock"  # held while plan.json or the summary is written
 _FORMAT = {"format": "elastictok-dataset", "version": 1}
 _LIST_SUFFIX = ".txt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetPlan:
-    """A run over a data set.
+    """The plan of a data set run.
 
     Attributes:
-      files: [name, bytes] of each, sorted by name; the name is the clip's id.
-      files_per_shard: files that share a shard; the last one may have fewer.
-      model: what names the model, a digest of its weights included.
+      files: (name, bytes) of each file, sorted by name; the name is the clip's id.
+      files_per_shard: files in a shard; the last shard may have fewer.
+      model: what identifies the model, including a digest of its weights.
       options: how clips are read and tokenized.
     """
 
@@ -46,11 +46,11 @@ class DatasetPlan:
 
     @property
     def num_shards(self) -> int:
-        """How many shards there are."""
+        """The number of shards."""
         return -(-len(self.files) // self.files_per_shard)
 
     def names(self, shard: int) -> list[str]:
-        """The files of a shard."""
+        """The names of a shard's files."""
         start = shard * self.files_per_shard
         return [name for name, _ in self.files[start : start + self.files_per_shard]]
 
@@ -64,7 +64,7 @@ class DatasetPlan:
         """Reads plan.json.
 
         Raises:
-          ValueError: it is damaged or something else.
+          ValueError: the file is damaged or is not a plan.
         """
         try:
             values = read_marked(path, _FORMAT)
@@ -77,10 +77,10 @@ class DatasetPlan:
 
 
 def write_or_check(folder: Path, plan: DatasetPlan) -> None:
-    """Writes the plan of a new run, or sees that it is the one that the folder's run began with.
+    """Writes the plan of a new run, or checks that it equals the plan in the folder.
 
     Raises:
-      ValueError: it is another one; says what differs.
+      ValueError: the folder holds another plan; the message lists the differences.
       OSError: the folder cannot be written to.
     """
     with locked(folder / LOCK, wait=True):
@@ -94,8 +94,7 @@ def write_or_check(folder: Path, plan: DatasetPlan) -> None:
                 file.write(plan.to_json())
             return
         found = DatasetPlan.load(folder / PLAN)
-    # As JSON has it: a tuple becomes a list.
-    differing = _differences(found, dataclasses.replace(plan, **_plain(plan)))
+    differing = _differences(found, dataclasses.replace(plan, **_through_json(plan)))
     if differing:
         raise ValueError(
             f"{folder} holds the shards of another run: {'; '.join(differing)}. Go on with what that run began with, "
@@ -103,12 +102,13 @@ def write_or_check(folder: Path, plan: DatasetPlan) -> None:
         )
 
 
-def _plain(plan: DatasetPlan) -> dict[str, Any]:
+def _through_json(plan: DatasetPlan) -> dict[str, Any]:
+    """Model and options as reading them from JSON gives them: a tuple becomes a list."""
     return {name: json.loads(json.dumps(getattr(plan, name))) for name in ("model", "options")}
 
 
 def _differences(before: DatasetPlan, now: DatasetPlan) -> list[str]:
-    """What is another value now, in words."""
+    """The differences of two plans, in words."""
     found = []
     for kind in ("model", "options"):
         old, new = getattr(before, kind), getattr(now, kind)
@@ -134,10 +134,10 @@ def _differences(before: DatasetPlan, now: DatasetPlan) -> list[str]:
 
 
 def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike) -> dict[str, Path]:
-    """{id: file} of a folder, one file, or a list (.txt, a name a line), sorted by id.
+    """{id: file} of a folder, of one file, or of a list (.txt, one name a line), sorted by id.
 
-    The id of a folder's file is its path in the folder; that of a list's file is the name in the list, which is
-    relative to the list's folder. What lies in the output folder is no input.
+    In a folder, the id of a file is its path relative to the folder. In a list, the id is the name as listed, and the file is found
+    relative to the list's folder. Files in the output folder are left out.
 
     Raises:
       MediaError: there is nothing to tokenize, or a name is listed twice.
@@ -155,7 +155,7 @@ def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike)
         raise MediaError(f"There is no file {str(path)!r}; check --input_path.")
     if path.suffix.lower() != _LIST_SUFFIX:
         return {printable(path.name): path}
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise MediaError(
             f"The list {str(path)!r} is no regular file; write the files' names into one."
         )
@@ -171,12 +171,12 @@ def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike)
 
 
 def printable(name: str) -> str:
-    """A file's name as UTF-8 can hold it: bytes that are none become \\xNN."""
+    """A file's name as valid UTF-8; bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def sizes(inputs: Mapping[str, Path]) -> tuple[tuple[str, int], ...]:
-    """(name, bytes) of each file; -1 where there is none, which tokenizing will report."""
+    """(name, bytes) of each file. A missing file gets -1; tokenizing will report it."""
 
     def size(path: Path) -> int:
         try:
@@ -188,6 +188,6 @@ def sizes(inputs: Mapping[str, Path]) -> tuple[tuple[str, int], ...]:
 
 
 def clear_unfinished(folder: Path, stem: str) -> None:
-    """Removes what a process that was killed left beside a file; only who holds the file's lock may call it."""
+    """Removes the temporary files that a killed process left beside a file. The caller must hold the file's lock."""
     for path in folder.glob(f".{stem}.*.tmp"):
         path.unlink(missing_ok=True)

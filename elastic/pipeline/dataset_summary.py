@@ -1,4 +1,4 @@
-"""The numbers of a data set run: of each shard, and of all together, with a plot of tokens per block."""
+"""The numbers of a data set run: sums for each shard and for all shards, and a plot of tokens per block."""
 
 import dataclasses
 import json
@@ -26,8 +26,8 @@ class Tally:
     """Sums over clips, and the files that could not be read.
 
     Attributes:
-      histogram: {tokens: blocks that keep so many}.
-      seconds: that tokenizing took, of one process after the other.
+      histogram: {token count: number of blocks that keep so many tokens}.
+      seconds: time spent on tokenizing, summed over the processes.
       bad: [name, reason] of each file that could not be read.
     """
 
@@ -43,7 +43,7 @@ class Tally:
     bad: list[list[str]] = dataclasses.field(default_factory=list)
 
     def add(self, clip: TokenizedClip) -> None:
-        """Counts a clip."""
+        """Adds the numbers of one clip."""
         self.clips += 1
         self.images += clip.is_image
         self.frames += clip.num_frames
@@ -54,14 +54,14 @@ class Tally:
         self.histogram.update(clip.counts.tolist())
 
     def merge(self, other: "Tally") -> None:
-        """Adds another one's sums and bad files."""
+        """Adds the sums and the bad files of another tally."""
         for name in "clips images frames blocks blocks_met tokens bits seconds".split():
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.histogram.update(other.histogram)
         self.bad += other.bad
 
     def save(self, path: Path, shard: str | None) -> None:
-        """Writes the numbers of a shard: its being there says that the shard is finished."""
+        """Writes the numbers of a shard. The existence of this file marks the shard as finished."""
         histogram = {str(count): blocks for count, blocks in sorted(self.histogram.items())}
         write_json(
             path, _FORMAT | {"shard": shard} | dataclasses.asdict(self) | {"histogram": histogram}
@@ -72,7 +72,7 @@ class Tally:
         """Reads what `save` wrote.
 
         Raises:
-          ValueError: the file is damaged or something else.
+          ValueError: the file is damaged or is not a shard's summary.
         """
         try:
             values = read_marked(path, _FORMAT)
@@ -87,7 +87,7 @@ class Tally:
 
 
 def bars(histogram: Mapping[int, int], tokens_per_block: int) -> dict[str, list[int]]:
-    """A histogram in a few bars: bar k counts blocks of more than `edges[k]` and up to `edges[k + 1]` tokens."""
+    """The histogram in at most 32 bars; bar k counts blocks of more than `edges[k]` and at most `edges[k + 1]` tokens."""
     edges = np.linspace(0, tokens_per_block, min(_MOST_BARS, tokens_per_block) + 1).astype(int)
     counts = np.array(list(histogram), np.int64)
     which = np.searchsorted(edges, counts, side="left") - 1
@@ -99,7 +99,10 @@ def bars(histogram: Mapping[int, int], tokens_per_block: int) -> dict[str, list[
 def write_summary(
     folder: Path, plan: DatasetPlan, shards: Sequence[tuple[str, Tally]]
 ) -> dict[str, Any]:
-    """Writes summary.json, summary.png and bad.jsonl from the finished shards; the same shards give the same bytes."""
+    """Writes summary.json, summary.png and bad.jsonl, and returns the content of summary.json.
+
+    The files depend on the finished shards alone, so that every process writes the same bytes.
+    """
     total = Tally()
     for _, tally in shards:
         total.merge(tally)
@@ -135,7 +138,7 @@ def write_summary(
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
-    """The closing table of a run."""
+    """The table that is printed at the end of a run."""
     totals = summary["totals"]
     rows = {
         "clips": f"{totals['clips']} ({totals['images']} images), {totals['frames']} frames, in {totals['shards']} shards",

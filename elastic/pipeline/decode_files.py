@@ -1,10 +1,9 @@
-"""Token files to videos."""
+"""Decodes token files into videos and pictures."""
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from elastic import media
@@ -15,14 +14,14 @@ from elastic.tokens import TokenFileError, TokenizedClip, read_token_stream
 
 
 class TokenPart:
-    """The growing token file of a run that is under way, or was interrupted.
+    """The token file of a run that is under way or was interrupted: its header.
 
     Attributes:
-      path: of the file.
+      path: the file.
       is_image, rate, window_blocks, model_id, config_hash: as in `TokenizedClip`.
 
     Raises:
-      TokenFileError: it is no such file.
+      TokenFileError: the file is not a token stream.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -40,20 +39,20 @@ class TokenPart:
 
 
 def open_tokens(path: str | os.PathLike) -> TokenizedClip | TokenPart:
-    """A token file, whole or growing.
+    """Opens a finished token file (.npz), or the file of an unfinished run (.part).
 
     Raises:
-      TokenFileError: it is neither.
-      OSError: it cannot be read.
+      TokenFileError: the file is neither.
+      OSError: the file cannot be read.
     """
     return TokenPart(path) if Path(path).suffix == ".part" else TokenizedClip.load(path)
 
 
 def model_of(tokens: TokenizedClip | TokenPart) -> str:
-    """The checkpoint that a token file names, if it lies here.
+    """The local checkpoint that a token file names. A name in a file never starts a download.
 
     Raises:
-      ValueError: it does not. Nothing is downloaded because a file says so.
+      ValueError: there is no such local checkpoint.
     """
     if not Path(tokens.model_id).exists():
         raise ValueError(
@@ -66,7 +65,7 @@ def model_of(tokens: TokenizedClip | TokenPart) -> str:
 def check_same_model(
     tokens: TokenizedClip | TokenPart, config: ElasticTokConfig, spec: str
 ) -> None:
-    """Refuses a model of another shape than the one that made the tokens, before it is loaded."""
+    """Refuses a model whose config differs from the config of the model that made the tokens. Called before weights are loaded."""
     if tokens.config_hash != config.config_hash():
         raise ValueError(
             f"The tokens were made by {tokens.model_id!r} (config {tokens.config_hash}), but {spec!r} "
@@ -83,15 +82,20 @@ def decode_to_file(
     follow: bool = False,
     progress: bool = True,
 ) -> None:
-    """Decodes tokens block by block into a video, or a picture into an image file.
+    """Decodes tokens block by block into a video file, or the tokens of a picture into an image file.
+
+    If this fails, no file is left behind.
 
     Args:
-      tokens: a record, or the growing file of a run that is under way.
-      follow: of the latter, wait for the blocks that are still to come.
+      tokenizer: the model that made the tokens.
+      tokens: a tokenized clip, or the token file of an unfinished run.
+      path: the video or image file.
+      follow: wait for further blocks of a run that is under way.
+      progress: show a progress bar.
 
     Raises:
-      ValueError: another model made the tokens, or the ending of `path` does not fit.
-      OSError: the file cannot be written. Nothing is left behind in either case.
+      ValueError: another model made the tokens, there is no block yet, or the suffix of `path` does not fit.
+      OSError: the file cannot be written.
     """
     path = Path(path)
     check_decoded_name(path, tokens)
@@ -99,7 +103,7 @@ def decode_to_file(
         blocks, total = tokenizer.decode_stream(tokens.path, follow=follow), None
     else:
         blocks, total = tokenizer.decode_stream(tokens), len(tokens.blocks)
-    first = next(blocks, None)  # another model is refused here, before a file is begun
+    first = next(blocks, None)  # raises if another model made the tokens, before a file is opened
     if first is None:
         raise ValueError(f"{tokens} has no block yet; decode it later, or wait with --follow.")
     if tokens.is_image:
@@ -109,14 +113,14 @@ def decode_to_file(
         media.VideoWriter(path, tokens.rate) as video,
         tqdm(total=total, desc=path.name, unit="block", disable=not progress) as bar,
     ):
-        for block in _chain(first, blocks):
+        for block in itertools.chain([first], blocks):
             for frame in block:
                 video.write(frame)
             bar.update()
 
 
 def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip | TokenPart) -> None:
-    """Refuses a video's name for a picture, and the other way round."""
+    """Refuses a video suffix for the tokens of a picture, and any other suffix for the tokens of a video."""
     suffix = Path(path).suffix.lower()
     video = suffix in WRITABLE_VIDEO_SUFFIXES
     if video == tokens.is_image:
@@ -124,8 +128,3 @@ def check_decoded_name(path: str | os.PathLike, tokens: TokenizedClip | TokenPar
         raise media.MediaError(
             f"The tokens are of {what}; {str(path)!r} does not end like one, use {way}."
         )
-
-
-def _chain(first: np.ndarray, rest: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest

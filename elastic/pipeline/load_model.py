@@ -1,4 +1,4 @@
-"""Which model a command means, and one line about it."""
+"""The config of the model that a command names, and a one-line description of a loaded model."""
 
 from typing import Any
 
@@ -11,10 +11,15 @@ from elastic.tokenizer import ElasticTokenizer
 
 
 def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -> ElasticTokConfig:
-    """The model's shape: `preset`, else the config.json beside the checkpoint; then `changes`.
+    """The config of a model: the preset if one is named, else the checkpoint's config.json; then `changes` are applied.
+
+    Args:
+      checkpoint_spec: names the checkpoint, as `--load_checkpoint` does.
+      preset: a preset such as '200m'; '': use the config.json beside the checkpoint.
+      changes: options to change, as text such as 'dict(max_toks=1024)'.
 
     Raises:
-      ValueError: there is neither, or an option is unknown or out of range.
+      ValueError: there is neither a preset nor a config.json, or an option is unknown or out of range.
     """
     config = load_config(preset) if preset else checkpoints.load_config(checkpoint_spec)
     if config is None:
@@ -26,7 +31,7 @@ def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -
 
 
 def describe(tokenizer: ElasticTokenizer) -> str:
-    """One line: the model, the devices and the kernel."""
+    """One line of text: the model, its context, the devices and the attention implementation."""
     config, mesh, codec = tokenizer.config, tokenizer.mesh, tokenizer.codec
     sizes = [np.size(leaf) for leaf in _leaves(tokenizer.weights)]
     axes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())

@@ -1,4 +1,4 @@
-"""One file on its way to a folder of results: what is written while it is tokenized, and what an interrupted run goes on from."""
+"""The folder of results of one file: its lock, the unfinished files that an interrupted run resumes from, and the results."""
 
 import contextlib
 import json
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 TOKENS, REPORT, PLOT = "tokens.npz", "report.json", "plot.png"
 VIDEO, PICTURE = "viz.mp4", "viz.png"
-RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every name that a run may write
+RESULTS = (TOKENS, REPORT, VIDEO, PICTURE, PLOT)  # every file name that a run may write
 UNFINISHED, PART = "unfinished", "tokens.part"
 
 
 class FinishedFile(NamedTuple):
-    """One finished run."""
+    """A tokenized file: its folder, the paths of its results, and the content of report.json."""
 
     source: Path
     folder: Path
@@ -42,12 +42,14 @@ class FinishedFile(NamedTuple):
 
 
 class ResultFolder:
-    """One file and its folder.
+    """The folder of results of one file, from opening the file to its finished results.
 
     Args:
+      source: the image or video.
+      folder: the folder of the results; it is made if it does not exist.
       overwrite: False refuses a folder that holds results.
-      resume: False begins anew where a run was interrupted.
-      viz: draw the picture or the video, for which the frames are kept until then.
+      resume: False starts an interrupted run again from the first block.
+      viz: draw the picture or the video. All frames are kept on disk until it is drawn.
     """
 
     def __init__(self, source: Path, folder: Path, *, overwrite: bool, resume: bool, viz: bool):
@@ -56,69 +58,75 @@ class ResultFolder:
         self._stack = contextlib.ExitStack()
         self._made: list[Path] = []
         self._locked = False
-        self._encoding: EncodeSession | None = None
+        self._session: EncodeSession | None = None
         self._frames: _Frames | None = None
-        self._spent: list[dict[str, Any]] = []
-        self._squares, self._earlier = 0, 0.0
+        self._costs: list[dict[str, Any]] = []
+        self._squares = 0  # sum of squared errors, 8-bit values
+        self._earlier_seconds = 0.0  # of the run that is resumed
         self._started = time.perf_counter()
 
     @property
     def is_short(self) -> bool:
-        """Whether there is nothing to go on from: one block, or none begun."""
-        return self._encoding is None or self._encoding.num_blocks == 1
+        """Whether there is nothing to resume: the file is not open, or has one block only."""
+        return self._session is None or self._session.num_blocks == 1
 
-    def begin(
+    def open(
         self, tokenizer: ElasticTokenizer, options: EncodeOptions, *, alone: bool = True
     ) -> EncodeSession:
-        """Opens the file and the folder, and says which blocks are still to be done.
+        """Opens the file, locks the folder, and returns the session that tokenizes the remaining blocks.
 
         Args:
-          alone: no other file goes through the model beside this one.
+          tokenizer: the model.
+          options: which frames are read, and how the token counts are chosen.
+          alone: no other file goes through the model in the same batch.
 
         Raises:
-          ValueError: the file or the options are no good, or another process is at work in the folder.
+          ValueError: the file cannot be read, the options are wrong, or another process writes into the folder.
           OSError: the folder cannot be written to.
         """
-        # What is wrong with the file or the options is known before anything is written.
-        encoding = tokenizer.open_session(self.source, options)
+        # First, so that a bad file or a wrong option is refused before anything is written.
+        session = tokenizer.open_session(self.source, options)
         self._check_folder()
         self._make_folders()
         self._lock()
-        record = self._work / PART
+        resume_path = self._work / PART
         if not self._resume:
-            remove_resume_log(record)
+            remove_resume_log(resume_path)
         if self._viz:
             self._frames = _Frames(self._work, tokenizer.config)
-        if not encoding.has_budget:
-            drawn = math.inf if self._frames is None else self._frames.num_blocks
-            encoding.open_or_replace_resume_log(record, max_snapshot_block=drawn if alone else 0)
-        self._encoding = encoding
-        for about in encoding.recorded:
-            self._note(about["passes"], about["seconds"], about["squares"])
-            self._earlier += about["seconds"]
-        if encoding.num_recorded:
-            log.info("%s goes on after block %d.", self.source, encoding.num_recorded)
+        if not session.has_budget:
+            # A resumed run must not skip a block whose frames are missing from the files of `_Frames`.
+            drawable = math.inf if self._frames is None else self._frames.num_blocks
+            session.open_or_replace_resume_log(
+                resume_path, max_snapshot_block=drawable if alone else 0
+            )
+        self._session = session
+        for about in session.recorded:
+            self._add_cost(about["passes"], about["seconds"], about["squares"])
+            self._earlier_seconds += about["seconds"]
+        if session.num_recorded:
+            log.info("%s goes on after block %d.", self.source, session.num_recorded)
         if self._frames is not None:
-            self._stack.enter_context(self._frames.writing(encoding.first_block))
+            self._stack.enter_context(self._frames.writing(session.first_block))
         self._started = time.perf_counter()
-        return encoding
+        return session
 
     def add(self, block: BlockResult) -> None:
-        """Takes the next block."""
+        """Adds the next block: its frames and what it cost."""
         if self._frames is not None:
             self._frames.add(block.frames, block.reconstruction)
-        self._note(block.passes, block.seconds, block.squares)
+        self._add_cost(block.passes, block.seconds, block.squares)
 
     def finish(self, *, progress: bool = True) -> FinishedFile:
-        """Writes the results."""
-        assert self._encoding is not None
-        seconds = time.perf_counter() - self._started + self._earlier
-        tokens = self._encoding.tokens()
+        """Writes the results and removes the unfinished files."""
+        assert self._session is not None
+        seconds = time.perf_counter() - self._started + self._earlier_seconds
+        tokens = self._session.tokens()
         tokens.save(self._work / TOKENS)
         values = tokens.num_frames * tokens.resolution**2 * 3
         psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
         totals = {"seconds": seconds, "psnr": psnr}
-        found = report.build_report(tokens, per_block=self._spent, totals=totals)
+        found = report.build_report(tokens, per_block=self._costs, totals=totals)
         json_file.write_json(self._work / REPORT, found)
         report.plot_report(found, self._work / PLOT)
         if self._frames is not None:
@@ -131,22 +139,23 @@ class ResultFolder:
         return FinishedFile(self.source, self._folder, files, found)
 
     def remove(self) -> None:
-        """Removes what was begun: the file is no good."""
+        """Removes the unfinished files and the folders that `open` made, for a file that cannot be tokenized."""
         self.close()
         if self._locked:
             shutil.rmtree(self._work, ignore_errors=True)
         for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # something else has come to lie there
+            with contextlib.suppress(OSError):  # another process has put a file there
                 folder.rmdir()
 
     def close(self) -> None:
-        """Leaves what was begun for a later run."""
-        if self._encoding is not None:
-            self._encoding.close()
+        """Closes the files and gives up the lock. Unfinished files stay for a later run."""
+        if self._session is not None:
+            self._session.close()
         self._stack.close()
 
-    def _note(self, passes: int, seconds: float, squares: int) -> None:
-        self._spent.append({"passes": passes, "seconds": seconds})
+    def _add_cost(self, passes: int, seconds: float, squares: int) -> None:
+        """Adds the passes, seconds and squared errors of one block."""
+        self._costs.append({"passes": passes, "seconds": seconds})
         self._squares += squares
 
     def _check_folder(self) -> None:
@@ -166,7 +175,7 @@ class ResultFolder:
                 f"{folder} holds results already ({', '.join(present)}); name another folder, or leave "
                 "out --overwrite=False."
             )
-        # A run leaves both of these; without them a viz.mp4 may be anybody's.
+        # Every run writes tokens.npz and report.json. Without them, a viz.mp4 may be the user's own.
         signed = [name for name in present if name in (TOKENS, REPORT)]
         if present and not (signed and all(_is_ours(folder / name) for name in signed)):
             raise ValueError(
@@ -189,7 +198,7 @@ class ResultFolder:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a token file or a report is what a run wrote."""
+    """Whether a token file or a report was written by a run."""
     try:
         if path.name == TOKENS:
             return npz_file.is_sealed(path)
@@ -199,7 +208,7 @@ def _is_ours(path: Path) -> bool:
 
 
 class _Frames:
-    """Originals and reconstructions of a run, in two files of raw pixels until the picture is drawn."""
+    """Originals and reconstructions of a clip, kept in two files of raw pixels until the picture is drawn."""
 
     def __init__(self, work: Path, config: ElasticTokConfig):
         self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
@@ -209,7 +218,7 @@ class _Frames:
 
     @contextlib.contextmanager
     def writing(self, num_blocks: int) -> Iterator[None]:
-        """Opens both files for `add`, after the first `num_blocks` whole blocks that an earlier run wrote."""
+        """Opens both files for `add`. Their first `num_blocks` blocks, which an earlier run wrote, stay; the rest is cut off."""
         with contextlib.ExitStack() as stack:
             for path in self._paths:
                 path.touch()
@@ -220,18 +229,18 @@ class _Frames:
             yield
 
     def add(self, original: np.ndarray, reconstruction: np.ndarray) -> None:
-        """Appends a block of each."""
+        """Appends the frames of one block, uint8 [n, rows, columns, 3]."""
         for file, frames in zip(self._files, (original, reconstruction), strict=True):
             file.write(np.ascontiguousarray(frames).data)
 
     @property
     def num_blocks(self) -> int:
-        """Whole blocks that are in both files."""
+        """The number of whole blocks that both files hold."""
         sizes = [path.stat().st_size if path.exists() else 0 for path in self._paths]
         return min(sizes) // self._block_bytes
 
     def flush(self) -> None:
-        """Makes both files readable."""
+        """Flushes both files, so that `read` finds all frames."""
         for file in self._files:
             file.flush()
 
@@ -251,7 +260,7 @@ class _Frames:
 
 
 def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool) -> None:
-    """The picture or video of original, reconstruction and tokens used."""
+    """Draws the picture or video of original, reconstruction and token counts."""
     originals, reconstructions = frames.read()
     if tokens.is_image:
         (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks

@@ -56,30 +56,30 @@ def tokenize_file(
 ) -> FinishedFile:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
-    Memory holds one block of frames: those that the picture needs wait in the folder `unfinished` beside the results (twice the size
-    of the clip, uncompressed, at the model's resolution), and so do the tokens found so far (`tokens.part`, which can be decoded
-    while it grows). The results take their names when all are complete; those of an earlier run are replaced one by one. A run that
-    was interrupted goes on from there.
+    Memory holds one block of frames. Until the end, the folder `unfinished` in the results' folder holds the tokens so far
+    (`tokens.part`, which can be decoded while it grows) and the frames for the picture (uncompressed, at the model's resolution:
+    twice the size of the clip). The results get their names when all are complete, and replace the results of an earlier run one by
+    one. An interrupted run resumes from the folder `unfinished`.
 
     Args:
       tokenizer: the model.
       source: an image or a video.
-      folder: where the results go; made if need be.
-      options: what is read of the file, and how its tokens are chosen.
+      folder: the folder of the results; it is made if it does not exist.
+      options: which frames are read, and how the token counts are chosen.
       overwrite: False refuses a folder that holds results.
-      resume: False begins anew where a run was interrupted.
+      resume: False starts an interrupted run again from the first block.
       viz: draw the picture or the video.
       progress: show a bar with an estimate.
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
-      OSError: the folder cannot be written to; of a clip of several blocks, what was found so far stays in `unfinished`.
+      OSError: the folder cannot be written to. The blocks so far of a longer clip stay in `unfinished`.
     """
     result_folder = ResultFolder(
         Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz
     )
     try:
-        session = result_folder.begin(tokenizer, options)
+        session = result_folder.open(tokenizer, options)
         bar = tqdm(
             total=session.num_blocks,
             initial=session.first_block,
@@ -117,18 +117,18 @@ def tokenize_files(
     viz: bool = True,
     progress: bool = True,
 ) -> tuple[list[FinishedFile], list[Path]]:
-    """`tokenize_file` for each; of several, one that is no good is named in the log and left out.
+    """Calls `tokenize_file` for each file. If there are several, an unreadable one is named in the log and left out.
 
     Args:
       tokenizer: the model.
-      inputs: each file with the name of its folder, as `find_inputs` gives them.
-      folder: holds these folders.
-      options: what is read of a file, and how its tokens are chosen.
+      inputs: {file: name of its folder}, as `find_inputs` returns them.
+      folder: the folder in which these folders are made.
+      options: which frames are read, and how the token counts are chosen.
       batch: files that go through the model at once.
       overwrite, resume, viz, progress: as for `tokenize_file`.
 
     Returns:
-      The finished runs, and the files that could not be read.
+      The finished files, and the files that could not be read.
     """
     folder = Path(folder)
     if batch > 1 and len(inputs) > 1:
@@ -177,7 +177,7 @@ def _tokenize_side_by_side(
     Args:
       tokenizer: the model.
       result_folders: one of each file; a file is opened when its turn comes.
-      options: what is read of a file, and how its tokens are chosen.
+      options: which frames are read, and how the token counts are chosen.
       batch: files that go through the model at once.
       bar: counts files.
     """
@@ -194,7 +194,7 @@ def _tokenize_side_by_side(
     def opened() -> Iterator[EncodeSession]:
         for result_folder in result_folders:
             try:
-                session = result_folder.begin(tokenizer, options, alone=False)
+                session = result_folder.open(tokenizer, options, alone=False)
             except media.MediaError as error:
                 leave_out(result_folder, error)
                 continue

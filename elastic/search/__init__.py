@@ -1,4 +1,9 @@
-"""Decides how many tokens a block keeps."""
+"""Decides how many tokens a block keeps.
+
+The names of `curve_prior.py` are imported when they are first used, so that the flags are made from the registry without loading numpy.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from elastic.search.base import (
     Search,
@@ -8,8 +13,10 @@ from elastic.search.base import (
     run_search,
     search_names,
 )
-from elastic.search.curve_prior import CurvePrior, load_prior
 from elastic.search.plans import geometric_counts
+
+if TYPE_CHECKING:
+    from elastic.search.curve_prior import CurvePrior, load_prior
 
 __all__ = [
     "CurvePrior",
@@ -22,3 +29,11 @@ __all__ = [
     "run_search",
     "search_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("CurvePrior", "load_prior"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from elastic.search import curve_prior
+
+    return getattr(curve_prior, name)

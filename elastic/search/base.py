@@ -35,14 +35,14 @@ class SearchResult:
       num_kept: tokens kept.
       loss: the reconstruction error measured with `num_kept` tokens.
       met: whether `loss` is at most the threshold; without a threshold, whether it is finite.
-      passes: calls of the model, each with one group of counts.
+      calls: calls of the model, each with one group of counts. The passes over a block are `len(tried)`: one a count.
       tried: every count evaluated and its loss, in the order tried.
     """
 
     num_kept: int
     loss: float
     met: bool
-    passes: int
+    calls: int
     tried: dict[int, float]
 
 
@@ -153,8 +153,8 @@ def plan(name: str) -> Callable[[SearchPlan], SearchPlan]:
 
 
 def search_names() -> tuple[str, ...]:
-    """The names that `make_search` accepts."""
-    return tuple(sorted(_PLANS))
+    """The names that `make_search` accepts, in the order of `plans.py`; --search_alg accepts the same."""
+    return tuple(_PLANS)
 
 
 class Search:
@@ -170,7 +170,7 @@ class Search:
         self.history = SearchHistory() if history is None else history
         self._pending: list[int] | None = None
         self._finished = False
-        self._passes = 0
+        self._calls = 0
         self._tried: dict[int, float] = {}
         self._groups = groups(options, self)
 
@@ -215,7 +215,7 @@ class Search:
                 log.warning(
                     "The loss with %d tokens is %s; counted as above the threshold.", count, loss
                 )
-        self._passes += 1
+        self._calls += 1
         self._pending = None
 
     def result(self) -> SearchResult:
@@ -237,7 +237,7 @@ class Search:
             num_kept=num_kept,
             loss=self._tried[num_kept],
             met=met,
-            passes=self._passes,
+            calls=self._calls,
             tried=dict(self._tried),
         )
 

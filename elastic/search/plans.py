@@ -1,4 +1,4 @@
-"""The searches by name: binary, linear, fixed and predict, one function each. A new search is added here."""
+"""The searches by name: predict, binary, linear and fixed, one function each. A new search is added here."""
 
 from collections.abc import Iterator
 
@@ -6,12 +6,29 @@ from elastic.search.base import SearchOptions, Seen, plan
 from elastic.search.predict import predict
 
 
+@plan("predict")
+def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
+    """Guesses from the curves of earlier blocks, corrected by every measurement: see `predict.py`."""
+    if options.threshold is None:  # make_search refuses this earlier
+        raise ValueError("A predict search needs a threshold.")
+    yield from predict(
+        smallest=options.min_kept,
+        largest=options.largest,
+        threshold=options.threshold,
+        width=options.width,
+        tolerance=options.tolerance,
+        history=seen.history,
+        losses=seen.losses,
+        meets=seen.meets,
+    )
+
+
 @plan("binary")
 def _binary(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
     """Halves the range; `width` counts at once split it in `width + 1` parts.
 
     Assumes that the loss falls with the count. It then finds the smallest of n candidates that
-    meets the threshold in at most ceil(log2(n + 1)) passes of one count each.
+    meets the threshold in at most ceil(log2(n + 1)) calls of one count each.
     """
     # Counts up to `fails` fail, those from `meets` on meet the threshold. Both start just outside the
     # candidates: the smallest and the largest count are tried only if the result depends on them.
@@ -41,23 +58,6 @@ def _fixed(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
     """One count, whatever its loss."""
     del seen
     yield [options.fallback]
-
-
-@plan("predict")
-def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
-    """Guesses from the curves of earlier blocks, corrected by every measurement: see `predict.py`."""
-    if options.threshold is None:  # make_search refuses this earlier
-        raise ValueError("A predict search needs a threshold.")
-    yield from predict(
-        smallest=options.min_kept,
-        largest=options.largest,
-        threshold=options.threshold,
-        width=options.width,
-        tolerance=options.tolerance,
-        history=seen.history,
-        losses=seen.losses,
-        meets=seen.meets,
-    )
 
 
 def geometric_counts(smallest: int, largest: int, num_counts: int) -> list[int]:

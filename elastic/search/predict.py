@@ -10,24 +10,31 @@ from collections.abc import Callable, Iterator, Mapping
 
 from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, points_of
 
-# Fitted by replaying recorded curves of clips that no figure in the README is measured on.
-_MARGIN = (
-    0.004  # added to a guess, in log counts: meeting the threshold is worth more than one token
-)
-_MOST_FIRST = 0.01  # upper bound of what the usual error of first guesses adds to a first guess, in log counts
-_UNCERTAINTY = (
-    0.06  # standard error of a guess, as a share of its distance from the nearest measured count
-)
-_CREDIT = 2  # number of blocks, this one included, whose tolerance this block may spend: a clip's first blocks are expensive
-_SNAP = 0.02  # a guess this close to an end of the range, in log counts, becomes that end
-_MOST_EXCESS = 0.06  # largest share of one block's tokens that may be more than needed
-_TARGET_PASSES = (
-    2.2  # passes per block; while the clip is below, only part of the tolerance is spent
-)
-_SHARE_BELOW_TARGET = 0.8  # that part
-_REACH = 3  # several counts in one call cover the guess +- this many uncertainties
-_LEAST_STEP = 0.03  # first of the doubling steps, in log counts
-GUESSES = 8  # calls before the search halves the range instead
+# The constants were fitted by replaying recorded curves of clips that no figure in the README is measured on.
+# Distances are in log counts: the natural logarithm of the ratio of two counts.
+
+# Added to a guess: meeting the threshold is worth more than one token.
+_MARGIN = 0.004
+# Upper bound of what the usual error of first guesses adds to a first guess.
+_MOST_FIRST = 0.01
+# Standard error of a guess, as a share of its distance from the nearest measured count.
+_UNCERTAINTY = 0.06
+# Number of blocks, this one included, whose tolerance this block may spend: a clip's first blocks are expensive.
+_CREDIT = 2
+# A guess this close to an end of the range becomes that end.
+_SNAP = 0.02
+# Largest share of one block's tokens that may be more than needed.
+_MOST_EXCESS = 0.06
+# Passes per block. While the clip is below, only a part of the tolerance is spent.
+_TARGET_PASSES = 2.2
+# That part.
+_SHARE_BELOW_TARGET = 0.8
+# Several counts in one call cover the guess +- this many uncertainties.
+_REACH = 3
+# The first of the doubling steps.
+_LEAST_STEP = 0.03
+# Calls before the search halves the range instead.
+GUESSES = 8
 
 
 def predict(
@@ -43,6 +50,9 @@ def predict(
 ) -> Iterator[list[int]]:
     """Yields groups of counts to try, as every plan does (`elastic.search.base.plan`); updates `history` at the end.
 
+    Until a count meets the threshold, and while a lower one would save more tokens than the tolerance allows, it tries the counts
+    of `_guesses`. After `GUESSES` calls it splits the interval that is left evenly.
+
     Args:
       smallest: the smallest count allowed; it is tried only if the result depends on it.
       largest: the largest count allowed; likewise.
@@ -53,13 +63,15 @@ def predict(
       losses: the loss of every count measured; it holds a group's losses when the iterator is resumed.
       meets: whether a measured count meets the threshold.
     """
-    level = log_loss(threshold)
-    guess = history.curve or Curve([Point((math.log(smallest) + math.log(largest)) / 2, level)])
+    log_threshold = log_loss(threshold)
+    guess = history.curve or Curve(
+        [Point((math.log(smallest) + math.log(largest)) / 2, log_threshold)]
+    )
     state = _Bracket(smallest, largest)
     calls = 0
     while not state.closed:
         curve = guess.shifted_through(points_of(losses))
-        best = _crossing_count(curve, level, state)
+        best = _crossing_count(curve, log_threshold, state)
         if state.found is not None and best is not None:
             excess = state.found - best
             # While the clip needs few passes, more of them are spent on saving tokens.
@@ -69,23 +81,46 @@ def predict(
             if excess < 1 or excess <= min(allowed, _MOST_EXCESS * state.found):
                 break
         if calls < GUESSES:
-            group = _guesses(curve, level, state, width=width, spread=history.spread)
+            group = _guesses(curve, log_threshold, state, width=width, spread=history.spread)
         else:
             group = state.parts(width)
         yield group
         calls += 1
         state.narrow(group, meets)
-    curve, first = (
-        guess.shifted_through(points_of(losses)),
-        guess.crossing(level, *_Bracket(smallest, largest).ends),
-    )
-    kept = largest if state.found is None else state.found
-    if state.found is not None and (best := _crossing_count(curve, level, state)) is not None:
-        history.excess += max(0, kept - best)
-    missed = abs(math.log(kept) - (math.log(largest) if first is None else first))
+    first_guess = guess.crossing(log_threshold, *_Bracket(smallest, largest).ends)
+    curve = guess.shifted_through(points_of(losses))
+    _remember(history, curve, log_threshold, state, first_guess=first_guess, passes=len(losses))
+
+
+def _remember(
+    history: SearchHistory,
+    curve: Curve,
+    log_threshold: float,
+    state: "_Bracket",
+    *,
+    first_guess: float | None,
+    passes: int,
+) -> None:
+    """Adds a block whose search has ended to the history of its clip.
+
+    Args:
+      history: changed in place.
+      curve: the estimated curve of the block, through all its measured losses.
+      log_threshold: the log of the threshold.
+      state: the result, and which counts below it may still meet the threshold.
+      first_guess: the log of the count that was expected before anything was measured; None: every count was expected to fail.
+      passes: counts measured for the block.
+    """
+    kept = state.largest if state.found is None else state.found
+    if state.found is not None:
+        best = _crossing_count(curve, log_threshold, state)
+        history.excess += 0 if best is None else max(0, kept - best)
+    missed = abs(math.log(kept) - (math.log(state.largest) if first_guess is None else first_guess))
     history.spread = 0.5 * history.spread + 0.5 * missed
-    history.curve, history.tokens = curve.pruned_around(math.log(kept)), history.tokens + kept
-    history.passes, history.blocks = history.passes + len(losses), history.blocks + 1
+    history.curve = curve.pruned_around(math.log(kept))
+    history.tokens += kept
+    history.passes += passes
+    history.blocks += 1
 
 
 class _Bracket:
@@ -98,7 +133,7 @@ class _Bracket:
     def __init__(self, smallest: int, largest: int):
         self.smallest, self.largest = smallest, largest
         self.fails, self.meets = smallest - 1, largest + 1
-        self.run = 0  # how many calls in a row raised `fails`; negative: lowered `meets`
+        self.streak = 0  # how many calls in a row raised `fails`; negative: lowered `meets`
 
     @property
     def found(self) -> int | None:
@@ -127,11 +162,11 @@ class _Bracket:
         self.fails = max((count for count in group if count < self.meets), default=self.fails)
         raised, lowered = self.fails != before[0], self.meets != before[1]
         if raised and lowered:
-            self.run = 0
+            self.streak = 0
         elif raised:
-            self.run = max(self.run, 0) + 1
+            self.streak = max(self.streak, 0) + 1
         else:
-            self.run = min(self.run, 0) - 1
+            self.streak = min(self.streak, 0) - 1
 
     def around(self, centre: float, spread: float, width: int) -> list[int]:
         """Up to `width` counts inside the interval, evenly spaced in log counts from `centre - spread` to `centre + spread`."""
@@ -150,35 +185,44 @@ class _Bracket:
         return [self.fails + span * i // (inner + 1) for i in range(1, inner + 1)]
 
 
-def _crossing_count(curve: Curve, level: float, state: _Bracket) -> int | None:
+def _crossing_count(curve: Curve, log_threshold: float, state: _Bracket) -> int | None:
     """The smallest count in the interval whose estimated loss meets the threshold; None: there is none."""
-    x = curve.crossing(level, *state.ends)
+    x = curve.crossing(log_threshold, *state.ends)
     return None if x is None else max(math.ceil(math.exp(x) - 1e-9), state.fails + 1)
 
 
 def _guesses(
-    curve: Curve, level: float, state: _Bracket, *, width: int, spread: float
+    curve: Curve, log_threshold: float, state: _Bracket, *, width: int, spread: float
 ) -> list[int]:
     """Counts to try next: slightly above where the curve crosses the threshold, or several around that count.
 
+    What is known decides the step; the first line that holds counts:
+
+    - No count met the threshold, and the curve crosses it at the upper end or nowhere: the largest count.
+    - The curve crosses it nowhere, which contradicts a measurement: the interval is split evenly.
+    - No count failed, and the curve crosses it at the lower end: the smallest count.
+    - Counts failed and counts met it: the crossing; the more guesses in a row missed on one side, the nearer to the middle.
+    - Counts failed only: above the crossing by a step from the largest failed count that doubles with every miss.
+    - Counts met it only: below the smallest of them, by a step that doubles with every miss.
+    - Nothing is measured: the crossing, raised by a part of the usual error of first guesses.
+
     Args:
       curve: the estimated curve of this block.
-      level: the log of the threshold.
+      log_threshold: the log of the threshold.
       state: what is known of the result.
       width: most counts to return.
       spread: usual error of a first guess, in log counts.
     """
     low, high = state.ends
-    x = curve.crossing(level, low, high)
+    x = curve.crossing(log_threshold, low, high)
     if state.found is None and (x is None or x >= high - _SNAP):
-        return [
-            state.largest
-        ]  # every count is expected to fail; measuring the largest one proves it
+        # Every count is expected to fail; measuring the largest one proves it.
+        return [state.largest]
     if x is None:  # the curve contradicts a measurement
         return state.parts(width)
     if not state.failed and x <= low + _SNAP:
         return [state.smallest]
-    repeats = abs(state.run) - 1  # how often in a row the guess missed on the same side
+    repeats = abs(state.streak) - 1  # how often in a row the guess missed on the same side
     if state.failed and state.found is not None:
         uncertainty = _UNCERTAINTY * min(x - low, high - x)
         lean = 1 - 0.5 ** max(repeats - 1, 0)  # 0: trust the curve, towards 1: halve

@@ -1,4 +1,4 @@
-"""What can be tokenized, as blocks of frames at the model's resolution: a file, an array, or frames that are still coming."""
+"""Reads a clip as blocks of frames at the model's resolution, from a file, an array or an iterator of live frames."""
 
 import concurrent.futures
 import dataclasses
@@ -26,9 +26,9 @@ class Clip:
     """A clip at the model's resolution.
 
     Attributes:
-      is_image: a still picture, one frame.
+      is_image: whether the clip is a still picture of one frame.
       rate: frames per second; 0 for an image.
-      num_frames: None where they are still coming.
+      num_frames: None: unknown, because the frames come from an iterator.
       source: (width, height) of the original as displayed.
     """
 
@@ -43,10 +43,11 @@ class Clip:
     def blocks(
         self, frames_per_block: int, first_block: int = 0
     ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
-        """The blocks from `first_block` on; only the last one may be short. Frames that come can be gone through once.
+        """The blocks from `first_block` on. Only the last block may be short. Frames of an iterator can be read once only.
 
         Raises:
-          MediaError: a frame cannot be decoded, or one that comes is not like the first.
+          MediaError: a frame of the file cannot be decoded.
+          ValueError: a frame of the iterator differs from the first one in shape or dtype.
         """
         if self.num_frames is not None and first_block * frames_per_block >= self.num_frames:
             return
@@ -62,7 +63,7 @@ class Clip:
             yield np.stack(block)
 
     def identity(self) -> dict[str, Any] | None:
-        """What tells whether a later run has the same clip; None where nothing can."""
+        """Values by which a later run recognizes the same clip; None: an iterator cannot be recognized."""
         about: dict[str, Any] = {
             "source": list(self.source),
             "rate": self.rate,
@@ -86,13 +87,16 @@ class Clip:
 def open_clip(
     source: ClipLike, resolution: int, *, rate: float | None, max_frames: int | None
 ) -> Clip:
-    """The clip in a file, in an array [frames, height, width, 3] or [height, width, 3], in a reader, or of frames that come one by one.
+    """Opens a clip.
 
     Args:
-      rate: frames per second to take from a file; of frames it is their own, None: 24.
+      source: a path, uint8 frames [frames, height, width, 3], a picture [height, width, 3], a reader, or an iterable of frames.
+      resolution: rows and columns of the model's frames.
+      rate: for a file, the frames per second to read, None: its own. For frames, the rate that they have, None: 24.
+      max_frames: read the first frames only; None: all.
 
     Raises:
-      ValueError: there is nothing to tokenize, or it is not frames.
+      ValueError: there is no frame, the source is of another type, or `rate` or `max_frames` is out of range.
     """
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
@@ -125,35 +129,35 @@ def open_clip(
         raise ValueError(
             f"A clip of type {type(source).__name__} cannot be tokenized; give a path, uint8 frames, or a reader."
         )
-    coming = iter(source)
-    first = next(coming, None)
+    live = iter(source)
+    first = next(live, None)
     if first is None:
         raise ValueError("No frame came; there is nothing to tokenize.")
     first = np.asarray(first)
     _check(first)
-    frames = itertools.islice(itertools.chain([first], coming), max_frames)
+    frames = itertools.islice(itertools.chain([first], live), max_frames)
     size = (first.shape[1], first.shape[0])
     return Clip(False, own_rate, None, size, None, frames, resolution)
 
 
 def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
-    """The items, made in a thread up to `count` before they are asked for: decoding goes on while the model runs."""
+    """The items, produced up to `count` in advance by a thread, so that decoding continues while the model runs."""
     end: Any = object()
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        coming = deque(pool.submit(next, items, end) for _ in range(count))
+        futures = deque(pool.submit(next, items, end) for _ in range(count))
         try:
-            while (item := coming.popleft().result()) is not end:
-                coming.append(pool.submit(next, items, end))
+            while (item := futures.popleft().result()) is not end:
+                futures.append(pool.submit(next, items, end))
                 yield item
         finally:
-            for future in coming:
+            for future in futures:
                 future.cancel()
             if isinstance(items, Generator):
                 pool.submit(items.close)
 
 
 def _check(frame: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
-    """Refuses what is no frame, or is not of the shape."""
+    """Refuses an array that is not a frame, or does not have the shape."""
     if (
         frame.dtype != np.uint8
         or frame.ndim != 3

@@ -1,8 +1,8 @@
-"""What a tokenization leaves on disk while it runs, so that an interrupted one goes on at the last whole block.
+"""The files from which an interrupted tokenization resumes after its last whole block.
 
-Two files: a token stream, to which every block is appended when it is done, and now and then a copy of the cache. What a block's numbers
-depend on is the cache; it is taken from the copy, and the blocks recorded since go through the model once, with the count that is known.
-So the result is that of an unbroken run.
+There are two files. A token stream receives every block when it is done. A second file holds a snapshot of the KV cache, which is renewed
+from time to time. To resume, the cache is loaded from the snapshot, and the blocks that the stream received after it go through the
+model once, each with its known token count. The cache is then the same as without the interruption, and so are the results.
 """
 
 import logging
@@ -25,54 +25,53 @@ from elastic.tokens.stream_file import Recorded, TokenStreamWriter
 
 log = logging.getLogger(__name__)
 
-_COPY_SECONDS = 30.0  # between two copies, at least
-_COPY_SHARE = 20  # and so many times as long as a copy takes
-_MOST_COPY_BYTES = (
-    4 << 30
-)  # a cache larger than this is not copied: a run that goes on repeats one pass for every block
+_COPY_SECONDS = 30.0  # the shortest time between two copies
+_COPY_SHARE = 20  # that time is also at least 20 times as long as writing a copy takes
+# A larger cache is not copied. Then every block of the stream goes through the model once when the run is resumed.
+_MAX_COPY_BYTES = 4 << 30
 
 
 class ResumeError(ValueError):
-    """A recording that does not belong to this run; says which and why."""
+    """A resume file belongs to another run; the message names the file and the difference."""
 
 
 def remove_resume_log(path: str | os.PathLike) -> None:
-    """Removes the files of a recording, where there are any."""
-    for file in _files(pathlib.Path(path)):
+    """Removes the token stream and the copy of the cache, if they exist."""
+    for file in _paths(pathlib.Path(path)):
         file.unlink(missing_ok=True)
 
 
 class ResumeLog:
-    """The files of one tokenization.
+    """The token stream and the copy of the cache of one tokenization.
 
     Args:
-      path: of the token stream; the copy of the cache lies beside it.
-      about: what the result depends on, as JSON knows it: a recording of other things is refused.
-      header: more for readers of the stream.
+      path: the file of the token stream; the copy of the cache is a file beside it.
+      about: everything that the result depends on, as JSON values. A stream that was written with other values is refused.
+      header: further values for readers of the stream.
 
     Attributes:
-      blocks: what an earlier run recorded.
+      blocks: the blocks that an earlier run recorded.
 
     Raises:
-      ResumeError: there is one already, of another run.
+      ResumeError: the file exists and belongs to another run, or is damaged.
       OSError: the files cannot be read or written.
     """
 
     def __init__(self, path: str | os.PathLike, about: dict[str, Any], header: dict[str, Any]):
         self.path = pathlib.Path(path)
-        _, self._cache_path = _files(self.path)
+        _, self._cache_path = _paths(self.path)
         self.blocks: list[Recorded] = []
-        self._copied, self._wait = time.monotonic(), _COPY_SECONDS
+        self._last_copy, self._copy_interval = time.monotonic(), _COPY_SECONDS
         if not self.path.exists() or not self.path.stat().st_size:
             self.path.unlink(missing_ok=True)
             self._writer = TokenStreamWriter(self.path, header | {"run": about})
             return
         try:
-            found, blocks = read_token_stream(self.path)
+            stored_header, blocks = read_token_stream(self.path)
             self.blocks = list(blocks)
         except TokenFileError as error:
             raise ResumeError(f"{error} Remove it to begin anew.") from error
-        earlier = found.get("run")
+        earlier = stored_header.get("run")
         if not isinstance(earlier, dict) or earlier != about:
             names = sorted(
                 name
@@ -85,7 +84,7 @@ class ResumeLog:
         self._writer = TokenStreamWriter(self.path, {}, keep=len(self.blocks))
 
     def load_cache(self, codec: Codec) -> tuple[int, CodecCache] | None:
-        """The copy of the cache and the number of blocks it was made after, if there is one that fits what is recorded."""
+        """(number of blocks in the cache, cache) from the copy; None: there is no copy that fits the model and the stream."""
         try:
             tensors = index_safetensors(self._cache_path)
             empty = codec.new_cache()
@@ -107,23 +106,29 @@ class ResumeLog:
         except FileNotFoundError:
             return None
         except (CheckpointError, KeyError, ValueError, IndexError, OSError) as error:
-            log.warning("The copy of the cache beside %s is of no use: %s", self.path, error)
+            log.warning("The copy of the cache beside %s cannot be used: %s", self.path, error)
             return None
         return number, jax.tree.unflatten(jax.tree.structure(empty), cache)
 
     def tokens(self) -> Iterator[BlockTokens]:
-        """The tokens of every block so far."""
+        """The tokens of all blocks recorded so far."""
         return (block.tokens for block in read_token_stream(self.path)[1])
 
     def append(self, tokens: BlockTokens, num_frames: int, **about: Any) -> None:
-        """Records one block more."""
+        """Appends one block to the stream.
+
+        Args:
+          tokens: the block's tokens.
+          num_frames: the number of its frames.
+          about: further values of the block, which `blocks` gives back when the run is resumed.
+        """
         self._writer.append(tokens, num_frames, **about)
 
     def copy_cache(self, cache: CodecCache) -> None:
-        """Copies the cache if it is time to. Where it cannot be written the log says so: going on then takes longer."""
+        """Writes a copy of the cache if the last one is old enough. A failure is only logged; resuming then takes longer."""
         started = time.monotonic()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
-        if size > _MOST_COPY_BYTES or started - self._copied <= self._wait:
+        if size > _MAX_COPY_BYTES or started - self._last_copy <= self._copy_interval:
             return
         try:
             self._writer.sync()
@@ -132,24 +137,25 @@ class ResumeLog:
                 write_safetensors(file, tree | {"committed": np.array([self._writer.num_blocks])})
         except OSError as error:
             log.warning("The cache could not be copied beside %s: %s", self.path, error)
-        self._copied = time.monotonic()
-        self._wait = max(_COPY_SECONDS, _COPY_SHARE * (self._copied - started))
+        self._last_copy = time.monotonic()
+        self._copy_interval = max(_COPY_SECONDS, _COPY_SHARE * (self._last_copy - started))
 
     def finish(self) -> None:
-        """Tells readers that all blocks are there."""
+        """Marks the stream as complete for its readers."""
         self._writer.finish()
 
     def close(self) -> None:
-        """Leaves the files for a later run."""
+        """Closes the stream. The files stay for a later run."""
         self._writer.close()
 
 
-def _files(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """The token stream, and the copy of the cache."""
+def _paths(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """The paths of the token stream and of the copy of the cache."""
     return path, path.with_name(path.name + ".cache")
 
 
 def _named(cache: CodecCache) -> dict[str, Any]:
+    """{name: array} of the cache, as the copy stores it."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="_"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(cache)

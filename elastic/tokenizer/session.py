@@ -77,6 +77,10 @@ class EncodeSession:
 
     Frames are read, tokenized and handed out block by block; only the tokens are kept.
 
+    Iterating does everything for one clip. `tokenize_side_by_side` calls, for each of its clips: `start` once; for every
+    block `next_search`, then `record_result` with what that search gave; at last `end` after the last block, or `close`
+    where the clip ends early. A run that is recorded calls `open_resume_log` before.
+
     Args:
       context: what all clips of the tokenizer share.
       clip: the clip.
@@ -196,7 +200,7 @@ class EncodeSession:
     def open_or_replace_resume_log(
         self, path: str | os.PathLike, *, max_snapshot_block: float = math.inf
     ) -> None:
-        """As `open_resume_log`, but a file of another run is removed, and the log says so."""
+        """Like `open_resume_log`, but removes a file of another run, with a warning in the log."""
         try:
             self.open_resume_log(path, max_snapshot_block=max_snapshot_block)
         except ResumeError as error:
@@ -258,7 +262,7 @@ class EncodeSession:
                 passes=result.passes,
                 seconds=result.seconds,
                 squares=result.squares,
-                memory=history,
+                memory=history,  # the name is part of the format of resume files
             )
         self._count(result)
         if (

@@ -6,17 +6,15 @@ import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
-import numpy as np
-
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
-from elastic.search import SearchOptions
+from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
     from elastic.config import ElasticTokConfig
 
 # The loss of a block: of original and reconstruction, uint8 [n, rows, columns, 3].
-_Metric = Callable[[np.ndarray, np.ndarray], SupportsFloat]
+_Metric = Callable[..., SupportsFloat]
 
 _TARGETS = ("threshold", "psnr", "num_tokens", "avg_tokens", "bitrate")
 _SHARE = Check(lambda share: 0 < share <= 1, "must be above 0 and at most 1")
@@ -102,7 +100,7 @@ class EncodeOptions:
     search: str | None = option(
         None,
         "how a block's count is found; without it predict, or fixed where n_codes is given",
-        choices=("predict", "binary", "linear", "fixed"),
+        choices=search_names(),
         flag="search_alg",
     )
     rate: float | None = option(

@@ -1,4 +1,4 @@
-"""Evaluation in the course of a run: tokens under thresholds, quality at counts, and pictures, on held-out files."""
+"""Evaluation during training, on held-out files: tokens under thresholds, quality at fixed counts, and pictures."""
 
 import logging
 import pathlib
@@ -23,7 +23,7 @@ FOLDER = "eval"
 
 
 def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
-    """Those that can be opened: a bad one shall not end a run after thousands of steps."""
+    """The files that can be opened. A bad file must not end a run after thousands of steps."""
     good = []
     for file in files:
         try:
@@ -62,11 +62,11 @@ class Evaluator:
             max_frames=wanted.max_frames,
             fps=config.data.fps,
         )
-        self._config.counts(model_config)  # refused now rather than after the first thousand steps
+        self._config.counts(model_config)  # raises now rather than after the first thousand steps
         self._tokenizer: ElasticTokenizer | None = None
 
     def __call__(self, step: int, state: TrainState, logs: Logs | None) -> None:
-        """Measures, and gives numbers and pictures to the logs. All hosts take part."""
+        """Evaluates the state, and writes numbers and pictures to the logs. Every host must call this."""
         params = to_host(state.best_params())
         if is_first_host() and logs is not None:
             params = used_params(self._save, params)
@@ -90,7 +90,7 @@ class Evaluator:
         wait_for_hosts(f"evaluated {step}")
 
     def _tokenizer_of(self, params: dict[str, Any], model_id: str) -> ElasticTokenizer:
-        """One that shares its compiled programs with those of earlier steps."""
+        """A tokenizer with these parameters, which reuses the compiled programs of earlier evaluations."""
         if self._tokenizer is None:
             mesh = make_mesh("!1,1,-1,1", jax.local_devices())
             self._tokenizer = ElasticTokenizer(

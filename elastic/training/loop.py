@@ -100,7 +100,8 @@ def _run_steps(run: Run, start: Start) -> tuple[int, TrainState, int | None]:
     ):
         record.restart(start.step)
         step, state, position = start.step, start.state, start.position
-        saved, terms = step if start.resumed else None, None
+        saved = step if start.resumed else None
+        terms = None
         while step < config.total_steps and not stop.asked(step):
             started = time.perf_counter()
             batch = next(batches)

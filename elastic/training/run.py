@@ -87,7 +87,7 @@ class Run:
         self.checkpoints.close()
 
     def start(self) -> Start:
-        """The state to begin with: that of the newest whole checkpoint, or a new one.
+        """The state to start from: the newest complete checkpoint, or a new state.
 
         Raises:
           ValueError: the folder or the checkpoint belongs to another run, or does not fit the options.
@@ -140,7 +140,7 @@ class Run:
             "step": step,
             "position": position.to_json(),
             "model": self.model_config.to_json_dict(),
-            "training": dataclasses.asdict(self.config),  # with the seed, of which all draws come
+            "training": dataclasses.asdict(self.config),  # including the seed of all random draws
         }
         self.checkpoints.save(step, state, notes)
         if self.config.save.is_milestone(step):

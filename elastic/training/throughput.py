@@ -124,7 +124,7 @@ def device_peak(dtype: str) -> float:
 
 
 def memory_in_use() -> int:
-    """Most bytes in use so far: of the fullest local device, or of this process where devices share its memory."""
+    """Peak memory in bytes: of the fullest local device, or of this process if the devices share its memory."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [
         found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found

@@ -108,6 +108,41 @@ def test_help_needs_neither_jax_nor_a_model(script):
     assert f"usage: python3 scripts/{script}.py" in done.stdout
 
 
+def test_a_search_that_is_registered_is_one_that_the_flags_accept():
+    """In a process of its own: a plan stays registered."""
+    code = """
+from elastic.search.base import plan
+
+@plan("descending")
+def _descending(options, seen):
+    for count in range(options.largest, options.min_kept - 1, -1):
+        yield [count]
+        if not seen.meets(count):
+            return
+
+from elastic.cli import app
+from elastic.cli.flags import DATASET, INFERENCE
+from elastic.evaluation.records import EvaluationConfig
+from elastic.search import make_search, run_search
+
+for script in (INFERENCE, DATASET):
+    required = [f"--{flag.name}=a" for flag in script.flags if flag.required]
+    values = app.parse(script, [*required, "--search_alg=descending", "--threshold=0.05"])
+    assert "descending" in app.help_text(script)
+options = app.encode_options(values)
+search = make_search(options.search_name, min_kept=8, max_kept=64, threshold=options.threshold)
+print(run_search(search, lambda counts: [1 / count for count in counts]).num_kept)
+print(*EvaluationConfig(searches=tuple(app.words("descending,binary"))).searches)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["20", "descending", "binary"], done.stderr
+
+
+def test_an_unknown_search_is_refused_by_the_flag():
+    with pytest.raises(ValueError, match=re.escape("predict|binary|linear|fixed")):
+        app.parse(INFERENCE, ["--search_alg=binery"])
+
+
 def test_the_last_value_of_a_flag_counts():
     values = app.parse(SMALL, ["--path=a", "--model.hidden_size=16", "--path", "b"])
     assert values["path"] == "b"
@@ -185,6 +220,60 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         app.run(SMALL, body, ["--path=a"])
+
+
+# Printed by a script that writes to standard output; each ends by itself, in Python's buffer or beyond it.
+_HELP = "from elastic.cli import app, flags; sys.exit(app.run(flags.INFERENCE, print, ['--help']))"
+_BODY = """
+from elastic.cli import app
+from elastic.cli.script import Flag, Script
+
+def body(values):
+    for _ in range({lines}):
+        print("a line of output")
+
+script = Script("small.py", "", "", {{"": (Flag("debug", False, "traceback"),)}})
+sys.exit(app.run(script, body, []))
+"""
+PRINTS = pytest.mark.parametrize(
+    "code", [_HELP, _BODY.format(lines=1), _BODY.format(lines=10**5)], ids=["help", "line", "lines"]
+)
+BUFFERING = pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
+
+
+def printed_to(output, options, code):
+    command = [sys.executable, *options, "-c", f"import sys\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr
+
+
+@PRINTS
+@BUFFERING
+def test_a_reader_that_leaves_ends_the_script_without_a_message(code, options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert printed_to(writer, options, code) == (128 + signal.SIGPIPE, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@PRINTS
+@BUFFERING
+def test_a_full_disk_behind_the_output_is_one_line_and_exit_code_1(code, options):
+    with open("/dev/full", "w") as full:
+        returned, message = printed_to(full, options, code)
+    assert returned == 1 and message.count("\n") == 1
+    assert "error: " in message and "No space left on device" in message
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error_like_others(capsys):
+    def body(values):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert app.run(SMALL, body, ["--path=a"]) == 1
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -271,7 +271,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
                 result_folder.ResultFolder,
                 "add",
                 lambda job, block: (
-                    _raise(KeyboardInterrupt)() if len(job._spent) == 3 else add(job, block)
+                    _raise(KeyboardInterrupt)() if len(job._costs) == 3 else add(job, block)
                 ),
             )
         with pytest.raises((KeyboardInterrupt, OSError)):

@@ -105,7 +105,7 @@ def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
     meeting = [count for count in found.tried if losses[count - 3] <= threshold]
     assert found.met == bool(meeting)
     assert found.num_kept == (min(meeting) if meeting else 2 + len(losses))
-    assert found.passes <= GUESSES + 2 + math.ceil(math.log2(len(losses) + 1))
+    assert found.calls <= GUESSES + 2 + math.ceil(math.log2(len(losses) + 1))
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 16, 16), (4, 12, 20), (4, 6, 5)])

@@ -99,13 +99,13 @@ def test_linear_over_every_count_finds_the_smallest_on_any_curve(problem):
 
 
 @given(problem=problems(monotone=True), width=st.integers(1, 9))
-def test_binary_passes_are_logarithmic(problem, width):
+def test_binary_calls_are_logarithmic(problem, width):
     losses, options = problem
     options |= {"width": width, "fallback_fraction": 1.0}
     found = run_search(make_search("binary", **options), Evaluator(losses, width))
     num_candidates = largest(options) - options["min_kept"] + 1
-    assert found.passes <= math.ceil(round(math.log(num_candidates + 1, width + 1), 9))
-    assert found.passes <= math.ceil(math.log2(num_candidates)) + 1
+    assert found.calls <= math.ceil(round(math.log(num_candidates + 1, width + 1), 9))
+    assert found.calls <= math.ceil(math.log2(num_candidates)) + 1
 
 
 @given(problem=problems(monotone=True), width=st.integers(2, 40))
@@ -116,7 +116,7 @@ def test_the_width_does_not_change_the_result(problem, width):
         for w in (1, width)
     ]
     assert results[0].num_kept == results[1].num_kept and results[0].met == results[1].met
-    assert results[1].passes <= results[0].passes
+    assert results[1].calls <= results[0].calls
 
 
 def test_the_smallest_and_the_largest_count_can_be_returned():
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_is_never_returned_as_met(name, bad, caplog):
 def test_fixed_tries_its_one_count_once(threshold, loss, met):
     search = make_search("fixed", min_kept=4, max_kept=32, num_tokens=12, threshold=threshold)
     found = run_search(search, Evaluator({12: loss}, 1))
-    assert (found.num_kept, found.met, found.passes) == (12, met, 1)
+    assert (found.num_kept, found.met, found.calls) == (12, met, 1)
 
 
 def test_linear_tries_geometric_counts_with_both_ends():

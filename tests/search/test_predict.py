@@ -73,7 +73,7 @@ def test_the_promise_of_binary_holds_whatever_the_history_expects(clip):
 def test_the_calls_of_a_block_are_bounded(clip):
     blocks, options = clip
     for found in search_clip(blocks, **options):
-        assert found.passes <= GUESSES + 2 + math.ceil(math.log2(len(blocks[0]) + 1))
+        assert found.calls <= GUESSES + 2 + math.ceil(math.log2(len(blocks[0]) + 1))
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1e9, 0.0])
@@ -108,7 +108,7 @@ def test_several_counts_a_call_cost_fewer_calls():
     random, counts = np.random.default_rng(0), range(32, 513)
     blocks = [power_law(3 * math.exp(x), 0.9, counts) for x in random.normal(0, 0.2, 50)]
     options = dict(min_kept=32, max_kept=512, threshold=0.03)
-    calls = [sum(r.passes for r in search_clip(blocks, width=w, **options)) for w in (1, 3)]
+    calls = [sum(r.calls for r in search_clip(blocks, width=w, **options)) for w in (1, 3)]
     assert calls[1] <= 0.8 * calls[0]
 
 

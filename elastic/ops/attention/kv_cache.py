@@ -79,7 +79,13 @@ def attention_with_cache(
       ValueError: the implementation is unknown or cannot serve these arrays, or sp does not divide the block.
     """
     name = choose_implementation(implementation, head_dim=q.shape[-1], dtype=q.dtype, mesh=mesh)
-    static = StaticArgs(q.shape[1], q_tile, kv_tile, q.shape[2], implementation=name)
+    static = StaticArgs(
+        block_size=q.shape[1],
+        q_tile=q_tile,
+        kv_tile=kv_tile,
+        rows_per_batch=q.shape[2],
+        implementation=name,
+    )
     arguments = (q, k, v, cache.keys, cache.values, cache.length, jnp.asarray(layer))
     if mesh is None or mesh.size == 1:
         return _with_cache(*arguments, static=static, ring_size=1).astype(q.dtype)
@@ -113,7 +119,9 @@ def _with_cache(
     """Output [n, q, h, d] in float32, of one device's part of the block."""
     batch, capacity = cached_keys.shape[1], cached_keys.shape[3]
     zero = jnp.int32(0)
-    mask = MaskArgs(zero, zero, jnp.int32(static.block_size), zero)
+    mask = MaskArgs(
+        q_start=zero, kv_start=zero, kv_length=jnp.int32(static.block_size), first_row=zero
+    )
     if ring_size == 1:
         block_out, block_lse = attend_local(q, k, v, mask, static._replace(whole=True))
     else:
@@ -160,21 +168,32 @@ def _attend_cache(
             rearrange(x[layer], "b h c d -> b c h d") for x in (cached_keys, cached_values)
         )
         valid = jnp.arange(capacity)[None] < cached_length[:, None]
-        mask = MaskArgs(zero, zero, jnp.int32(capacity), zero, valid=valid)
+        mask = MaskArgs(
+            q_start=zero,
+            kv_start=zero,
+            kv_length=jnp.int32(capacity),
+            first_row=zero,
+            valid=valid,
+        )
         return attend_local(q, keys, values, mask, static)
     keys, values = (x.reshape(-1, *x.shape[-2:]) for x in (cached_keys, cached_values))
     first_row = (layer * batch * heads).astype(jnp.int32)
     kernel = kernel_of(static.implementation)
     if kernel.prefixes is not None and batch > 1:
-        found = kernel.prefixes(rows(q), keys, values, first_row, cached_length)
-        if found is not None:
-            return from_rows(*found, heads)
+        of_batch = kernel.prefixes(rows(q), keys, values, first_row, cached_length)
+        if of_batch is not None:
+            return from_rows(*of_batch, heads)
 
     def of_element(element: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        q, length, number = element
-        mask = MaskArgs(zero, zero, length, first_row + number * heads)
-        found = attend(rows(q[None]), keys, values, mask, static, kernel)
-        out, lse = from_rows(*found, heads)
+        queries, length, number = element
+        mask = MaskArgs(
+            q_start=zero,
+            kv_start=zero,
+            kv_length=length,
+            first_row=first_row + number * heads,
+        )
+        of_rows = attend(rows(queries[None]), keys, values, mask, static, kernel)
+        out, lse = from_rows(*of_rows, heads)
         return out[0], lse[0]
 
     elements = (q, cached_length, jnp.arange(batch))
