@@ -5,35 +5,14 @@ import os
 import pathlib
 import pickle
 
-import jax
 import numpy as np
 import pytest
 
 from elastic.io import restricted_pickle
-from elastic.io.tree import flatten, unflatten
+from elastic.io.tree import flatten
 from elastic.metrics import load_lpips_weights
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache folder that the first load has filled."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        load_lpips_weights()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(cache):
-    return jax.device_put(load_lpips_weights(cached_file(cache)))
-
-
-def cached_file(folder):
-    return folder / "elastic" / "lpips_vgg16.safetensors"
-
-
-# The weights
 def same(ours, theirs):
     ours, theirs = flatten(ours), flatten(theirs)
     return ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
@@ -124,8 +103,3 @@ def test_a_deep_or_circular_pickle_is_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             load_lpips_weights(path)
-
-
-def changed(weights, name, array):
-    arrays = flatten(weights)
-    return unflatten({k: x for k, x in (arrays | {name: array}).items() if x is not None})

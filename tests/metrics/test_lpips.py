@@ -1,4 +1,4 @@
-"""LPIPS against the released numbers, and its weights' reader against files that are not what they seem."""
+"""LPIPS against the released numbers."""
 
 import functools
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elastic.metrics import load_lpips_weights
 from elastic.metrics.lpips import lpips, lpips_of_frames, resize, vgg16
 
 TOLERANCE = 1e-5
@@ -17,25 +16,6 @@ TOLERANCE = 1e-5
 def table(golden):
     with np.load(golden / "unit" / "lpips.npz") as file:
         return dict(file)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache folder that the first load has filled."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        load_lpips_weights()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(cache):
-    return jax.device_put(load_lpips_weights(cached_file(cache)))
-
-
-def cached_file(folder):
-    return folder / "elastic" / "lpips_vgg16.safetensors"
 
 
 def pixels(images):

@@ -11,30 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from lpips_cases import cached_file
 
 from elastic.io.safetensors_file import write_safetensors
 from elastic.io.tree import flatten, unflatten
 from elastic.metrics import load_lpips_weights, lpips_weights
 from elastic.metrics.lpips_weights import SHAPES
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache folder that the first load has filled."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        load_lpips_weights()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def weights(cache):
-    return jax.device_put(load_lpips_weights(cached_file(cache)))
-
-
-def cached_file(folder):
-    return folder / "elastic" / "lpips_vgg16.safetensors"
 
 
 # The weights
