@@ -54,7 +54,7 @@ def read_decord(path: str) -> Iterator[np.ndarray]:
 
 
 def read_imageio(path: str) -> Iterator[np.ndarray]:
-    import imageio.v3
+    import imageio.v3  # pyright: ignore[reportMissingImports]
 
     yield from imageio.v3.imiter(path, plugin="FFMPEG")
 
