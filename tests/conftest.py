@@ -1,5 +1,6 @@
 """Settings of the whole suite: 8 virtual CPU devices, quick compilation, and the released system's numbers as fixtures."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -25,12 +26,26 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-@pytest.fixture(scope="module")
-def optimized():
-    """Optimized programs, for tests that run them for longer than it takes to compile them."""
+@contextlib.contextmanager
+def optimized_programs():
+    """What is compiled meanwhile is optimized as users have it."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Optimized programs, for modules whose tests run them for longer than it takes to compile them."""
+    with optimized_programs():
+        yield
+
+
+@pytest.fixture
+def optimized_test():
+    """Optimized programs, for a test whose tolerance is that of such programs."""
+    with optimized_programs():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import BlockTokens, TokenizedClip
 
 
+@pytest.mark.usefixtures("optimized_test")
 @pytest.mark.parametrize("mesh_dim", ["!1,1,2,1", "1,1,1,4", "1,1,2,2"])
 def test_a_mesh_changes_no_token(golden, clip, mesh_dim):
     """Heads over tp as the released command has it, the sequence and its cache over sp; a window that slides."""
