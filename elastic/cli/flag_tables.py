@@ -27,7 +27,7 @@ def flag_table(script: Script) -> str:
 
 
 def names_table() -> str:
-    """A Markdown table of the flags whose name is not that of their option in Python, such as `--n_codes`."""
+    """A Markdown table of flags whose option has another name in Python, such as `--n_codes`."""
     names = {
         flag.name: flag.option
         for script in SCRIPTS.values()
