@@ -269,7 +269,11 @@ def first_state(
 
 
 def _drawn(config: TrainConfig, model_config: ElasticTokConfig) -> dict[str, Any]:
-    return init_params(model_config, jax.random.key(config.seed))
+    return _init_params(model_config, jax.random.key(config.seed))
+
+
+# Shapes, values and a second run of the process need one trace of the model.
+_init_params = jax.jit(init_params, static_argnums=0)
 
 
 def _state_of(

@@ -191,23 +191,22 @@ def assert_same(ours, expected):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(attention_implementation="reference"),
-        dict(scan_attention=False),
-        dict(scan_query_chunk_size=7, scan_key_chunk_size=100),
-        dict(scan_mlp=True, scan_mlp_chunk_size=37),
-        dict(remat_block="nothing_saveable"),
-        dict(remat_attention="dots_saveable", remat_mlp="checkpoint_dots_with_no_batch_dims"),
+        dict(attention_implementation="reference", scan_mlp=True, scan_mlp_chunk_size=37),
+        dict(scan_attention=False, remat_block="nothing_saveable"),
+        dict(
+            scan_query_chunk_size=7, scan_key_chunk_size=100,
+            remat_attention="dots_saveable", remat_mlp="checkpoint_dots_with_no_batch_dims",
+        ),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_how_it_is_computed_changes_no_number(changes):
     model = ElasticTok(released.config("vae", **changes))
     assert_same(loss_and_gradients(model, released.params("vae"), "vae"), baseline("vae"))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(remat_block="nothing_saveable")], ids=str)
-def test_numbered_layers_give_the_same_as_stacked_ones(changes):
-    model = ElasticTok(released.config("vae", scan_layers=False, **changes))
+def test_numbered_layers_give_the_same_as_stacked_ones():
+    model = ElasticTok(released.config("vae", scan_layers=False, remat_block="nothing_saveable"))
     params = released.params("vae", scan_layers=False)
     loss, gradients = loss_and_gradients(model, params, "vae")
     gradients = convert_layout(gradients, scan_layers=True)
@@ -217,12 +216,12 @@ def test_numbered_layers_give_the_same_as_stacked_ones(changes):
 # Every axis, every pair with sp, both rings, stacked and numbered layers, remat: each in one case at least.
 REMAT = dict(remat_block="nothing_saveable")
 ON_MESHES = [
-    *(("fsq", mesh_dim, {}) for mesh_dim in ("8,1,1,1", "1,8,1,1", "2,2,2,1", "1,2,1,4")),
-    ("vae", "1,1,2,4", {}),
-    ("vae", "1,2,1,4", REMAT),
+    ("fsq", "2,4,1,1", {}),
+    ("fsq", "1,2,1,4", {}),
+    ("vae", "1,1,2,4", REMAT),
     ("vae", "2,2,2,1", REMAT | dict(scan_layers=False)),
     ("fsq", "1,1,1,8", dict(ring_layout="plain")),
-    ("fsq", "1,1,2,4", REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True)),
+    ("fsq", "2,1,1,4", REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True)),
 ]
 
 

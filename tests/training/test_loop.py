@@ -27,6 +27,7 @@ from elastic.io.tree import flatten
 from elastic.model import init_params
 from elastic.tokenizer import ElasticTokenizer
 from elastic.training import loop as training
+from elastic.training import run
 from elastic.training import state as train_state
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, OptimizerConfig
@@ -36,9 +37,28 @@ from elastic.training.throughput import StepRecorder
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "one_trace")
 
 WRITTEN = ["checkpoints", "config.json", "data_index.json", "metrics.jsonl", "params", "pretrained", "streaming_train_state"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_trace():
+    """Runs with the same step share its program: to trace it takes longer than to run it."""
+    make, programs = run.step_program, {}
+
+    def shared(config, model, optimizer, shardings):
+        other = dict(output_dir="", total_steps=0, load_checkpoint="", load_dataset_state="")
+        other |= dict(data=None, log=None, evaluation=None, init="", autoresume=True)
+        same = dataclasses.replace(config.save, freq=0, milestone_freq=0, keep=1)
+        key = str((dataclasses.asdict(config) | other, same, model, jax.tree.leaves(shardings)))
+        if key not in programs:
+            programs[key] = make(config, model, optimizer, shardings)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "step_program", shared)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +88,20 @@ def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, ki
     assert np.mean([block.loss for block in tokens.blocks]) < losses[0]
 
 
-def test_a_run_that_starts_linear_begins_where_noise_does_not(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_state, "_START_PATCHES", 2000)  # of clips as small as these
-    losses = {}
-    for init in ("random", "linear"):
-        config = settings(clips, tmp_path / init, init=init, total_steps=1, mask_full_fraction=1.0)
-        train(config, MODELS["vae"])
-        losses[init] = records(tmp_path / init)[0]["loss"]
-    assert losses["linear"] < losses["random"] / 3
-
-
 @pytest.fixture(scope="module")
 def straight(clips, tmp_path_factory):
     """Six steps without a stop: the state and the numbers of each step."""
     folder = tmp_path_factory.mktemp("straight")
     return train(settings(clips, folder), MODELS["vae"]).state, numbers(folder)
+
+
+def test_a_run_that_starts_linear_begins_where_noise_does_not(
+    clips, tmp_path, straight, monkeypatch
+):
+    monkeypatch.setattr(train_state, "_START_PATCHES", 2000)  # of clips as small as these
+    config = settings(clips, tmp_path, init="linear", total_steps=1, mask_full_fraction=1.0)
+    train(config, MODELS["vae"])
+    assert records(tmp_path)[0]["loss"] < straight[1][0]["loss"] / 3
 
 
 def assert_equal_states(a, b):
@@ -158,7 +177,7 @@ def started(clips, folder, options, before=""):
 
 def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
     """SIGKILL, with a checkpoint every step: saving is under way at most of these moments."""
-    options = "total_steps=60, save=dict(freq=1), data=dict(workers=1)"
+    options = "total_steps=24, save=dict(freq=1), data=dict(workers=1)"
 
     def finish(folder):
         with started(clips, folder, options) as process:
@@ -167,7 +186,7 @@ def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
 
     finish(tmp_path / "whole")
     log = tmp_path / "killed" / "metrics.jsonl"
-    for at_step in (1, 20):
+    for at_step in (1, 10):
         with started(clips, tmp_path / "killed", options) as process:
             until = time.time() + 200
             while time.time() < until and process.poll() is None:
@@ -282,6 +301,7 @@ def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path, s
     # What ends the run goes to a file as well: on standard error threads of orbax speak at the same time.
     full = f"""
 import resource, signal, sys
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # leaves no cut program to others
 def note(kind, error, trace):
     with open({str(tmp_path / "ended")!r}, "a") as file:
         file.write(f"{{kind.__name__}}: {{error}}\\n")
