@@ -66,6 +66,15 @@ class ElasticTokConfig:
     condition_encoder: bool = (
         True  # the encoder sees which tokens will be kept; False: it runs once for all counts
     )
+    # Options that the released models do not have.
+    condition_decoder: bool = False  # the decoder sees which tokens are kept
+    token_order: Literal["raster", "coarse_to_fine"] = "raster"  # of the patches of a slice
+    rope: Literal["1d", "3d"] = "1d"  # positions: the token's number, or its time, row and column
+    rope_split: tuple[
+        int, ...
+    ] = ()  # '3d': channel pairs for time, rows, columns; (): 1/4, 3/8, 3/8
+    rope_bases: tuple[int, ...] = (1000, 100, 100)  # '3d': takes the place of theta
+    lapped_output: bool = False  # every token paints twice its patch; neighbours blend
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
     fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -158,6 +167,21 @@ class ElasticTokConfig:
         )
         _ = self.keep_fraction
         _ = self.resolution
+        _require(
+            len(self.rope_bases) == 3 and min(self.rope_bases) > 1,
+            f"rope_bases={self.rope_bases} must be three numbers above 1: of time, rows and columns.",
+        )
+        pairs = self.rope_pairs
+        _require(
+            len(pairs) == 3 and min(pairs) >= 0 and sum(pairs) == self.head_dim // 2,
+            f"rope_split={pairs} must be three numbers of channel pairs, 0 or above, with the sum {self.head_dim // 2}: "
+            f"half of hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads}.",
+        )
+        _require(
+            not self.lapped_output or self.patch_size[1] % 2 == self.patch_size[2] % 2 == 0,
+            f"lapped_output=True needs patches of even rows and columns, not patch_size={self.patch_size}: "
+            "half of a neighbour's patch is painted.",
+        )
 
     @property
     def resolution(self) -> int:
@@ -180,6 +204,23 @@ class ElasticTokConfig:
     def tokens_per_block(self) -> int:
         """Tokens of one block, one per patch (`max_toks`)."""
         return self.max_toks
+
+    @property
+    def slices_per_block(self) -> int:
+        """Layers of patches in time: a *slice* is all patches of the same frames."""
+        return self.frames_per_block // self.patch_size[0]
+
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """Rows and columns of patches in a slice."""
+        return self.resolution // self.patch_size[1], self.resolution // self.patch_size[2]
+
+    @property
+    def rope_pairs(self) -> tuple[int, ...]:
+        """Channel pairs of a head that `rope='3d'` rotates by time, by row and by column."""
+        half = self.head_dim // 2
+        spatial = half * 3 // 8
+        return self.rope_split or (half - 2 * spatial, spatial, spatial)
 
     @property
     def patch_dim(self) -> int:
@@ -238,10 +279,11 @@ class ElasticTokConfig:
         shape = {
             name: value for name, value in self.to_json_dict().items() if name in _SHAPE_OPTIONS
         }
-        if (
-            not self.condition_encoder
-        ):  # left out otherwise, so that models older than this option keep their hash
-            shape["condition_encoder"] = False
+        # Left out where they have their default, so that models older than an option keep their hash.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        shape |= {
+            name: v for name in _LATER_SHAPE_OPTIONS if (v := getattr(self, name)) != defaults[name]
+        }
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
     def replace(self, **changes: Any) -> "ElasticTokConfig":
@@ -325,6 +367,9 @@ _SHAPE_OPTIONS = frozenset(
     """hidden_size intermediate_size num_encoder_layers num_decoder_layers num_attention_heads rms_norm_eps theta frames_per_block
     patch_size max_toks bottleneck_type fsq_quant_levels vae_bottleneck_dim""".split()
 )
+_LATER_SHAPE_OPTIONS = (
+    "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output",
+)  # fmt: skip
 
 _SMALL = dict(
     hidden_size=256, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=2,

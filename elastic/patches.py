@@ -4,11 +4,12 @@ The functions take NumPy's arrays and JAX's and give the same kind back. jax is 
 processes that decode training data use this module.
 """
 
-from typing import TYPE_CHECKING, Any, TypeVar
+import functools
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, Real, Shaped, UInt8
+from jaxtyping import Float, Int, Real, Shaped, UInt8
 
 if TYPE_CHECKING:
     import jax
@@ -17,16 +18,28 @@ if TYPE_CHECKING:
 else:
     Array = Any  # jaxtyping checks shape and dtype of whatever has them
 
+TokenOrder = Literal["raster", "coarse_to_fine"]
+
 _VIDEO, _PATCHES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
 _HALF_RANGE = 127.5  # of the 256 values of a pixel
 
 
 def patchify(
-    video: Shaped[Array, "*b frames rows columns channels"], patch_size: tuple[int, int, int]
+    video: Shaped[Array, "*b frames rows columns channels"],
+    patch_size: tuple[int, int, int],
+    order: TokenOrder = "raster",
 ) -> Shaped[Array, "*b tokens patch"]:
-    """Cuts each clip into patches, one token each; any leading dimensions."""
+    """Cuts each clip into patches, one token each; any leading dimensions.
+
+    Args:
+      video: frames [..., frames, rows, columns, channels] of any dtype.
+      patch_size: frames, rows and columns of a patch.
+      order: of the tokens of a slice, as `token_places` gives it.
+    """
     pt, ph, pw = patch_size
-    return rearrange(video, f"{_VIDEO} -> {_PATCHES}", pt=pt, ph=ph, pw=pw)
+    patches = rearrange(video, f"{_VIDEO} -> {_PATCHES}", pt=pt, ph=ph, pw=pw)
+    rows, columns = video.shape[-3] // ph, video.shape[-2] // pw
+    return reorder(patches, token_places(rows, columns, order))
 
 
 def unpatchify(
@@ -34,6 +47,7 @@ def unpatchify(
     patch_size: tuple[int, int, int],
     rows: int,
     columns: int,
+    order: TokenOrder = "raster",
 ) -> Shaped[Array, "*b frames rows columns channels"]:
     """The inverse of `patchify`.
 
@@ -42,11 +56,59 @@ def unpatchify(
       patch_size: frames, rows and columns of a patch.
       rows: rows of a frame in pixels.
       columns: columns of a frame in pixels.
+      order: of the tokens of a slice.
     """
     pt, ph, pw = patch_size
+    patches = reorder(patches, token_numbers(rows // ph, columns // pw, order))
     return rearrange(
         patches, f"{_PATCHES} -> {_VIDEO}", pt=pt, ph=ph, pw=pw, h=rows // ph, w=columns // pw
     )
+
+
+@functools.cache
+def token_places(rows: int, columns: int, order: TokenOrder) -> Int[np.ndarray, "s"] | None:
+    """The place of each token of a slice: its number in raster order. None: tokens stand in raster order.
+
+    'coarse_to_fine' is the order of a Bayer matrix (Bayer 1973, for dithering): each prefix is spread evenly over the
+    slice. Sizes that are no power of two take the matrix of the next one and leave out what lies outside.
+
+    Args:
+      rows: rows of patches.
+      columns: columns of patches.
+      order: the config's `token_order`.
+    """
+    if order == "raster":
+        return None
+    row, column = (place.reshape(-1) for place in np.mgrid[:rows, :columns])
+    row_bits, column_bits = ((size - 1).bit_length() for size in (rows, columns))
+    rank, shift = np.zeros(rows * columns, np.int64), 0
+    # Frames are square, so the highest bits of row and of column are steps of the same size in pixels. The largest steps
+    # change first: they are the lowest bits of the rank. Of two steps of a size the diagonal one comes first.
+    for level in range(1, max(row_bits, column_bits) + 1):
+        down = row >> (row_bits - level) & 1 if level <= row_bits else None
+        right = column >> (column_bits - level) & 1 if level <= column_bits else None
+        digits = [down, right] if down is None or right is None else [down, down ^ right]
+        for digit in digits:
+            if digit is not None:
+                rank |= digit << shift
+                shift += 1
+    return np.argsort(rank, kind="stable").astype(np.int32)
+
+
+@functools.cache
+def token_numbers(rows: int, columns: int, order: TokenOrder) -> Int[np.ndarray, "s"] | None:
+    """The inverse of `token_places`: at each place of a slice, in raster order, the number of its token."""
+    places = token_places(rows, columns, order)
+    return None if places is None else np.argsort(places).astype(np.int32)
+
+
+def reorder(
+    x: Shaped[Array, "*b tokens c"], index: Int[np.ndarray, "s"] | None
+) -> Shaped[Array, "*b tokens c"]:
+    """Within each slice of `len(index)` tokens, item i becomes the one that was item `index[i]`; None changes nothing."""
+    if index is None:
+        return x
+    return x.reshape(*x.shape[:-2], -1, len(index), x.shape[-1])[..., index, :].reshape(x.shape)
 
 
 def pad_block(

@@ -103,6 +103,7 @@ class TrainingData:
             resolution=model.resolution,
             frames_per_block=model.frames_per_block,
             patch_size=model.patch_size,
+            token_order=model.token_order,
             image_blocks=data.image_blocks,
             random_crop=data.random_crop,
             seed=data.seed,

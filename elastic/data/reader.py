@@ -20,7 +20,7 @@ from elastic import media
 from elastic.data.frame_cache import FrameCache
 from elastic.data.packing import PackingPlan, Piece
 from elastic.media.files import Place
-from elastic.patches import pad_block, patchify
+from elastic.patches import TokenOrder, pad_block, patchify
 
 # Videos are decoded this much larger than a crop, and images twice as large, so that a crop can move.
 _VIDEO_MARGIN, _IMAGE_MARGIN = 1.25, 2.0
@@ -57,6 +57,7 @@ class DecodeSpec:
       resolution: rows and columns of a block's frames in pixels.
       frames_per_block: frames of a block.
       patch_size: frames, rows and columns of a patch.
+      token_order: of the patches of a slice.
       image_blocks: blocks made of an image; if more than one, they show a moving crop.
       random_crop: draw a crop, a flip and a small shift in time for each piece.
       seed: seed of these draws.
@@ -72,6 +73,7 @@ class DecodeSpec:
     resolution: int
     frames_per_block: int
     patch_size: tuple[int, int, int]
+    token_order: TokenOrder
     image_blocks: int
     random_crop: bool
     seed: int
@@ -147,7 +149,7 @@ class SequenceReader:
             blocks = self._piece(piece, rng)
             good, stop = start + len(blocks), start + piece.num_blocks
             if len(blocks):
-                patches[start:good] = patchify(blocks, self.spec.patch_size)
+                patches[start:good] = patchify(blocks, self.spec.patch_size, self.spec.token_order)
             ids[start:stop] = start  # differs from the ids that `empty_row` gave to padding
             row.block_index[0, start:stop] = np.arange(piece.num_blocks)
             row.filled[0, start:good] = True

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from elastic import ops
 from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
-from elastic.model import token_masks
+from elastic.model import lapped, token_masks
 from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
 from elastic.model.layers import KVPair, LayerStack, Linear, Module, RMSNorm
 
@@ -25,7 +25,8 @@ class Batch(NamedTuple):
     kept: Bool[Array, "b l"]  # True: this token is transmitted
     # Tokens attend to tokens with the same id only; None: all ids are the same.
     segment_ids: Int[Array, "b l"] | None = None
-    position_ids: Int[Array, "b l"] | None = None  # RoPE positions; None: 0, 1, 2, ...
+    # The tokens' numbers in their sequences, from which RoPE's positions come; None: 0, 1, 2, ...
+    position_ids: Int[Array, "b l"] | None = None
     valid: Bool[Array, "b l"] | None = None  # False: hidden from every query
     counted: Bool[Array, "b l"] | None = None  # False: padding, left out of losses; None: all count
 
@@ -38,7 +39,21 @@ class Encoded(NamedTuple):
     new_kv: KVPair | None  # with a cache: new keys and values of every layer
 
 
-class Encoder(Module):
+class Half(Module):
+    """What encoder and decoder share."""
+
+    def kept_embedding(self, kept: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
+        """One of two learned vectors for each token: it is kept, or it is dropped."""
+        width = self.config.hidden_size
+        init = nn.initializers.normal(self.config.initializer_range)
+        is_kept, is_masked = (
+            self.stored_param(name, init, (1, width)).astype(jnp.float32)[None]
+            for name in ("is_kept_embed", "is_masked_embed")
+        )
+        return jnp.where(kept[..., None], is_kept, is_masked)
+
+
+class Encoder(Half):
     """Patches -> latents of the bottleneck. With `condition_encoder` it sees which tokens will be kept."""
 
     num_latents: int = 1
@@ -51,12 +66,7 @@ class Encoder(Module):
         common, config = self.common(), self.config
         x = Linear(features=config.hidden_size, name="in_proj", **common)(batch.patches)
         if config.condition_encoder:
-            init = nn.initializers.normal(config.initializer_range)
-            is_kept, is_masked = (
-                self.stored_param(name, init, (1, config.hidden_size)).astype(jnp.float32)[None]
-                for name in ("is_kept_embed", "is_masked_embed")
-            )
-            x = x + jnp.where(batch.kept[..., None], is_kept, is_masked)
+            x = x + self.kept_embedding(batch.kept)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **common)
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
@@ -64,8 +74,8 @@ class Encoder(Module):
         return Linear(features=self.num_latents, name="pre_quant", **common)(x), new_kv
 
 
-class Decoder(Module):
-    """Codes -> patches."""
+class Decoder(Half):
+    """Codes -> patches. With `condition_decoder` it sees which tokens are kept, so that dropped ones are not just zeros."""
 
     @nn.compact
     def __call__(
@@ -73,15 +83,21 @@ class Decoder(Module):
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
         """Reconstructed pixels in (-1, 1), and with a cache the new keys and values of every layer.
 
-        Of the batch it reads `segment_ids`, `position_ids`, `valid` and the shape of `kept`.
+        Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
         """
         common, config = self.common(), self.config
         x = Linear(features=config.hidden_size, name="post_quant", **common)(codes)
+        if config.condition_decoder:
+            x = x + self.kept_embedding(batch.kept)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **common)
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
-        return jnp.tanh(Linear(features=config.patch_dim, name="out_proj", **common)(x)), new_kv
+        features = lapped.WINDOW * config.patch_dim if config.lapped_output else config.patch_dim
+        x = Linear(features=features, name="out_proj", **common)(x)
+        if config.lapped_output:
+            x = lapped.overlap_add(x, config)
+        return jnp.tanh(x), new_kv
 
 
 class ElasticTok(Module):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic.config import ElasticTokConfig
+from elastic.model import lapped
 
 LAYOUTS = ("plain", "balanced")
 
@@ -53,7 +54,8 @@ def forward_flops(
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
     weights = layers * (4 * width**2 + 3 * width * config.intermediate_size)
-    weights += width * (2 * config.patch_dim + latents + config.code_dim)
+    output = config.patch_dim * (lapped.WINDOW if config.lapped_output else 1)
+    weights += width * (config.patch_dim + output + latents + config.code_dim)
     if visible_blocks is None:
         pairs = visible_pairs(length, config.tokens_per_block)
     else:

@@ -12,7 +12,7 @@ from elastic import ops
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import platform_of
 from elastic.distributed.sharding import constrain
-from elastic.model.rope import apply_rope, deinterleave_rope, rope_angles
+from elastic.model.rope import apply_rope, deinterleave_rope, model_angles
 from elastic.ops import bf16_bits
 from elastic.ops.attention import ring
 from elastic.ops.attention.base import SAVED as ATTENTION
@@ -105,7 +105,7 @@ class Attention(Module):
 
         Args:
           x: normalized activations [b, l, d], float32.
-          angles: cosine and sine from `rope_angles`.
+          angles: cosine and sine from `model_angles`.
           segment_ids: tokens attend to tokens with the same id only; None: all ids are the same.
           valid: False hides a token from every query; None: none is hidden.
           cache: keys and values of earlier blocks; x is then one block.
@@ -197,7 +197,7 @@ class Layer(Module):
         Args:
           x: the residual stream [b, l, d], float32.
           layer: the number of this layer.
-          angles: cosine and sine from `rope_angles`.
+          angles: cosine and sine from `model_angles`.
           segment_ids: tokens attend to tokens with the same id only; None: all ids are the same.
           valid: False hides a token from every query; None: none is hidden.
           cache: keys and values of earlier blocks; x is then one block.
@@ -235,7 +235,7 @@ class LayerStack(Module):
 
         Args:
           x: the residual stream [b, l, d], float32.
-          position_ids: RoPE positions [b, l], in tokens.
+          position_ids: the tokens' numbers in their sequences [b, l].
           segment_ids: tokens attend to tokens with the same id only; None: all ids are the same.
           valid: False hides a token from every query; None: none is hidden.
           cache: keys and values of earlier blocks; x is then one block.
@@ -264,7 +264,7 @@ class LayerStack(Module):
         valid: Array | None,
         cache: ops.KVCache | None,
     ) -> tuple[Array, KVPair | None]:
-        angles = rope_angles(position_ids, self.config.head_dim, self.config.theta)
+        angles = model_angles(position_ids, self.config)
         layer_class = self._layer_class()
         everywhere = (angles, segment_ids, valid, cache)
         # flax accepts a tuple; its annotation says int.

@@ -27,6 +27,9 @@ from elastic.patches import to_unit_range
 _CONSTANT = 16.0  # the constant channel's value
 _SIGNAL = 0.04  # energy of the other channels, as a fraction of the constant's energy
 _MASKED = 4.0  # the value that marks the encoder's kept tokens (+) and dropped tokens (-)
+_IN_TIME, _IN_SPACE = 0.4, 1.0  # logits per pair of channels of the interpolating head
+_SHARP = 4.0  # logits of a kept token's query, as a multiple of a dropped token's
+_COPIED = 3.0  # what the interpolating head adds, as a multiple of what a token holds
 _LOGVAR = -5.0  # log variance of the VAE's samples; its means have variance 1
 
 
@@ -143,22 +146,72 @@ def _write_decoder(
     decoder["post_quant"]["kernel"] = projection
     layers = decoder["decoder_blocks"]["scan_decoder"]
     _silence(layers)
-    weights = layers["feed_forward"]
+    square = _CONSTANT**2 * (1 + _SIGNAL) / width
+    if config.condition_decoder:
+        for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
+            decoder[name][:] = 0.0
+            decoder[name][0, constant], decoder[name][0, constant - 1] = _CONSTANT, sign * _MASKED
+        mark = _MASKED
+        if config.rope == "3d" and config.head_dim > num_codes:
+            _write_interpolating(layers["attention"], config, num_codes)
+            mark /= 1 + _COPIED  # all else has grown by this factor
+        square += mark**2 / width
+    else:
+        _write_constant(layers["feed_forward"], num_codes)
+        slices = config.slices_per_block
+        has_layers = config.num_decoder_layers > 2 and config.head_dim > num_codes
+        if slices > 1 and has_layers and config.rope == "1d":
+            _write_copying(layers["attention"], config, slices, num_codes)
+    seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
+    solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
+    if config.lapped_output:  # the margin repeats the border's pixels
+        frames, rows, columns = config.patch_size
+        solution = solution.reshape(-1, frames, rows, columns, 3)
+        margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
+        solution = np.pad(solution, margin, mode="edge").reshape(len(solution), -1)
+    out = np.zeros_like(decoder["out_proj"]["kernel"])
+    out[channel], out[constant] = solution[:-1], solution[-1]
+    decoder["out_proj"]["kernel"] = out
+
+
+def _write_constant(weights: dict[str, Any], num_codes: int) -> None:
+    """Writes the first layer's SwiGLU: it gives the tokens that have codes, the kept ones, their constant."""
+    channel = np.arange(num_codes)
     for name in ("w1", "w3"):
         kernel = weights[name]["kernel"][0]
         kernel[:, : 2 * num_codes] = 0.0
         kernel[channel, 2 * channel], kernel[channel, 2 * channel + 1] = 1.0, -1.0
     kernel = weights["w2"]["kernel"][0]
-    kernel[: 2 * num_codes, constant] = _CONSTANT / width
-    slices = config.frames_per_block // config.patch_size[0]
-    if slices > 1 and config.num_decoder_layers > 2 and config.head_dim > num_codes:
-        _write_copying(layers["attention"], config, slices, num_codes)
-    square = _CONSTANT**2 * (1 + _SIGNAL) / width
-    seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
-    solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
-    out = np.zeros_like(decoder["out_proj"]["kernel"])
-    out[channel], out[constant] = solution[:-1], solution[-1]
-    decoder["out_proj"]["kernel"] = out
+    kernel[: 2 * num_codes, -1] = _CONSTANT / kernel.shape[1]
+
+
+def _write_interpolating(
+    attention: dict[str, Any], config: ElasticTokConfig, num_codes: int
+) -> None:
+    """Writes the first head of the decoder's last layer: dropped tokens become a mean of kept ones, by distance.
+
+    The logit of a query and a key that are `d` apart along an axis is the sum of cos(frequency * d) over the pairs of
+    the axis. Frequencies are a geometric sequence, so the sum falls as -log d: the weights of the mean are powers of
+    distance, as in inverse distance weighting (Shepard 1968), whatever the density of kept tokens. The keys of dropped
+    tokens have the opposite sign, which hides them. The queries of kept tokens are larger, so that these attend to
+    themselves.
+    """
+    dim, constant, masked = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
+    # After a norm the constant and the mark are these.
+    root = np.sqrt((_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / config.hidden_size)
+    one, mark = root / _CONSTANT, root / _MASKED
+    query, key, value, out = (attention[name]["kernel"][-1] for name in ("wq", "wk", "wv", "wo"))
+    query[:, :dim] = key[:, :dim] = value[:, :dim] = out[:dim] = 0.0
+    time, rows, columns = config.rope_pairs
+    # The logit's weight of each pair, before the division by the root of head_dim.
+    weight = np.repeat([_IN_TIME, _IN_SPACE, _IN_SPACE], [time, rows, columns]) * np.sqrt(dim)
+    key[masked, 0:dim:2] = mark
+    query[constant, 0:dim:2] = weight * one * (_SHARP + 1) / 2
+    query[masked, 0:dim:2] = weight * mark * (_SHARP - 1) / 2
+    channel = np.arange(num_codes)
+    value[channel, channel] = 1.0
+    out[channel, channel] = _COPIED * root
+    value[constant, num_codes], out[num_codes, constant] = 1.0, _COPIED * root
 
 
 def _write_copying(

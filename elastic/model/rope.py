@@ -5,6 +5,9 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from elastic.config import ElasticTokConfig
+from elastic.patches import token_places
+
 # Positions after which fixed point begins. Up to a million tokens, angles are those of the released code.
 _FAR = 1 << 20
 
@@ -34,6 +37,36 @@ def rope_angles(
     angle = far_turns.astype(jnp.float32) * np.float32(2 * np.pi / 2**32)
     angle = (angle + near.astype(jnp.float32) * frequency.reshape(shape))[..., None, :]
     return jnp.cos(angle), jnp.sin(angle)
+
+
+def model_angles(
+    position_ids: Int[Array, "*b l"], config: ElasticTokConfig
+) -> tuple[Float[Array, "*b l 1 p"], Float[Array, "*b l 1 p"]]:
+    """Cosine and sine for tokens with these numbers in their sequence, by the config's `rope`.
+
+    '1d' rotates by the number itself; in another order than raster by the number that the token's place has in raster
+    order. '3d' gives each pair of channels to one of three axes, as M-RoPE does (Wang et al. 2024, Qwen2-VL): the slices
+    since the start of the sequence, the row and the column of the patch.
+    """
+    rows, columns = config.slice_shape
+    time, number = jnp.divmod(position_ids, rows * columns)
+    places = token_places(rows, columns, config.token_order)
+    place = number if places is None else jnp.asarray(places)[number]
+    if config.rope == "1d":
+        position = position_ids if places is None else time * (rows * columns) + place
+        return rope_angles(position, config.head_dim, config.theta)
+    angles = [
+        rope_angles(position, 2 * pairs, base)
+        for position, pairs, base in zip(
+            (time, place // columns, place % columns),
+            config.rope_pairs,
+            config.rope_bases,
+            strict=True,
+        )
+        if pairs
+    ]
+    cos, sin = (jnp.concatenate(parts, axis=-1) for parts in zip(*angles, strict=True))
+    return cos, sin
 
 
 def apply_rope(

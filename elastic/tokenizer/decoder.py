@@ -58,7 +58,9 @@ def decode_blocks(
         num_kept = np.array([block.num_kept], np.int32)
         cache, pixels = codec.decode(weights, cache, padded, num_kept)
         size = (config.resolution, config.resolution)
-        frames = np.asarray(unpatchify(np.asarray(pixels[0]), config.patch_size, *size))
+        frames = np.asarray(
+            unpatchify(np.asarray(pixels[0]), config.patch_size, *size, config.token_order)
+        )
         yield frames[:num_frames]
 
 

@@ -109,7 +109,7 @@ class BatchScheduler:
         if self._inputs_in_use:
             self._patches, self._num_frames = self._patches.copy(), self._num_frames.copy()
             self._inputs_in_use = False
-        self._patches[slot] = patchify(padded, config.patch_size)
+        self._patches[slot] = patchify(padded, config.patch_size, config.token_order)
         self._num_frames[slot] = len(frames)
         self._work[slot] = _Work(frames, search, metric, time.perf_counter())
 
@@ -194,8 +194,12 @@ class BatchScheduler:
 
     def _frames_of(self, work: _Work, pixels: Any) -> np.ndarray:
         """The real frames of a block's pixels [l, p]."""
-        size = work.frames.shape[1:3]
-        frames = np.asarray(unpatchify(np.asarray(pixels), self.codec.config.patch_size, *size))
+        rows, columns = work.frames.shape[1:3]
+        config = self.codec.config
+        patches = np.asarray(pixels)
+        frames = np.asarray(
+            unpatchify(patches, config.patch_size, rows, columns, config.token_order)
+        )
         return frames[: len(work.frames)]
 
     def _select(self, trial: Trial, choice: np.ndarray, newer: np.ndarray) -> None:

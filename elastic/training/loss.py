@@ -101,7 +101,9 @@ def _perceptual_loss(
 
     def cut(patches: Float[Array, "b l p"]) -> Float[Array, "b rows columns 3"]:
         tokens = _run_of_tokens(patches, first, per_frame, mesh)
-        frames = unpatchify(tokens, config.patch_size, config.resolution, config.resolution)
+        frames = unpatchify(
+            tokens, config.patch_size, config.resolution, config.resolution, config.token_order
+        )
         image = jnp.take_along_axis(jnp.asarray(frames), within, axis=1)[:, 0]
         return resize(sharding.constrain(image, mesh, "image", None, None, None))
 

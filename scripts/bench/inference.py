@@ -188,7 +188,9 @@ def measure(case: str, dtype: str, repeats: int, num_devices: int) -> dict[str, 
         (BLOCKS * config.frames_per_block, config.resolution, config.resolution, 3),
         np.uint8,
     )
-    patches = patchify(frames.reshape(BLOCKS, 1, -1, *frames.shape[1:]), config.patch_size)
+    patches = patchify(
+        frames.reshape(BLOCKS, 1, -1, *frames.shape[1:]), config.patch_size, config.token_order
+    )
     counts = np.full((1, 1), config.max_toks, np.int32)
 
     cache, passes = codec.new_cache(), {}

@@ -1,0 +1,63 @@
+"""Lapped output: every token paints a window of twice its patch, and the windows of neighbours blend.
+
+The window is a raised cosine, as in lapped transforms (Malvar and Staelin 1989): shifted by a patch, its values sum to
+one. At the edge of the frame, where no neighbour is, the sum is divided by what the windows sum to.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from elastic.config import ElasticTokConfig
+from elastic.patches import reorder, token_numbers, token_places
+
+WINDOW = 4  # numbers of a window per number of a patch
+
+
+def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Array, "b l p"]:
+    """Windows of whole blocks -> patches, linear in the windows.
+
+    Args:
+      x: a window of each token, float32 [batch, tokens, frames * 2 rows * 2 columns * 3] of a patch, in that order.
+      config: the model; gives the patch size and the order of tokens.
+    """
+    frames, rows, columns = config.patch_size
+    down, right = config.slice_shape
+    x = reorder(x, token_numbers(down, right, config.token_order))
+    x = rearrange(
+        x,
+        "b (s h w) (pt wh ww c) -> b s h w pt wh ww c",
+        h=down,
+        w=right,
+        pt=frames,
+        wh=2 * rows,
+        ww=2 * columns,
+    )
+    x = _blend(x, place_axis=2, window_axis=5)
+    x = _blend(x, place_axis=3, window_axis=6)
+    x = rearrange(x, "b s h w pt ph pw c -> b (s h w) (pt ph pw c)")
+    return reorder(x, token_places(down, right, config.token_order))
+
+
+def raised_cosine(size: int) -> Float[np.ndarray, "w"]:
+    """The window of a patch of `size` pixels: 2 * size weights; those `size` apart sum to one."""
+    return np.sin(np.pi * (np.arange(2 * size) + 0.5) / (2 * size)) ** 2
+
+
+def _blend(x: Array, *, place_axis: int, window_axis: int) -> Array:
+    """Adds the windows along one direction; the window's axis shrinks to the patch."""
+    x = jnp.moveaxis(x, (place_axis, window_axis), (-2, -1))
+    count, size = x.shape[-2], x.shape[-1] // 2
+    ones = (1,) * (x.ndim - 2)
+    weight = raised_cosine(size).astype(np.float32)
+    # Quarters of a window: the neighbour before, both halves of the patch itself, the neighbour after.
+    before, first, second, after = jnp.split(x * weight.reshape(*ones, 1, -1), 4, axis=-1)
+    none = jnp.zeros_like(before[..., :1, :])
+    first = first + jnp.concatenate([none, after[..., :-1, :]], axis=-2)
+    second = second + jnp.concatenate([before[..., 1:, :], none], axis=-2)
+    half = size // 2
+    total = np.ones((count, size), np.float32)
+    total[0, :half], total[-1, half:] = weight[half:size], weight[size : size + half]
+    x = jnp.concatenate([first, second], axis=-1) / total.reshape(*ones, count, size)
+    return jnp.moveaxis(x, (-2, -1), (place_axis, window_axis))

@@ -1,0 +1,182 @@
+"""The options that released models do not have: token order, positions in space, conditioned decoder, lapped output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import released
+from gradients import assert_same, loss_and_gradients
+
+from elastic.config import ElasticTokConfig
+from elastic.distributed.mesh import make_mesh
+from elastic.distributed.sharding import param_shardings
+from elastic.model import Batch, ElasticTok, init_params, lapped
+from elastic.model.rope import apply_rope, model_angles
+from elastic.patches import reorder, token_numbers, token_places, unpatchify
+
+OPTIONS = dict(
+    token_order="coarse_to_fine",
+    rope="3d",
+    rope_split=(4, 6, 6),
+    condition_decoder=True,
+    lapped_output=True,
+)
+
+
+@functools.cache
+def params(case="vae"):
+    return jax.device_get(init_params(released.config(case, **OPTIONS), jax.random.key(1)))
+
+
+@functools.cache
+def baseline():
+    model = ElasticTok(released.config("vae", **OPTIONS))
+    return loss_and_gradients(model, params(), "vae")
+
+
+def test_the_mesh_changes_no_number():
+    mesh = make_mesh("1,2,2,2")
+    placed = jax.device_put(params(), param_shardings(mesh, params()))
+    model = ElasticTok(released.config("vae", **OPTIONS), mesh=mesh)
+    assert_same(loss_and_gradients(model, placed, "vae"), baseline())
+
+
+def test_a_block_does_not_depend_on_later_blocks_and_sees_all_of_itself():
+    """By gradients that are zero to the last bit, and by one of every token of a block that is not."""
+    model, batch = ElasticTok(released.config("vae", **OPTIONS)), released.batch("vae")
+    batch = batch._replace(valid=None)
+
+    @released.quick_jit
+    def reach(patches):
+        def second_block(patches):
+            recon, _ = model.apply({"params": params()}, batch._replace(patches=patches))
+            return jnp.sum(recon[:, 32:64] * jnp.arange(1.0, 33).reshape(1, 32, 1))
+
+        return jnp.max(jnp.abs(jax.grad(second_block)(patches)), axis=(0, 2))
+
+    found = np.asarray(reach(batch.patches))
+    assert (found[:64] > 0).all() and (found[64:] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (16, 16), (32, 16), (8, 32), (24, 24), (5, 7)], ids=str)
+def test_every_prefix_of_the_order_is_spread_over_the_slice(sizes):
+    """No place is farther from the first n tokens than twice the spacing of n places on a square lattice.
+
+    A frame is square, so distances are counted in shares of its side. The best lattice leaves holes of 0.71 spacings.
+    """
+    rows, columns = sizes
+    places = token_places(rows, columns, "coarse_to_fine")
+    assert sorted(places.tolist()) == list(range(rows * columns))
+    numbers = token_numbers(rows, columns, "coarse_to_fine")
+    assert (places[numbers] == np.arange(rows * columns)).all()
+    where = np.stack([places // columns / rows, places % columns / columns], axis=1)
+    distance = np.abs(where[:, None] - where[None])
+    distance = np.sqrt((np.minimum(distance, 1 - distance) ** 2).sum(-1))  # around the edges
+    hole = np.minimum.accumulate(distance, axis=1).max(axis=0)
+    spacing = 1 / np.sqrt(np.arange(1, rows * columns + 1))
+    assert (hole <= 2 * np.sqrt(0.5) * spacing + 1e-9).all()
+
+
+def test_raster_order_is_no_order_at_all():
+    assert token_places(4, 4, "raster") is None and token_numbers(4, 4, "raster") is None
+    x = np.arange(32.0).reshape(32, 1)
+    assert reorder(x, None) is x
+
+
+@pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
+def test_logits_depend_on_the_distance_in_time_rows_and_columns_alone(token_order):
+    config = released.config("vae", **OPTIONS | dict(token_order=token_order))
+    rows, columns = config.slice_shape
+    numbers = token_numbers(rows, columns, token_order)
+
+    def token(time, row, column):
+        place = row * columns + column
+        return time * rows * columns + (place if numbers is None else numbers[place])
+
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=config.head_dim), jnp.float32) for _ in range(2))
+
+    def logit(first, second):
+        ids = jnp.asarray([[token(*first), token(*second)]], jnp.int32)
+        angles = model_angles(ids, config)
+        turned = apply_rope(jnp.stack([query, key])[None, :, None], angles)[0, :, 0]
+        return float(turned[0] @ turned[1])
+
+    near = logit((0, 0, 1), (1, 2, 3))
+    assert logit((70, 1, 0), (71, 3, 2)) == pytest.approx(near, abs=1e-4)
+    for other in ((1, 2, 2), (1, 1, 3), (2, 2, 3)):
+        assert abs(logit((0, 0, 1), other) - near) > 1e-3
+
+
+def test_an_order_with_positions_in_one_dimension_keeps_those_of_the_places():
+    config = released.config("vae", token_order="coarse_to_fine")
+    ids = jnp.arange(64, dtype=jnp.int32)[None]
+    places = token_places(*config.slice_shape, "coarse_to_fine")
+    expected = model_angles(
+        jnp.asarray(reorder(np.arange(64)[:, None], places)[None, :, 0]), released.config("vae")
+    )
+    for ours, raster in zip(model_angles(ids, config), expected, strict=True):
+        np.testing.assert_array_equal(ours, raster)
+
+
+@pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
+@pytest.mark.parametrize("patch_size", [(2, 8, 8), (1, 4, 8)], ids=str)
+def test_windows_cut_from_a_picture_blend_to_that_picture(patch_size, token_order):
+    """The windows sum to one everywhere, at the edges too, and every token stands at its place."""
+    config = ElasticTokConfig(
+        patch_size=patch_size, max_toks=(64 if patch_size[0] == 2 else 256) // 2, min_toks=1,
+        frames_per_block=4, max_sequence_length=1024, token_order=token_order, lapped_output=True,
+    )  # fmt: skip
+    frames, rows, columns = patch_size
+    down, right = config.slice_shape
+    blocks, side = 2, config.resolution
+    picture = np.random.default_rng(0).normal(
+        size=(blocks * config.slices_per_block, frames, side + rows, side + columns, 3)
+    )
+    windows = np.stack(
+        [
+            picture[:, :, i * rows : (i + 2) * rows, j * columns : (j + 2) * columns]
+            for i in range(down)
+            for j in range(right)
+        ],
+        axis=1,
+    ).reshape(1, blocks * config.max_toks, -1)
+    windows = reorder(windows, token_places(down, right, token_order))
+    blended = lapped.overlap_add(jnp.asarray(windows, jnp.float32), config)
+    ours = unpatchify(np.asarray(blended), patch_size, side, side, token_order)[0]
+    inside = picture[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
+    np.testing.assert_allclose(ours, inside.reshape(ours.shape), atol=1e-5)
+
+
+def test_a_dropped_token_has_a_voice_only_with_a_conditioned_decoder():
+    """With zeros as codes and no tokens kept, the released decoder gives every token the same numbers: those of nothing."""
+    for condition in (False, True):
+        config = released.config("vae", condition_decoder=condition)
+        tree = init_params(config, jax.random.key(0))
+        batch = Batch(jnp.zeros((1, 32, 0)), jnp.zeros((1, 32), bool))
+        codes = jnp.zeros((1, 32, config.code_dim))
+        out, _ = ElasticTok(config).apply({"params": tree}, codes, batch, method="decode")
+        assert bool(jnp.any(out != 0)) == condition
+
+
+def test_the_options_are_part_of_the_models_identity_and_their_absence_is_not():
+    plain = released.config("vae")
+    hashes = {plain.replace(**{name: value}).config_hash() for name, value in OPTIONS.items()}
+    assert len(hashes) == len(OPTIONS) and plain.config_hash() not in hashes
+    assert ElasticTokConfig().config_hash() == "b93a4635ccfd1c51"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(token_order="spiral"), "token_order='spiral' must be of type"),
+        (dict(rope="3d", rope_split=(1, 2, 3)), r"rope_split=\(1, 2, 3\) must be .* the sum 16"),
+        (dict(rope_bases=(1000, 100)), r"rope_bases=\(1000, 100\) must be three numbers"),
+        (dict(lapped_output=True, patch_size=(1, 1, 1), max_toks=2, min_toks=1), "needs patches of even"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        released.config("fsq", **changes)
