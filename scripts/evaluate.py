@@ -1,6 +1,7 @@
 """Measures models on a folder of clips, side by side; `--help` lists the flags."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -60,17 +61,17 @@ def evaluate(flags: app.Values) -> int:
     tokenizer: ElasticTokenizer | None = None
     for name, spec in models.items():
         shape = shapes[name]
-        params = checkpoints.load_params(spec, shape)
+        load = functools.partial(checkpoints.load_params, spec, shape)
         about: dict[str, Any] = dict(
             model_id=spec, prior=search.load_prior(checkpoints.folder_of(spec))
         )
         same = tokenizer and tokenizer.config == shape.replace(mask_type=tokenizer.config.mask_type)
         if tokenizer is not None and same:  # a baseline: the programs are compiled already
-            tokenizer = tokenizer.with_params(params, mask_type=shape.mask_type, **about)
+            tokenizer = tokenizer.with_params(load(), mask_type=shape.mask_type, **about)
         else:
             tokenizer = tokenize_files.ElasticTokenizer(
                 shape,
-                params,
+                load,
                 dtype=flags["dtype"],
                 mesh=devices,
                 window_blocks=flags["max_blocks_per_chunk"] or None,

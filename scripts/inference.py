@@ -18,7 +18,7 @@ def tokenize(flags: app.Values) -> int:
     options = app.encode_options(flags)
 
     from elastic.config import check_resolution
-    from elastic.distributed import cpu_devices
+    from elastic.distributed import cpu_devices, mesh
     from elastic.pipeline import load_model
     from elastic.pipeline import tokenize_files as runs
 
@@ -30,11 +30,14 @@ def tokenize(flags: app.Values) -> int:
         changes=flags["update_elastic_config"],
     )
     check_resolution(flags["resolution"], config)
+    devices = mesh.make_mesh(flags["mesh_dim"])
+    batch = flags["batch"] if len(inputs) > 1 else min(flags["batch"], 1)
+    load_model.check_run(options, config, devices, width=flags["search_width"], batch=batch)
     tokenizer = runs.ElasticTokenizer.from_pretrained(
         flags["load_checkpoint"],
         config=config,
         dtype=flags["dtype"],
-        mesh_dim=flags["mesh_dim"],
+        mesh=devices,
         window_blocks=flags["max_blocks_per_chunk"] or None,
         context=flags["context"],
         search_width=flags["search_width"],

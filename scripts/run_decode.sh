@@ -12,9 +12,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The token file, as scripts/run_inference_fsq.sh writes it.
-tokens_path="${tokens_path:-example/outputs_fsq/tokens.npz}"
+tokens_path="${tokens_path:-outputs/fsq/tokens.npz}"
 # The video to write.
-output_path="${output_path:-example/outputs_fsq/decoded.mp4}"
+output_path="${output_path:-outputs/fsq/decoded.mp4}"
 # The model that made the tokens; another one is refused.
 checkpoint_path="${checkpoint_path:-example/fsq}"
 # -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ models="${models:-example/fsq}"
 # The images and videos to measure on: a folder, or one file. They should not have been trained on.
 input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
-output_folder="${output_folder:-example/outputs_evaluation}"
+output_folder="${output_folder:-outputs/evaluation}"
 # Largest errors of a block: mean squares, pixels in [-1, 1]. 0.003 suits the released models.
 thresholds="${thresholds:-0.1,0.05,0.025}"
 # Frames taken of each clip, its first ones; 0: all.

@@ -40,26 +40,35 @@ checkpoint_path="${checkpoint_path:-example/$model}"
 # The image or video to tokenize.
 input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
-output_folder="${output_folder:-example/outputs_$model}"
+output_folder="${output_folder:-outputs/$model}"
 # -------------------------------------------------------------------------------------------------
 
 source scripts/setup_env.sh run
 
 threshold=0.003 # suits the released models
 [[ "${checkpoint_path%/}" != "example/$model" ]] || threshold="$small_threshold"
+for flag in "$@"; do
+    case "$flag" in
+        --psnr* | --n_codes* | --avg_tokens* | --bitrate*) threshold="" ;; # the target that is asked for
+    esac
+done
 settings=()
-if [[ ! -f "$checkpoint_path/config.json" ]]; then # else config.json describes the model
+weights="${checkpoint_path##*::}" # without a prefix such as params::
+folder="$weights"
+[[ ! -f "$weights" ]] || folder="$(dirname "$weights")"
+if [[ ! -f "$folder/config.json" ]]; then # else config.json describes the model
     settings=(--max_blocks_per_chunk=4 --load_elastic_config='200m' --update_elastic_config="$release")
 fi
-# "params::" only before what is a file: it would keep a folder or a name from being found, and a typo from being reported.
-[[ ! -f "$checkpoint_path" ]] || checkpoint_path="params::$checkpoint_path"
+# "params::" only before a file of that name: other files are recognised by their content, and before a folder or a name
+# that is not there it would keep a typo from being reported.
+[[ ! -f "$checkpoint_path" || "${checkpoint_path##*/}" != params ]] || checkpoint_path="params::$checkpoint_path"
 
 exec "$PYTHON" -u scripts/inference.py \
     --input_path="$input_path" \
     --output_folder="$output_folder" \
     --mesh_dim='!1,1,-1,1' \
     --dtype='fp32' \
-    --threshold="$threshold" \
+    ${threshold:+--threshold="$threshold"} \
     ${settings[@]+"${settings[@]}"} \
     --load_checkpoint="$checkpoint_path" \
     "$@"

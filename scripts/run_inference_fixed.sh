@@ -18,7 +18,7 @@ export checkpoint_path="${checkpoint_path:-}"
 n_codes="${n_codes:-256}"
 # The image or video to tokenize, and where the results go.
 export input_path="${input_path:-example/video.mp4}"
-export output_folder="${output_folder:-example/outputs_${bottleneck}_fixed}"
+export output_folder="${output_folder:-outputs/${bottleneck}_fixed}"
 # -------------------------------------------------------------------------------------------------
 
 case "$bottleneck" in

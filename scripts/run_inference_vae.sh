@@ -15,14 +15,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The model:
 # - the file `params` downloaded from https://huggingface.co/LargeWorldModel/ElasticTok-VAE, with or
 #   without "params::" before it, or LargeWorldModel/ElasticTok-VAE, which downloads it;
-# - a folder with a config.json, such as example/vae or the folder pretrained/ of a training run:
-#   its config.json describes the model; a model without one is built as the released one;
-# - whatever else --load_checkpoint takes, such as "trainstate_params::OUT/streaming_train_state".
+# - a folder such as example/vae or the folder pretrained/ of a training run, or a file such as
+#   OUT/streaming_train_state or DIR/model.safetensors;
+# - whatever else --load_checkpoint takes.
+# A config.json in the folder, or beside the file, describes the model; without one it is built as the released one.
 export checkpoint_path="${checkpoint_path:-example/vae}"
 # The image or video to tokenize.
 export input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
-export output_folder="${output_folder:-example/outputs_vae}"
+export output_folder="${output_folder:-outputs/vae}"
 # -------------------------------------------------------------------------------------------------
 
 exec bash scripts/run_inference.sh vae "$@"

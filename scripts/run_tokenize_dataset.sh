@@ -17,15 +17,20 @@ checkpoint_path="${checkpoint_path:-example/fsq}"
 # A folder of images and videos, or a list of them (.txt).
 input_path="${input_path:-example}"
 # Where the shards go; made if need be.
-output_folder="${output_folder:-example/outputs_dataset}"
+output_folder="${output_folder:-outputs/dataset}"
 # Largest error of a block: mean square, pixels in [-1, 1]. 0.003 suits the released models.
-# Empty: another flag says how many tokens, such as --n_codes=256.
+# Another target among the flags, such as --n_codes=256, takes its place.
 threshold="${threshold-0.03}"
 # How many processes share the files, and which one this is.
 num_processes="${num_processes:-1}"
 process_id="${process_id:-0}"
 # -------------------------------------------------------------------------------------------------
 
+for flag in "$@"; do
+    case "$flag" in
+        --psnr* | --n_codes* | --avg_tokens* | --bitrate*) threshold="" ;; # the target that is asked for
+    esac
+done
 source scripts/setup_env.sh run
 
 exec "$PYTHON" -u scripts/tokenize_dataset.py \

@@ -37,12 +37,16 @@ def tokenize(flags: app.Values) -> int:
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
     check_resolution(flags["resolution"], config)
+    devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
+    load_model.check_run(
+        options, config, devices, width=flags["search_width"], batch=flags["batch"]
+    )
     index, count = host_share(hosts)
     tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
         spec,
         config=config,
         dtype=flags["dtype"],
-        mesh=mesh.make_mesh(flags["mesh_dim"], jax.local_devices()),
+        mesh=devices,
         window_blocks=flags["max_blocks_per_chunk"] or None,
         context=flags["context"],
         search_width=flags["search_width"],

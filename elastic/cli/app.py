@@ -33,6 +33,12 @@ log = logging.getLogger(__name__)
 _WIDTH = 100
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _KINDS = {str: "TEXT", int: "N", float: "NUMBER", bool: "True|False"}
+_VALUES = {
+    int: "a whole number, in digits",
+    float: "a number, such as 0.003",
+    bool: "True or False",
+    str: "text",
+}
 _TERMINATED = 128 + signal.SIGTERM
 _INTERRUPTED = 128 + signal.SIGINT
 _READER_LEFT = 128 + signal.SIGPIPE  # what a shell shows for `cat` when its reader ends first
@@ -58,8 +64,10 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
             f"There is no flag --{error.flagname}.{_nearest(error.flagname, known)} "
             "--help lists them all."
         ) from error
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_refusal(error, script)) from error
     except flags.Error as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{str(error).rstrip('.')}; write --name=value.") from error
     if rest:
         raise ValueError(f"{rest[0]!r} belongs to no flag; write --name=value.")
     given = frozenset(flag.name for flag in script.flags if holder[flag.name].present)
@@ -73,10 +81,10 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
 
 
 def check_target(values: Values) -> None:
-    """Refuses a command line that does not say how many tokens a block may have, or how good it must be.
+    """Refuses a command line that does not say how many tokens a block may have, or how good it must be, or says both.
 
     Raises:
-      ValueError: no target is given.
+      ValueError: there is no target, or a threshold beside a count.
     """
     targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
     if values["threshold"] is None and not any(values[name] for name in targets):
@@ -84,6 +92,10 @@ def check_target(values: Values) -> None:
             "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
             "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
         )
+    # Another search with --n_codes is refused where the search is made, in words of its own.
+    fixed = bool(values["n_codes"]) and values["search_alg"] in (None, "fixed")
+    if fixed and values["threshold"] is not None:
+        raise ValueError("--threshold= and --n_codes= are 2 targets; give one.")
 
 
 def encode_options(values: Values) -> EncodeOptions:
@@ -145,7 +157,7 @@ def _run_body(
 ) -> int:
     """As `run`, but a write to a pipe whose reader has left raises BrokenPipeError."""
     debug = False
-    with _logging(), _termination():
+    with _logging(script), _termination():
         try:
             values = parse(script, arguments)
             debug = values["debug"]
@@ -208,6 +220,16 @@ def _with_flags(message: str, script: Script) -> str:
     return name_flags(message, script.flag_of_option)
 
 
+def _refusal(error: flags.IllegalFlagValueError, script: Script) -> str:
+    """What is said of a value that a flag cannot take: the value, and what it must be."""
+    typed = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+    name = typed.partition("=")[0].removeprefix("--")
+    flag = next(flag for flag in script.flags if flag.name == name)
+    if flag.choices:
+        return f"{typed} must be one of {'|'.join(flag.choices)}."
+    return f"{typed} must be {_VALUES[flag.type]}."
+
+
 def _define(flag: Flag, holder: flags.FlagValues) -> None:
     default: Any = flag.default
     if flag.choices:
@@ -244,7 +266,7 @@ def _wrap(text: str, indent: int) -> str:
 
 
 @contextlib.contextmanager
-def _logging() -> Iterator[None]:
+def _logging(script: Script) -> Iterator[None]:
     """Our log on standard error, above a progress bar if there is one; warnings go there too."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -261,7 +283,7 @@ def _logging() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         del category
-        log.warning("%s", message)
+        log.warning("%s", _with_flags(str(message), script))
 
     try:
         with warnings.catch_warnings(), logging_redirect_tqdm([ours]):

@@ -20,6 +20,7 @@ from elastic.io import json_file
 from elastic.io.atomic import atomic_open
 from elastic.media import MediaError
 from elastic.media.files import Place, is_url
+from elastic.media.folders import results_among, tell_results
 
 log = logging.getLogger(__name__)
 
@@ -225,10 +226,20 @@ def _find_in_bucket(folder: str) -> dict[str, str]:
         ) from error
     found = {}
     listing: Mapping[str, Mapping[str, Any]] = system.find(root, detail=True)
+    folders: dict[str, list[str]] = {}
+    for path in listing:
+        folders.setdefault(posixpath.dirname(path), []).append(posixpath.basename(path))
+    results = {
+        posixpath.join(place, name)
+        for place, names in folders.items()
+        for name in results_among(names)
+    }
+    tell_results(results)
     for path, facts in sorted(listing.items()):
         name = path.removeprefix(root).lstrip("/")
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if facts.get("type") == "file" and name and not hidden and media.is_media(name):
+        usable = facts.get("type") == "file" and path not in results and media.is_media(name)
+        if usable and name and not hidden:
             keys = ("etag", "ETag", "mtime", "updated", "LastModified", "created")
             changed = next((facts[key] for key in keys if facts.get(key) is not None), "")
             found[name] = f"{facts.get('size')} {changed}"

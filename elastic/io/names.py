@@ -1,20 +1,41 @@
-"""A misspelled name gets a suggestion."""
+"""Names: a misspelled one gets a suggestion, and a model's has no absolute path."""
 
 import difflib
 import functools
 import inspect
+import pathlib
+import re
 import typing
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_CHECKPOINT_FILES = ("params", "streaming_params", "streaming_train_state")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'threshold'?" with the known name that is most like `name`; "" where none is."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def model_name(spec: str) -> str:
+    """What token files and reports call a model: how its checkpoint was named, without a prefix and never as an absolute path.
+
+    An absolute path becomes relative where it lies in the current folder. Elsewhere the last folder's name stands for it, before the
+    file's if it names a file (`/data/big/params` -> `big/params`), and for the cache of Hugging Face the repository.
+    """
+    name = spec.rsplit("::", 1)[-1].rstrip("/")
+    path = pathlib.Path(name)
+    if not path.is_absolute():
+        return name
+    if path.is_relative_to(here := pathlib.Path.cwd()) and path != here:
+        return str(path.relative_to(here))
+    if cached := re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", name):
+        return "/".join(cached.groups())
+    is_file = path.suffix in (".safetensors", ".msgpack") or path.name in _CHECKPOINT_FILES
+    return f"{path.parent.name}/{path.name}" if is_file and path.parent.name else path.name
 
 
 def suggest_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:

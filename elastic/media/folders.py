@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+from collections.abc import Collection
 
 from elastic.media.errors import MediaError
 
@@ -19,6 +20,29 @@ VIDEO_SUFFIXES = frozenset((
 ))
 # fmt: on
 
+# Files that stand together in a folder of results: of a tokenized file, of a data set, of an evaluation.
+_SIGNATURES = (
+    {"tokens.npz", "report.json"},
+    {"plan.json", "summary.json"},
+    {"evaluation.json", "summary.csv"},
+)
+# The media that are written there, and, without its ending, what a token file is decoded to.
+_RESULTS = frozenset(("viz.mp4", "viz.png", "plot.png", "summary.png", "evaluation.png"))
+_DECODED = "decoded"
+# A training run and its folder of pictures.
+_TRAINED, _PICTURES = {"config.json", "metrics.jsonl"}, "eval"
+
+
+def results_among(names: Collection[str]) -> set[str]:
+    """The media files that an earlier run wrote, among the names in one folder; none unless it is a folder of results."""
+    if not any(signature <= set(names) for signature in _SIGNATURES):
+        return set()
+    return {
+        name
+        for name in names
+        if name in _RESULTS or (is_media(name) and pathlib.PurePath(name).stem == _DECODED)
+    }
+
 
 def is_media(path: str | os.PathLike[str]) -> bool:
     """Whether the name ends like an image or a video, in any case. Opening decides by content."""
@@ -30,8 +54,8 @@ def find_media(
 ) -> list[pathlib.Path]:
     """All files below `folder` that `is_media` knows, sorted; links are followed, each folder once.
 
-    Left out are names that start with a dot (unfinished or system files), and what lies in the folder
-    `without`, such as results.
+    Left out are names that start with a dot (unfinished or system files), what lies in the folder `without`, and results of
+    earlier runs (`results_among`), which the log tells.
 
     Raises:
       MediaError: `folder` is not a folder that can be read.
@@ -42,6 +66,7 @@ def find_media(
             f"{str(folder)!r} is not a folder; give the folder that holds the media files."
         )
     found, seen = [], set()
+    results: list[pathlib.Path] = []
 
     def unreadable(error: OSError) -> None:
         log.warning("Leaving out a folder: %s", error)
@@ -53,12 +78,30 @@ def find_media(
             continue
         seen.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if set(files) >= _TRAINED and _PICTURES in folders:
+            folders.remove(_PICTURES)
+        ours = results_among(files)
+        results += [pathlib.Path(root, name) for name in ours]
         found += [
             pathlib.Path(root, name)
             for name in files
-            if not name.startswith(".") and is_media(name)
+            if not name.startswith(".") and is_media(name) and name not in ours
         ]
     if without is not None:
         apart = pathlib.Path(without).resolve()
-        found = [file for file in found if apart not in file.resolve().parents]
+        found, results = (
+            [file for file in files if apart not in file.resolve().parents]
+            for files in (found, results)
+        )
+    tell_results(results)
     return sorted(found)
+
+
+def tell_results(results: Collection[str | os.PathLike[str]]) -> None:
+    """Tells in one line which results of earlier runs are left out."""
+    if results:
+        log.info(
+            "Results of earlier runs are left out: %d files, such as %s.",
+            len(results),
+            min(map(os.fspath, results)),
+        )

@@ -15,6 +15,7 @@ from typing import Any
 from elastic import media
 from elastic.io.atomic import atomic_open, locked
 from elastic.io.json_file import read_marked
+from elastic.io.names import model_name
 from elastic.media import MediaError
 
 PLAN = "plan.json"
@@ -69,6 +70,8 @@ class DatasetPlan:
         try:
             values = read_marked(path, _FORMAT)
             values["files"] = tuple((str(name), int(size)) for name, size in values["files"])
+            if "model_id" in values["model"]:  # an absolute path in older plans
+                values["model"]["model_id"] = model_name(values["model"]["model_id"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

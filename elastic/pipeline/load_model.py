@@ -3,11 +3,14 @@
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from elastic import checkpoints
 from elastic.config import ElasticTokConfig, load_config, update_config
 from elastic.ops import choose_implementation
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, EncodeOptions
+from elastic.tokenizer.scheduler import check_batch
+from elastic.tokenizer.session import check_options
 
 
 def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -> ElasticTokConfig:
@@ -28,6 +31,30 @@ def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -
             "--load_elastic_config (200m for the released ones) and --update_elastic_config."
         )
     return update_config(config, changes)
+
+
+def check_run(
+    options: EncodeOptions,
+    config: ElasticTokConfig,
+    mesh: Mesh,
+    *,
+    width: int,
+    batch: int = 1,
+) -> None:
+    """Refuses options that do not fit the model or the devices. Called before weights are loaded.
+
+    Args:
+      options: how the token counts are chosen.
+      config: the model.
+      mesh: the devices.
+      width: counts tried in one call of the model.
+      batch: clips that go through the model at once.
+
+    Raises:
+      ValueError: an option does not fit.
+    """
+    check_batch(batch, mesh, has_budget=options.has_budget)
+    check_options(options, config, width=width)
 
 
 def describe(tokenizer: ElasticTokenizer) -> str:

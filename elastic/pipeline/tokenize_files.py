@@ -1,5 +1,6 @@
 """What the scripts do with files: a clip to a folder of results, a token file back to a clip."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.session import EncodeSession
 
 log = logging.getLogger(__name__)
+
+_BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def find_inputs(
@@ -86,12 +89,16 @@ def tokenize_file(
             desc=result_folder.source.name,
             unit="block",
             disable=not progress,
+            bar_format=_BAR,
+            miniters=0,
+            postfix="compiling",  # shown until the first pass is done
         )
+        session.on_progress = functools.partial(_advance, bar)
         with bar:
             for block in session:
                 result_folder.add(block)
                 bar.set_postfix_str(f"{block.tokens.num_kept} tokens", refresh=False)
-                bar.update()
+                _advance(bar, session.num_done)
         return result_folder.finish(progress=progress)
     except BaseException as error:
         kept = not (isinstance(error, ValueError) or result_folder.is_short)
@@ -103,6 +110,13 @@ def tokenize_file(
         raise
     finally:
         result_folder.close()
+
+
+def _advance(bar: tqdm, done: float) -> None:
+    """Moves a bar to `done`, never back: passes are a forecast of blocks."""
+    if bar.postfix == "compiling":
+        bar.set_postfix_str("", refresh=False)
+    bar.update(max(0.0, done - bar.n))
 
 
 def tokenize_files(
@@ -136,7 +150,7 @@ def tokenize_files(
             ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
             for file, name in inputs.items()
         )
-        with tqdm(total=len(inputs), unit="file", disable=not progress) as bar:
+        with tqdm(total=len(inputs), unit="file", disable=not progress, bar_format=_BAR) as bar:
             return _tokenize_side_by_side(tokenizer, result_folders, options, batch, bar)
     finished: list[FinishedFile] = []
     unreadable: list[Path] = []
@@ -182,6 +196,7 @@ def _tokenize_side_by_side(
       bar: counts files.
     """
     open_folders: dict[EncodeSession, ResultFolder] = {}
+    shares: dict[EncodeSession, float] = {}  # of each open file that is done
     finished: list[FinishedFile] = []
     unreadable: list[Path] = []
 
@@ -189,7 +204,12 @@ def _tokenize_side_by_side(
         log.warning("Left out: %s", error)
         unreadable.append(result_folder.source)
         result_folder.remove()
-        bar.update()
+        advance()
+
+    def advance(session: EncodeSession | None = None, done: float = 0.0) -> None:
+        if session is not None:
+            shares[session] = done / (session.num_blocks or done + 1)
+        _advance(bar, len(finished) + len(unreadable) + sum(shares.values()))
 
     def opened() -> Iterator[EncodeSession]:
         for result_folder in result_folders:
@@ -199,10 +219,13 @@ def _tokenize_side_by_side(
                 leave_out(result_folder, error)
                 continue
             open_folders[session] = result_folder
+            session.on_progress = functools.partial(advance, session)
             yield session
 
     try:
         for session, block in tokenizer.stream_many(opened(), batch=batch):
+            if block is None or isinstance(block, media.MediaError):
+                shares.pop(session, None)
             if isinstance(block, media.MediaError):
                 leave_out(open_folders.pop(session), block)
             elif block is not None:
@@ -211,7 +234,7 @@ def _tokenize_side_by_side(
                 finished.append(open_folders[session].finish(progress=False))
                 open_folders.pop(session).close()
                 log.info("%s", summary(finished[-1]))
-                bar.update()
+                advance()
     finally:
         for result_folder in open_folders.values():
             result_folder.close()

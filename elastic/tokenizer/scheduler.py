@@ -6,11 +6,12 @@ search, so that no run of the model waits for the slowest search.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from elastic.distributed.mesh import memory_limit, platform_of
@@ -46,6 +47,28 @@ class _Work:
         return self.search.options.fallback if best is None else best
 
 
+def check_batch(batch: int, mesh: Mesh, *, has_budget: bool = False) -> None:
+    """Refuses a number of clips that cannot go through the model at once.
+
+    Args:
+      batch: the number of clips.
+      mesh: the devices, which share the clips along dp and fsdp.
+      has_budget: whether the blocks of a clip share a budget of tokens.
+
+    Raises:
+      ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
+    """
+    shares = mesh.shape["dp"] * mesh.shape["fsdp"]
+    if batch < 1 or (batch > 1 and batch % shares):
+        raise ValueError(
+            f"batch={batch} must be a multiple of dp * fsdp = {shares}: the devices share the clips."
+        )
+    if has_budget and batch > 1:
+        raise ValueError(
+            f"batch={batch}: a budget is spent clip by clip; leave out --batch, or give a threshold."
+        )
+
+
 class BatchScheduler:
     """A fixed number of slots, one clip in each, in one compiled program.
 
@@ -55,6 +78,7 @@ class BatchScheduler:
       batch: number of slots.
       width: counts of a block tried in one call of the model.
       cache: the keys and values of earlier blocks; None: an empty cache. It is donated to the programs.
+      on_passes: is told after each call of the model how many passes it was.
     """
 
     def __init__(
@@ -65,11 +89,12 @@ class BatchScheduler:
         batch: int = 1,
         width: int = 1,
         cache: CodecCache | None = None,
+        on_passes: Callable[[int], None] | None = None,
     ):
         config = codec.config
         self.codec, self.batch, self.width = codec, batch, width
         self.cache = codec.new_cache(batch) if cache is None else cache
-        self._weights = weights
+        self._weights, self._on_passes = weights, on_passes
         self._work: list[_Work | None] = [None] * batch
         self._keeps_trials = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
         # The candidates to be committed. One slot has them in its latest trial, several slots gather them in a trial of their own.
@@ -83,6 +108,11 @@ class BatchScheduler:
     def free_slots(self) -> list[int]:
         """The slots that have no block."""
         return [slot for slot, work in enumerate(self._work) if work is None]
+
+    def passes(self, slot: int) -> int:
+        """The passes so far over the block in a slot; 0 if the slot is free."""
+        work = self._work[slot]
+        return 0 if work is None else work.passes
 
     def forget(self, slot: int) -> None:
         """Empties a slot's cache: its next block begins a clip or a window."""
@@ -182,6 +212,8 @@ class BatchScheduler:
                     self._measure(work, work.metric, trial.pixels[first + k])
                     for k in range(len(group))
                 ]
+        if self._on_passes is not None:
+            self._on_passes(sum(map(len, groups.values())))
         return trial, losses
 
     def _measure(self, work: _Work, metric: Metric, pixels: Any) -> float:

@@ -1,22 +1,25 @@
 """Clips becoming tokens, block by block: one, or several side by side."""
 
+import collections
 import dataclasses
 import functools
 import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
 from elastic.checkpoints.fingerprint import fingerprint
+from elastic.config import ElasticTokConfig
 from elastic.io.tree import tree_digest
 from elastic.media import MediaError
 from elastic.metrics import make_metric
-from elastic.search import CurvePrior, Search, make_search
+from elastic.search import CurvePrior, Search, SearchOptions, make_search
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
 from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.clip_source import Clip, ahead
@@ -29,7 +32,40 @@ from elastic.tokens import BlockTokens, TokenizedClip
 
 log = logging.getLogger(__name__)
 
+# Passes that a clip's first block is expected to take. They only move a progress bar; a search that is not here takes as 'linear'.
+_FIRST_PASSES = collections.defaultdict(lambda: 30, predict=4, binary=11, fixed=1)
 _AHEAD = 2  # blocks of a clip that are decoded while the model runs
+
+
+def check_options(options: EncodeOptions, config: ElasticTokConfig, *, width: int) -> None:
+    """Refuses options that do not fit a model, and warns of a count below those of its training; needs no weights.
+
+    Args:
+      options: what is asked of a clip's tokens.
+      config: the model.
+      width: counts tried in one call of the model.
+
+    Raises:
+      ValueError: the model has no blocks of so many tokens, or the search does not fit the target.
+    """
+    search_options = options.search_options(config, width=width)
+    if options.avg_tokens is not None:
+        Budget.of(options, config, rate=0.0)
+    if options.num_tokens is not None and options.num_tokens < config.min_toks:
+        warnings.warn(
+            f"num_tokens={options.num_tokens} is below {config.min_toks}, the fewest tokens of a block that this model was "
+            "trained with; expect a poor picture.",
+            stacklevel=2,
+        )
+    if not options.has_budget:
+        make_search(options.search_name, **_search_arguments(search_options))
+
+
+def _search_arguments(options: SearchOptions) -> dict[str, Any]:
+    """The arguments of `make_search` but its name and history; resume files hold them too."""
+    arguments = dataclasses.asdict(options)
+    del arguments["full_curve"], arguments["tolerance"]  # left at their defaults
+    return arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +129,8 @@ class EncodeSession:
       num_done: blocks that are tokenized.
       first_block: the first block that will be handed out. Above 0 in a resumed run: `recorded` has the earlier ones.
       recorded: the numbers `passes`, `seconds` and `squares` of each block before `first_block`.
+      on_progress: None, or what is told after each pass of the model how many blocks are done; the block under way counts as a part,
+        by its passes.
     """
 
     def __init__(
@@ -116,11 +154,13 @@ class EncodeSession:
         self._cache: CodecCache | None = None  # of an earlier run, until `start` hands it on
         self._history: SearchHistory | None = None
         self.num_done = 0
+        self.on_progress: Callable[[float], None] | None = None
+        self._passes = 0  # of the blocks that are done; with a budget, of all blocks
         self._seen_frames = 0
         self._blocks: list[BlockTokens] = []  # empty where a resume log holds them
         self._finished = False
-        if budget is None:  # wrong options are refused before the first frame is read
-            self._make_search()
+        # Wrong options are refused before the first frame is read.
+        check_options(options, config, width=context.search_width)
 
     @property
     def num_blocks(self) -> int | None:
@@ -155,6 +195,7 @@ class EncodeSession:
             width=self.width,
             restart=self._context.when_full == "restart",
             metric=self.metric,
+            on_passes=self._note_budget_passes,
         )
         for result in results:
             self._count(result)
@@ -244,10 +285,7 @@ class EncodeSession:
         return make_search(self._search_name, history=history, **self._search_arguments())
 
     def _search_arguments(self) -> dict[str, Any]:
-        """The arguments of `make_search` but its name and history; resume files hold them too."""
-        arguments = dataclasses.asdict(self._search_options)
-        del arguments["full_curve"], arguments["tolerance"]  # left at their defaults
-        return arguments
+        return _search_arguments(self._search_options)
 
     def record_result(self, result: BlockResult, scheduler: BatchScheduler) -> BlockResult:
         """Counts and records the result of the next block, and gives it: with the tokens of the earlier run if it was recorded."""
@@ -272,6 +310,22 @@ class EncodeSession:
         ):
             resume_log.copy_cache(scheduler.cache)
         return result
+
+    def note_passes(self, passes: int) -> None:
+        """Tells `on_progress` that the model went over the block under way so many times.
+
+        How many passes it will take is guessed: as many as the blocks before took in the mean.
+        """
+        if self.on_progress is not None and passes:
+            before = self.num_done - self.first_block
+            expected = self._passes / before if before else _FIRST_PASSES[self._search_name]
+            self.on_progress(self.num_done + min(passes / (expected + 1), 1.0))
+
+    def _note_budget_passes(self, passes: int) -> None:
+        assert self._budget is not None
+        self._passes += passes
+        if self.on_progress is not None:
+            self.on_progress(self._passes / self._budget.passes_per_block)
 
     def end(self) -> None:
         """Ends the clip: there are no more blocks."""
@@ -307,6 +361,8 @@ class EncodeSession:
         if self._resume_log is None:
             self._blocks.append(result.tokens)
         self.num_done += 1
+        if self._budget is None:
+            self._passes += result.passes
         self._seen_frames += len(result.frames)
 
     def _repeated(self, result: BlockResult, number: int) -> BlockResult:
@@ -394,7 +450,10 @@ def tokenize_side_by_side(
                 yield from _fill_slot(context, scheduler, slot, running, waiting)
             if len(scheduler.free_slots) == batch:
                 return
-            for slot, result in scheduler.step():
+            results = scheduler.step()
+            for slot, (session, _) in running.items():
+                session.note_passes(scheduler.passes(slot))
+            for slot, result in results:
                 session, _ = running[slot]
                 yield session, session.record_result(result, scheduler)
     finally:

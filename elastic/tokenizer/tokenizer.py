@@ -17,7 +17,7 @@ from elastic import checkpoints
 from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
-from elastic.io.names import suggest_arguments
+from elastic.io.names import model_name, suggest_arguments
 from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
@@ -25,6 +25,7 @@ from elastic.search import CurvePrior, load_prior
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import ClipLike, open_clip
 from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
+from elastic.tokenizer.scheduler import check_batch
 from elastic.tokenizer.session import (
     EncodeSession,
     Progress,
@@ -48,20 +49,21 @@ class ElasticTokenizer:
 
     Args:
       config: the model.
-      params: its parameter tree; kept in the type it has and cast where it is used.
+      params: its parameter tree, kept in the type it has and cast where it is used; or a function that loads it, which is called
+        when all options are checked.
       dtype: 'fp32' or 'bf16': type of products' operands and of the cache; sums are float32.
       mesh: where the arrays lie; None: `mesh_dim='!1,1,-1,1'` over all devices.
       window_blocks: blocks in one context, the current one included; None: `max_sequence_length` of the config.
       context: 'carry' lets the window slide, 'restart' empties it whenever it is full, as the released code does.
       search_width: counts of a block tried in one call.
-      model_id: what token files call the model.
+      model_id: what token files call the model; of an absolute path, its last names (`elastic.io.names.model_name`).
       prior: what guesses a clip's first counts for the search 'predict'; None: nothing.
     """
 
     def __init__(
         self,
         config: ElasticTokConfig,
-        params: dict[str, Any],
+        params: dict[str, Any] | Callable[[], dict[str, Any]],
         *,
         dtype: str = "fp32",
         mesh: Mesh | None = None,
@@ -73,7 +75,10 @@ class ElasticTokenizer:
     ):
         if context not in ("carry", "restart"):
             raise ValueError(f"context={context!r} must be 'carry' or 'restart'.")
-        self.config, self.model_id, self.search_width = config, model_id, search_width
+        if search_width < 1:
+            raise ValueError(f"{search_width=} must be at least 1 count per call.")
+        self.config, self.search_width = config, search_width
+        self.model_id = model_name(model_id)
         self.prior = prior
         self.context: Literal["carry", "restart"] = cast(Any, context)
         self.window_blocks = (
@@ -86,6 +91,7 @@ class ElasticTokenizer:
             config, dtype=parse_dtype(dtype), mesh=self.mesh, window_blocks=self.window_blocks
         )
         self._check_memory()
+        params = params() if callable(params) else params
         # As the codec's programs take them.
         self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
 
@@ -101,7 +107,8 @@ class ElasticTokenizer:
         other = copy.copy(self)
         other.__dict__.pop("_context", None)
         other.config = self.config.replace(mask_type=mask_type or self.config.mask_type)
-        other.model_id, other.prior = model_id or self.model_id, prior  # of these weights alone
+        other.model_id = model_name(model_id or self.model_id)
+        other.prior = prior  # of these weights alone
         other.weights = jax.device_put(
             self.codec.stored(params), param_shardings(self.mesh, params)
         )
@@ -144,11 +151,10 @@ class ElasticTokenizer:
             raise ValueError(
                 f"{spec!r} has no config.json beside it; give `config=` (on the command line --load_elastic_config)."
             )
-        params = checkpoints.load_params(spec, config)
-        name = spec.rsplit("::", 1)[-1].rstrip("/")
+        load = functools.partial(checkpoints.load_params, spec, config)
         options = {"prior": load_prior(checkpoints.folder_of(spec))} | options
         mesh = meshes.make_mesh(mesh_dim) if mesh is None else mesh
-        return cls(config, params, mesh=mesh, model_id=model_id or name, **options)
+        return cls(config, load, mesh=mesh, model_id=model_id or spec, **options)
 
     @suggest_arguments
     def encode(
@@ -365,23 +371,16 @@ class ElasticTokenizer:
         Raises:
           ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
         """
-        shares = self.mesh.shape["dp"] * self.mesh.shape["fsdp"]
-        if batch < 1 or (batch > 1 and batch % shares):
-            raise ValueError(
-                f"batch={batch} must be a multiple of dp * fsdp = {shares}: the devices share the clips."
-            )
+        check_batch(batch, self.mesh)
         sessions = iter(sessions)
         first = next(sessions, None)
         if first is None:
             return
+        check_batch(batch, self.mesh, has_budget=first.has_budget)
         sessions = itertools.chain([first], sessions)
         if not first.has_budget:
             yield from tokenize_side_by_side(self._context, sessions, batch=batch)
             return
-        if batch > 1:
-            raise ValueError(
-                f"batch={batch}: a budget is spent clip by clip; leave out --batch, or give a threshold."
-            )
         for session in sessions:
             try:
                 for result in session:

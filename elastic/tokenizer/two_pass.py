@@ -94,6 +94,11 @@ class Budget:
         """The count of every block if all have the same."""
         return math.floor(self.avg_tokens)
 
+    @property
+    def passes_per_block(self) -> int:
+        """Passes over a block: its counts are measured, the equal count among them or besides, and one is carried out."""
+        return self.num_counts + 2
+
 
 def spend(
     codec: Codec,
@@ -104,6 +109,7 @@ def spend(
     width: int = 1,
     restart: bool = False,
     metric: Metric | None = None,
+    on_passes: Callable[[int], None] | None = None,
 ) -> Iterator[BlockResult]:
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
@@ -115,11 +121,12 @@ def spend(
       width: counts measured in one call of the model.
       restart: whether the context is emptied whenever the window is full.
       metric: the loss of a block; None: the mean squared error.
+      on_passes: is told after each call of the model how many passes it was; `passes_per_block` are expected.
     """
     cache, first, left = codec.new_cache(), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
-        walk = _Walk(codec, weights, stretch, first, width, restart, metric)
+        walk = _Walk(codec, weights, stretch, first, width, restart, metric, on_passes)
         kept = jax.tree.map(jnp.copy, cache)  # committing donates the cache it is given
         equal, curves, equal_cache = walk.measure(kept, budget)
         available = math.floor(budget.avg_tokens * len(stretch) + left)
@@ -153,6 +160,7 @@ class _Walk:
     width: int
     restart: bool
     metric: Metric | None
+    on_passes: Callable[[int], None] | None
 
     def measure(
         self, cache: CodecCache, budget: Budget
@@ -182,7 +190,9 @@ class _Walk:
         return results, scheduler.cache
 
     def _scheduler(self, cache: CodecCache) -> BatchScheduler:
-        return BatchScheduler(self.codec, self.weights, width=self.width, cache=cache)
+        return BatchScheduler(
+            self.codec, self.weights, width=self.width, cache=cache, on_passes=self.on_passes
+        )
 
     def _assign(
         self, scheduler: BatchScheduler, number: int, frames: np.ndarray, count: int

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from cachetools import LRUCache
 
 from elastic.io.atomic import atomic_open
+from elastic.io.names import model_name
 from elastic.tokens.clip import BlockTokens, TokenizedClip
 from elastic.tokens.npz_file import TokenFileError
 from elastic.tokens.same_weights import are_apart
@@ -270,6 +271,7 @@ class TokenShards:
 def _header_of(clip: TokenizedClip) -> dict[str, Any]:
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     header |= {name: getattr(clip, name) for name in _SHARED}
+    header["model_id"] = model_name(clip.model_id)
     header["weights"] = list(clip.weights)
     vectors = clip.blocks[0].vectors
     return header | {"vector_width": None if vectors is None else vectors.shape[1]}
@@ -280,7 +282,10 @@ def _check_same(
 ) -> None:
     """Raises `TokenFileError` if two headers differ in one of the fields."""
     for name in names:
-        if first[name] != other[name]:
+        same = first[name] == other[name]
+        if name == "model_id":  # which older files have as an absolute path
+            same = model_name(first[name]) == model_name(other[name])
+        if not same:
             raise TokenFileError(
                 f"{where}: {name}={other[name]!r}, but {first[name]!r} before. Keep the tokens of "
                 "each model and search in a folder of their own."

@@ -88,7 +88,6 @@ def _train(config: TrainConfig, model_config: ElasticTokConfig, folder: pathlib.
 def _run_steps(run: Run, start: Start) -> tuple[int, TrainState, int | None]:
     """Trains until the last step or a signal, and saves: the step, its state, and the signal."""
     config, train_step = run.config, run.train_step()
-    # Before the batches: it may measure the device's peak, which decoders beside it would lower.
     record = StepRecorder(
         config, run.model_config, run.data, first_step=start.step, devices=run.mesh.size
     )

@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from elastic import metrics
@@ -39,7 +38,9 @@ class StepRecorder:
         self._waited = 0.0
         self._model_config, self._length = model_config, sequence_length(config.data, model_config)
         self._rows = config.data.batch_size
-        self._peak = device_peak(config.dtype) * devices
+        # None for a device without a data sheet here, such as a CPU: a measured product is no bound of what it can reach.
+        peak = flops.peak_flops(jax.local_devices()[0].device_kind)
+        self._peak = None if peak is None else peak * devices
 
     def waited(self, seconds: float, terms: dict[str, Any] | None) -> None:
         """Notes that a batch took `seconds` to come while the step of `terms` was under way.
@@ -75,15 +76,18 @@ class StepRecorder:
             "seconds_per_step": seconds / steps,
             "tokens_per_second": steps * self._rows * self._length / seconds,
             "model_flops_per_second": rate,
-            "model_flops_utilization": rate / self._peak,
+            "model_flops_utilization": None if self._peak is None else rate / self._peak,
             "memory_gigabytes": memory_in_use() / 1e9,
             "data_wait": min(1.0, self._waited / seconds),
             "epoch": self._data.epoch_of(step),
             "bad_files": len(self._data.bad_files),
         }
         self.restart(step)
-        # JSON knows no NaN: a skipped step has no loss.
-        return {name: value if np.isfinite(value) else None for name, value in record.items()}
+        # JSON knows no NaN: a skipped step has no loss. None: unknown.
+        return {
+            name: value if value is not None and np.isfinite(value) else None
+            for name, value in record.items()
+        }
 
     def restart(self, step: int) -> None:
         """Begins a new stretch of time after `step`: what was done since (a save, an evaluation) is no step."""
@@ -98,29 +102,6 @@ CLOCK = (
     "memory_gigabytes",
     "data_wait",
 )  # what differs between two equal runs
-
-
-def device_peak(dtype: str) -> float:
-    """FLOP/s of one device: the data sheet's, or for a device without one what a matrix product reaches."""
-    device = jax.local_devices()[0]
-    stated = flops.peak_flops(device.device_kind)
-    if stated is not None:
-        return stated
-    size = 2048
-    operand = jnp.bfloat16 if dtype in ("bf16", "bfloat16") else jnp.float32
-    product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-    x = jax.device_put(jnp.ones((size, size), operand), device)
-    product(x).block_until_ready()
-
-    def seconds() -> float:
-        started = time.perf_counter()
-        product(x).block_until_ready()
-        return time.perf_counter() - started
-
-    fastest = min(seconds() for _ in range(5))
-    # Virtual devices share the cores: the rate of all of them together is that of one.
-    shared = len(jax.local_devices()) if device.platform == "cpu" else 1
-    return 2 * size**3 / fastest / shared
 
 
 def memory_in_use() -> int:

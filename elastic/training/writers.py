@@ -270,7 +270,7 @@ def progress_line(record: Mapping[str, Any], total_steps: int) -> str:
     parts.append(f"{_short(record['tokens_per_second']).rstrip()} tokens/s")
     speed = f"{_short(record['model_flops_per_second'])}FLOP/s"
     share = record.get("model_flops_utilization")
-    parts.append(speed if share is None else f"{speed} ({share:.0%} of peak)")
+    parts.append(speed if share is None else f"{speed} ({share:.0%} of the data sheet's peak)")
     parts.append(f"{record['memory_gigabytes']:.2f} GB")
     parts.append(f"data wait {record['data_wait']:.0%}")
     if record.get("skipped_steps"):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -166,6 +167,39 @@ def test_a_flag_that_is_of_no_use_is_refused_with_the_way_out(arguments, message
         app.parse(SMALL, arguments)
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--threshold=abc", "--threshold=abc must be a number, such as 0.003."),
+        ("--threshold=", "--threshold= must be a number, such as 0.003."),
+        ("--psnr=a: b", "--psnr=a: b must be a number, such as 0.003."),
+        ("--max_frames=4x", "--max_frames=4x must be a whole number, in digits."),
+        ("--n_codes=1e3", "--n_codes=1e3 must be a whole number, in digits."),
+        ("--viz=maybe", "--viz=maybe must be True or False."),
+        ("--metric=l3", "--metric=l3 must be one of mse|lpips."),
+        ("--fps", "Missing value for flag --fps; write --name=value."),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_flag_in_plain_words(flag, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        app.parse(INFERENCE, [flag])
+
+
+@pytest.mark.parametrize("script", [INFERENCE, DATASET], ids=lambda s: s.name)
+@pytest.mark.parametrize("other", ["--n_codes=300", "--psnr=28"])
+def test_two_targets_are_refused_by_their_flags(script, other):
+    required = [f"--{flag.name}=a" for flag in script.flags if flag.required]
+    values = app.parse(script, [*required, "--threshold=0", other])
+
+    def check():
+        app.check_target(values)
+        app.encode_options(values)
+
+    name = other.split("=")[0].lstrip("-")
+    with pytest.raises(ValueError, match=rf"threshold= and -*{name}= are 2 targets; give one\."):
+        check()
+
+
 def test_a_flag_without_effect_says_so(capsys):
     assert app.run(SMALL, lambda values: None, ["--path=a", "--chunk=8"]) == 0
     assert "--chunk has no effect: there are no chunks." in capsys.readouterr().err
@@ -188,6 +222,15 @@ def test_an_expected_error_is_one_line_and_exit_code_1(error, shown, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"scripts/small.py: error: {shown}")
     assert err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_warning_names_the_flag_too(capsys):
+    def body(values):
+        warnings.warn("num_tokens=3 is few.", stacklevel=1)
+
+    flag = Flag("n_codes", 0, "tokens", option="num_tokens")
+    assert app.run(dataclasses.replace(SMALL, groups={"": (flag, *OTHER)}), body, []) == 0
+    assert capsys.readouterr().err == "--n_codes=3 is few.\n"
 
 
 @pytest.mark.parametrize(

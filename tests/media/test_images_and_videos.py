@@ -339,5 +339,30 @@ def test_media_are_found_in_any_case_once_and_sorted(tmp_path):
     assert found == ["a.MP4", "b.JPG", "deep/er/c.mov"]
     with pytest.raises(MediaError, match="not a folder"):
         find_media(tmp_path / "b.JPG")
+
+
+@pytest.mark.parametrize(
+    ("signature", "results"),
+    [
+        ("tokens.npz report.json", "viz.mp4 viz.png plot.png decoded.mp4 decoded.png"),
+        ("plan.json summary.json", "summary.png"),
+        ("evaluation.json summary.csv", "evaluation.png"),
+        ("config.json metrics.jsonl", "eval/00000100/original.png"),
+    ],
+)
+def test_results_of_earlier_runs_are_no_media_and_files_beside_them_are(
+    tmp_path, caplog, signature, results
+):
+    for name in (*signature.split(), *results.split(), "mine.mp4", "below/viz.mp4"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    caplog.set_level("INFO", "elastic")
+    found = {str(path.relative_to(tmp_path)) for path in find_media(tmp_path)}
+    assert found == {"out/mine.mp4", "out/below/viz.mp4"}
+    told = "Results of earlier runs are left out" in caplog.text
+    assert told or "eval/" in results
+    assert [str(path) for path in find_media(tmp_path / "out", without=tmp_path)] == []
+    (tmp_path / "out" / signature.split()[0]).unlink()
+    assert len(find_media(tmp_path)) == 2 + len(results.split())  # then all may be the user's
     assert is_media("x.WebM")
     assert not is_media("x.txt")

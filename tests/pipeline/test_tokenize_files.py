@@ -1,7 +1,9 @@
 """The scripts end to end, with the small models of the released system's golden files."""
 
+import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,8 +13,9 @@ from commands import infer, names
 from PIL import Image
 from small_models import CASES, CLIP, PHOTO
 
-from elastic import media
+from elastic import checkpoints, media
 from elastic.io.atomic import locked
+from elastic.media import folders
 from elastic.pipeline import decode_files, result_folder
 from elastic.pipeline import tokenize_files as runs
 from elastic.tokenizer import EncodeOptions, resume
@@ -21,6 +24,16 @@ from elastic.tokens import TokenizedClip, npz_file
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EARLIER = npz_file.pack({})  # what tells the results of an earlier run from files of the user
 REPORT = '{"clip": {}, "totals": {}}'
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights fails: what is refused before does not get there."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("The weights were loaded.")
+
+    monkeypatch.setattr(checkpoints, "load_params", load)
 
 
 def test_the_documented_command_writes_its_results(documented):
@@ -35,6 +48,15 @@ def test_the_documented_command_writes_its_results(documented):
     assert all(block["passes"] >= 1 and block["seconds"] > 0 for block in report["blocks"])
     with media.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
         assert (video.num_frames, video.rate) == (11, 4.0)
+    # Neither file tells where on this machine the model lies, and the results are no media to tokenize.
+    assert tokens.model_id == report["clip"]["model_id"]
+    assert not pathlib.Path(tokens.model_id).is_absolute()
+    assert tokens.model_id.endswith("ckpt/params_scan_fp32")
+    assert media.find_media(folder) == []
+    assert {*result_folder.RESULTS} & {*folders.results_among(names(folder))} == {
+        "plot.png",
+        "viz.mp4",
+    }
 
 
 @pytest.mark.parametrize(
@@ -67,8 +89,13 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(golden, tmp_path, capsys, 
         (["--mesh_dim=1,1,3,1"], "mesh_dim='1,1,3,1' asks for 3 devices"),
         (["--input_path=nowhere.mp4"], "There is no file 'nowhere.mp4'"),
         (["--load_elastic_config="], "has no config.json beside it"),
+        (["--search_width=0"], "--search_width=0 must be at least 1 count per call"),
+        (["--max_blocks_per_chunk=-1"], "--max_blocks_per_chunk=-1 must be 1 or more"),
+        (["--max_prop_codes=0.05"], "--max_prop_codes=0.05 of max_kept=32 allows"),
+        (["--batch=0"], "batch=0 must be a multiple of dp * fsdp = 1"),
     ],
 )
+@pytest.mark.usefixtures("no_weights")
 def test_options_that_cannot_be_served_are_refused(golden, tmp_path, capsys, flags, message):
     command = [
         f"--input_path={golden}/media/{PHOTO}",
@@ -93,6 +120,16 @@ def test_a_process_ends_an_error_in_one_line_and_exit_code_1(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "scripts/inference.py: error: There is no checkpoint 'none'.\n"
     assert names(tmp_path) == ["notes.mp4"]
+
+
+def test_a_bar_moves_within_a_block_and_never_back():
+    text = io.StringIO()
+    with runs.tqdm(total=6, bar_format=runs._BAR, file=text, miniters=0, mininterval=0) as bar:
+        for done in (0.25, 0.75, 1, 0.5, 2):
+            runs._advance(bar, done)
+    shown = re.findall(r"[0-9.]+/6", text.getvalue())
+    assert shown[-1] == "2.0/6" and {"0.2/6", "0.8/6", "1.0/6"} <= {*shown}
+    assert shown == sorted(shown)
 
 
 def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path):

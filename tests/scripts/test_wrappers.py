@@ -84,7 +84,7 @@ def test_without_a_checkpoint_the_small_model_runs(run, kind):
     flags = flags_of(arguments)
     assert flags["--load_checkpoint"] == f"example/{kind}"
     assert flags["--input_path"] == "example/video.mp4"
-    assert flags["--output_folder"] == f"example/outputs_{kind}"
+    assert flags["--output_folder"] == f"outputs/{kind}"
     assert "--update_elastic_config" not in flags
 
 
@@ -110,6 +110,8 @@ def test_with_a_checkpoint_the_documented_command_runs(run, tmp_path):
         ("owner/model",) * 2,
         ("HERE/some folder",) * 2,  # which holds no config.json
         ("HERE/some folder/prams",) * 2,  # not there: inference says so, and what is
+        ("HERE/some folder/streaming_train_state",) * 2,  # recognised by its content
+        ("HERE/some folder/model.safetensors",) * 2,
     ],
 )
 @pytest.mark.parametrize("kind", ["fsq", "vae"])
@@ -117,7 +119,8 @@ def test_a_checkpoint_is_named_as_for_inference_or_by_a_bare_file(
     run, tmp_path, kind, written, passed
 ):
     (tmp_path / "some folder").mkdir()
-    (tmp_path / "some folder" / "params").touch()
+    for name in ("params", "streaming_train_state", "model.safetensors"):
+        (tmp_path / "some folder" / name).touch()
     written, passed = (text.replace("HERE", str(tmp_path)) for text in (written, passed))
     flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=written))
     assert flags["--load_checkpoint"] == passed
@@ -130,6 +133,14 @@ def test_a_folder_that_says_how_its_model_is_built_gets_no_settings(run, tmp_pat
     flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=str(tmp_path)))
     assert (flags["--load_checkpoint"], flags["--threshold"]) == (str(tmp_path), "0.003")
     assert not flags.keys() & {"--load_elastic_config", "--update_elastic_config"}
+    for file in ("params", "streaming_train_state", "best.safetensors"):
+        (tmp_path / file).touch()
+        for prefix in ("", "params::"):
+            flags = flags_of(
+                run(f"run_inference_{kind}.sh", checkpoint_path=f"{prefix}{tmp_path}/{file}")
+            )
+            assert flags["--load_checkpoint"].endswith(f"{tmp_path}/{file}")
+            assert not flags.keys() & {"--load_elastic_config", "--update_elastic_config"}
     # The small model by its name is the small model that runs without one.
     named = run(f"run_inference_{kind}.sh", checkpoint_path=f"example/{kind}")
     assert named == run(f"run_inference_{kind}.sh", checkpoint_path="")
@@ -178,6 +189,33 @@ def test_with_a_checkpoint_the_settings_are_the_released_ones(
 def test_further_flags_come_last_and_whole(run):
     arguments = run("run_inference_fsq.sh", "--threshold=0.006", "--input_path=a clip.mp4")
     assert arguments[-2:] == ["--threshold=0.006", "--input_path=a clip.mp4"]
+
+
+@pytest.mark.parametrize("wrapper", ["run_inference_fsq.sh", "run_tokenize_dataset.sh"])
+@pytest.mark.parametrize("target", ["psnr=28", "n_codes=300", "avg_tokens=400", "bitrate=200"])
+def test_a_target_among_the_flags_takes_the_place_of_the_wrapper_s_threshold(run, wrapper, target):
+    assert "--threshold" in flags_of(run(wrapper))
+    for flag in ([f"--{target}"], [f"--{target.split('=')[0]}", target.split("=")[1]]):
+        arguments = run(wrapper, *flag)
+        assert not any(argument.startswith("--threshold") for argument in arguments)
+        assert arguments[-len(flag) :] == flag
+
+
+def test_results_are_written_where_no_default_command_reads(run):
+    """What one wrapper writes by default lies in `outputs`, and no wrapper reads media there."""
+    for wrapper in WRAPPERS:
+        if wrapper in ("run_tests.sh", "run_train_pod.sh", "run_inference.sh"):
+            continue
+        smoke = {"SMOKE": "1"} if wrapper == "run_train.sh" else {}
+        flags = flags_of(run(wrapper, **smoke))
+        written = [
+            flags[name]
+            for name in ("--output_folder", "--output_path", "--logger.output_dir")
+            if name in flags
+        ]
+        assert written and all(path.startswith("outputs/") for path in written), wrapper
+        read = flags.get("--input_path", flags.get("--train_dataset.vision_dataset.path"))
+        assert read.startswith("example") or wrapper == "run_decode.sh"
 
 
 @pytest.mark.parametrize("kind", ["fsq", "vae"])

@@ -14,6 +14,7 @@ from elastic.config import ElasticTokConfig
 from elastic.io.options import options_of
 from elastic.search import search_names
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
+from elastic.tokenizer.session import check_options
 from elastic.tokenizer.targets import EncodeArguments
 
 FIELDS = {field.name: field for field in dataclasses.fields(EncodeOptions)}
@@ -51,6 +52,16 @@ def test_arguments_that_are_passed_on_are_typed_like_the_fields():
 def test_a_misspelled_option_gets_a_suggestion(call):
     with pytest.raises(TypeError, match=r"no argument 'treshold'\. Did you mean 'threshold'\?"):
         call(treshold=0.1)
+
+
+def test_a_count_below_those_of_training_is_told_and_one_beyond_the_model_is_refused():
+    with pytest.warns(UserWarning, match="num_tokens=3 is below 4, the fewest tokens of a block"):
+        check_options(EncodeOptions(num_tokens=3), MODEL, width=1)
+    with pytest.raises(ValueError, match="num_tokens=33 must lie between 1 and 32"):
+        check_options(EncodeOptions(num_tokens=33), MODEL, width=1)
+    check_options(
+        EncodeOptions(num_tokens=4), MODEL, width=1
+    )  # without a word: a warning would fail
 
 
 def test_every_option_has_a_help_text():

@@ -101,6 +101,22 @@ def test_restart_empties_the_context_and_carry_does_not(golden, clip):
         )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(threshold=0.5), dict(avg_tokens=16, budget_counts=4, delay_blocks=3)],
+    ids=["threshold", "budget"],
+)
+def test_progress_moves_with_the_passes_of_the_first_block(golden, clip, options):
+    session = load(golden, "fsq").stream(clip[:6], **options)
+    seen = []
+    session.on_progress = seen.append
+    blocks = iter(session)
+    next(blocks)
+    assert len(seen) > 1 and 0 < seen[0] < seen[1] and seen[0] < 1
+    list(blocks)
+    assert max(seen) <= session.num_blocks == session.num_done
+
+
 def test_a_picture_is_one_block_of_one_frame(tokenizer, golden):
     made = tokenizer.reconstruct(golden / "media" / "img_101x67.png", num_tokens=12)
     assert made.frames.shape == (1, 32, 32, 3) and made.tokens.is_image
@@ -192,5 +208,6 @@ def test_an_option_out_of_range_is_refused_by_name(tokenizer, clip, options, mes
 
 def test_a_fixed_count_below_the_least_of_training_may_be_all_that_is_allowed(golden, clip):
     """The range of a budget or a search is not that of a count that is given."""
-    tokens = load(golden, "fsq").encode(clip[:2], num_tokens=2, max_fraction=0.07)
+    with pytest.warns(UserWarning, match="num_tokens=2 is below 4, the fewest tokens of a block"):
+        tokens = load(golden, "fsq").encode(clip[:2], num_tokens=2, max_fraction=0.07)
     assert tokens.counts.tolist() == [2]

@@ -25,6 +25,7 @@ from elastic.data.dataset import DataPosition
 from elastic.distributed.mesh import make_mesh
 from elastic.io.tree import flatten
 from elastic.model import init_params
+from elastic.model.flops import peak_flops
 from elastic.tokenizer import ElasticTokenizer
 from elastic.training import loop as training
 from elastic.training import run
@@ -33,7 +34,8 @@ from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, OptimizerConfig
 from elastic.training.feed import DeviceBatches
 from elastic.training.loop import train
-from elastic.training.throughput import StepRecorder
+from elastic.training.throughput import CLOCK, StepRecorder
+from elastic.training.writers import progress_line
 from scripts import train as train_script
 from scripts import trainstate_to_params_only
 
@@ -75,6 +77,7 @@ def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, ki
     config = settings(clips, tmp_path, total_steps=30, save=dict(freq=0))
     state = train(config, MODELS[kind]).state
     losses = [record["loss"] for record in records(tmp_path)]
+    assert all(record["model_flops_utilization"] is None for record in records(tmp_path))
     assert len(losses) == 30 and np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     assert names(tmp_path) == WRITTEN
     assert names(tmp_path / "checkpoints") == ["00000030"]
@@ -115,6 +118,18 @@ def test_a_record_says_how_fast_how_full_and_how_long_data_was_waited_for(straig
     assert record["learning_rate"] == 0  # the rate that the step used: the warm-up begins at 0
     assert 2 < record["kept_tokens"] <= 16 and record["skipped_steps"] == 0
     assert 1 <= record["visible_blocks"] <= 1.5  # of sequences of two blocks
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(None, "2.5 GFLOP/s  "), (0.4, "2.5 GFLOP/s (40% of the data sheet's peak)  ")],
+)
+def test_a_share_of_the_peak_is_logged_where_a_data_sheet_states_one(straight, share, shown):
+    """This device has none: a measured product would be no bound, and shares above 100 % no news."""
+    assert peak_flops(jax.local_devices()[0].device_kind) is None
+    clock = dict.fromkeys(CLOCK, 1.0) | {"model_flops_per_second": 2.5e9}
+    record = straight[1][0] | clock | {"model_flops_utilization": share}
+    assert shown in progress_line(record, 6)
 
 
 def test_an_exception_between_two_checkpoints_loses_no_number(
