@@ -41,6 +41,8 @@ def evaluate(flags: app.Values) -> int:
         metric_frames=flags["metric_frames"],
         max_frames=flags["max_frames"] or None,
         fps=flags["fps"] or None,
+        reader=flags["reader"],
+        exact_color=flags["exact_color"],
         pictures=0,
     )
     # What cannot work is refused before the first model is measured, which may take an hour.

@@ -12,7 +12,12 @@ RUN = RecordFlags(TrainConfig)
 ENCODING = RecordFlags(
     EncodeOptions, zero_is_none=("num_tokens", "avg_tokens", "bitrate", "rate", "max_frames")
 )
-_OF_CLIP = ("rate", "max_frames")  # what is read of a clip, not how its tokens are chosen
+_OF_CLIP = (
+    "rate",
+    "max_frames",
+    "reader",
+    "exact_color",
+)  # what is read of a clip, not how its tokens are chosen
 MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
 DTYPE = RUN.flag("dtype")
 PRESET = Flag(
@@ -205,7 +210,7 @@ DATASET = Script(
                 "output_folder", "", "the folder of the shards, shared by all hosts", required=True
             ),
             Flag("files_per_shard", 64, "files that share a shard"),
-            *_shared("fps", "max_frames", "resolution"),
+            *_shared("fps", "max_frames", "reader", "exact_color", "resolution"),
         ),
         "Model": INFERENCE.groups["Model"],
         "How many tokens": INFERENCE.groups["How many tokens"],
@@ -234,7 +239,7 @@ EVALUATE = Script(
     ),
     groups={
         "Input and output": _shared(
-            "input_path", "output_folder", "fps", "max_frames",
+            "input_path", "output_folder", "fps", "max_frames", "reader", "exact_color",
             output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
         ),
         "Models": (

@@ -100,6 +100,8 @@ class TrainingData:
             places=[index.place(file.name) for file in index.files],
             num_frames=np.where(is_image, 0, frames),
             fps=data.fps,
+            reader=data.reader,
+            exact_color=data.exact_color,
             resolution=model.resolution,
             frames_per_block=model.frames_per_block,
             patch_size=model.patch_size,
@@ -213,7 +215,7 @@ class DataPosition:
     A run goes on exactly (the same blocks in the same batches) if these have not changed: the files
     of the folder, fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed
     and the global batch size. The number of hosts and devices, workers, max_prefetch, cache_gigabytes
-    and cache_path may change. random_crop changes the pixels of a block and not the order of blocks.
+    cache_path and reader may change. random_crop and exact_color change the pixels of a block and not the order of blocks.
     After any other change training goes on at the same fraction of the epoch, with a warning.
 
     Attributes:

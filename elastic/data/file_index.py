@@ -36,12 +36,14 @@ class MediaFile(NamedTuple):
       kind: what the content is, whatever the name says.
       num_frames: frames that it delivers at the index's `fps`.
       stamp: its size and time of change; a file whose stamp has changed is measured again.
+      transfer: 'pq' or 'hlg' for high dynamic range, which is tone-mapped; else 'sdr', also in older indexes.
     """
 
     name: str
     kind: Literal["image", "video"]
     num_frames: int
     stamp: str
+    transfer: str = "sdr"
 
 
 class BadFile(NamedTuple):
@@ -117,6 +119,13 @@ class FileIndex:
         bad = {name: file for name, file in measured.items() if isinstance(file, BadFile)}
         for name in sorted(bad):
             log.warning("Skipping a file: %s", bad[name].reason)
+        if hdr := sorted(file.name for file in files if file.transfer != "sdr"):
+            log.warning(
+                "Files of high dynamic range, which are tone-mapped to SDR: %d of %d, such as %s.",
+                len(hdr),
+                len(files),
+                hdr[0],
+            )
         if not files:
             raise ValueError(
                 f"None of the {len(found)} files in {folder!r} can be used; the log says why."
@@ -253,35 +262,26 @@ def _place(folder: str, name: str) -> Place:
 def _measure_all(
     folder: str, files: Iterable[tuple[str, str]], fps: float
 ) -> dict[str, MediaFile | BadFile]:
-    files, hdr = list(files), []
+    files = list(files)
     threads = _URL_THREADS if is_url(folder) else os.cpu_count() or 1
     pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="index")
     try:
-        jobs = [pool.submit(_measure, folder, name, stamp, fps, hdr) for name, stamp in files]
+        jobs = [pool.submit(_measure, folder, name, stamp, fps) for name, stamp in files]
         # Shown on a terminal only, and only if it takes more than a second.
         bar = tqdm(zip(files, jobs, strict=True), "Files", len(jobs), disable=None, delay=1)
-        measured = {name: job.result() for (name, _), job in bar}
-        if hdr:
-            log.warning(
-                "Files of high dynamic range, which are tone-mapped to SDR: %d of %d, such as %s.",
-                len(hdr),
-                len(files),
-                min(hdr),
-            )
-        return measured
+        return {name: job.result() for (name, _), job in bar}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _measure(folder: str, name: str, stamp: str, fps: float, hdr: list[str]) -> MediaFile | BadFile:
-    """Counts the frames of a file; adds its name to `hdr` if it has high dynamic range."""
+def _measure(folder: str, name: str, stamp: str, fps: float) -> MediaFile | BadFile:
+    """Counts the frames of a file."""
     place = _place(folder, name)
     if stamp == "special":  # opening a pipe would wait for ever
         return BadFile(f"{str(place)!r} is not a regular file.", stamp)
     try:
         with media.open_clip(place, resolution=1, rate=fps, tell_rate=False) as clip:
-            if clip.info.transfer != "sdr":
-                hdr.append(name)
-            return MediaFile(name, clip.info.kind, clip.num_frames, stamp)
+            info = clip.info
+            return MediaFile(name, info.kind, clip.num_frames, stamp, info.transfer)
     except MediaError as error:
         return BadFile(str(error), stamp)

@@ -63,6 +63,8 @@ class DecodeSpec:
       seed: seed of these draws.
       cache_bytes: memory for decoded frames.
       cache_path: folder for decoded frames; '' is none.
+      reader: who decodes video.
+      exact_color: convert the colours of every video with correct rounding.
       stamps: size and time of change of each file; a changed file is decoded again.
       blocks_per_sequence: blocks of the longest piece.
     """
@@ -79,6 +81,8 @@ class DecodeSpec:
     seed: int
     cache_bytes: float
     cache_path: str
+    reader: str
+    exact_color: bool
     stamps: Sequence[str]
     blocks_per_sequence: int
 
@@ -246,6 +250,8 @@ class SequenceReader:
         spec, side = self.spec, self._side(file)
         place, stamp = str(spec.places[file]), spec.stamps[file]
         key = (place, stamp, spec.fps, side, start, stop)
+        if spec.exact_color:  # other pixels; without it the key is that of older caches
+            key = (*key, "exact_color")
         frames = self._files.get(key, (stop - start, side, side, 3))
         if frames is not None:
             return _Span(frames, "")
@@ -286,6 +292,8 @@ class SequenceReader:
             resolution=self._side(file),
             rate=spec.fps,
             tell_rate=False,
+            reader=spec.reader,
+            exact_color=spec.exact_color,
         )
 
     def _side(self, file: int) -> int:

@@ -171,6 +171,7 @@ def _open_clips(
                 resolution=model.resolution,
                 rate=config.fps or None,
                 max_frames=config.max_frames or None,
+                **config.read_options,
             )
         except (media.MediaError, OSError) as error:
             skipped[name] = str(error)
@@ -223,6 +224,7 @@ def _measure(
         rate=clip.rate,
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
+        **config.read_options,
     )
     session = tokenizer.open_session(clip.path, options)
     if condition.search not in ("fixed", config.searches[0]):

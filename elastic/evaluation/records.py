@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from elastic.config import ElasticTokConfig
+from elastic.io.options import check_options
+from elastic.io.read_options import READ_DEFAULTS, exact_color_option, reader_option
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import geometric_counts, search_names
@@ -30,6 +32,8 @@ class EvaluationConfig:
       metric_frames: evenly spread frames of a clip on which SSIM and LPIPS are measured; both are slow on a CPU.
       max_frames: the first frames of a clip, which are read; None: all.
       fps: frames per second read from a video, at most its own rate; None: all frames.
+      reader: who decodes video.
+      exact_color: convert the colours of every video with correct rounding.
       pictures: the number of clips, from the first on, that pictures are drawn of.
 
     Raises:
@@ -44,9 +48,17 @@ class EvaluationConfig:
     metric_frames: int = 4
     max_frames: int | None = None
     fps: float | None = 24.0
+    reader: str = reader_option()
+    exact_color: bool = exact_color_option()
     pictures: int = 1
 
+    @property
+    def read_options(self) -> dict[str, Any]:
+        """The keyword arguments of `elastic.media.open_clip` besides rate and number of frames."""
+        return {name: getattr(self, name) for name in READ_DEFAULTS}
+
     def __post_init__(self):
+        check_options(self)
         for name in ("thresholds", "num_tokens", "searches", "metrics"):  # each once, in order
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for threshold in self.thresholds:

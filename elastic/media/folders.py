@@ -103,5 +103,5 @@ def tell_results(results: Collection[str | os.PathLike[str]]) -> None:
         log.info(
             "Results of earlier runs are left out: %d files, such as %s.",
             len(results),
-            min(map(os.fspath, results)),
+            min(str(result) for result in results),
         )

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from elastic.media.color import to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason
 from elastic.media.files import Place, is_url, open_file
-from elastic.media.source import Frames, MediaInfo, MediaSource, Reader
+from elastic.media.source import Frames, MediaInfo, MediaSource
 from elastic.media.timing import timed_source
 from elastic.media.video import video_source
 
@@ -83,7 +83,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_source(
-    path: str | os.PathLike[str], *, exact_color: bool = False, reader: Reader = "pyav"
+    path: str | os.PathLike[str], *, exact_color: bool = False, reader: str = "pyav"
 ) -> MediaSource:
     """Probes the file and returns how to read it; at most the first frame of a video is decoded.
 

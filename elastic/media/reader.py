@@ -13,16 +13,17 @@ import math
 import os
 import weakref
 from collections.abc import Generator, Iterator
-from typing import Self, get_args
+from typing import Self
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from elastic.io.read_options import READERS
 from elastic.media import decord_reader
 from elastic.media.errors import warn_once
 from elastic.media.images import open_source
-from elastic.media.source import MediaInfo, MediaSource, Reader
+from elastic.media.source import MediaInfo, MediaSource
 from elastic.media.timing import choose_frames
 
 _HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped."
@@ -47,7 +48,7 @@ def open_clip(
     max_frames: int | None = None,
     tell_rate: bool = True,
     exact_color: bool = False,
-    reader: Reader = "pyav",
+    reader: str = "pyav",
 ) -> "ClipReader":
     """Opens an image or a video for reading as square frames.
 
@@ -75,8 +76,8 @@ def open_clip(
         )
     if max_frames is not None and max_frames < 1:
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
-    if reader not in get_args(Reader):
-        raise ValueError(f"{reader=} must be one of {get_args(Reader)}.")
+    if reader not in READERS:
+        raise ValueError(f"{reader=} must be one of {', '.join(READERS)}.")
     if reader == "decord":
         decord_reader.check_installed()
     source = open_source(path, exact_color=exact_color, reader=reader)

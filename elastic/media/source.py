@@ -22,6 +22,7 @@ class MediaInfo:
       num_frames: how many frames it shows; exact, counted in the container.
       rate: frames per second, the mean one if it varies; 0.0 for an image.
       variable_rate: some frame is shown more than half a frame away from an even spacing.
+      pixel_aspect: width and height of a pixel as stored, (32, 27) for instance; (1, 1) if it is square.
       transfer: 'pq' or 'hlg' if the file has high dynamic range, which is tone-mapped; else 'sdr'.
     """
 
@@ -33,9 +34,9 @@ class MediaInfo:
     rate: float
     variable_rate: bool
     transfer: Literal["sdr", "pq", "hlg"] = "sdr"
+    pixel_aspect: tuple[int, int] = (1, 1)
 
 
-Reader = Literal["pyav", "decord"]
 Frames = Generator[Image.Image, None, None]  # mode RGB, upright
 
 

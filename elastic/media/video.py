@@ -22,7 +22,7 @@ from elastic.media import decord_reader
 from elastic.media.color import TRANSFERS, FrameConverter, to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason, warn_once
 from elastic.media.files import Place, open_file
-from elastic.media.source import Frames, MediaSource, Reader
+from elastic.media.source import Frames, MediaSource
 from elastic.media.timing import nominal_rate, timed_source
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
 
 
 def video_source(
-    path: Place, head: bytes, *, exact_color: bool = False, reader: Reader = "pyav"
+    path: Place, head: bytes, *, exact_color: bool = False, reader: str = "pyav"
 ) -> MediaSource:
     """A video from its packets.
 
@@ -138,13 +138,16 @@ def video_source(
     shown = (size[1], size[0]) if _SWAPPING & set(turns) else size
     rate = nominal_rate(*walk.nominal_rates, stamps if position_of else [], walk.time_base)
     source = timed_source(path, *shown, times, duration, rate, frames)
+    aspect = walk.pixel_aspect.as_integer_ratio()
+    info = dataclasses.replace(
+        source.info,
+        transfer=TRANSFERS.get(int(first.color_trc), "sdr"),
+        pixel_aspect=aspect[::-1] if _SWAPPING & set(turns) else aspect,
+    )
     if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS and len(packets) == 1:
-        picture = dataclasses.replace(source.info, kind="image", rate=0.0, variable_rate=False)
+        picture = dataclasses.replace(info, kind="image", rate=0.0, variable_rate=False)
         return MediaSource(picture, None, 0.0, frames)
-    transfer = TRANSFERS.get(int(first.color_trc), "sdr")
-    if transfer == "sdr":
-        return source
-    return dataclasses.replace(source, info=dataclasses.replace(source.info, transfer=transfer))
+    return dataclasses.replace(source, info=info)
 
 
 def _square_pixels(width: int, height: int, aspect: Fraction) -> tuple[int, int]:

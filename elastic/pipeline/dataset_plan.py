@@ -16,6 +16,7 @@ from elastic import media
 from elastic.io.atomic import atomic_open, locked
 from elastic.io.json_file import read_marked
 from elastic.io.names import model_name
+from elastic.io.read_options import READ_DEFAULTS
 from elastic.media import MediaError
 
 PLAN = "plan.json"
@@ -70,6 +71,7 @@ class DatasetPlan:
         try:
             values = read_marked(path, _FORMAT)
             values["files"] = tuple((str(name), int(size)) for name, size in values["files"])
+            values["options"] = READ_DEFAULTS | values["options"]  # older plans have none
             if "model_id" in values["model"]:  # an absolute path in older plans
                 values["model"]["model_id"] = model_name(values["model"]["model_id"])
             return cls(**values)

@@ -93,7 +93,13 @@ def tokenize_file(
             miniters=0,
             postfix="compiling",  # shown until the first pass is done
         )
-        session.on_progress = functools.partial(_advance, bar)
+
+        def on_progress(done: float) -> None:
+            if session.num_done == session.first_block:
+                bar.set_postfix_str("", refresh=False)
+            _advance(bar, done)
+
+        session.on_progress = on_progress
         with bar:
             for block in session:
                 result_folder.add(block)
@@ -114,8 +120,6 @@ def tokenize_file(
 
 def _advance(bar: tqdm, done: float) -> None:
     """Moves a bar to `done`, never back: passes are a forecast of blocks."""
-    if bar.postfix == "compiling":
-        bar.set_postfix_str("", refresh=False)
     bar.update(max(0.0, done - bar.n))
 
 

@@ -59,7 +59,7 @@ def build_report(
     about = {
         name: getattr(clip, name)
         for name in (
-            "model_id config_hash bottleneck_type codebook_size resolution source rate is_image "
+            "model_id config_hash bottleneck_type codebook_size resolution source pixel_aspect transfer rate is_image "
             "frames_per_block tokens_per_block threshold search window_blocks context"
         ).split()
     }

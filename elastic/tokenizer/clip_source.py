@@ -29,7 +29,9 @@ class Clip:
       is_image: whether the clip is a still picture of one frame.
       rate: frames per second; 0 for an image.
       num_frames: None: unknown, because the frames come from an iterator.
-      source: (width, height) of the original as displayed.
+      source: (width, height) of the original as displayed, in square pixels.
+      pixel_aspect: width and height of a stored pixel, (32, 27) for instance; (1, 1) if it is square.
+      transfer: 'pq' or 'hlg' for a file of high dynamic range, which is tone-mapped; else 'sdr'.
     """
 
     is_image: bool
@@ -39,6 +41,9 @@ class Clip:
     _reader: media.ClipReader | None
     _frames: Frames | None
     _resolution: int
+    pixel_aspect: tuple[int, int] = (1, 1)
+    transfer: str = "sdr"
+    exact_color: bool = False
 
     def blocks(
         self, frames_per_block: int, first_block: int = 0
@@ -71,6 +76,8 @@ class Clip:
         }
         if self._reader is not None:
             status = os.stat(self._reader.info.path)
+            if self.exact_color:
+                about["exact_color"] = True
             return about | {"size": status.st_size, "modified": status.st_mtime_ns}
         if isinstance(self._frames, np.ndarray):
             return about | {"crc": zlib.crc32(np.ascontiguousarray(self._frames).data)}
@@ -85,7 +92,13 @@ class Clip:
 
 
 def open_clip(
-    source: ClipLike, resolution: int, *, rate: float | None, max_frames: int | None
+    source: ClipLike,
+    resolution: int,
+    *,
+    rate: float | None,
+    max_frames: int | None,
+    reader: str = "pyav",
+    exact_color: bool = False,
 ) -> Clip:
     """Opens a clip.
 
@@ -94,6 +107,7 @@ def open_clip(
       resolution: rows and columns of the model's frames.
       rate: for a file, the frames per second to read, None: its own. For frames, the rate that they have, None: 24.
       max_frames: read the first frames only; None: all.
+      reader, exact_color: for a file, as in `media.open_clip`.
 
     Raises:
       ValueError: there is no frame, the source is of another type, or `rate` or `max_frames` is out of range.
@@ -104,7 +118,12 @@ def open_clip(
         raise ValueError(f"{rate=} must be a positive number of frames/s, or None.")
     if isinstance(source, (str, os.PathLike)):
         source = media.open_clip(
-            pathlib.Path(source), resolution=resolution, rate=rate, max_frames=max_frames
+            pathlib.Path(source),
+            resolution=resolution,
+            rate=rate,
+            max_frames=max_frames,
+            reader=reader,
+            exact_color=exact_color,
         )
     if isinstance(source, media.ClipReader):
         info = source.info
@@ -113,7 +132,18 @@ def open_clip(
                 f"The reader of {str(info.path)!r} gives {source.resolution} rows; open it with {resolution=}."
             )
         size, image = (info.width, info.height), info.kind == "image"
-        return Clip(image, source.rate, source.num_frames, size, source, None, resolution)
+        return Clip(
+            image,
+            source.rate,
+            source.num_frames,
+            size,
+            source,
+            None,
+            resolution,
+            pixel_aspect=info.pixel_aspect,
+            transfer=info.transfer,
+            exact_color=exact_color,
+        )
     own_rate = 24.0 if rate is None else float(rate)
     if isinstance(source, np.ndarray):
         is_image = source.ndim != 4

@@ -407,6 +407,8 @@ class EncodeSession:
             is_image=self.is_image,
             resolution=config.resolution,
             source=self.source,
+            pixel_aspect=self._clip.pixel_aspect,
+            transfer=self._clip.transfer,
             rate=float(self.rate),
             model_id=context.model_id,
             config_hash=config.config_hash(),

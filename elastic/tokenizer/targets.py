@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
+from elastic.io.read_options import READ_DEFAULTS, exact_color_option, reader_option
 from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
@@ -34,6 +35,8 @@ class EncodeArguments(TypedDict, total=False):
     search: str | None
     rate: float | None
     max_frames: int | None
+    reader: str
+    exact_color: bool
     max_fraction: float
     fallback_fraction: float
     num_counts: int
@@ -116,6 +119,8 @@ class EncodeOptions:
         "take no more frames than this; 0: all",
         check=Check(lambda frames: frames >= 1, "must be at least 1, or None for all"),
     )
+    reader: str = reader_option()
+    exact_color: bool = exact_color_option()
     max_fraction: float = option(
         1.0, "share of a block's tokens that may be tried", flag="max_prop_codes", check=_SHARE
     )
@@ -205,6 +210,11 @@ class EncodeOptions:
             name: getattr(value, "__name__", repr(value)) if callable(value) else value
             for name, value in vars(self).items()
         }
+
+    @property
+    def read_options(self) -> dict[str, Any]:
+        """The keyword arguments of `elastic.media.open_clip` besides rate and number of frames."""
+        return {name: getattr(self, name) for name in READ_DEFAULTS}
 
 
 # A misspelled option gets a suggestion here too, as in `ElasticTokenizer.encode`.

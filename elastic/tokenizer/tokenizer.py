@@ -172,6 +172,8 @@ class ElasticTokenizer:
         search: str | None = None,
         rate: float | None = EncodeOptions.rate,
         max_frames: int | None = None,
+        reader: str = EncodeOptions.reader,
+        exact_color: bool = EncodeOptions.exact_color,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
@@ -194,6 +196,8 @@ class ElasticTokenizer:
             search=search,
             rate=rate,
             max_frames=max_frames,
+            reader=reader,
+            exact_color=exact_color,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
@@ -226,6 +230,8 @@ class ElasticTokenizer:
         search: str | None = None,
         rate: float | None = EncodeOptions.rate,
         max_frames: int | None = None,
+        reader: str = EncodeOptions.reader,
+        exact_color: bool = EncodeOptions.exact_color,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
@@ -250,6 +256,8 @@ class ElasticTokenizer:
           search: 'predict', 'binary', 'linear' or 'fixed'; None: 'fixed' with `num_tokens`, else 'predict'.
           rate: frames per second to read from a file, and the rate of an array; None keeps a file's own.
           max_frames: read no more frames than this; None: all.
+          reader: who decodes a video file: 'pyav', or 'decord' where it is installed.
+          exact_color: convert the colours of every video file with correct rounding.
           fallback_fraction: share of a block's tokens kept where no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
           num_counts: counts that the search 'linear' spreads over the range.
@@ -272,6 +280,8 @@ class ElasticTokenizer:
             search=search,
             rate=rate,
             max_frames=max_frames,
+            reader=reader,
+            exact_color=exact_color,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
@@ -288,7 +298,11 @@ class ElasticTokenizer:
           ValueError: the source cannot be read, or the options do not fit the model.
         """
         clip = open_clip(
-            source, self.config.resolution, rate=options.rate, max_frames=options.max_frames
+            source,
+            self.config.resolution,
+            rate=options.rate,
+            max_frames=options.max_frames,
+            **options.read_options,
         )
         try:
             budget = Budget.of(options, self.config, rate=clip.rate)

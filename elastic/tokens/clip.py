@@ -127,7 +127,7 @@ class TokenizedClip:
       num_frames: frames of the clip; the last block may be padded beyond them.
       is_image: one picture, which fills one block.
       resolution: rows and columns of the decoded frames, in pixels.
-      source: (width, height) of the original as displayed, in pixels.
+      source: (width, height) of the original as displayed, in square pixels.
       rate: frames per second; 0 for an image.
       model_id: name of the model that made the tokens.
       config_hash: hex digest of that model's configuration.
@@ -136,6 +136,8 @@ class TokenizedClip:
       window_blocks: blocks held in one context.
       context: 'carry' if the cache is carried from window to window, 'restart' if each window starts empty.
       weights: fingerprint of that model's weights (`elastic.checkpoints.fingerprint`); () if it is not known.
+      pixel_aspect: width and height of the original's pixels as stored, such as (32, 27); (1, 1) if they are square.
+      transfer: 'pq' or 'hlg' if the original has high dynamic range, which was tone-mapped to SDR; else 'sdr'.
 
     Raises:
       ValueError: a field is out of range or contradicts the blocks.
@@ -158,6 +160,8 @@ class TokenizedClip:
     window_blocks: int
     context: Literal["carry", "restart"]
     weights: tuple[float, ...] = ()
+    pixel_aspect: tuple[int, int] = (1, 1)
+    transfer: Literal["sdr", "pq", "hlg"] = "sdr"
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -171,6 +175,10 @@ class TokenizedClip:
         require(
             len(self.source) == 2 and min(self.source) >= 1,
             f"source={self.source} must be (width, height) in pixels.",
+        )
+        require(
+            len(self.pixel_aspect) == 2 and min(self.pixel_aspect) >= 1,
+            f"pixel_aspect={self.pixel_aspect} must be the width and height of a pixel, such as (32, 27).",
         )
         require(
             math.isfinite(self.rate) and (self.rate > 0 or (self.is_image and self.rate == 0)),

@@ -29,6 +29,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
 CHOICES = {
     "bottleneck_type": ("fsq", "vae"),
     "context": ("carry", "restart"),
+    "transfer": ("sdr", "pq", "hlg"),
 }  # fields with few values
 _MAX_HEADER_BYTES = 65_536
 
@@ -183,7 +184,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-_WEIGHTS = "weights"  # the only field that may be missing: older files have none
+_WEIGHTS = "weights"  # may be missing: older files have none
+# These are written if they differ from what most files have.
+_USUAL: dict[str, Any] = {"pixel_aspect": [1, 1], "transfer": "sdr"}
 _MOST_NUMBERS = 256  # of a fingerprint of weights
 
 
@@ -195,6 +198,10 @@ def pack_header(fields: Mapping[str, Any]) -> np.ndarray:
     """
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     header |= {name: fields[name] for name in _TYPES}
+    for name, usual in _USUAL.items():
+        value = list(fields[name]) if isinstance(usual, list) else fields[name]
+        if value != usual:
+            header[name] = value
     if fields[_WEIGHTS]:
         header[_WEIGHTS] = list(fields[_WEIGHTS])
     text = json.dumps(header, allow_nan=False, indent=1).encode()
@@ -226,6 +233,11 @@ def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
             "Update the package, or tokenize the clip again."
         )
     weights = header.pop(_WEIGHTS, [])
+    others = {name: header.pop(name, usual) for name, usual in _USUAL.items()}
+    require(
+        all(_has_type(value, (type(_USUAL[name]),)) for name, value in others.items()),
+        f"header fields {others} are of no use.",
+    )
     require(
         type(weights) is list
         and len(weights) <= _MOST_NUMBERS
@@ -240,9 +252,11 @@ def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
         require(
             _has_type(header[name], types), f"header field {name}={header[name]!r} is of no use."
         )
+    header |= others
     for name in CHOICES:
         check_choice(name, header[name])
-    return header | {"source": tuple(header["source"]), _WEIGHTS: tuple(weights)}
+    pairs = {name: tuple(header[name]) for name in ("source", "pixel_aspect")}
+    return header | pairs | {_WEIGHTS: tuple(weights)}
 
 
 def check_choice(name: str, value: str) -> None:

@@ -61,6 +61,8 @@ class Evaluator:
             metrics=("psnr", "ssim"),
             max_frames=wanted.max_frames,
             fps=config.data.fps,
+            reader=config.data.reader,
+            exact_color=config.data.exact_color,
         )
         self._config.counts(model_config)  # raises now rather than after the first thousand steps
         self._tokenizer: ElasticTokenizer | None = None

@@ -372,6 +372,21 @@ def test_files_of_high_dynamic_range_are_counted_in_one_line(golden, tmp_path, c
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(golden / "inputs" / "pq_grey.mp4", tmp_path / name)
     shutil.copy(golden / "media" / "clip_160x120_30fps_97f.mp4", tmp_path / "c.mp4")
-    file_index.FileIndex.build(str(tmp_path), fps=24)
-    (line,) = [r.getMessage() for r in caplog.records if "high dynamic range" in r.getMessage()]
-    assert line.endswith("2 of 3, such as a.mp4.")
+    for _ in range(2):  # anew, and from an index that knows the files
+        file_index.load_or_build(str(tmp_path), fps=24, path=tmp_path / "index.json")
+        (line,) = [r.getMessage() for r in caplog.records if "high dynamic range" in r.getMessage()]
+        assert line.endswith("2 of 3, such as a.mp4.")
+        caplog.clear()
+
+
+def test_exact_colours_reach_the_blocks_and_decoded_frames_on_disk_are_told_apart(golden, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = shutil.copy(golden / "media" / "clip_160x120_30fps_97f.mp4", tmp_path / "in")
+    seen = []
+    for exact in (False, True, False):
+        options = dict(max_frames=2, exact_color=exact, cache_path=str(tmp_path / "cache"))
+        row = open_data(tmp_path / "in", **options).sequence(0)
+        with media.open_clip(path, resolution=32, max_frames=2, exact_color=exact) as clip:
+            np.testing.assert_array_equal(frames_of(row, 0), clip.read())
+        seen.append(frames_of(row, 0))
+    assert (seen[0] != seen[1]).any() and (seen[0] == seen[2]).all()

@@ -240,13 +240,21 @@ def test_other_weights_compile_nothing_and_give_what_a_new_tokenizer_gives(
 
 def test_wider_searches_give_the_same_and_one_count_costs_one_pass(tokenizer, clips, golden):
     wide = ElasticTokenizer(CONFIG, tokenizer.params, mesh=tokenizer.mesh, search_width=3)
-    config = EvaluationConfig(thresholds=(THRESHOLD,), num_tokens=(16,), searches=("linear",))
+    config = EvaluationConfig(
+        thresholds=(THRESHOLD,), num_tokens=(16,), searches=("linear",), exact_color=True
+    )
     narrow, found = (
         evaluate(t, [clips / "a.mp4"], config, progress=False) for t in (tokenizer, wide)
     )
     for a, b in zip(narrow.results, found.results, strict=True):
         assert [block.num_kept for block in a.blocks] == [block.num_kept for block in b.blocks]
     assert found.fixed()[0].passes_per_block == 1
+    # Of the frames that the config asks for.
+    made = tokenizer.encode(clips / "a.mp4", num_tokens=16, exact_color=True)
+    other = tokenizer.encode(clips / "a.mp4", num_tokens=16)
+    losses = [block.loss for block in found.fixed()[0].blocks]
+    assert losses == [block.loss for block in made.blocks]
+    assert losses != [block.loss for block in other.blocks]
 
 
 # --- Files that are no good --------------------------------------------------------------------

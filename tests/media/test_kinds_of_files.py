@@ -8,8 +8,12 @@ import pytest
 from media_cases import CLIP, ffmpeg, gray_frames, numbers
 from PIL import Image
 
+from elastic.data.config import DataConfig
+from elastic.evaluation.records import EvaluationConfig
+from elastic.io.read_options import READ_DEFAULTS
 from elastic.media import MediaError, find_media, images, open_clip, probe, write_video
 from elastic.media.color import tone_map
+from elastic.tokenizer import EncodeOptions, clip_source
 
 
 def frames_of(path, *, exact_color=False):
@@ -85,7 +89,7 @@ def test_transparency_of_an_animated_avif_is_composited_over_white(tmp_path):
 def test_pixels_that_are_not_square_are_shown_square(golden, tmp_path):
     path = golden / "inputs" / "anam.mp4"
     info = probe(path)
-    assert (info.width, info.height) == (853, 480)
+    assert (info.width, info.height, info.pixel_aspect) == (853, 480, (32, 27))
     dark = frames_of(path)[0].mean(-1) < 128
     rows, columns = np.nonzero(dark if dark.mean() < 0.5 else ~dark)
     assert abs(np.ptp(rows) - np.ptp(columns)) <= 2  # a circle
@@ -96,6 +100,8 @@ def test_pixels_that_are_not_square_are_shown_square(golden, tmp_path):
     turn = ("-display_rotation", 90, "-i", tmp_path / "tall.mp4", "-c", "copy")
     ffmpeg(*turn, tmp_path / "turned.mp4")
     assert frames_of(tmp_path / "turned.mp4").shape == (2, 160, 180, 3)
+    shapes = [probe(tmp_path / name).pixel_aspect for name in ("tall.mp4", "turned.mp4")]
+    assert shapes == [(2, 3), (3, 2)] and probe(golden / CLIP).pixel_aspect == (1, 1)
 
 
 def test_high_dynamic_range_is_tone_mapped_and_named(golden, caplog):
@@ -145,6 +151,42 @@ def test_exact_colours_are_those_of_ffmpeg(golden, tmp_path, options):
     expected = frames_of_ffmpeg(tmp_path / "a.mkv", 120, 160)
     assert len(shown) == len(expected) == 6
     assert np.abs(shown - expected).mean() <= 1
+
+
+RECORDS = pytest.mark.parametrize(
+    "record",
+    [
+        lambda **options: EncodeOptions(num_tokens=8, **options),
+        lambda **options: DataConfig(path="in", **options),
+        lambda **options: EvaluationConfig(**options),
+    ],
+    ids=["tokenizing", "training", "evaluation"],
+)
+
+
+@RECORDS
+def test_every_record_says_who_decodes_and_how_colours_are_converted(record, monkeypatch):
+    assert {name: getattr(record(), name) for name in READ_DEFAULTS} == READ_DEFAULTS
+    assert record(exact_color=True).exact_color
+    with pytest.raises(ValueError, match="reader='opencv' must be one of pyav, decord"):
+        record(reader="opencv")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"reader=decord is not installed here: pip install decord"
+    ):
+        record(reader="decord")
+    assert record(reader="pyav").reader == "pyav"
+
+
+def test_exact_colours_reach_the_tokenizer(golden):
+    """Of a clip where they differ: 8-bit, 4:2:0, limited range."""
+    plain, exact = (
+        clip_source.open_clip(golden / CLIP, 32, rate=24, max_frames=1, exact_color=exact_color)
+        for exact_color in (False, True)
+    )
+    frames = [next(clip.blocks(1)).astype(int) for clip in (plain, exact)]
+    assert 0.2 < (frames[1] - frames[0]).mean() < 2  # the released conversion is darker
+    assert plain.identity() != exact.identity()  # a run does not go on with other colours
 
 
 @pytest.mark.skipif(importlib.util.find_spec("decord") is None, reason="decord is not installed")

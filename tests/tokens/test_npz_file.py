@@ -70,6 +70,8 @@ def clips(draw) -> dict[str, Any]:
         "search": draw(st.sampled_from(["binary", "linear", "fixed"])),
         "window_blocks": draw(st.integers(1, 64)),
         "context": draw(st.sampled_from(["carry", "restart"])),
+        "pixel_aspect": draw(st.just((1, 1)) | st.tuples(st.integers(1, 99), st.integers(1, 99))),
+        "transfer": draw(st.sampled_from(["sdr", "pq", "hlg"])),
     }
 
 
@@ -100,6 +102,22 @@ def test_what_is_read_is_what_was_written(fields):
     again = TokenizedClip.from_bytes(data)
     assert_same(clip, again)
     assert again == clip and again.to_bytes() == data
+
+
+def test_the_usual_pixels_take_no_room_in_a_file_and_others_are_kept():
+    usual = example()
+    unlike = dataclasses.replace(usual, pixel_aspect=(32, 27), transfer="pq")
+    headers = []
+    for clip in (usual, unlike):
+        with np.load(io.BytesIO(clip.to_bytes())) as file:
+            headers.append(json.loads(file["header"].tobytes()))
+    assert not headers[0].keys() & {"pixel_aspect", "transfer"}
+    added = {"pixel_aspect": [32, 27], "transfer": "pq"}
+    assert headers[1] == headers[0] | added
+    again = TokenizedClip.from_bytes(unlike.to_bytes())
+    assert (again.pixel_aspect, again.transfer) == ((32, 27), "pq")
+    with pytest.raises(ValueError, match=r"pixel_aspect=\(0, 1\) must be"):
+        dataclasses.replace(usual, pixel_aspect=(0, 1))
 
 
 @given(fields=clips())

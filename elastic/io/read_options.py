@@ -1,0 +1,31 @@
+"""Options that say how media files are read. Tokenizing, evaluation and training have them in records of their own."""
+
+import importlib.util
+
+from elastic.io.options import Check, option
+
+READERS = ("pyav", "decord")
+# Keyword arguments of `elastic.media.open_clip` by their defaults, which change no pixel.
+READ_DEFAULTS = {"reader": "pyav", "exact_color": False}
+
+
+def _is_installed(reader: str) -> bool:
+    return reader != "decord" or importlib.util.find_spec("decord") is not None
+
+
+def reader_option() -> str:
+    """The option `reader`."""
+    return option(
+        "pyav",
+        "who decodes video: pyav, or decord (pip install decord), which gives the same frames; pyav reads what it shows otherwise",
+        choices=READERS,
+        check=Check(_is_installed, "is not installed here: pip install decord, or use pyav"),
+    )
+
+
+def exact_color_option() -> bool:
+    """The option `exact_color`."""
+    return option(
+        False,
+        "round the colours of 8-bit 4:2:0 video correctly, too; else they are up to 1.5 levels darker, as the released models saw them",
+    )
