@@ -4,7 +4,9 @@ The four public names are imported when they are first used: the tokenizer needs
 and shards do not.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from elastic.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from elastic.config import ElasticTokConfig
@@ -16,21 +18,12 @@ __version__ = "0.1.0"  # pyproject.toml reads it from here
 __all__ = ["ElasticTokConfig", "ElasticTokenizer", "TokenShards", "TokenizedClip", "__version__"]
 
 _MODULES = {
-    "ElasticTokConfig": "elastic.config",
-    "ElasticTokenizer": "elastic.tokenizer",
-    "TokenShards": "elastic.tokens",
-    "TokenizedClip": "elastic.tokens",
+    "ElasticTokConfig": ".config",
+    "ElasticTokenizer": ".tokenizer",
+    "TokenShards": ".tokens",
+    "TokenizedClip": ".tokens",
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'elastic' has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(_MODULES[name]), name)
-    globals()[name] = value  # found directly from now on
-    return value
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,9 @@
 The names of `curve_prior.py` are imported when they are first used, so that the flags are made from the registry without loading numpy.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from elastic.io.lazy import lazy_names
 from elastic.search.base import (
     Search,
     SearchOptions,
@@ -30,10 +31,4 @@ __all__ = [
     "search_names",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in ("CurvePrior", "load_prior"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from elastic.search import curve_prior
-
-    return getattr(curve_prior, name)
+__getattr__ = lazy_names(__name__, {"CurvePrior": ".curve_prior", "load_prior": ".curve_prior"})
