@@ -20,11 +20,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from elastic.io.read_options import READERS
-from elastic.media import decord_reader
 from elastic.media.errors import warn_once
-from elastic.media.images import open_source
 from elastic.media.source import MediaInfo, MediaSource
-from elastic.media.timing import choose_frames
 
 _HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped."
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
@@ -37,6 +34,8 @@ def probe(path: str | os.PathLike[str]) -> MediaInfo:
     Raises:
       MediaError: the file is missing, empty, truncated, audio-only, or not media that can be read.
     """
+    from elastic.media.images import open_source  # PyAV is loaded with the first file
+
     return open_source(path).info
 
 
@@ -68,6 +67,10 @@ def open_clip(
       MediaError: as in `probe`.
       ValueError: an option is out of range.
     """
+    from elastic.media import decord_reader  # PyAV is loaded with the first file
+    from elastic.media.images import open_source
+    from elastic.media.timing import choose_frames
+
     if resolution < 1:
         raise ValueError(f"{resolution=} must be at least 1.")
     if rate is not None and not (math.isfinite(rate) and rate > 0):
