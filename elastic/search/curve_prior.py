@@ -13,12 +13,13 @@ import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from elastic.io.json_file import read_marked
-from elastic.patches import to_unit_range
+from elastic.patches import TokenOrder, to_unit_range, token_places
 from elastic.search.rate_curve import Curve, Point, SearchHistory
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
@@ -35,7 +36,10 @@ Patch = tuple[int, int, int]
 
 
 def features(
-    frames: UInt8[np.ndarray, "n rows columns c"], patch_size: Patch, counts: Sequence[int]
+    frames: UInt8[np.ndarray, "n rows columns c"],
+    patch_size: Patch,
+    counts: Sequence[int],
+    token_order: TokenOrder = "raster",
 ) -> Float[np.ndarray, " k"]:
     """Logarithms of a block's motion, of its detail at several scales, and of the errors of two naive decoders.
 
@@ -47,12 +51,13 @@ def features(
       frames: the block at the model's resolution, real frames only.
       patch_size: frames, rows and columns of a token.
       counts: the counts for which the decoders' errors are taken.
+      token_order: of the tokens of a slice.
     """
     video = to_unit_range(frames)
     motion = float(np.abs(np.diff(video, axis=0)).mean()) if len(video) > 1 else 0.0
     powers = _powers(video)
     details = [a - b for a, b in zip(powers, [*powers[1:], 0.0], strict=True)]
-    tails = _tails(video, patch_size, counts)
+    tails = _tails(video, patch_size, counts, token_order)
     return np.log(
         [
             motion + _FLOOR,
@@ -69,6 +74,7 @@ class CurvePrior:
     Attributes:
       counts: where the curve is given, ascending.
       patch_size: frames, rows and columns of a token of the model.
+      token_order: of the tokens of a slice.
       means: of the features of the blocks it was fitted on.
       weights: [len(counts), 1 + features]: the mean log losses, and the coefficient of each feature less its mean.
       residual: root mean square error of the log losses, over all counts and the blocks fitted.
@@ -81,12 +87,17 @@ class CurvePrior:
     weights: Float[np.ndarray, "counts k+1"]
     residual: float
     spread: float
+    token_order: TokenOrder = "raster"
 
     def __post_init__(self):
         if not self.counts or list(self.counts) != sorted(set(self.counts)) or self.counts[0] < 1:
             raise ValueError(f"counts={self.counts} must be ascending, from 1 up.")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
             raise ValueError(f"patch_size={self.patch_size} must be three numbers, from 1 up.")
+        if self.token_order not in get_args(TokenOrder):
+            raise ValueError(
+                f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}."
+            )
         known = 1 + len(_BOXES) + 2 * len(_probes(self.counts))
         if self.means.shape != (known,) or self.weights.shape != (len(self.counts), 1 + known):
             raise ValueError(
@@ -99,7 +110,8 @@ class CurvePrior:
 
     def curve_of(self, frames: UInt8[np.ndarray, "n rows columns c"]) -> Curve:
         """The estimated curve of a block, as if it were the first of its clip."""
-        found = features(frames, self.patch_size, _probes(self.counts)) - self.means
+        found = features(frames, self.patch_size, _probes(self.counts), self.token_order)
+        found -= self.means
         losses = self.weights[:, 0] + self.weights[:, 1:] @ found
         # More tokens never raise the loss; a falling curve crosses the threshold once.
         losses = np.minimum.accumulate(losses)
@@ -131,6 +143,7 @@ class CurvePrior:
         values = _FORMAT | {
             "counts": list(self.counts),
             "patch_size": list(self.patch_size),
+            "token_order": self.token_order,
             "residual": round(self.residual, 4),
             "spread": round(self.spread, 4),
             "means": [round(float(mean), 5) for mean in self.means],
@@ -153,6 +166,7 @@ class CurvePrior:
             return cls(
                 counts=tuple(int(count) for count in values["counts"]),
                 patch_size=(int(frames), int(rows), int(columns)),
+                token_order=values.get("token_order", "raster"),
                 means=np.asarray(values["means"], np.float64),
                 weights=np.asarray(values["weights"], np.float64),
                 residual=float(values["residual"]),
@@ -180,6 +194,7 @@ def fit(
     *,
     counts: Sequence[int],
     patch_size: Patch,
+    token_order: TokenOrder = "raster",
 ) -> CurvePrior:
     """A prior by ridge regression of log losses on features that are scaled to deviation 1.
 
@@ -188,13 +203,14 @@ def fit(
       losses: the loss of every block with every count.
       counts: ascending token counts.
       patch_size: frames, rows and columns of a token.
+      token_order: of the tokens of a slice.
 
     Raises:
       ValueError: there are no blocks, or a loss is not a positive finite number.
     """
     if not len(blocks) or not (np.isfinite(losses).all() and (losses > 0).all()):
         raise ValueError(f"{len(blocks)} blocks: there must be some, their losses above 0.")
-    X = np.array([features(block, patch_size, _probes(counts)) for block in blocks])
+    X = np.array([features(block, patch_size, _probes(counts), token_order) for block in blocks])
     Y = np.log(losses)
     means, scale, level = X.mean(0), X.std(0) + 1e-6, Y.mean(0)
     Z = (X - means) / scale
@@ -206,6 +222,7 @@ def fit(
     return CurvePrior(
         counts=tuple(counts),
         patch_size=patch_size,
+        token_order=token_order,
         means=means,
         weights=np.concatenate([level[:, None], (solved / scale[:, None]).T], axis=1),
         residual=residual,
@@ -239,7 +256,9 @@ def _sums(video: np.ndarray, tall: int, wide: int) -> np.ndarray:
     return functools.reduce(np.add, [rows[:, :, i : across * wide : wide] for i in range(wide)])
 
 
-def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[float]:
+def _tails(
+    video: np.ndarray, patch_size: Patch, counts: Sequence[int], token_order: TokenOrder
+) -> list[float]:
     """Mean squared errors of the first naive decoder for each count, then those of the second.
 
     A count keeps some groups of frames whole and the first patches of the next group. Errors are summed patch by patch once, for
@@ -247,12 +266,17 @@ def _tails(video: np.ndarray, patch_size: Patch, counts: Sequence[int]) -> list[
     """
     pt, ph, pw = patch_size
     num_frames, channels = len(video), video.shape[-1]
-    sums = _sums(video, ph, pw).reshape(num_frames, -1, channels)
+    by_place = _sums(video, ph, pw)
+    places = token_places(by_place.shape[1], by_place.shape[2], token_order)
+    sums = by_place.reshape(num_frames, -1, channels)
     per_group = sums.shape[1]
+    if places is not None:
+        sums = sums[:, places]
 
     def energy(x: np.ndarray) -> np.ndarray:
         """Sums of squares, [frames, patches]."""
-        return _sums(np.square(x), ph, pw).sum(-1, dtype=np.float64).reshape(len(x), per_group)
+        found = _sums(np.square(x), ph, pw).sum(-1, dtype=np.float64).reshape(len(x), per_group)
+        return found if places is None else found[:, places]
 
     @functools.cache
     def change(frame: int) -> np.ndarray:

@@ -111,7 +111,13 @@ def fit_curves(flags: app.Values) -> int:
             f"--input_path={flags['input_path']}: none of {len(files)} files could be read, the first is {bad[0]}; give a "
             "folder of images or videos."
         )
-    prior = curve_prior.fit(blocks, np.array(losses), counts=counts, patch_size=config.patch_size)
+    prior = curve_prior.fit(
+        blocks,
+        np.array(losses),
+        counts=counts,
+        patch_size=config.patch_size,
+        token_order=config.token_order,
+    )
     with atomic_open(folder / curve_prior.FILE_NAME) as written:
         written.write(prior.to_json().encode())
     print(

@@ -117,10 +117,25 @@ def test_features_are_finite_for_any_block(shape, patch_size, value):
     assert found.shape == (13,) and np.isfinite(found).all()
 
 
-def test_a_decoder_that_copies_the_frame_before_loses_nothing_of_a_still_block():
+@pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
+def test_a_decoder_that_copies_the_frame_before_loses_nothing_of_a_still_block(token_order):
     still = np.repeat(block(1)[:1], 4, axis=0)
-    grey, before = features(still, PATCH, [16])[-2:]  # its first frame
+    grey, before = features(still, PATCH, [16], token_order)[-2:]  # its first frame
     assert before == pytest.approx(math.log(1e-3)) and grey > before + 1
+
+
+def test_the_tokens_that_are_kept_first_are_those_of_the_order():
+    """A picture that is grey but for the patches of its upper half: the first half of the tokens shows all or half of it."""
+    half = np.full((1, 16, 16, 3), 128, np.uint8)
+    half[:, :8] = np.random.default_rng(0).integers(0, 256, (1, 8, 16, 3))
+    count = 16 // PATCH[1] * (16 // PATCH[2]) // 2
+    lost = {
+        order: np.exp(features(half, (1, *PATCH[1:]), [count], order)[-2])
+        for order in ("raster", "coarse_to_fine")
+    }
+    assert (
+        lost["raster"] < 0.02 * lost["coarse_to_fine"]
+    )  # what is added to an error is more than its hundredth
 
 
 def test_a_prior_survives_its_file(prior, tmp_path):
