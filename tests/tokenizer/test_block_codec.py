@@ -9,7 +9,7 @@ import pytest
 
 from elastic import checkpoints
 from elastic.config import ElasticTokConfig
-from elastic.model import Batch, ElasticTok, param_shapes, token_masks
+from elastic.model import Batch, ElasticTok, init_params, param_shapes, token_masks
 from elastic.patches import to_unit_range
 from elastic.tokenizer.block_codec import Codec
 
@@ -72,6 +72,33 @@ def test_block_by_block_equals_one_shot_and_decoding_repeats_it(case):
     np.testing.assert_allclose(np.stack(losses, 1), error, rtol=0, atol=1e-6)
     np.testing.assert_allclose(
         committed.pixels, (np.clip(out[:, 96:], -1, 1) + 1) * 127.5, atol=0.51
+    )
+
+
+def test_a_model_with_every_spatial_option_gives_block_by_block_what_one_shot_gives(golden):
+    """Positions go on from block to block; the decoder sees the counts, of a token file too."""
+    released = json.loads((golden / "vae" / "meta.json").read_text())["config"]
+    config = ElasticTokConfig.from_json_dict(
+        released
+        | dict(bottleneck_type="vae", token_order="coarse_to_fine", rope="3d")
+        | dict(condition_decoder=True, lapped_output=True, condition_encoder=False)
+    )
+    params = jax.device_get(init_params(config, jax.random.key(0)))
+    patches = np.load(golden / "vae" / "inputs.npz")["vision"].reshape(2, 4, 32, -1)[:, :3]
+    counts = np.array([[4, 32, 11], [32, 5, 20]], np.int32)
+    codec = Codec(config, window_blocks=3)
+    cache, decoder_cache = codec.new_cache(batch=2), codec.new_decoder_cache(batch=2)
+    for block in range(3):
+        cache, _, committed = commit(codec, params, cache, patches[:, block], counts[:, block])
+        decoder_cache, pixels = codec.decode(
+            params, decoder_cache, committed.tokens, counts[:, block]
+        )
+        np.testing.assert_array_equal(pixels, committed.pixels)
+    x = to_unit_range(jnp.asarray(patches.reshape(2, 96, -1)))
+    kept = token_masks.kept_mask(jnp.asarray(counts), 32).reshape(2, 96)
+    out, _ = jax.jit(ElasticTok(config).apply)({"params": params}, Batch(x, kept))
+    np.testing.assert_allclose(
+        committed.pixels, (np.clip(out[:, 64:], -1, 1) + 1) * 127.5, atol=0.51
     )
 
 
