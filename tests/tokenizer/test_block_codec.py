@@ -16,10 +16,20 @@ from elastic.tokenizer.block_codec import Codec
 
 @pytest.fixture(scope="module", params=["fsq", "vae"])
 def case(request, golden):
+    return load(golden, request.param)
+
+
+@pytest.fixture(scope="module")
+def fsq(golden):
+    """For what does not depend on the bottleneck."""
+    return load(golden, "fsq")
+
+
+def load(golden, kind):
     """The golden model of one bottleneck: config, parameters, uint8 patches [2, 4 blocks, 32, p], the cached losses."""
-    folder = golden / request.param
+    folder = golden / kind
     released = json.loads((folder / "meta.json").read_text())["config"]
-    config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": request.param})
+    config = ElasticTokConfig.from_json_dict(released | {"bottleneck_type": kind})
     params = jax.device_put(
         checkpoints.load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
     )
@@ -120,9 +130,9 @@ def test_candidates_tried_together_equal_candidates_tried_alone(case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_trial_reads_the_past_in_place(case, dtype):
+def test_a_trial_reads_the_past_in_place(fsq, dtype):
     """No array of the cache's size is made by a trial: it is an argument, and no result of an operation, nor of a conversion."""
-    config, params, patches, _ = case
+    config, params, patches, _ = fsq
     codec = Codec(config.replace(scan_attention=True), dtype=dtype, window_blocks=1000)
     cache = codec.new_cache(batch=1)
     lowered = codec._try.lower(
@@ -137,9 +147,9 @@ def test_a_trial_reads_the_past_in_place(case, dtype):
     assert memory.temp_size_in_bytes < 0.02 * codec.cache_bytes()
 
 
-def test_the_window_forgets_the_oldest_block_only(case):
+def test_the_window_forgets_the_oldest_block_only(fsq):
     """With a window of 3 blocks the fourth sees two: what came before changes no code, if layers do not hand it on."""
-    config, params, patches, _ = case
+    config, params, patches, _ = fsq
     one_layer = config.replace(
         num_encoder_layers=1, num_decoder_layers=1, max_sequence_length=32 * 8
     )
@@ -158,8 +168,8 @@ def test_the_window_forgets_the_oldest_block_only(case):
     np.testing.assert_array_equal(same, other)
 
 
-def test_a_window_of_one_block_has_no_past(case):
-    config, params, patches, _ = case
+def test_a_window_of_one_block_has_no_past(fsq):
+    config, params, patches, _ = fsq
     codec = Codec(config, window_blocks=1)
     cache, _, _ = commit(codec, params, codec.new_cache(batch=2), patches[:, 0], [20, 20])
     assert codec.cache_bytes() == 0 and cache.encoder.keys.size == 0
@@ -171,8 +181,8 @@ def test_a_window_of_one_block_has_no_past(case):
     )  # rotated further, alike
 
 
-def test_errors_name_the_way_out(case):
-    config, params, patches, _ = case
+def test_errors_name_the_way_out(fsq):
+    config, params, patches, _ = fsq
     with pytest.raises(ValueError, match="window_blocks=0 must be 1 or more"):
         Codec(config, window_blocks=0)
     codec = Codec(config, window_blocks=2)
@@ -182,8 +192,8 @@ def test_errors_name_the_way_out(case):
         codec.commit(cache, trial, np.zeros(2, np.int32))
 
 
-def test_bfloat16_is_near_float32(case):
-    config, params, patches, _ = case
+def test_bfloat16_is_near_float32(fsq):
+    config, params, patches, _ = fsq
     counts = np.full((2, 1), 24, np.int32)
     exact, rounded = (
         Codec(config, dtype=dtype, window_blocks=2) for dtype in (jnp.float32, jnp.bfloat16)
@@ -199,9 +209,9 @@ def test_bfloat16_is_near_float32(case):
     assert rounded.cache_bytes() * 2 == exact.cache_bytes()
 
 
-def test_an_unconditioned_encoder_runs_once_for_all_counts(case):
+def test_an_unconditioned_encoder_runs_once_for_all_counts(fsq):
     """Without the embeddings of kept and dropped tokens, fewer tokens are the first of the same tokens."""
-    config, params, patches, _ = case
+    config, params, patches, _ = fsq
     config = config.replace(condition_encoder=False)
     embeddings = {"is_kept_embed", "is_masked_embed"}
     encoder = {name: leaf for name, leaf in params["encoder"].items() if name not in embeddings}
