@@ -59,6 +59,7 @@ def tokenize(flags: app.Values) -> int:
         folder,
         options,
         files_per_shard=flags["files_per_shard"],
+        append=flags["append"],
         batch=flags["batch"],
         process_index=index,
         process_count=count,

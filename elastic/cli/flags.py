@@ -193,7 +193,8 @@ DATASET = Script(
     description=(
         "Tokenizes a data set: every image and video becomes a row of a shard (Parquet, one row a clip). Writes into the "
         "output folder: shard-00000.parquet and so on, the numbers of each (.json), plan.json (files, model and options, which "
-        "every process and every restart must share), and when all is done summary.json, summary.png (tokens per block) and "
+        "every process and every restart must share; files that have changed since are tokenized anew), and when all is done "
+        "summary.json, summary.png (tokens per block) and "
         "bad.jsonl (files that could not be read: they are listed, and change no exit code unless all are bad). Ctrl-C "
         "and SIGTERM leave with exit code 130 and 143; the same command goes on from there, also after a crash, and with "
         "another number of processes."
@@ -210,6 +211,11 @@ DATASET = Script(
                 "output_folder", "", "the folder of the shards, shared by all hosts", required=True
             ),
             Flag("files_per_shard", 64, "files that share a shard"),
+            Flag(
+                "append",
+                False,
+                "tokenize the files that the folder has gained since the run began, as further shards; False: refuse them",
+            ),
             *_shared("fps", "max_frames", "reader", "exact_color", "resolution"),
         ),
         "Model": INFERENCE.groups["Model"],

@@ -18,14 +18,14 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     atomic_write(path, (text + "\n").encode())
 
 
-def read_marked(path: str | os.PathLike, mark: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a JSON file that holds a format mark, such as {"format": "elastictok-index", "version": 1}.
+def read_marked(path: str | os.PathLike, *marks: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a JSON file that holds one of the format marks, such as {"format": "elastictok-index", "version": 1}.
 
     Returns:
-      The object in the file without the mark's keys.
+      The object in the file without the keys of the mark.
 
     Raises:
-      ValueError: the file holds no JSON object, or one with another mark.
+      ValueError: the file holds no JSON object, or one with none of the marks.
       OSError: the file cannot be read.
     """
     try:
@@ -34,9 +34,10 @@ def read_marked(path: str | os.PathLike, mark: Mapping[str, Any]) -> dict[str, A
         raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__} and no object")
-    if any(values.pop(key, None) != value for key, value in mark.items()):
-        raise ValueError("its format is another one")
-    return values
+    for mark in marks:
+        if all(values.get(key) == value for key, value in mark.items()):
+            return {key: value for key, value in values.items() if key not in mark}
+    raise ValueError("its format is another one")
 
 
 def _plain(obj: Any) -> Any:

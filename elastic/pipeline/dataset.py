@@ -6,7 +6,8 @@ A shard is made in five steps:
 3. It packs the token files into `shard-00003.parquet`, which is written atomically.
 4. It writes `shard-00003.json`, which marks the shard as finished.
 5. It removes the folder of step 2.
-The next process redoes or removes whatever a killed process left.
+The next process redoes or removes whatever a killed process left. Where a file of a finished shard has changed, the shard's other rows go
+back to step 2, so that the next shard has the new tokens in the place of the old ones, and nobody reads those in between.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import json
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +36,15 @@ from elastic.pipeline.dataset_plan import (
     clear_unfinished,
     list_inputs,
     printable,
-    sizes,
+    stamped,
+    update_stamps,
     write_or_check,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
+from elastic.pipeline.file_stamp import FileStamp, content_digest, is_unchanged, stamp_of
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
-from elastic.tokens import TokenFileError, TokenizedClip, write_shard
+from elastic.tokens import TokenFileError, TokenizedClip, TokenShards, write_shard
 
 __all__ = ["Outcome", "list_inputs", "shard_name", "tokenize_dataset"]
 
@@ -48,6 +52,7 @@ log = logging.getLogger(__name__)
 
 # A process holds no lock for a moment between two shards, so that waiting ends only after several looks without a lock.
 _WAIT_SECONDS, _QUIET_WAITS = 1.0, 5
+_MOST_READS = 3  # of a file that changes while it is read
 
 
 class Outcome(NamedTuple):
@@ -72,12 +77,14 @@ def tokenize_dataset(
     process_index: int = 0,
     process_count: int = 1,
     batch: int = 1,
+    append: bool = False,
     wait: bool = False,
     progress: bool = True,
 ) -> Outcome:
     """Tokenizes this process's shards of a data set: `process_index`, `process_index + process_count`, ...
 
-    A second call resumes the run; the number of processes may differ. A process that finds all shards finished writes the summary.
+    A second call resumes the run; the number of processes may differ. It tokenizes files anew that have changed since, and names them.
+    A process that finds all shards finished writes the summary.
 
     Args:
       tokenizer: the model.
@@ -87,6 +94,7 @@ def tokenize_dataset(
       files_per_shard: files in a shard; the last shard may have fewer.
       process_index, process_count: the index of this process, from 0, and the number of processes.
       batch: clips that go through the model together.
+      append: tokenize files that the folder has gained since the run began, as further shards; False refuses them.
       wait: return only when all shards of the run are finished, or when no process works on the unfinished ones.
       progress: show a progress bar with the rate and the remaining time.
 
@@ -97,27 +105,29 @@ def tokenize_dataset(
     folder = Path(folder)
     _check_options(tokenizer, inputs, options)
     plan = DatasetPlan(
-        files=sizes(dict(sorted(inputs.items()))),
+        parts=(stamped(inputs),),
         files_per_shard=files_per_shard,
         model=_model_json(tokenizer),
         options=_options_json(tokenizer, options),
     )
     _check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_or_check(folder, plan)
     shards = _Shards(tokenizer, inputs, folder, plan, batch, options)
+    shards.plan = plan = write_or_check(folder, plan, append=append, reopen=shards.reopen)
+    _remove_stale_summary(folder, shards)
     mine = range(process_index, plan.num_shards, process_count)
     with _Progress(shards, mine, shown=progress) as bar:
         try:
-            locked_shards = [shard for shard in mine if not shards.finish(shard, bar)]
-            # The process that held the lock may have been killed since.
-            for shard in locked_shards:
+            # Once more at the end: a process that held a lock may have been killed since, and another one may have
+            # begun to make a finished shard anew, because a file of it has changed.
+            for shard in (*mine, *mine):
                 shards.finish(shard, bar)
         except (KeyboardInterrupt, SystemExit):
             log.warning("Stopped; the same command goes on from here.")
             raise
     if wait:
         shards.wait()
+    shards.plan = plan = DatasetPlan.load(folder / PLAN)  # another process may have appended files
     if left := shards.unfinished():
         names = tuple(shard_name(shard) for shard in left)
         log.info(
@@ -128,7 +138,7 @@ def tokenize_dataset(
         )
         return Outcome(None, names)
     with locked(folder / LOCK, wait=True):
-        for lock in folder.glob(".shard-*.lock"):
+        for lock in folder.glob(".shard-*.lock*"):
             lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # removed by another process
             (folder / UNFINISHED).rmdir()
@@ -136,6 +146,14 @@ def tokenize_dataset(
             (shard_name(k), Tally.load(shards.summary_path(k))) for k in range(plan.num_shards)
         ]
         return Outcome(write_summary(folder, plan, tallies), ())
+
+
+def _remove_stale_summary(folder: Path, shards: "_Shards") -> None:
+    """Removes the summary of an earlier run where shards are unfinished: files are new, or have changed since."""
+    with locked(folder / LOCK, wait=True):
+        if shards.unfinished():
+            for name in (SUMMARY, PLOT, BAD):
+                (folder / name).unlink(missing_ok=True)
 
 
 def shard_name(shard: int) -> str:
@@ -166,10 +184,14 @@ class _Shards:
     ):
         self._tokenizer, self._inputs, self._options = tokenizer, inputs, options
         self._folder, self._batch, self.plan = folder, batch, plan
+        self._reads: Counter[str] = Counter()  # reads of a file during which it has changed
 
     def summary_path(self, shard: int) -> Path:
         """The JSON file that marks a shard as finished."""
         return self._folder / f"{shard_name(shard)}.json"
+
+    def _parquet_path(self, shard: int) -> Path:
+        return self._folder / f"{shard_name(shard)}.parquet"
 
     def work_folder(self, shard: int) -> Path:
         """The folder of the token files of an unfinished shard."""
@@ -218,12 +240,99 @@ class _Shards:
             # Another process may have finished the shard before this one got the lock.
             if not self.finished(shard):
                 clear_unfinished(self._folder, shard_name(shard))
+                self._parquet_path(shard).unlink(missing_ok=True)
                 self._tokenize(shard, bar)
-                self._pack(shard)
+                while not self._pack(shard):
+                    self._tokenize(shard, bar)
             shutil.rmtree(self.work_folder(shard), ignore_errors=True)
             # A process that opened this lock file before still finds the shard finished.
             lock.unlink(missing_ok=True)
         return True
+
+    def reopen(self, plan: DatasetPlan, others: Mapping[str, FileStamp]) -> set[str]:
+        """Makes finished shards unfinished where a file has changed: their other rows become token files again.
+
+        Args:
+          plan: the plan in the folder.
+          others: the present stamps of the files whose stamps differ from the plan's.
+
+        Returns:
+          The files whose present stamps the plan may take: they are unchanged, or no finished shard has them any more.
+        """
+        self.plan, changed, taken = plan, [], set()
+        for shard in range(plan.num_shards):
+            names = [name for name in plan.names(shard) if name in others]
+            if not names:
+                continue
+            with self._unless_at_work(shard) as held:
+                taken.update(names)
+                if not self.finished(shard):  # what its token files stand for is noted beside them
+                    if held:
+                        self._remove_unstamped(shard, others)
+                    continue
+                tally = Tally.load(self.summary_path(shard))
+                gone = {
+                    name
+                    for name in names
+                    if not is_unchanged(
+                        self._inputs[name],
+                        plan.files[name],
+                        others[name],
+                        tally.contents.get(name),
+                    )
+                }
+                if gone:
+                    self._unpack(shard, tally, gone)
+                    changed += sorted(gone)
+        if changed:
+            log.warning(
+                "Tokenized anew, because %d of %d files have changed since: %s.",
+                len(changed),
+                len(plan.files),
+                _first_few(changed),
+            )
+        return taken
+
+    def _remove_unstamped(self, shard: int, others: Mapping[str, FileStamp]) -> None:
+        """Marks changed files of an unfinished shard as not done where an earlier version noted no stamp."""
+        for number, name in enumerate(self.plan.names(shard)):
+            notes = _Notes.load(self.work_folder(shard), number)
+            if name in others and notes is not None and notes.stamp is None:
+                then = self.plan.files[name]
+                if not is_unchanged(self._inputs[name], then, others[name], notes.content):
+                    _Notes.remove(self.work_folder(shard), number)
+
+    @contextlib.contextmanager
+    def _unless_at_work(self, shard: int) -> Iterator[bool]:
+        """Holds a shard's lock; gives False if another process works on the shard and has not finished it."""
+        while True:
+            with locked(self._lock(shard)) as held:
+                if held or not self.finished(shard):
+                    yield held
+                    return
+            time.sleep(0.05)  # that process is about to give up the lock
+
+    def _unpack(self, shard: int, tally: Tally, without: set[str]) -> None:
+        """Turns the rows of a finished shard into token files again, without those of some files, and removes the shard."""
+        work_folder, names = self.work_folder(shard), self.plan.names(shard)
+        shutil.rmtree(work_folder, ignore_errors=True)
+        work_folder.mkdir(parents=True)
+        reasons = dict(tally.bad)
+        rows = TokenShards(self._parquet_path(shard)) if len(reasons) < len(names) else None
+        seconds = tally.seconds / max(1, len(names))
+        for number, name in enumerate(names):
+            if name in without:
+                continue
+            if name not in reasons:
+                assert rows is not None
+                rows[rows.find(name)].save(work_folder / f"{number:05d}.npz")
+            notes = _Notes(
+                reasons.get(name), seconds, self.plan.files[name], tally.contents.get(name)
+            )
+            notes.save(work_folder, number)
+        # In this order a kill in between leaves a finished shard, or an unfinished one that is packed from these files.
+        self.summary_path(shard).unlink()
+        self._parquet_path(shard).unlink(missing_ok=True)
 
     def _tokenize(self, shard: int, bar: "_Progress") -> None:
         """Tokenizes the files of a shard that are not done yet into token files."""
@@ -232,18 +341,29 @@ class _Shards:
         todo = [
             (number, name)
             for number, name in enumerate(self.plan.names(shard))
-            if not _is_done(work_folder, number)
+            if self._done(shard, number, name) is None or not self._is_sound(shard, number)
         ]
-        files = [self._inputs[name] for _, name in todo]
+        before: list[FileStamp] = []
         started = time.perf_counter()
 
         def resume_path(which: int) -> Path:
             return work_folder / f"{todo[which][0]:05d}.part"
 
+        def sources() -> Iterator[Path]:  # a file is opened right after its stamp was taken
+            for _, name in todo:
+                before.append(stamp_of(self._inputs[name]))
+                yield self._inputs[name]
+
         for which, found in self._tokenizer.encode_each(
-            files, self._options, batch=self._batch, record=resume_path
+            sources(), self._options, batch=self._batch, record=resume_path
         ):
-            number = todo[which][0]
+            number, name = todo[which]
+            stamp, content = before[which], content_digest(self._inputs[name])
+            if stamp_of(self._inputs[name]) != stamp:
+                found = self._changed_while_read(shard, number, name)
+                if found is None:
+                    continue
+                stamp = stamp._replace(ends=None)  # like no later one: a later run reads it again
             reason = None
             if isinstance(found, MediaError):
                 reason = printable(str(found))
@@ -252,22 +372,66 @@ class _Shards:
                 found.save(work_folder / f"{number:05d}.npz")
             seconds = time.perf_counter() - started
             # Written last, because it marks the file as done.
-            write_json(work_folder / f"{number:05d}.json", {"reason": reason, "seconds": seconds})
+            _Notes(reason, seconds, stamp, content).save(work_folder, number)
             remove_resume_log(resume_path(which))
             bar.add(0 if isinstance(found, MediaError) else found.num_frames)
             started = time.perf_counter()
 
-    def _pack(self, shard: int) -> None:
-        """Packs token files into the shard, then writes its numbers."""
+    def _changed_while_read(self, shard: int, number: int, name: str) -> MediaError | None:
+        """The error of a file that changes whenever it is read; None: it shall be read again."""
+        remove_resume_log(self.work_folder(shard) / f"{number:05d}.part")
+        self._reads[name] += 1
+        if self._reads[name] < _MOST_READS:
+            log.warning("%s has changed while it was read; it is tokenized again.", name)
+            return None
+        return MediaError(
+            f"{str(self._inputs[name])!r} has changed {_MOST_READS} times while it was read; start again when it is complete."
+        )
+
+    def _done(self, shard: int, number: int, name: str) -> "_Notes | None":
+        """What is noted of a file that is tokenized; None: it is not, or has changed since."""
+        notes = _Notes.load(self.work_folder(shard), number)
+        if notes is None:
+            return None
+        if self._reads[name] >= _MOST_READS:
+            return notes
+        now = stamp_of(self._inputs[name])
+        then = notes.stamp or self.plan.files[name]  # earlier versions noted none
+        if is_unchanged(self._inputs[name], then, now, notes.content):
+            return notes._replace(stamp=notes.stamp and now)
+        log.warning("%s has changed since it was tokenized; it is tokenized anew.", name)
+        _Notes.remove(self.work_folder(shard), number)
+        return None
+
+    def _is_sound(self, shard: int, number: int) -> bool:
+        """Whether the tokens of a file that is done can be read; otherwise it is marked as not done."""
+        work_folder = self.work_folder(shard)
+        notes = _Notes.load(work_folder, number)
+        try:
+            if notes is not None and notes.reason is None:
+                TokenizedClip.load(work_folder / f"{number:05d}.npz")
+        except (FileNotFoundError, TokenFileError) as error:
+            log.warning("Tokenized again: %s", error)
+            _Notes.remove(work_folder, number)
+            return False
+        return True
+
+    def _pack(self, shard: int) -> bool:
+        """Packs token files into the shard, then writes its numbers. False: a file is not tokenized, or has changed since."""
         work_folder, tally, names = self.work_folder(shard), Tally(), self.plan.names(shard)
-        readable = []
+        readable, stamps = [], {}
         for number, name in enumerate(names):
-            notes = json.loads((work_folder / f"{number:05d}.json").read_bytes())
-            tally.seconds += notes["seconds"]
-            if notes["reason"] is None:
+            notes = self._done(shard, number, name)
+            if notes is None:
+                return False
+            tally.seconds += notes.seconds
+            tally.contents[name] = notes.content
+            if notes.stamp not in (None, self.plan.files[name]):
+                stamps[name] = notes.stamp
+            if notes.reason is None:
                 readable.append((number, name))
             else:
-                tally.bad.append([name, notes["reason"]])
+                tally.bad.append([name, notes.reason])
 
         def rows() -> Iterator[tuple[str, TokenizedClip]]:
             for number, name in readable:
@@ -275,10 +439,58 @@ class _Shards:
                 tally.add(clip)
                 yield name, clip
 
-        file = f"{shard_name(shard)}.parquet"
+        if stamps:
+            update_stamps(self._folder, stamps)
+        path = self._parquet_path(shard)
         if readable:
-            write_shard(self._folder / file, rows())
-        tally.save(self.summary_path(shard), file if readable else None)
+            write_shard(path, rows())
+        tally.save(self.summary_path(shard), path.name if readable else None)
+        return True
+
+
+class _Notes(NamedTuple):
+    """What is noted of a tokenized file beside its tokens, until its shard is packed. The notes mark the file as done.
+
+    Attributes:
+      reason: why the file could not be read; None: it could.
+      seconds: time spent on it.
+      stamp: of the file when it was read; None: an earlier version has noted none.
+      content: `content_digest` of the file.
+    """
+
+    reason: str | None
+    seconds: float
+    stamp: FileStamp | None
+    content: str | None
+
+    def save(self, folder: Path, number: int) -> None:
+        """Writes the notes of a file of a shard."""
+        write_json(folder / f"{number:05d}.json", self._asdict())
+
+    @classmethod
+    def load(cls, folder: Path, number: int) -> "_Notes | None":
+        """Reads the notes of a file; None: there are none. Damaged ones are removed."""
+        path = folder / f"{number:05d}.json"
+        try:
+            values = json.loads(path.read_bytes())
+            stamp = values.get("stamp")
+            return cls(
+                values["reason"],
+                float(values["seconds"]),
+                None if stamp is None else FileStamp(*stamp),
+                values.get("content"),
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("Tokenized again: %s: %s", path, error)
+            path.unlink()
+            return None
+
+    @staticmethod
+    def remove(folder: Path, number: int) -> None:
+        """Marks a file as not done."""
+        (folder / f"{number:05d}.json").unlink(missing_ok=True)
 
 
 class _Progress:
@@ -304,21 +516,6 @@ class _Progress:
         rate = self._frames / (time.perf_counter() - self._started)
         self._bar.set_postfix_str(f"{rate:.1f} frames/s", refresh=False)
         self._bar.update()
-
-
-def _is_done(work_folder: Path, number: int) -> bool:
-    """Whether an earlier run finished a file. A file whose tokens are damaged is marked as not done."""
-    notes, tokens = (work_folder / f"{number:05d}{ending}" for ending in (".json", ".npz"))
-    try:
-        if json.loads(notes.read_bytes())["reason"] is None:
-            TokenizedClip.load(tokens)
-    except FileNotFoundError:
-        return False
-    except (TokenFileError, ValueError, KeyError, TypeError) as error:
-        log.warning("Tokenized again: %s", error)
-        notes.unlink(missing_ok=True)
-        return False
-    return True
 
 
 def _check_options(

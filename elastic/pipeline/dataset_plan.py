@@ -1,28 +1,35 @@
 """The plan of a data set run, which is written before the run starts: its files, their shards, the model, the options.
 
-`plan.json` is written once. Every process of the run compares its own plan with it, also after a restart. A process with other
-files, another model or other options is refused, so that two runs cannot mix in one folder.
+Every process of the run compares its own plan with `plan.json`, also after a restart. A process with another model or other
+options is refused, so that two runs cannot mix in one folder, and so is one that misses a file. New files are appended as
+further shards if the caller asks for it. A file that has changed gets its new stamp once its old tokens are gone.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from elastic import media
+from elastic.io import json_file
 from elastic.io.atomic import atomic_open, locked
-from elastic.io.json_file import read_marked
 from elastic.io.names import model_name
 from elastic.io.read_options import READ_DEFAULTS
 from elastic.media import MediaError
+from elastic.pipeline.file_stamp import FileStamp, stamps_of
+
+log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 UNFINISHED = ".unfinished"
 LOCK = ".plan.lock"  # held while plan.json or the summary is written
-_FORMAT = {"format": "elastictok-dataset", "version": 1}
+_FORMAT = {"format": "elastictok-dataset", "version": 2}
+_EARLIER = _FORMAT | {"version": 1}  # knows no files but their sizes, and no appended ones
 _LIST_SUFFIX = ".txt"
 
 
@@ -31,13 +38,14 @@ class DatasetPlan:
     """The plan of a data set run.
 
     Attributes:
-      files: (name, bytes) of each file, sorted by name; the name is the clip's id.
-      files_per_shard: files in a shard; the last shard may have fewer.
+      parts: {name: stamp} of the files that a run began with, sorted by name, then the same of those that each later run
+        appended; the name is the clip's id. A shard has files of one part.
+      files_per_shard: files in a shard; the last shard of a part may have fewer.
       model: what identifies the model, including a digest of its weights.
       options: how clips are read and tokenized.
     """
 
-    files: tuple[tuple[str, int], ...]
+    parts: tuple[Mapping[str, FileStamp], ...]
     files_per_shard: int
     model: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -46,43 +54,90 @@ class DatasetPlan:
         if self.files_per_shard < 1:
             raise ValueError(f"files_per_shard={self.files_per_shard} must be at least 1.")
 
+    @functools.cached_property
+    def files(self) -> dict[str, FileStamp]:
+        """{name: stamp} of all files."""
+        return {name: stamp for part in self.parts for name, stamp in part.items()}
+
+    @functools.cached_property
+    def _shards(self) -> list[list[str]]:
+        step = self.files_per_shard
+        return [
+            list(part)[start : start + step]
+            for part in self.parts
+            for start in range(0, len(part), step)
+        ]
+
     @property
     def num_shards(self) -> int:
         """The number of shards."""
-        return -(-len(self.files) // self.files_per_shard)
+        return len(self._shards)
 
     def names(self, shard: int) -> list[str]:
         """The names of a shard's files."""
-        start = shard * self.files_per_shard
-        return [name for name, _ in self.files[start : start + self.files_per_shard]]
+        return self._shards[shard]
+
+    def with_stamps(self, stamps: Mapping[str, FileStamp]) -> "DatasetPlan":
+        """The plan with other stamps of some of its files."""
+        parts = tuple(
+            {name: stamps.get(name, stamp) for name, stamp in part.items()} for part in self.parts
+        )
+        return dataclasses.replace(self, parts=parts)
 
     def to_json(self) -> bytes:
         """The content of plan.json."""
-        values = _FORMAT | dataclasses.asdict(self)
+        first, *appended = ([[name, *stamp] for name, stamp in part.items()] for part in self.parts)
+        values = _FORMAT | {
+            "files": first,
+            "appended": appended,
+            "files_per_shard": self.files_per_shard,
+            "model": self.model,
+            "options": self.options,
+        }
         return (json.dumps(values, separators=(",", ":")) + "\n").encode()
 
     @classmethod
     def load(cls, path: Path) -> "DatasetPlan":
-        """Reads plan.json.
+        """Reads plan.json, also one of version 1.
 
         Raises:
           ValueError: the file is damaged or is not a plan.
         """
         try:
-            values = read_marked(path, _FORMAT)
-            values["files"] = tuple((str(name), int(size)) for name, size in values["files"])
+            values = json_file.read_marked(path, _FORMAT, _EARLIER)
+            listed = [values.pop("files"), *values.pop("appended", [])]
+            parts = tuple(
+                {str(name): FileStamp(int(size), *more) for name, size, *more in files}
+                for files in listed
+            )
             values["options"] = READ_DEFAULTS | values["options"]  # older plans have none
             if "model_id" in values["model"]:  # an absolute path in older plans
                 values["model"]["model_id"] = model_name(values["model"]["model_id"])
-            return cls(**values)
+            return cls(parts=parts, **values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no plan of a data set run ({error}); choose another output_folder."
             ) from error
 
 
-def write_or_check(folder: Path, plan: DatasetPlan) -> None:
-    """Writes the plan of a new run, or checks that it equals the plan in the folder.
+def write_or_check(
+    folder: Path,
+    plan: DatasetPlan,
+    *,
+    append: bool,
+    reopen: Callable[[DatasetPlan, Mapping[str, FileStamp]], set[str]],
+) -> DatasetPlan:
+    """Writes the plan of a new run, or compares it with the plan in the folder, which takes up new and changed files.
+
+    Args:
+      folder: the folder of the run.
+      plan: all files of this process in one part.
+      append: add files that are new.
+      reopen: called with the plan in the folder and with the present stamps of the files whose stamps differ from it. It removes the
+        tokens of those that have changed, and returns the names of the files whose new stamps the plan may take.
+
+    Returns:
+      The plan that is in the folder now.
 
     Raises:
       ValueError: the folder holds another plan; the message lists the differences.
@@ -95,16 +150,47 @@ def write_or_check(folder: Path, plan: DatasetPlan) -> None:
                 raise ValueError(
                     f"{folder} holds shards but no {PLAN}; choose another output_folder."
                 )
-            with atomic_open(folder / PLAN) as file:
-                file.write(plan.to_json())
-            return
+            _write(folder, plan)
+            return plan
         found = DatasetPlan.load(folder / PLAN)
-    differing = _differences(found, dataclasses.replace(plan, **_through_json(plan)))
-    if differing:
-        raise ValueError(
-            f"{folder} holds the shards of another run: {'; '.join(differing)}. Go on with what that run began with, "
-            "or choose another output_folder."
-        )
+        now = dataclasses.replace(plan, **_through_json(plan))
+        differing = _differences(found, now, append=append)
+        if differing:
+            raise ValueError(
+                f"{folder} holds the shards of another run: {'; '.join(differing)}. Go on with what that run began with, "
+                "or choose another output_folder."
+            )
+        new = {name: stamp for name, stamp in plan.files.items() if name not in found.files}
+        others = {
+            name: plan.files[name]
+            for name, stamp in found.files.items()
+            if plan.files[name] != stamp
+        }
+        taken = reopen(found, others) if others else set()
+        settled = found.with_stamps({name: others[name] for name in taken})
+        if new:
+            settled = dataclasses.replace(settled, parts=(*settled.parts, new))
+            log.info(
+                "%d files are new, such as %r: shards from number %d on are theirs.",
+                len(new),
+                next(iter(new)),
+                found.num_shards,
+            )
+        if settled.parts != found.parts:
+            _write(folder, settled)
+        return settled
+
+
+def update_stamps(folder: Path, stamps: Mapping[str, FileStamp]) -> None:
+    """Writes the stamps of files that changed after the plan had been made and before they were tokenized."""
+    with locked(folder / LOCK, wait=True):
+        found = DatasetPlan.load(folder / PLAN)
+        _write(folder, found.with_stamps(stamps))
+
+
+def _write(folder: Path, plan: DatasetPlan) -> None:
+    with atomic_open(folder / PLAN) as file:
+        file.write(plan.to_json())
 
 
 def _through_json(plan: DatasetPlan) -> dict[str, Any]:
@@ -112,8 +198,8 @@ def _through_json(plan: DatasetPlan) -> dict[str, Any]:
     return {name: json.loads(json.dumps(getattr(plan, name))) for name in ("model", "options")}
 
 
-def _differences(before: DatasetPlan, now: DatasetPlan) -> list[str]:
-    """The differences of two plans, in words."""
+def _differences(before: DatasetPlan, now: DatasetPlan, *, append: bool) -> list[str]:
+    """The differences of two plans that must not be, in words."""
     found = []
     for kind in ("model", "options"):
         old, new = getattr(before, kind), getattr(now, kind)
@@ -124,17 +210,20 @@ def _differences(before: DatasetPlan, now: DatasetPlan) -> list[str]:
         ]
     if before.files_per_shard != now.files_per_shard:
         found.append(f"files_per_shard={now.files_per_shard} (then {before.files_per_shard})")
-    old, new = dict(before.files), dict(now.files)
-    changes = {
-        "new": sorted(set(new) - set(old)),
-        "missing": sorted(set(old) - set(new)),
-        "of another size": sorted(name for name in set(old) & set(new) if old[name] != new[name]),
-    }
-    found += [
-        f"{len(names)} files are {what}, such as {names[0]!r}"
-        for what, names in changes.items()
-        if names
+    new = [name for name in now.files if name not in before.files]
+    if new and not append:
+        found.append(
+            f"{len(new)} files are new, such as {new[0]!r}, which append=True (on the command line --append=True) tokenizes as "
+            "further shards"
+        )
+    # A file that is listed and not there may come back with its disk.
+    missing = [
+        name
+        for name, stamp in before.files.items()
+        if now.files.get(name, FileStamp(-1)).size < 0 <= stamp.size or name not in now.files
     ]
+    if missing:
+        found.append(f"{len(missing)} files are missing, such as {missing[0]!r}")
     return found
 
 
@@ -180,16 +269,10 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def sizes(inputs: Mapping[str, Path]) -> tuple[tuple[str, int], ...]:
-    """(name, bytes) of each file. A missing file gets -1; tokenizing will report it."""
-
-    def size(path: Path) -> int:
-        try:
-            return os.stat(path).st_size
-        except OSError:
-            return -1
-
-    return tuple((name, size(path)) for name, path in inputs.items())
+def stamped(inputs: Mapping[str, Path]) -> dict[str, FileStamp]:
+    """{name: stamp} of the files, sorted by name."""
+    names = sorted(inputs)
+    return dict(zip(names, stamps_of(inputs[name] for name in names), strict=True))
 
 
 def clear_unfinished(folder: Path, stem: str) -> None:

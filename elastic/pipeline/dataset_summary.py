@@ -29,6 +29,7 @@ class Tally:
       histogram: {token count: number of blocks that keep so many tokens}.
       seconds: time spent on tokenizing, summed over the processes.
       bad: [name, reason] of each file that could not be read.
+      contents: {name: digest of all bytes} of each file, which tells later whether the file has changed.
     """
 
     clips: int = 0
@@ -41,6 +42,7 @@ class Tally:
     seconds: float = 0.0
     histogram: Counter[int] = dataclasses.field(default_factory=Counter)
     bad: list[list[str]] = dataclasses.field(default_factory=list)
+    contents: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def add(self, clip: TokenizedClip) -> None:
         """Adds the numbers of one clip."""
@@ -107,7 +109,7 @@ def write_summary(
     for _, tally in shards:
         total.merge(tally)
     sums = dataclasses.asdict(total)
-    del sums["histogram"], sums["bad"]
+    del sums["histogram"], sums["bad"], sums["contents"]
     blocks = total.blocks or math.nan
     found = {
         "model": plan.model,

@@ -16,8 +16,9 @@ the last one ends with END. Grain's first-fit packing puts several pieces into e
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
@@ -80,11 +81,15 @@ class Vocabulary:
     def piece(self, clip: TokenizedClip, first: int = 0, stop: int | None = None) -> np.ndarray:
         """The ids of blocks `first` to `stop` (not included; None: to the end), int32."""
         stop = len(clip.blocks) if stop is None else stop
-        parts: list[np.ndarray] = [np.array([CONTINUE if first else BEGIN])]
-        for block in clip.blocks[first:stop]:
+        return self.ids(clip.blocks[first:stop], begins=first == 0, ends=stop == len(clip.blocks))
+
+    def ids(self, blocks: Sequence[BlockTokens], *, begins: bool, ends: bool) -> np.ndarray:
+        """The ids of some blocks of a clip: whether its first and its last one are among them."""
+        parts: list[np.ndarray] = [np.array([BEGIN if begins else CONTINUE])]
+        for block in blocks:
             codes = np.zeros(block.num_kept, np.int64) if block.indices is None else block.indices
             parts += [np.array([_NUM_SPECIAL + block.num_kept - 1]), self.first_code + codes]
-        if stop == len(clip.blocks):
+        if ends:
             parts.append(np.array([END]))
         return np.concatenate(parts).astype(np.int32)
 
@@ -137,10 +142,10 @@ class Pieces:
                 f"use {longest} or more."
             )
         self._shards = shards
-        # int64 [pieces, (clip, first block, stop)]
+        # int64 [pieces, (clip, first block, stop, blocks of the clip)]
         self._cuts = np.array(
             [
-                (number, first, stop)
+                (number, first, stop, len(counts))
                 for number, counts in enumerate(shards.counts())
                 for first, stop in _cut(counts, sequence_length)
             ],
@@ -150,14 +155,19 @@ class Pieces:
     def __len__(self) -> int:
         return len(self._cuts)
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits that identify the clips' lengths and how they are cut."""
+        return hashlib.sha256(self._cuts.tobytes()).hexdigest()[:16]
+
     def __repr__(self) -> str:
         return f"Pieces({len(self)} of {self._shards!r})"
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        which, first, stop = map(int, self._cuts[index])
-        clip = self._shards[which]
-        tokens = self.vocabulary.piece(clip, first, stop)
-        counts = clip.counts[first:stop]
+        which, first, stop, num_blocks = map(int, self._cuts[index])
+        blocks = self._shards.blocks(which, first, stop)
+        tokens = self.vocabulary.ids(blocks, begins=first == 0, ends=stop == num_blocks)
+        counts = np.array([block.num_kept for block in blocks])
         # BEGIN belongs to the block after it, END to the one before it.
         numbers = np.repeat(np.arange(first, stop, dtype=np.int32), counts + 1)
         block_ids = np.pad(numbers, (1, len(tokens) - len(numbers) - 1), mode="edge")
@@ -166,9 +176,7 @@ class Pieces:
             width = self._shards.header["vector_width"]
             piece["vectors"] = np.zeros((len(tokens), width), np.float32)
             is_vector = tokens == self.vocabulary.first_code
-            piece["vectors"][is_vector] = np.concatenate(
-                [block.values for block in clip.blocks[first:stop]]
-            )
+            piece["vectors"][is_vector] = np.concatenate([block.values for block in blocks])
         return piece
 
 
@@ -186,7 +194,8 @@ def token_batches(
 ) -> grain.IterDataset[TokenBatch]:
     """Batches of packed sequences, shuffled in a new order in each epoch.
 
-    The iterator's `get_state` and `set_state` save and restore its position.
+    The iterator's `get_state` and `set_state` save and restore its place. A place is refused where it is not one in these batches:
+    it was saved with other clips or other arguments; only `num_epochs` may differ.
 
     Args:
       shards: the clips.
@@ -223,7 +232,67 @@ def token_batches(
     if workers:
         mark_grain_flags_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return batches
+    made_with = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "packing_bins": packing_bins,
+        "process_index": process_index,
+        "process_count": process_count,
+        "workers": workers,
+        "pieces": len(pieces),
+        "clips": pieces.digest,
+    }
+    return _PlacedBatches(batches, made_with)
+
+
+class _PlacedBatches(grain.IterDataset[TokenBatch]):
+    """Batches whose iterator notes in its place what they were made with.
+
+    Args:
+      parent: the batches.
+      made_with: {argument: value}, and what identifies the clips.
+    """
+
+    def __init__(self, parent: grain.IterDataset[TokenBatch], made_with: Mapping[str, Any]):
+        super().__init__(parent)
+        self._made_with = made_with
+
+    def __iter__(self) -> "_PlacedIterator":
+        return _PlacedIterator(iter(self._parent), self._made_with)
+
+
+class _PlacedIterator(grain.DatasetIterator[TokenBatch]):
+    def __init__(self, parent: grain.DatasetIterator[TokenBatch], made_with: Mapping[str, Any]):
+        super().__init__(parent)
+        self._made_with = made_with
+
+    def __next__(self) -> TokenBatch:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"made_with": dict(self._made_with), "place": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a place that `get_state` gave.
+
+        Raises:
+          ValueError: it is a place in other batches.
+        """
+        if "made_with" not in state:  # saved by an earlier version, which noted nothing
+            self._parent.set_state(state)
+            return
+        then = state["made_with"]
+        differing = [
+            f"{name}={value} (then {then.get(name)})"
+            for name, value in self._made_with.items()
+            if then.get(name) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"This place is not one in these batches: {', '.join(differing)}. Make the batches as then, or begin at the first one."
+            )
+        self._parent.set_state(state["place"])
 
 
 def _finish(packed: dict[str, np.ndarray]) -> TokenBatch:

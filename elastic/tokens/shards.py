@@ -12,11 +12,17 @@ Fields that all rows share are JSON in the file's metadata, under the key `elast
     table = pyarrow.parquet.read_table("shard-00000.parquet")
     header = json.loads(table.schema.metadata[b"elastictok"])
 
+A clip of more than 2^27 numbers is split at the ends of blocks into several rows, which follow each other and have the same
+`id`. Each of these rows describes its own blocks and frames. So no reader meets a row that is too large for it, and writing takes
+little memory. (Arrow, DuckDB and Parquet's pages each have limits of their own at 2^31 bytes of a row.) The file's metadata
+lists these rows under the key `elastictok.parts`.
+
 `TokenShards` gives each row back as the `TokenizedClip` that was written.
 """
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -41,6 +47,7 @@ from elastic.tokens.same_weights import are_apart
 
 FORMAT, VERSION = "elastictok-shard", 1
 KEY, DIGEST_KEY = b"elastictok", b"elastictok.sha256"
+PARTS_KEY, PARTS_DIGEST_KEY = b"elastictok.parts", b"elastictok.parts.sha256"
 # Fields of a clip that all rows of a shard share.
 _SHARED = (
     "model_id config_hash bottleneck_type codebook_size tokens_per_block frames_per_block resolution search threshold "
@@ -50,6 +57,9 @@ _SHARED = (
 _SAME_MODEL = (
     "config_hash model_id bottleneck_type codebook_size tokens_per_block vector_width".split()
 )
+_ROW_NUMBERS = (
+    1 << 27
+)  # the most in the tokens of a row, 512 MiB of float32; one block may have more
 _GROUP_BYTES = 256 * 1024  # of tokens in a row group; one clip is read by reading its row group
 _HELD_GROUPS = (
     4  # row groups kept decoded, as neighbouring clips are often read one after the other
@@ -60,10 +70,10 @@ _ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, Overflow
 def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip]]) -> int:
     """Writes a shard of (id, clip) atomically: `path` is replaced as a whole or not touched.
 
-    Memory holds one row group at a time. Equal rows give equal bytes.
+    Memory holds one row group at a time. Equal clips give equal bytes.
 
     Returns:
-      The number of rows.
+      The number of clips.
 
     Raises:
       ValueError: there is no row, an id occurs twice, or the clips are of several models or searches.
@@ -79,7 +89,8 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
     schema = _schema(header).with_metadata({KEY: text, DIGEST_KEY: digest})
     seen: set[str] = set()
     group: list[tuple[str, TokenizedClip]] = []
-    waiting = 0
+    waiting, num_rows = 0, 0
+    parts: list[tuple[int, int]] = []  # (row, its first block) of the clips of several rows
     with atomic_open(path, make_folders=False) as file:
         # Split streams keep the low and high bytes of tokens apart: a fifth smaller than plain, and as fast.
         writer = pq.ParquetWriter(
@@ -90,28 +101,66 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
             column_encoding={"tokens.list.element": "BYTE_STREAM_SPLIT"},
             write_page_checksum=True,
         )
+
+        def write_group() -> None:
+            nonlocal waiting
+            if group:
+                writer.write_table(_table(group, schema))
+            group.clear()
+            waiting = 0
+
         with writer:
             for name, clip in itertools.chain([first], rows):
                 if name in seen:
                     raise ValueError(f"{path}: id {name!r} occurs twice; ids must be unique.")
                 _check_same(header, _header_of(clip), tuple(header), f"{path}: clip {name!r}")
                 seen.add(name)
-                group.append((name, clip))
-                waiting += sum(block.values.nbytes for block in clip.blocks)
-                if waiting >= _GROUP_BYTES:
-                    writer.write_table(_table(group, schema))
-                    group, waiting = [], 0
-            if group:
-                writer.write_table(_table(group, schema))
+                cuts = _cut(clip)
+                for start, stop in cuts:
+                    if len(cuts) > 1:
+                        write_group()  # a part has a row group of its own
+                        parts.append((num_rows, start))
+                    row = _part(clip, start, stop) if len(cuts) > 1 else clip
+                    group.append((name, row))
+                    num_rows += 1
+                    waiting += sum(block.values.nbytes for block in row.blocks)
+                    if waiting >= _GROUP_BYTES:
+                        write_group()
+            write_group()
+            if parts:
+                text = json.dumps(parts).encode()
+                digest = hashlib.sha256(text).hexdigest().encode()
+                writer.add_key_value_metadata({PARTS_KEY: text, PARTS_DIGEST_KEY: digest})
     return len(seen)
 
 
+def _cut(clip: TokenizedClip) -> list[tuple[int, int]]:
+    """The blocks of each row of a clip: (first, stop)."""
+    cuts, first, numbers = [], 0, 0
+    for number, block in enumerate(clip.blocks):
+        if numbers + block.values.size > _ROW_NUMBERS and number > first:
+            cuts.append((first, number))
+            first, numbers = number, 0
+        numbers += block.values.size
+    return [*cuts, (first, len(clip.blocks))]
+
+
+def _part(clip: TokenizedClip, start: int, stop: int) -> TokenizedClip:
+    """The clip that consists of some blocks of a clip."""
+    frames = [min(block * clip.frames_per_block, clip.num_frames) for block in (start, stop)]
+    return dataclasses.replace(
+        clip, blocks=clip.blocks[start:stop], num_frames=frames[1] - frames[0]
+    )
+
+
 class _Shard(NamedTuple):
-    """One file: its path, its header, and where its row groups begin."""
+    """One file: its path, its header, and where its row groups and its clips begin."""
 
     path: Path
     header: dict[str, Any]
     starts: np.ndarray  # the first row of each group, and the number of all rows
+    clips: np.ndarray  # the first row of each clip, and the number of all rows
+    first_blocks: dict[int, int]  # of the rows of clips of several rows
 
 
 class TokenShards:
@@ -120,23 +169,18 @@ class TokenShards:
     Threads may share one object. A pickled object holds file names and no clip; worker processes open the files themselves.
 
     Args:
-      paths: a folder with `*.parquet`, one shard, or a list of shards.
+      paths: a folder with `*.parquet`, one shard, or a list of folders and shards, whose clips follow each other.
 
     Raises:
-      ValueError: there is no shard.
+      ValueError: there is no shard, or a folder has none.
       TokenFileError: a file is foreign, damaged, or of another model than the first; says which.
     """
 
     def __init__(self, paths: str | os.PathLike | Sequence[str | os.PathLike]):
-        if isinstance(paths, str | os.PathLike):
-            folder = Path(paths)
-            files = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
-            if not files:
-                raise ValueError(f"There is no shard (*.parquet) in {str(paths)!r}.")
-        else:
-            files = [Path(path) for path in paths]
-            if not files:
-                raise ValueError("No shard is named.")
+        places = [paths] if isinstance(paths, str | os.PathLike) else paths
+        files = [file for place in places for file in _shards_in(Path(place))]
+        if not files:
+            raise ValueError("No shard is named.")
         self._shards = [_open(path) for path in files]
         for shard in self._shards[1:]:
             where = f"{shard.path} does not go with {self._shards[0].path}"
@@ -147,7 +191,7 @@ class TokenShards:
                     f"{where}: other weights of {shard.header['model_id']!r} made these tokens than those before. Keep the "
                     "tokens of each model in a folder of their own."
                 )
-        self._ends = np.cumsum([shard.starts[-1] for shard in self._shards])
+        self._ends = np.cumsum([len(shard.clips) - 1 for shard in self._shards])
         self._prepare()
 
     def _prepare(self) -> None:
@@ -188,7 +232,11 @@ class TokenShards:
         Raises:
           TokenFileError: two clips have the same id.
         """
-        ids = tuple(name for table in self._columns(["id"]) for name in table["id"].to_pylist())
+        ids = tuple(
+            name
+            for shard, table in self._columns(["id"])
+            for name in table["id"].take(shard.clips[:-1]).to_pylist()
+        )
         if len(set(ids)) < len(ids):
             name, _ = collections.Counter(ids).most_common(1)[0]
             places = {
@@ -216,11 +264,16 @@ class TokenShards:
     def counts(self) -> list[np.ndarray]:
         """For each clip, the tokens kept in each block, int32 [blocks]; the tokens themselves are not read."""
         found: list[np.ndarray] = []
-        for table in self._columns(["counts"]):
+        for shard, table in self._columns(["counts"]):
+            rows: list[np.ndarray] = []
             for piece in table["counts"].chunks:
                 flat = piece.values.to_numpy()
                 edges = piece.offsets.to_numpy()
-                found += [flat[start:end] for start, end in itertools.pairwise(edges)]
+                rows += [flat[start:end] for start, end in itertools.pairwise(edges)]
+            found += [
+                rows[start] if end == start + 1 else np.concatenate(rows[start:end])
+                for start, end in itertools.pairwise(shard.clips)
+            ]
         return found
 
     def __iter__(self) -> Iterator[TokenizedClip]:
@@ -236,18 +289,43 @@ class TokenShards:
         number = operator.index(index)
         if not -len(self) <= number < len(self):
             raise IndexError(f"There is no clip {number}; there are {len(self)}.")
-        shard, which, group, row = self._locate(number % len(self))
-        with _named(shard.path):
-            table = self._group(which, group)
-            return _clip(table, row, shard.header)
+        shard, which, rows = self._locate(number % len(self))
+        parts = [self._row(shard, which, row) for row in rows]
+        if len(parts) == 1:
+            return parts[0]
+        blocks = tuple(block for part in parts for block in part.blocks)
+        num_frames = sum(part.num_frames for part in parts)
+        return dataclasses.replace(parts[0], blocks=blocks, num_frames=num_frames)
 
-    def _locate(self, number: int) -> tuple[_Shard, int, int, int]:
-        """The shard, its number, the row group in it and the row in that."""
+    def blocks(self, number: int, first: int, stop: int) -> tuple[BlockTokens, ...]:
+        """Blocks `first` to `stop` (not included) of a clip. Of a clip of several rows, only those with these blocks are read.
+
+        Raises:
+          TokenFileError: a row group is damaged.
+        """
+        shard, which, rows = self._locate(number)
+        found: list[BlockTokens] = []
+        for row in rows:
+            start = shard.first_blocks.get(row, 0)
+            last = row + 1 == rows.stop
+            if start < stop and (last or first < shard.first_blocks[row + 1]):
+                blocks = self._row(shard, which, row).blocks
+                found += blocks[max(0, first - start) : stop - start]
+        return tuple(found)
+
+    def _locate(self, number: int) -> tuple[_Shard, int, range]:
+        """The shard of a clip, the shard's number, and the clip's rows in it."""
         which = int(np.searchsorted(self._ends, number, side="right"))
         shard = self._shards[which]
-        row = number - int(self._ends[which] - shard.starts[-1])
+        clip = number - int(self._ends[which]) + len(shard.clips) - 1
+        return shard, which, range(int(shard.clips[clip]), int(shard.clips[clip + 1]))
+
+    def _row(self, shard: _Shard, which: int, row: int) -> TokenizedClip:
+        """The clip in a row: a whole one, or the part of one that the row holds."""
         group = int(np.searchsorted(shard.starts, row, side="right")) - 1
-        return shard, which, group, row - int(shard.starts[group])
+        with _named(shard.path):
+            table = self._group(which, group)
+            return _clip(table, row - int(shard.starts[group]), shard.header)
 
     def _group(self, which: int, group: int) -> pa.Table:
         """A decoded row group; those read last are kept."""
@@ -255,17 +333,28 @@ class TokenShards:
             table = self._groups.get((which, group))
         if table is None:
             # The file is opened for each read (0.2 ms), so that threads do not wait for each other and few files are open.
-            with _parquet(self._shards[which].path) as file:
+            shard = self._shards[which]
+            with _parquet(shard.path) as file:
+                _check_same_rows(file, shard)
                 table = file.read_row_group(group, use_threads=False)
         with self._lock:
             self._groups[which, group] = table
         return table
 
-    def _columns(self, names: list[str]) -> Iterator[pa.Table]:
-        """The named columns of each shard."""
+    def _columns(self, names: list[str]) -> Iterator[tuple[_Shard, pa.Table]]:
+        """Each shard with its named columns."""
         for shard in self._shards:
             with _named(shard.path), _parquet(shard.path) as file:
-                yield file.read(columns=names, use_threads=False)
+                _check_same_rows(file, shard)
+                yield shard, file.read(columns=names, use_threads=False)
+
+
+def _shards_in(place: Path) -> list[Path]:
+    """The shards of a folder, sorted by name; a file is a shard itself."""
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    if not files:
+        raise ValueError(f"There is no shard (*.parquet) in {str(place)!r}.")
+    return files
 
 
 def _header_of(clip: TokenizedClip) -> dict[str, Any]:
@@ -316,11 +405,9 @@ def _schema(header: dict[str, Any]) -> pa.Schema:
 
 def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.Table:
     """One row group of (id, clip)."""
-    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
-    tokens_type = schema.field("tokens").type.value_type.to_pandas_dtype()
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names if name != "tokens"}
     for name, clip in rows:
         counts = clip.counts
-        values = np.concatenate([block.values for block in clip.blocks])
         row = dict(
             id=name,
             num_frames=clip.num_frames,
@@ -332,12 +419,24 @@ def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.T
             offsets=np.cumsum(counts, dtype=np.int64) - counts,
             losses=np.array([block.loss for block in clip.blocks]),
             met=np.array([block.met_threshold for block in clip.blocks]),
-            tokens=values.reshape(-1).astype(tokens_type),
             bits=clip.num_bits,
         )
         for key, value in row.items():
             columns[key].append(value)
-    return pa.table(columns, schema=schema)
+    kind = schema.field("tokens").type
+    values = [block.values.reshape(-1) for _, clip in rows for block in clip.blocks]
+    sizes = [sum(block.values.size for block in clip.blocks) for _, clip in rows]
+    number_type = kind.value_type.to_pandas_dtype()
+    numbers = np.concatenate(values, dtype=number_type, casting="unsafe")
+    large = pa.types.is_large_list(kind)
+    edges = np.cumsum([0, *sizes], dtype=np.int64 if large else np.int32)
+    lists = pa.LargeListArray if large else pa.ListArray
+    tokens = lists.from_arrays(pa.array(edges), pa.array(numbers), type=kind)
+    arrays = [
+        tokens if field.name == "tokens" else pa.array(columns[field.name], field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
@@ -404,7 +503,29 @@ def _open(path: Path) -> _Shard:
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         if starts[-1] != facts.num_rows or not facts.num_rows:
             raise ValueError("its row groups do not add up")
-    return _Shard(path, header, starts)
+        first_blocks = _read_parts(facts.metadata or {})
+        continued = [row for row, block in first_blocks.items() if block > 0]
+        clips = np.delete(np.arange(facts.num_rows + 1), continued)
+    return _Shard(path, header, starts, clips, first_blocks)
+
+
+def _read_parts(metadata: dict[bytes, bytes]) -> dict[int, int]:
+    """{row: its first block} of the clips of several rows."""
+    text = metadata.get(PARTS_KEY)
+    if text is None:
+        return {}
+    if hashlib.sha256(text).hexdigest().encode() != metadata.get(PARTS_DIGEST_KEY):
+        raise ValueError("its list of parts is damaged")
+    return {int(row): int(block) for row, block in json.loads(text)}
+
+
+def _check_same_rows(file: pq.ParquetFile, shard: _Shard) -> None:
+    """Raises `TokenFileError` if a file was replaced since it was opened: its rows may lie elsewhere."""
+    facts, starts = file.metadata, shard.starts
+    if facts.num_rows != starts[-1] or facts.num_row_groups != len(starts) - 1:
+        raise TokenFileError(
+            f"{shard.path} has been replaced since it was opened; open the shards again."
+        )
 
 
 def _parquet(path: Path) -> pq.ParquetFile:

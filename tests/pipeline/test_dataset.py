@@ -229,10 +229,17 @@ def test_another_run_in_the_same_folder_is_refused_with_what_differs(
     other = tokenizer.with_params(
         {**tokenizer.params, "encoder": {**tokenizer.params["encoder"]}}, model_id="n"
     )
+    gone = inputs | {"a/2.png": tmp_path / "nowhere.png"}
     for who, what, options, message in [
+        (tokenizer, gone, {}, "1 files are missing, such as 'a/2.png'"),
         (tokenizer, inputs, {"num_tokens": 13}, r"num_tokens=13 \(then 12\)"),
         (tokenizer, inputs, {"files_per_shard": 5}, r"files_per_shard=5 \(then 4\)"),
-        (tokenizer, fewer, {}, r"1 files are new, such as 'new.png'; 1 files are missing"),
+        (
+            tokenizer,
+            fewer,
+            {},
+            r"1 files are new, such as 'new.png', which append=True .*; 1 files are missing",
+        ),
         (other, inputs, {}, r"model_id=n \(then m\)"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -290,6 +297,142 @@ def test_files_that_no_run_wrote_are_refused_and_stay(tokenizer, clips, tmp_path
     with pytest.raises(ValueError, match=rf"holds {name} but no plan\.json"):
         run(tokenizer, list_inputs(clips, tmp_path), tmp_path, **OPTIONS)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def replace(path, other, *, keep_time=True):
+    """Puts another picture into the place of a file, filled up to its size, with its time of change."""
+    before, data = path.stat(), other.read_bytes()
+    path.write_bytes(data + bytes(max(0, before.st_size - len(data))))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def same_tokens(shards, one, other):
+    first, second = (shards[shards.find(name)].blocks for name in (one, other))
+    return all(np.array_equal(x.values, y.values) for x, y in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def copied(clips, tmp_path):
+    """The clips, in a folder whose files a test may change: two of one size and time among them."""
+    folder = shutil.copytree(clips, tmp_path / "in")
+    Image.new("RGB", (40, 30), "red").save(folder / "a/0.png")
+    return folder
+
+
+def test_clips_that_were_replaced_are_tokenized_anew_and_named(
+    tokenizer, copied, tmp_path, monkeypatch, caplog
+):
+    folder, inputs = tmp_path / "out", list_inputs(copied, tmp_path / "out")
+    with monkeypatch.context() as patch:  # the last shard is not packed yet
+        real = dataset.write_shard
+        patch.setattr(
+            dataset,
+            "write_shard",
+            lambda path, rows: real(path, rows) if "2" not in path.name else kill(),
+        )
+
+        def kill():
+            raise Killed
+
+        with pytest.raises(Killed):
+            run(tokenizer, inputs, folder, **OPTIONS)
+    old = TokenShards(folder)
+    opened = old[old.find("a/1.png")]
+    replace(
+        copied / "a/1.png", copied / "a/0.png"
+    )  # of the same size and time, in a finished shard
+    replace(
+        copied / "b/empty.png", copied / "a/0.png", keep_time=False
+    )  # was bad, in the unfinished one
+    os.utime(copied / "a/5.png", ns=(1, 1))  # touched, with the same content
+    encoded = []
+    open_session = tokenizer.open_session
+    monkeypatch.setattr(
+        tokenizer,
+        "open_session",
+        lambda source, options: encoded.append(source) or open_session(source, options),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "update_stamps", lambda *_: kill())
+        patch.setattr(dataset.Tally, "save", lambda *_: kill())
+        with pytest.raises(Killed):  # nothing old is found in between
+            run(tokenizer, inputs, folder, **OPTIONS)
+    assert not (folder / "shard-00000.json").exists()
+    assert "a/1.png" not in TokenShards([folder / "shard-00001.parquet"]).ids
+    outcome = run(tokenizer, inputs, folder, **OPTIONS)
+    assert "because 1 of 12 files have changed since: a/1.png" in caplog.text
+    assert "b/empty.png has changed since it was tokenized" in caplog.text
+    named = [source.name for source in encoded if not isinstance(source, np.ndarray)]
+    assert sorted(named) == ["1.png", "empty.png"]
+    assert outcome.summary["totals"]["bad_files"] == 1
+    new = TokenShards(folder)
+    assert new[new.find("a/1.png")] != opened
+    assert same_tokens(new, "a/1.png", "a/0.png")
+    fresh = tmp_path / "fresh"
+    run(tokenizer, inputs, fresh, **OPTIONS)
+    assert files(folder) == files(fresh)
+    del encoded[:]
+    run(tokenizer, inputs, folder, **OPTIONS)
+    assert [source for source in encoded if not isinstance(source, np.ndarray)] == []
+
+
+def test_a_file_that_changes_while_it_is_tokenized_is_read_again(
+    tokenizer, copied, tmp_path, monkeypatch, caplog
+):
+    folder, real, left = tmp_path / "out", dataset.content_digest, {"1.png": 1, "2.png": 99}
+
+    def changed(path):
+        if left.get(path.name, 0) > 0:
+            left[path.name] -= 1
+            os.utime(path, ns=(left[path.name], left[path.name]))
+        return real(path)
+
+    monkeypatch.setattr(dataset, "content_digest", changed)
+    inputs = {name: copied / name for name in ("a/1.png", "a/2.png", "a/3.png")}
+    run(tokenizer, inputs, folder, **OPTIONS)
+    assert caplog.text.count("a/1.png has changed while it was read; it is tokenized again") == 1
+    assert list(TokenShards(folder).ids) == ["a/1.png", "a/3.png"]
+    bad = json.loads((folder / "bad.jsonl").read_text())
+    assert bad["id"] == "a/2.png" and "has changed 3 times while it was read" in bad["reason"]
+    monkeypatch.undo()  # now that it is quiet
+    run(tokenizer, inputs, folder, **OPTIONS)
+    assert list(TokenShards(folder).ids) == list(inputs)
+
+
+def test_a_folder_that_gained_files_gets_further_shards_for_them_alone(
+    undisturbed, tokenizer, clips, copied, tmp_path
+):
+    folder = shutil.copytree(undisturbed[0], tmp_path / "out")
+    inputs = list_inputs(clips, folder)
+    # The plan of an earlier version knew names and sizes only, its shards no digests.
+    plan = json.loads((folder / "plan.json").read_text()) | {"version": 1}
+    plan["files"] = [entry[:2] for entry in plan["files"]]
+    del plan["appended"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    for path in folder.glob("shard-*.json"):
+        values = json.loads(path.read_text())
+        del values["contents"]
+        path.write_text(json.dumps(values))
+    gained = {f"0/{n}.png": copied / f"a/{n}.png" for n in range(5)}  # first in the order of names
+    before = files(folder)
+    with pytest.raises(ValueError, match=r"5 files are new, such as '0/0\.png', which append=True"):
+        run(tokenizer, inputs | gained, folder, **OPTIONS)
+    assert files(folder) == before
+    outcome = run(tokenizer, inputs | gained, folder, append=True, **OPTIONS)
+    after = files(folder)
+    assert all(after[name] == data for name, data in before.items() if name[:5] == "shard")
+    assert outcome.summary["totals"]["files"] == 17 and outcome.summary["totals"]["clips"] == 15
+    assert list(TokenShards(folder / "shard-00003.parquet").ids) == list(gained)[:4]
+    assert list(TokenShards(folder / "shard-00004.parquet").ids) == list(gained)[4:]
+    # The same command goes on, and an appended file is watched like any other.
+    replace(gained["0/1.png"], gained["0/0.png"])
+    run(tokenizer, inputs | gained, folder, **OPTIONS)
+    shards = TokenShards(folder)
+    assert same_tokens(shards, "0/1.png", "0/0.png")
+    assert {name: data for name, data in files(folder).items() if name[6:11] <= "00002"} == {
+        name: data for name, data in after.items() if name[6:11] <= "00002"
+    }
 
 
 # --- The script ------------------------------------------------------------------------------

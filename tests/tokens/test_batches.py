@@ -8,6 +8,7 @@ import pytest
 from shard_cases import SIZES, make_rows
 
 from elastic.tokens import TokenShards, write_shard
+from elastic.tokens import shards as token_shards
 from elastic.tokens.batches import BEGIN, CONTINUE, END, PAD, Vocabulary, token_batches
 
 
@@ -57,7 +58,11 @@ def collect(vocabulary, clips, batches):
     return found
 
 
-def test_packed_batches_hold_every_token_once_in_order_and_clips_apart(tmp_path, size):
+@pytest.mark.parametrize("row", [1 << 27, 90])
+def test_packed_batches_hold_every_token_once_in_order_and_clips_apart(
+    tmp_path, size, row, monkeypatch
+):
+    monkeypatch.setattr(token_shards, "_ROW_NUMBERS", row)
     shards, clips = write_shards(tmp_path, size)
     vocabulary = Vocabulary.of(shards)
     options = dict(sequence_length=100, batch_size=3, num_epochs=1, seed=5, packing_bins=8)
@@ -92,6 +97,24 @@ def test_batches_go_on_where_they_were_saved_and_differ_between_epochs(tmp_path)
         for one, other in zip(next(again), batch, strict=True):
             np.testing.assert_array_equal(one, other)
     assert not any(np.array_equal(batches[0].tokens, batch.tokens) for batch in expected)
+
+
+def test_a_place_in_other_batches_is_refused_with_what_differs(tmp_path):
+    shards, _ = write_shards(tmp_path, 64_000, clips=20)
+    options = dict(sequence_length=64, batch_size=2, seed=1, process_count=2)
+    iterator = iter(token_batches(shards, **options))
+    place, expected = iterator.get_state(), next(iterator)
+    for name, value in dict(sequence_length=65, seed=2, process_count=3, process_index=1).items():
+        other = iter(token_batches(shards, **options | {name: value}))
+        with pytest.raises(ValueError, match=rf"{name}={value} \(then "):
+            other.set_state(place)
+    fewer = TokenShards([tmp_path / "shard-00000.parquet"])
+    with pytest.raises(ValueError, match=r"pieces=\d+ \(then \d+\), clips="):
+        iter(token_batches(fewer, **options)).set_state(place)
+    again = iter(token_batches(shards, **options, num_epochs=7))
+    next(again)
+    again.set_state(place["place"])  # as earlier versions saved it
+    np.testing.assert_array_equal(next(again).tokens, expected.tokens)
 
 
 def test_sequences_and_ids_that_cannot_be_are_refused(tmp_path):

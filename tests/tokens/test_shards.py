@@ -39,6 +39,69 @@ def test_a_clip_comes_back_as_it_went_in(tmp_path, size, monkeypatch):
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "a.parquet").read_bytes()
 
 
+def test_shards_of_several_folders_follow_each_other(tmp_path):
+    rows = make_rows(64_000, clips=9)
+    places = [tmp_path / "b", tmp_path / "a", tmp_path / "c.parquet"]
+    for start, place in zip((0, 3, 6), places, strict=True):
+        if place.suffix:
+            write_shard(place, rows[start : start + 3])
+        else:
+            place.mkdir()
+            write_shard(place / "0.parquet", rows[start : start + 2])
+            write_shard(place / "1.parquet", rows[start + 2 : start + 3])
+    shards = TokenShards(places)
+    assert list(zip(shards.ids, shards, strict=True)) == rows
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no shard .* in .*empty"):
+        TokenShards([*places, tmp_path / "empty"])
+
+
+def test_a_shard_that_was_replaced_under_its_reader_is_refused(tmp_path):
+    path, rows = tmp_path / "a.parquet", make_rows(64_000)
+    write_shard(path, rows)
+    shards = TokenShards(path)
+    write_shard(path, rows[1:])
+    with pytest.raises(TokenFileError, match=r"a\.parquet has been replaced since it was opened"):
+        shards[0]
+
+
+def test_a_large_clip_has_several_rows_and_comes_back_whole(tmp_path, size, monkeypatch):
+    """The limit stands for the one of 2^31 bytes that Parquet's readers and writers have."""
+    monkeypatch.setattr(token_shards, "_ROW_NUMBERS", 60)
+    rows = make_rows(size, clips=12)
+    write_shard(tmp_path / "a.parquet", rows[:5])
+    write_shard(tmp_path / "b.parquet", rows[5:])
+    table = pq.read_table(tmp_path / "a.parquet")
+    sizes = [len(tokens) for tokens in table["tokens"]]
+    assert (
+        table.num_rows > 5
+        and max(sizes) <= 24 * 3
+        and sum(size > 60 for size in sizes)
+        == sum(block.values.size > 60 for _, clip in rows[:5] for block in clip.blocks)
+    )
+    # Any reader can put the rows of a clip together: they follow each other, and each describes itself.
+    for name, clip in rows[:5]:
+        parts = [row for row in table.to_pylist() if row["id"] == name]
+        assert sum(part["num_frames"] for part in parts) == clip.num_frames
+        assert sum(part["bits"] for part in parts) == clip.num_bits
+        assert [count for part in parts for count in part["counts"]] == clip.counts.tolist()
+        numbers = np.concatenate([block.values.reshape(-1) for block in clip.blocks])
+        np.testing.assert_array_equal([n for part in parts for n in part["tokens"]], numbers)
+        for part in parts:
+            assert part["offsets"] == [0, *np.cumsum(part["counts"])[:-1]]
+    shards = TokenShards(tmp_path)
+    assert list(zip(shards.ids, shards, strict=True)) == rows
+    for counts, (_, clip) in zip(shards.counts(), rows, strict=True):
+        np.testing.assert_array_equal(counts, clip.counts)
+    for number, (_, clip) in enumerate(rows):
+        for first in range(len(clip.blocks)):
+            found = shards.blocks(number, first, first + 2)
+            wanted = clip.blocks[first : first + 2]
+            assert len(found) == len(wanted)
+            for one, other in zip(found, wanted, strict=True):
+                np.testing.assert_array_equal(one.values, other.values)
+
+
 def test_any_reader_of_parquet_finds_the_tokens_of_a_block(tmp_path):
     rows = make_rows(64_000)
     write_shard(tmp_path / "a.parquet", rows)
