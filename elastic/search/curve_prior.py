@@ -143,11 +143,12 @@ class CurvePrior:
         values = _FORMAT | {
             "counts": list(self.counts),
             "patch_size": list(self.patch_size),
-            "token_order": self.token_order,
             "residual": round(self.residual, 4),
             "spread": round(self.spread, 4),
             "means": [round(float(mean), 5) for mean in self.means],
         }
+        if self.token_order != "raster":  # what models of before write stays as it was
+            values["token_order"] = self.token_order
         head = json.dumps(values)[:-1]
         rows = ",\n  ".join(str([round(float(w), 5) for w in row]) for row in self.weights)
         return f'{head},\n "weights": [\n  {rows}]}}\n'
