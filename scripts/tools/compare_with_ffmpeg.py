@@ -33,7 +33,7 @@ MATRIX = (
     ("libaom-av1 -cpu-used 8", "yuv420p yuv420p10le", "mp4 mkv"),
     ("mpeg4", "yuv420p", "avi mp4"),
     ("mpeg2video", "yuv420p yuv422p", "mpg ts mkv"),
-    ("mpeg2video -flags +ilme+ildct -top 1", "yuv420p", "ts"),
+    ("mpeg2video -flags +ilme+ildct", "yuv420p", "ts"),
     ("mjpeg -strict -1", "yuvj420p yuvj422p yuvj444p", "avi mov"),
     ("prores_ks", "yuv422p10le yuv444p10le", "mov"),
     ("ffv1", "yuv420p yuv422p yuv444p yuv410p yuv420p10le yuv444p12le gray bgr0", "mkv avi"),
