@@ -55,7 +55,7 @@ def check_options(options: EncodeOptions, config: ElasticTokConfig, *, width: in
         warnings.warn(
             f"num_tokens={options.num_tokens} is below {config.min_toks}, the fewest tokens of a block that this model was "
             "trained with; expect a poor picture.",
-            stacklevel=2,
+            stacklevel=1,  # attributed to this line, Python shows it once and not for every clip
         )
     if not options.has_budget:
         make_search(options.search_name, **_search_arguments(search_options))
