@@ -110,7 +110,8 @@ class DatasetPlan:
                 {str(name): FileStamp(int(size), *more) for name, size, *more in files}
                 for files in listed
             )
-            values["options"] = READ_DEFAULTS | values["options"]  # older plans have none
+            for name, usual in READ_DEFAULTS.items():  # which older plans do not have
+                values["options"].setdefault(name, usual)
             if "model_id" in values["model"]:  # an absolute path in older plans
                 values["model"]["model_id"] = model_name(values["model"]["model_id"])
             return cls(parts=parts, **values)

@@ -22,7 +22,7 @@ from elastic.io.atomic import locked
 from elastic.io.read_options import READ_DEFAULTS
 from elastic.pipeline import dataset
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
-from elastic.pipeline.dataset_plan import DatasetPlan, write_or_check
+from elastic.pipeline.dataset_plan import DatasetPlan, FileStamp, write_or_check
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokens import TokenShards
 from scripts import tokenize_dataset as script
@@ -506,16 +506,17 @@ def test_flags_that_cannot_be_served_are_refused(golden, clips, tmp_path, capsys
 
 def test_a_plan_of_an_older_run_is_gone_on_with(tmp_path):
     """Older plans have a model's absolute path, and no options for reading that change nothing by default."""
-    about = dict(files=(("a.png", 9),), files_per_shard=1)
+    about = dict(parts=({"a.png": FileStamp(9)},), files_per_shard=1)
     options = EncodeOptions(num_tokens=8).to_json()
     now = DatasetPlan(model={"model_id": "fsq"}, options=options, **about)
     older = {name: value for name, value in options.items() if name not in READ_DEFAULTS}
     before = DatasetPlan(model={"model_id": "/home/me/fsq"}, options=older, **about)
     (tmp_path / "plan.json").write_bytes(before.to_json())
-    write_or_check(tmp_path, now)
+    checks = dict(append=False, reopen=lambda *_: set())
+    assert write_or_check(tmp_path, now, **checks).model == now.model
     exact = dataclasses.replace(now, options=options | {"exact_color": True})
     with pytest.raises(ValueError, match=r"exact_color=True \(then False\)"):
-        write_or_check(tmp_path, exact)
+        write_or_check(tmp_path, exact, **checks)
 
 
 def test_a_pipe_is_a_bad_file_and_is_not_waited_for(tokenizer, clips, tmp_path):
