@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
+import operator
 import os
 import pathlib
 import re
@@ -48,20 +49,30 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
+_SIGNS = {">=": operator.ge, "<=": operator.le, "<": operator.lt, "==": operator.eq}
+
+
 def is_met(requirement: str) -> bool:
-    """Whether this interpreter has what `name[extra]>=1.2,<3` asks for (`>=` and `<` only)."""
-    parts = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?\s*((?:(?:>=|<)[\d.]+,?)*)", requirement)
+    """Whether this interpreter has what `name[extra]>=1.2,<3` asks for (`>=`, `<=`, `<`, `==` only)."""
+    parts = re.fullmatch(r"([\w.-]+)(?:\[[^\]]*\])?\s*((?:(?:>=|<=|<|==)[\d.]+,?)*)", requirement)
     if parts is None:
-        raise ValueError(f"{requirement!r} in pyproject.toml is not 'name>=version,<version'.")
+        raise ValueError(f"{requirement!r} is not 'name>=version,<version'.")
     try:
         found = _release(importlib.metadata.version(parts[1]))
     except importlib.metadata.PackageNotFoundError:
         return False
-    bounds = re.findall(r"(>=|<)([\d.]+)", parts[2])
-    return all(
-        found >= _release(bound) if sign == ">=" else found < _release(bound)
-        for sign, bound in bounds
-    )
+    bounds = re.findall(r"(>=|<=|<|==)([\d.]+)", parts[2])
+    return all(_SIGNS[sign](found, _release(bound)) for sign, bound in bounds)
+
+
+def _needs_of_jax() -> list[str]:
+    """What the installed jax needs itself, its jaxlib above all: with another one it does not even load."""
+    try:
+        needs = importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []  # its own line says so
+    plain = [need.replace(" ", "") for need in needs if ";" not in need]
+    return [need for need in plain if re.fullmatch(r"[\w.-]+(?:(?:>=|<=|<|==)[\d.]+,?)*", need)]
 
 
 def lacking(purpose: str) -> list[str]:
@@ -70,7 +81,19 @@ def lacking(purpose: str) -> list[str]:
     wanted = list(project["dependencies"])
     if purpose == "test":
         wanted += project["optional-dependencies"]["dev"]
+    if any(re.match(r"jax\b", requirement) for requirement in wanted):
+        wanted += _needs_of_jax()
     return [requirement for requirement in wanted if not is_met(requirement)]
+
+
+def _with_found_version(requirement: str) -> str:
+    """The requirement's name, or, where another version of it is installed, its range and that version."""
+    name = re.split(r"[\[><=]", requirement)[0]
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return name
+    return f"{requirement} (it has {found})"
 
 
 def _pins(purpose: str) -> str:
@@ -145,7 +168,7 @@ def _make(purpose: str, missing: list[str], lock: int) -> int:
     state = _venv_state(purpose)
     if state == "ready":  # made by the run that we waited for
         return 0
-    names = ", ".join(re.split(r"[\[><]", requirement)[0] for requirement in missing[:3])
+    names = ", ".join(_with_found_version(requirement) for requirement in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     here = f"{sys.executable} lacks {names}{more}"
     if state == "incomplete":

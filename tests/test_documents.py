@@ -104,7 +104,9 @@ def flags_of(script: str) -> frozenset[str]:
     """The flags that a script or the script behind a wrapper takes."""
     if script.endswith(".sh"):
         behind = set(
-            re.findall(r"scripts/\w+\.(?:py|sh)", re.sub(r"^#.*", "", source(script), flags=re.M))
+            re.findall(
+                r"scripts/[\w/]+\.(?:py|sh)", re.sub(r"^#.*", "", source(script), flags=re.M)
+            )
         )
         behind -= {script, "scripts/setup_env.sh"}
         names = [flags_of(other) for other in behind if other != "scripts/prepare_env.py"]

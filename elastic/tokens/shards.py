@@ -426,7 +426,8 @@ def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.T
     kind = schema.field("tokens").type
     values = [block.values.reshape(-1) for _, clip in rows for block in clip.blocks]
     sizes = [sum(block.values.size for block in clip.blocks) for _, clip in rows]
-    number_type = kind.value_type.to_pandas_dtype()
+    # Not `to_pandas_dtype`, for which older pyarrow needs pandas.
+    number_type = np.float32 if kind.value_type == pa.float32() else np.dtype(str(kind.value_type))
     numbers = np.concatenate(values, dtype=number_type, casting="unsafe")
     large = pa.types.is_large_list(kind)
     edges = np.cumsum([0, *sizes], dtype=np.int64 if large else np.int32)

@@ -128,17 +128,17 @@ def median_of_runs(
     return statistics.median(timed(count) for _ in range(repeats))
 
 
-def hardware(num_devices: int) -> dict[str, Any]:
+def hardware(num_devices: int, size: int | None = None) -> dict[str, Any]:
     """The machine, and how fast it multiplies matrices (bf16: operands in bfloat16, sums in float32).
 
-    They are of 3072 x 3072 numbers, on an accelerator 8192 x 8192, drawn at random: zeros and ones can be faster.
+    They are of `size` x `size` numbers, drawn at random: zeros and ones can be faster. None: 3072, on an accelerator 8192.
     """
     jax = start_jax(num_devices)
     import jax.numpy as jnp
 
     from elastic.ops.dense import dot
 
-    size = 3072 if jax.default_backend() == "cpu" else 8192
+    size = size or (3072 if jax.default_backend() == "cpu" else 8192)
     rates = {}
     for name, dtype in (("fp32", jnp.float32), ("bf16", jnp.bfloat16)):
         x = jax.random.normal(jax.random.key(0), (size, size), dtype)
@@ -148,6 +148,7 @@ def hardware(num_devices: int) -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
         "num_devices": num_devices,
         "processor": (names or [platform.processor()])[0],
         "cores": os.cpu_count(),

@@ -29,6 +29,11 @@ from scripts.bench.inference import (  # noqa: E402
 _LONG = "remat_block='nothing_saveable',scan_mlp=True"
 # Preset, changes, sequences in a step.
 CASES = {
+    "tiny": (
+        "debug",
+        "dict(hidden_size=64,intermediate_size=96,num_encoder_layers=1,num_decoder_layers=1,max_toks=64,min_toks=4,max_sequence_length=128,attention_implementation='reference')",
+        1,
+    ),
     "debug": ("debug", "dict(max_toks=256,min_toks=16,max_sequence_length=1024)", 2),
     "200m-fsq": ("200m", "dict(max_sequence_length=4096)", 1),
     "200m-vae": (

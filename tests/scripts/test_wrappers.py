@@ -446,4 +446,48 @@ def test_the_pins_lie_in_the_stated_ranges(monkeypatch):
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
         pins |= dict(line.partition(";")[0].split("==") for line in lines if "==" in line)
     monkeypatch.setattr(prepare_env.importlib.metadata, "version", pins.__getitem__)
+    monkeypatch.setattr(prepare_env.importlib.metadata, "requires", lambda name: [])
     assert prepare_env.lacking("test") == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "lacks"),
+    [
+        ({"jax": "0.12.0.1", "jaxlib": "0.12.0.1"}, []),
+        ({"jax": "0.10.1", "jaxlib": "0.10.1"}, ["jax>=0.10.2,<0.13"]),
+        ({"jax": "0.13.0", "jaxlib": "0.13.0"}, ["jax>=0.10.2,<0.13"]),
+        # pip replaced one of the two: jax refuses to load beside such a jaxlib.
+        ({"jax": "0.11.2", "jaxlib": "0.10.2"}, ["jaxlib<=0.11.2,>=0.11.2"]),
+        ({}, ["jax>=0.10.2,<0.13"]),
+    ],
+)
+def test_an_environment_is_asked_for_versions_in_the_ranges(
+    project, monkeypatch, capsys, installed, lacks
+):
+    def found(name):
+        if name not in installed:
+            raise prepare_env.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    def needs(name):
+        version = found(name)
+        return [f"jaxlib<={version},>={version}", 'kubernetes; extra == "k8s"', "opt_einsum!=1.1"]
+
+    (project / "versions").mkdir(exist_ok=True)
+    pyproject = '[project]\ndependencies = ["jax>=0.10.2,<0.13"]\n'
+    (project / "versions" / "pyproject.toml").write_text(pyproject)
+    monkeypatch.setattr(prepare_env, "ROOT", project / "versions")
+    monkeypatch.setattr(prepare_env.importlib.metadata, "version", found)
+    monkeypatch.setattr(prepare_env.importlib.metadata, "requires", needs)
+    assert prepare_env.lacking("run") == lacks
+    assert prepare_env.main(["run", "--probe"]) == (10 if lacks else 0)
+    monkeypatch.setattr(prepare_env, "_venv_state", lambda purpose: "incomplete")
+    monkeypatch.setattr(prepare_env, "_run", lambda *_: False)
+    if (
+        lacks and installed
+    ):  # what is there and what is wanted, in the line that says why an environment is made
+        monkeypatch.setattr(prepare_env, "VENV", project / "versions")
+        monkeypatch.setattr(prepare_env, "_UNFINISHED", project / "versions" / "unfinished")
+        prepare_env._make("run", lacks, 0)
+        version = installed[lacks[0].partition(">")[0].partition("<")[0]]
+        assert f"lacks {lacks[0]} (it has {version})" in capsys.readouterr().err

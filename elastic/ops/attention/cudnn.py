@@ -155,7 +155,8 @@ def _neutral_settings(direction: str) -> dict[str, Any]:
     name = f"_dot_product_attention_{direction}_impl"
     found = list(inspect.signature(getattr(fused_attention_stablehlo, name)).parameters)
     if [parameter for parameter in found if parameter not in _ADDED] != _PARAMETERS[direction]:
-        other = ", ".join(sorted({*found} ^ {*_PARAMETERS[direction]})) or "another order"
+        differing = ({*found} - _ADDED) ^ {*_PARAMETERS[direction]}
+        other = ", ".join(sorted(differing)) or "another order"
         raise AttributeError(f"{name} takes other parameters: {other}", name=name)
     return {name: value for name, value in _NEUTRAL.items() if name in found}
 
