@@ -28,6 +28,7 @@ from elastic.patches import to_levels, to_uint8, to_unit_range
 class CodecCache(NamedTuple):
     """The KV caches of encoder and decoder. They are bounded: the oldest block is overwritten first.
 
+    They are as long as the clips need, at most a window without the current block.
     Each batch element is a clip of its own, with its own number of blocks.
     """
 
@@ -110,9 +111,10 @@ class Codec:
         self._select = jax.jit(self._select_impl, donate_argnames="selected")
         self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
         self._decode = jax.jit(self._decode_impl, donate_argnames="cache")
+        self._lengthen = jax.jit(self._lengthen_impl, static_argnames="more")
 
     def cache_bytes(self, batch: int = 1) -> int:
-        """Bytes of the whole cache of encoder and decoder."""
+        """Bytes of the cache of encoder and decoder for a whole window."""
         return (self.window_blocks - 1) * self.trial_bytes(batch)
 
     def cache_shards(self, batch: int = 1) -> int:
@@ -140,14 +142,42 @@ class Codec:
         """The parameters as the programs take them without a copy: on the CPU, bfloat16 as its bits (see ops/bf16_bits.py)."""
         return jax.tree.map(bf16_bits.to_bits, params) if self._stores_bits else params
 
-    def new_cache(self, batch: int = 1) -> CodecCache:
-        """An empty cache: zeros that no query sees."""
-        config = self.config
-        return self._empty(config.num_encoder_layers, config.num_decoder_layers, batch)
+    def new_cache(self, batch: int = 1, *, num_blocks: int | None = None) -> CodecCache:
+        """An empty cache: zeros that no query sees.
 
-    def new_decoder_cache(self, batch: int = 1) -> CodecCache:
-        """An empty cache for decoding alone, which needs no encoder."""
-        return self._empty(0, self.config.num_decoder_layers, batch)
+        Args:
+          batch: clips.
+          num_blocks: blocks of the longest clip; None: not known, so that the cache serves a whole window.
+        """
+        layers = self.config.num_encoder_layers, self.config.num_decoder_layers
+        return self._empty(*layers, batch, self.cached_blocks(num_blocks, batch))
+
+    def new_decoder_cache(self, batch: int = 1, *, num_blocks: int | None = None) -> CodecCache:
+        """An empty cache for decoding alone, which needs no encoder. Arguments as for `new_cache`."""
+        cached = self.cached_blocks(num_blocks, batch)
+        return self._empty(0, self.config.num_decoder_layers, batch, cached)
+
+    def cached_blocks(self, num_blocks: int | None, batch: int = 1) -> int:
+        """Blocks that the cache for a clip of this many blocks holds: no fewer than all but the last one, or a whole window.
+
+        The count is 0, a power of two or that of a window, so that few programs are compiled. It is a multiple of a kernel's tile,
+        so that a kernel reads the same tiles, and gives the same bits, as with a whole window.
+        """
+        window = self.window_blocks - 1
+        needed = window if num_blocks is None else min(window, num_blocks - 1)
+        if needed in (0, window):
+            return needed
+        blocks = 1 << (needed - 1).bit_length()
+        tile, parts = self.config.scan_key_chunk_size, self._cache_parts(batch)
+        while blocks < window and blocks * self.config.tokens_per_block // parts % tile:
+            blocks *= 2
+        return min(blocks, window)
+
+    def lengthened(self, cache: CodecCache, num_blocks: int | None) -> CodecCache:
+        """The cache with space for clips of this many blocks. One that has it is given back as it is."""
+        batch = len(cache.num_blocks)
+        more = self.cached_blocks(num_blocks, batch) - self._slots(cache.decoder)
+        return cache if more <= 0 else self._lengthen(cache, more=more)
 
     def try_counts(
         self,
@@ -171,6 +201,8 @@ class Codec:
         """
         if num_frames is None:
             num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
+        # Where the cache of the only clip has no space for a block, nothing is appended to it.
+        keep = keep and (self._slots(cache.encoder) > 0 or len(counts) > 1)
         return self._try(params, cache, patches, counts, num_frames, keep=keep)
 
     def select(
@@ -210,9 +242,9 @@ class Codec:
           elements: bool [batch], the elements to append to; None: all.
 
         Raises:
-          ValueError: the trial was made with `keep=False`.
+          ValueError: the trial was made with `keep=False`, and the cache has space for a block.
         """
-        if trial.encoder_new is None:
+        if trial.encoder_new is None and self._slots(cache.encoder):
             raise ValueError("This trial kept nothing to commit; call try_counts with keep=True.")
         return self._commit(cache, trial, choice, elements)
 
@@ -233,9 +265,11 @@ class Codec:
         """
         return self._decode(params, cache, tokens, num_kept)
 
-    def _empty(self, encoder_layers: int, decoder_layers: int, batch: int) -> CodecCache:
+    def _empty(
+        self, encoder_layers: int, decoder_layers: int, batch: int, cached_blocks: int
+    ) -> CodecCache:
         config = self.config
-        capacity = (self.window_blocks - 1) * config.tokens_per_block
+        capacity = cached_blocks * config.tokens_per_block
         cache_at, numbers_at = self._shardings(batch)
 
         def layers(count: int) -> ops.KVCache:
@@ -248,6 +282,36 @@ class Codec:
             return jnp.zeros(batch, jnp.int32, device=numbers_at)
 
         return CodecCache(layers(encoder_layers), layers(decoder_layers), zero())
+
+    def _slots(self, cache: ops.KVCache) -> int:
+        """Blocks that a cache has space for."""
+        return cache.keys.shape[3] // self.config.tokens_per_block
+
+    def _cache_parts(self, batch: int) -> int:
+        """Parts into which the mesh splits the positions of a cache."""
+        cache_at, _ = self._shardings(batch)
+        parts = None if cache_at is None else cache_at.spec[3]
+        return 1 if parts is None or self.mesh is None else self.mesh.shape[parts]
+
+    def _lengthen_impl(self, cache: CodecCache, *, more: int) -> CodecCache:
+        """The cache with space for more blocks after those that it has."""
+        batch = len(cache.num_blocks)
+        cache_at, _ = self._shardings(batch)
+        extra = more * self.config.tokens_per_block // self._cache_parts(batch)
+
+        def longer(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra), (0, 0)))
+
+        if cache_at is not None:  # each device lengthens its part of every block
+            at = cache_at.spec
+            longer = jax.shard_map(
+                longer, mesh=self.mesh, in_specs=at, out_specs=at, check_vma=False
+            )
+        encoder, decoder = (
+            part._replace(keys=longer(part.keys), values=longer(part.values))
+            for part in (cache.encoder, cache.decoder)
+        )
+        return cache._replace(encoder=encoder, decoder=decoder)
 
     def _shardings(self, batch: int) -> tuple[NamedSharding | None, NamedSharding | None]:
         """The shardings of the cache of a batch, and of arrays with one number for each element."""
@@ -367,7 +431,7 @@ class Codec:
         self, cache: ops.KVCache, new: Any, num_blocks: Array, elements: Array | None
     ) -> ops.KVCache:
         """Writes a block over the oldest one. Keys are rotated by their positions, so their order in the cache does not matter."""
-        slots = self.window_blocks - 1
+        slots = self._slots(cache)
         if slots == 0:
             return cache
         batch = len(num_blocks)
@@ -411,7 +475,8 @@ class Codec:
         """
         more = 1 if elements is None else elements.astype(jnp.int32)
         num_blocks = cache.num_blocks + more
-        length = jnp.minimum(num_blocks, self.window_blocks - 1) * self.config.tokens_per_block
+        slots = self._slots(decoder)
+        length = jnp.minimum(num_blocks, slots) * self.config.tokens_per_block
         _, numbers_at = self._shardings(len(num_blocks))
         if numbers_at is not None:
             num_blocks, length = (

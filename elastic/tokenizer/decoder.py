@@ -31,6 +31,7 @@ def decode_blocks(
     *,
     window_blocks: int,
     context: str,
+    num_blocks: int | None = None,
 ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
     """The frames of one block after the other, each trimmed to its real frames.
 
@@ -40,6 +41,7 @@ def decode_blocks(
       blocks: the tokens of a clip from its first block on.
       window_blocks: blocks in one context when the tokens were made.
       context: 'restart' empties the context whenever the window is full, 'carry' does not.
+      num_blocks: how many blocks there are; None: not known.
 
     Raises:
       ValueError: a block holds tokens that the model does not have.
@@ -47,10 +49,10 @@ def decode_blocks(
     config = codec.config
     if window_blocks != codec.window_blocks:
         codec = Codec(config, dtype=codec.dtype, mesh=codec.mesh, window_blocks=window_blocks)
-    cache = codec.new_decoder_cache()
+    cache = codec.new_decoder_cache(num_blocks=num_blocks)
     for number, (block, num_frames) in enumerate(blocks):
         if context == "restart" and number % window_blocks == 0:
-            cache = codec.new_decoder_cache()
+            cache = codec.new_decoder_cache(num_blocks=num_blocks)
         check_values(block, number, config)
         shape = (1, config.tokens_per_block, *block.values.shape[1:])
         padded = np.zeros(shape, block.values.dtype)

@@ -87,8 +87,6 @@ class ResumeLog:
         """(number of blocks in the cache, cache) from the copy; None: there is no copy that fits the model and the stream."""
         try:
             tensors = index_safetensors(self._cache_path)
-            empty = codec.new_cache()
-            named = _named(empty)
             with open(self._cache_path, "rb") as file:
                 found = {}
                 for tensor in tensors:
@@ -97,6 +95,9 @@ class ResumeLog:
                     read_into(file, tensor, values)
                     found[name] = values
             number = int(found.pop("committed")[0])
+            cached_blocks = found["encoder_keys"].shape[3] // codec.config.tokens_per_block
+            empty = codec.new_cache(num_blocks=cached_blocks + 1)
+            named = _named(empty)
             if number > len(self.blocks) or found.keys() != named.keys():
                 return None
             cache = [

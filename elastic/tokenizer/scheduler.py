@@ -77,7 +77,7 @@ class BatchScheduler:
       weights: the parameters as `Codec.stored` gives them.
       batch: number of slots.
       width: counts of a block tried in one call of the model.
-      cache: the keys and values of earlier blocks; None: an empty cache. It is donated to the programs.
+      cache: the keys and values of earlier blocks; None: an empty cache, which `reserve` lengthens. It is donated to the programs.
       on_passes: is told after each call of the model how many passes it was.
     """
 
@@ -93,7 +93,7 @@ class BatchScheduler:
     ):
         config = codec.config
         self.codec, self.batch, self.width = codec, batch, width
-        self.cache = codec.new_cache(batch) if cache is None else cache
+        self.cache = codec.new_cache(batch, num_blocks=1) if cache is None else cache
         self._weights, self._on_passes = weights, on_passes
         self._work: list[_Work | None] = [None] * batch
         self._keeps_trials = codec.trial_bytes(batch * (width + 1)) <= _most_kept(codec)
@@ -117,6 +117,10 @@ class BatchScheduler:
     def forget(self, slot: int) -> None:
         """Empties a slot's cache: its next block begins a clip or a window."""
         self.cache = self.cache.forget(np.arange(self.batch) == slot)
+
+    def reserve(self, num_blocks: int | None) -> None:
+        """Lengthens the cache for a clip of this many blocks; None: not known, so that it serves a whole window."""
+        self.cache = self.codec.lengthened(self.cache, num_blocks)
 
     def assign(
         self,

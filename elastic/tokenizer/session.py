@@ -196,6 +196,7 @@ class EncodeSession:
             restart=self._context.when_full == "restart",
             metric=self.metric,
             on_passes=self._note_budget_passes,
+            num_blocks=self.num_blocks,
         )
         for result in results:
             self._count(result)
@@ -258,6 +259,7 @@ class EncodeSession:
         self._reset()
         if self._cache is not None:
             scheduler.cache, self._cache = self._cache, None
+        scheduler.reserve(self.num_blocks)
         frames_per_block = self._context.codec.config.frames_per_block
         guesses = self._search_name == "predict" and self.metric is None
         prior = self._context.prior if guesses else None

@@ -427,7 +427,9 @@ class ElasticTokenizer:
         """
         if isinstance(tokens, TokenizedClip):
             header, blocks = vars(tokens), blocks_of(tokens)
+            num_blocks = len(tokens.blocks)
         else:
+            num_blocks = None
             header, recorded = read_token_stream(tokens, follow=follow, patience=patience)
             blocks = ((block.tokens, block.num_frames) for block in recorded)
         check_maker(
@@ -442,6 +444,7 @@ class ElasticTokenizer:
             blocks,
             window_blocks=header["window_blocks"],
             context=header["context"],
+            num_blocks=num_blocks,
         )
 
     def _check_memory(self) -> None:

@@ -110,6 +110,7 @@ def spend(
     restart: bool = False,
     metric: Metric | None = None,
     on_passes: Callable[[int], None] | None = None,
+    num_blocks: int | None = None,
 ) -> Iterator[BlockResult]:
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
@@ -122,8 +123,9 @@ def spend(
       restart: whether the context is emptied whenever the window is full.
       metric: the loss of a block; None: the mean squared error.
       on_passes: is told after each call of the model how many passes it was; `passes_per_block` are expected.
+      num_blocks: how many blocks there are; None: not known.
     """
-    cache, first, left = codec.new_cache(), 0, 0.0
+    cache, first, left = codec.new_cache(num_blocks=num_blocks), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
         walk = _Walk(codec, weights, stretch, first, width, restart, metric, on_passes)

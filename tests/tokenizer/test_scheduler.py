@@ -11,7 +11,8 @@ from elastic.tokenizer.block_codec import Committed, Trial
 from elastic.tokenizer.scheduler import BatchScheduler
 
 CONFIG = types.SimpleNamespace(
-    tokens_per_block=16, patch_dim=48, frames_per_block=4, patch_size=(1, 4, 4), bottleneck_type="fsq"
+    tokens_per_block=16, patch_dim=48, frames_per_block=4, patch_size=(1, 4, 4), bottleneck_type="fsq",
+    token_order="raster",
 )  # fmt: skip
 
 
@@ -32,8 +33,11 @@ class ModelCodec:
     def __init__(self, trial_bytes=0):
         self.bytes, self.calls = trial_bytes, []
 
-    def new_cache(self, batch):
+    def new_cache(self, batch, *, num_blocks):
         return Cache([[] for _ in range(batch)])
+
+    def lengthened(self, cache, num_blocks):
+        return cache
 
     def trial_bytes(self, candidates):
         return self.bytes

@@ -40,6 +40,37 @@ def clip(golden):
         return reader.read()[:11]
 
 
+@pytest.fixture(scope="module")
+def tiled(golden):
+    """A tokenizer whose kernels' tiles are as long as a block, so that caches of several lengths give the same bits."""
+    whole = load(golden, "fsq")
+    config = whole.config.replace(scan_key_chunk_size=whole.config.tokens_per_block)
+    return ElasticTokenizer(config, whole.params, mesh=whole.mesh, window_blocks=4)
+
+
+@pytest.mark.parametrize(("num_blocks", "cached"), [(1, 0), (2, 1), (3, 2), (6, 3)])
+def test_a_cache_is_as_long_as_the_clip_needs_and_changes_no_bit(tiled, clip, num_blocks, cached):
+    """Of frames that arrive one by one nobody knows the number, so that their cache serves a whole window."""
+    frames = clip[: 2 * num_blocks]
+    assert tiled.codec.cached_blocks(num_blocks) == cached
+    assert tiled.codec.new_cache(num_blocks=num_blocks).encoder.keys.shape[3] == cached * 32
+    known = tiled.reconstruct(frames, threshold=0.4)
+    unknown = tiled.reconstruct(iter(frames), threshold=0.4)
+    assert known.tokens == unknown.tokens
+    np.testing.assert_array_equal(known.frames, unknown.frames)
+    np.testing.assert_array_equal(tiled.decode(known.tokens), known.frames)
+
+
+def test_a_picture_needs_no_cache_and_a_clip_beside_it_lengthens_it(tiled, clip):
+    """Clips that share a batch share a cache, which grows with the first one that needs it."""
+    clips = [clip[0], clip[:2], clip[:5], clip]
+    alone = [tiled.encode(one, threshold=0.4) for one in clips]
+    together = dict(tiled.encode_many(clips, batch=2, threshold=0.4))
+    for number, tokens in enumerate(alone):
+        for one, other in zip(together[number].blocks, tokens.blocks, strict=True):
+            np.testing.assert_array_equal(one.indices, other.indices)
+
+
 def block_errors(tokens, original, decoded):
     """Mean squared error of each block over its real frames, pixels in [-1, 1]."""
     error = (original.astype(np.float64) - decoded) / 127.5
