@@ -22,7 +22,8 @@ def train(flags: app.Values) -> int:
     from elastic.training import loop as training
 
     model_config = train_config.model_of(flags)
-    finished = training.train(train_config.run_of(flags, model_config), model_config)
+    config = train_config.run_of(flags, model_config)
+    finished = training.train(config, model_config, leave=app.leave)
     return 0 if finished.signal is None else 128 + finished.signal
 
 

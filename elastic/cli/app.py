@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -26,7 +26,17 @@ from elastic.cli.script import Flag, Script, Values
 from elastic.io.user_cache import keep_programs
 from elastic.tokenizer.targets import EncodeOptions
 
-__all__ = ["Values", "check_target", "encode_options", "help_text", "log", "parse", "run", "words"]
+__all__ = [
+    "Values",
+    "check_target",
+    "encode_options",
+    "help_text",
+    "leave",
+    "log",
+    "parse",
+    "run",
+    "words",
+]
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +162,14 @@ def run(
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process at once with an exit code: not even threads that are in XLA are waited for."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _run_body(
     script: Script, body: Callable[[Values], int | None], arguments: Sequence[str]
 ) -> int:
@@ -273,13 +291,11 @@ def _logging(script: Script) -> Iterator[None]:
     ours = logging.getLogger("elastic")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    level, propagate, hook = ours.level, ours.propagate, sys.excepthook
+    level, propagate = ours.level, ours.propagate
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     ours.propagate = False  # a library that gives the root a handler would have every line twice
-    theirs = logging.getLogger("absl")
-    theirs.addFilter(_is_no_trace)
-    sys.excepthook = _show_no_echo
+    _drop_echoes()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         del category
@@ -291,8 +307,6 @@ def _logging(script: Script) -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        theirs.removeFilter(_is_no_trace)
-        sys.excepthook = hook
         ours.removeHandler(handler)
         ours.setLevel(level)
         ours.propagate = propagate
@@ -303,16 +317,48 @@ def _is_no_trace(record: logging.LogRecord) -> bool:
     return record.exc_info is None
 
 
+_hooks: dict[str, Any] = {}  # of the module sys, as they were before `_drop_echoes`
+
+
+def _drop_echoes() -> None:
+    """Drops what orbax, asyncio and tensorstore say of reads and writes that orbax has given up, until the process ends.
+
+    On a full disk, each part of a checkpoint that is still under way says that its event loop is closed, or that nobody asked for its
+    error: hundreds of tracebacks around the one error that is raised, some of them after the run.
+    """
+    logging.getLogger("absl").addFilter(_is_no_trace)
+    logging.getLogger("asyncio").addFilter(_is_no_echo)
+    for name, hook in (("excepthook", _show_no_echo), ("unraisablehook", _report_no_echo)):
+        if getattr(sys, name) is not hook:
+            _hooks[name] = getattr(sys, name)
+            setattr(sys, name, hook)
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and str(error) == "Event loop is closed"
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
+
+
 def _show_no_echo(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """For sys.excepthook: suppresses tensorstore's "Event loop is closed" errors, which come from abandoned reads of a checkpoint."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        sys.__excepthook__(kind, error, trace)
+    """For sys.excepthook."""
+    if not _is_echo(error):
+        _hooks["excepthook"](kind, error, trace)
+
+
+def _report_no_echo(unraisable: Any) -> None:
+    """For sys.unraisablehook."""
+    if not _is_echo(unraisable.exc_value):
+        _hooks["unraisablehook"](unraisable)
 
 
 def _show_all() -> None:
     """For --debug."""
     logging.getLogger("absl").removeFilter(_is_no_trace)
-    sys.excepthook = sys.__excepthook__
+    logging.getLogger("asyncio").removeFilter(_is_no_echo)
+    sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
 
 
 @contextlib.contextmanager

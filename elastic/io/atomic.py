@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, and locks between processes."""
 
 import contextlib
+import errno
+import logging
 import os
 import secrets
 import shutil
@@ -10,6 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elastic.io.tree import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# What NFS, Lustre and others answer when they are mounted without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_PATIENCE_SECONDS = 10.0  # until the log says what is waited for
+_TOLD: set[Path] = set()  # lock files that the log has named
 
 
 @contextlib.contextmanager
@@ -91,6 +100,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
     The operating system frees the lock when the process ends, even if it is killed. The file stays.
 
+    Some network file systems know no such locks. There the existence of a second file, `path` with the ending `.held`, is the lock. It
+    names its process, and goes with it; after a kill, the next process of the same machine removes it. If the killed process ran on
+    another machine, the file stays, and the log says that it may be removed.
+
     Args:
       path: the lock file, which is made if it is missing.
       wait: wait until the lock is free, and give True.
@@ -100,13 +113,47 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout  # loads asyncio, and most entrances lock nothing
 
-    # Without `fallback_to_soft`: a lock that is a mere file would outlive a killed process.
+    # Without `fallback_to_soft`, which would take `path` itself: there it outlives the lock.
     lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(blocking=wait)
     except Timeout:
         yield False
         return
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", None) or getattr(error.__cause__, "errno", errno.ENOSYS)
+        if number not in _NO_LOCKS:
+            raise
+        with _held(path, wait=wait) as held:
+            yield held
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _held(path: Path, *, wait: bool) -> Iterator[bool]:
+    """As `locked`, by a file whose existence is the lock."""
+    from filelock import SoftFileLock, Timeout
+
+    file = path.with_name(f"{path.name}.held")
+    lock = SoftFileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=_PATIENCE_SECONDS if wait else 0)
+    except Timeout:
+        if file not in _TOLD:
+            _TOLD.add(file)
+            log.warning(
+                "%s stands for a lock, because this file system has none. If no process works in %s any more, remove that file.",
+                file,
+                path.parent,
+            )
+        if not wait:
+            yield False
+            return
+        lock.acquire()
     try:
         yield True
     finally:

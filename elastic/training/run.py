@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -101,9 +101,9 @@ class Run:
         start = self._resumed() or self._new()
         if is_first_host():
             write_config(self.folder, self.model_config)
-        if start.resumed and config.save.is_milestone(start.step):
+        if start.resumed:
             # The run may have ended between the checkpoint and its milestone.
-            self._write_milestone(start.step, start.state, start.position)
+            self.write_milestone(start.step, start.state, start.position)
         if start.step > config.total_steps:
             log.warning(
                 "total_steps=%d lies before this step: there is nothing to train.",
@@ -112,8 +112,8 @@ class Run:
         log.info("Training in %s from step %d to %d.", self.folder, start.step, config.total_steps)
         return start
 
-    def train_step(self) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-        """The compiled step: state, batch and LPIPS weights -> the next state and the terms of the loss."""
+    def train_step(self) -> Any:
+        """The step as jax.jit gives it: state, batch and LPIPS weights -> the next state and the terms of the loss."""
         _, shardings = self._layout
         return step_program(self.config, self._model, self._optimizer, shardings)
 
@@ -135,7 +135,7 @@ class Run:
         return Logs(self.config.log, self.folder, first_step=first, settings=settings)
 
     def save(self, step: int, state: TrainState, position: DataPosition) -> None:
-        """Writes a checkpoint, and at a milestone also the released files."""
+        """Begins to write a checkpoint."""
         notes = {
             "step": step,
             "position": position.to_json(),
@@ -143,8 +143,6 @@ class Run:
             "training": dataclasses.asdict(self.config),  # including the seed of all random draws
         }
         self.checkpoints.save(step, state, notes)
-        if self.config.save.is_milestone(step):
-            self._write_milestone(step, state, position)
 
     def _resumed(self) -> Start | None:
         def check(notes: dict[str, Any]) -> None:
@@ -174,8 +172,10 @@ class Run:
     def _layout(self) -> tuple[TrainState, TrainState]:
         return state_layout(self.config, self.model_config, self._optimizer, self.mesh)
 
-    def _write_milestone(self, step: int, state: TrainState, position: DataPosition) -> None:
-        """Writes the released files of a step, unless they are there."""
+    def write_milestone(self, step: int, state: TrainState, position: DataPosition) -> None:
+        """Writes the released files of a step that is a milestone, unless they are there."""
+        if not self.config.save.is_milestone(step):
+            return
         folder = self.folder / MILESTONES / f"{step:08d}"
         last = folder / "data_position.json"
         complete = last.exists()

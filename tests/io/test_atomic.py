@@ -1,5 +1,8 @@
 """Files appear whole or not at all; a lock keeps other processes out for as long as its process lives."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
@@ -29,6 +32,39 @@ def test_a_lock_ends_when_its_process_is_killed(tmp_path):
     with locked(lock) as held:
         assert held
     assert lock.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_stands_for_a_lock_where_the_file_system_has_none(
+    tmp_path, monkeypatch, caplog, number
+):
+    """As NFS and Lustre answer where they are mounted without locks."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock, file = tmp_path / "lock", tmp_path / "lock.held"
+    with locked(lock) as held, locked(lock) as twice:
+        assert held and not twice and file.exists()
+    assert f"{file} stands for a lock" in caplog.text and "remove that file" in caplog.text
+    assert not file.exists()
+    with locked(lock, wait=True) as held:  # a file of an earlier lock is none
+        assert held
+    before = (
+        "import errno, fcntl, os\n"
+        + "def flock(*_): raise OSError(errno.ENOLCK, '')\nfcntl.flock = flock\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", before + HOLD, lock], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"True\n"
+        with locked(lock) as held:
+            assert not held
+        process.kill()
+    assert file.exists()  # the killed process left it
+    with locked(lock) as held:
+        assert held
 
 
 def test_a_lock_that_cannot_be_made_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """The trainer: the loss falls, a run that was stopped goes on bit for bit, and nothing is lost."""
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -28,12 +30,14 @@ from elastic.model import init_params
 from elastic.model.flops import peak_flops
 from elastic.tokenizer import ElasticTokenizer
 from elastic.training import loop as training
-from elastic.training import run
+from elastic.training import run, signals
 from elastic.training import state as train_state
 from elastic.training.checkpoints import Checkpoints
 from elastic.training.config import EvalConfig, OptimizerConfig
+from elastic.training.evaluator import Evaluator
 from elastic.training.feed import DeviceBatches
 from elastic.training.loop import train
+from elastic.training.run import Run
 from elastic.training.throughput import CLOCK, StepRecorder
 from elastic.training.writers import progress_line
 from scripts import train as train_script
@@ -167,6 +171,7 @@ jax.config.update("jax_num_cpu_devices", 1)
 import pathlib
 from tiny_run import MODELS, settings
 from elastic.training.loop import train
+from elastic.training.run import Run
 {before}
 train(settings(pathlib.Path({clips!r}), pathlib.Path({folder!r}), {options}), MODELS["vae"])
 """
@@ -236,6 +241,90 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     assert not (tmp_path / "pretrained").exists()
     assert_equal_states(train(settings(clips, tmp_path), MODELS["vae"]).state, straight[0])
     assert numbers(tmp_path) == straight[1]
+
+
+def stop_in(patch, owner, name, call, *, seconds=300):
+    """Sends SIGTERM to this process in a call of `owner.name`, which then lasts as long as an evaluation may."""
+    original, calls = getattr(owner, name), []
+
+    def stopped(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(seconds)
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, stopped)
+
+
+class Compiling:
+    """A step that the signal finds while it is compiled."""
+
+    def lower(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(300)
+
+
+MOMENTS = {  # the step that is saved, and what the signal finds
+    "compiling": (0, lambda patch: patch.setattr(Run, "train_step", lambda self: Compiling())),
+    "waiting for data": (2, lambda patch: stop_in(patch, DeviceBatches, "placed", 3)),
+    "a step before an evaluation": (
+        2,
+        lambda patch: stop_in(patch, StepRecorder, "__call__", 2, seconds=0),
+    ),
+    "an evaluation": (2, lambda patch: stop_in(patch, Evaluator, "__call__", 1)),
+    "a milestone": (3, lambda patch: stop_in(patch, run, "export", 1)),
+    "the export": (6, lambda patch: stop_in(patch, training, "export", 1)),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_stopped_saves_first_and_leaves_nothing_half_done(
+    clips, tmp_path, monkeypatch, straight, moment
+):
+    step, prepare = MOMENTS[moment]
+    evaluated = []
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, step, *_: evaluated.append(step))
+    save = dict(freq=3, milestone_freq=3) if moment == "a milestone" else dict(freq=0)
+    config = settings(
+        clips, tmp_path, save=save, evaluation=EvalConfig(freq=2, path=str(clips), num_tokens=(4,))
+    )
+    with monkeypatch.context() as patch:
+        prepare(patch)
+        finished = train(config, MODELS["vae"])
+    assert finished.signal == signal.SIGTERM and int(finished.state.step) == step
+    assert names(tmp_path / "checkpoints") == [f"{step:08d}"]
+    assert evaluated == {"the export": [2, 4, 6], "a milestone": [2], "waiting for data": [2]}.get(
+        moment, []
+    )
+    assert not (tmp_path / "pretrained").exists()
+    assert not list(tmp_path.glob("**/.*.tmp"))
+    assert_equal_states(train(config, MODELS["vae"]).state, straight[0])
+    assert (tmp_path / "pretrained").exists()
+    if moment == "a milestone":
+        assert names(tmp_path / "milestones") == ["00000003", "00000006"]
+
+
+def test_a_run_is_saved_while_no_handler_can_run(clips, tmp_path, monkeypatch):
+    """A mutex stands for XLA, which may compute for minutes: a thread saves, and ends the process."""
+    monkeypatch.setattr(signals, "_GRACE_SECONDS", 0.05)
+    libc, mutex, left = ctypes.CDLL(None), ctypes.create_string_buffer(64), []
+    libc.pthread_mutex_lock(mutex)
+
+    def evaluate(*_):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        libc.pthread_mutex_lock(mutex)
+
+    def leave(code):
+        left.append((code, names(tmp_path / "checkpoints")))
+        libc.pthread_mutex_unlock(mutex)
+
+    monkeypatch.setattr(Evaluator, "__call__", evaluate)
+    evaluation = EvalConfig(freq=2, path=str(clips), num_tokens=(4,))
+    config = settings(clips, tmp_path, save=dict(freq=0), evaluation=evaluation)
+    finished = train(config, MODELS["vae"], leave=leave)
+    assert left == [(143, ["00000002"])] and finished.signal == signal.SIGTERM
+    assert names(tmp_path / "checkpoints") == ["00000002"]
 
 
 def test_a_run_that_is_done_changes_nothing_when_started_again(clips, tmp_path, straight):
@@ -313,23 +402,27 @@ def test_the_folder_of_another_model_is_left_alone(clips, tmp_path):
 def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path, straight):
     """A limit on the size of files stands for a full disk: writing fails in the middle of a checkpoint."""
     folder = tmp_path / "run"
-    # What ends the run goes to a file as well: on standard error threads of orbax speak at the same time.
-    full = f"""
-import resource, signal, sys
+    full = """
+import resource, signal
+from elastic.cli import app
+from elastic.cli.flags_train import TRAIN
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)  # leaves no cut program to others
-def note(kind, error, trace):
-    with open({str(tmp_path / "ended")!r}, "a") as file:
-        file.write(f"{{kind.__name__}}: {{error}}\\n")
-sys.excepthook = note
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+begin = train
+def train(*arguments):
+    flags = ["--train_dataset.vision_dataset.path=x", "--logger.output_dir=x"]
+    sys.exit(app.run(TRAIN, lambda _: begin(*arguments) and 0, flags))
 """
     train(settings(clips, folder, total_steps=3), MODELS["vae"])
     with started(clips, folder, "", before=full) as process:
         pass
     assert process.returncode == 1
-    ended = (tmp_path / "ended").read_text()
-    assert re.search(r"^OSError: .*not saved in .*too large", ended, re.MULTILINE), ended
+    *before, last = process.said.splitlines()
+    assert re.fullmatch(r"scripts/train\.py: error: .*not saved in .*too large\.", last), (
+        process.said
+    )
+    assert not any("Traceback" in line or "rror" in line for line in before), process.said
     assert names(folder / "checkpoints")[0] == "00000003"
     assert_equal_states(train(settings(clips, folder), MODELS["vae"]).state, straight[0])
 
