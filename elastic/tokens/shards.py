@@ -230,13 +230,13 @@ class TokenShards:
         """The ids of all clips, in order.
 
         Raises:
-          TokenFileError: two clips have the same id.
+          TokenFileError: two clips have the same id, or a shard is damaged.
         """
-        ids = tuple(
-            name
-            for shard, table in self._columns(["id"])
-            for name in table["id"].take(shard.clips[:-1]).to_pylist()
-        )
+        found: list[str] = []
+        for shard, table in self._columns(["id"]):
+            with _named(shard.path):  # older pyarrow finds out only here that ids are missing
+                found += table["id"].take(shard.clips[:-1]).to_pylist()
+        ids = tuple(found)
         if len(set(ids)) < len(ids):
             name, _ = collections.Counter(ids).most_common(1)[0]
             places = {
