@@ -185,6 +185,7 @@ class Run:
         export(folder, self.config, self.model_config, state)
         if is_first_host():
             position.save(last)
+        wait_for_hosts(f"milestone {step} is written")  # who asks again finds it, on all hosts
 
 
 def open_data(

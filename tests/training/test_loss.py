@@ -72,9 +72,9 @@ def assert_same(ours, expected, tolerance=1e-5):
 # What counts
 
 
-@pytest.mark.parametrize("case", released.CASES)
-def test_padding_changes_no_term_and_no_gradient(case):
+def test_padding_changes_no_term_and_no_gradient():
     """Blocks that are not counted, at the end: all is as if they were not there, whatever they hold."""
+    case = "vae"  # which has an auxiliary loss
     batch, length = bare(case), config(case).tokens_per_block
     counted = jnp.broadcast_to(jnp.arange(batch.kept.shape[1])[None] < length, batch.kept.shape)
     padded = batch._replace(counted=counted)
@@ -193,8 +193,8 @@ def placed(mesh, tree):
     return jax.tree.map(lambda x: jax.device_put(x, place(x)), tree)
 
 
-@pytest.mark.parametrize("case", released.CASES)
-def test_loss_and_gradients_do_not_depend_on_the_mesh_and_no_sequence_travels(case, cheap_lpips):
+def test_loss_and_gradients_do_not_depend_on_the_mesh_and_no_sequence_travels(cheap_lpips):
+    case = "vae"  # a patch of two frames
     batch = bare(case)
     batch = batch._replace(counted=jnp.arange(batch.kept.shape[1])[None] < jnp.array([[96], [128]]))
 

@@ -50,9 +50,8 @@ def test_values_and_gradients_are_those_of_the_reference(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", RUNNABLE)
-@pytest.mark.parametrize("case", ["nothing divides anything", "all at once"])
-def test_bfloat16_operands_give_nearly_the_same(implementation, case):
-    arguments = make_case(jnp.bfloat16, **CASES[case])
+def test_bfloat16_operands_give_nearly_the_same(implementation):
+    arguments = make_case(jnp.bfloat16, **CASES["all at once"])
     ours = run(implementation, *arguments)
     (qkv, *others) = arguments
     exact = run("reference", tuple(x.astype(jnp.float32) for x in qkv), *others)

@@ -31,9 +31,6 @@ CASES = {
         num_queries=50, num_keys=83, block_size=20, q_start=40, kv_start=10, kv_length=75, ids=True
     ),
     "one query, one key": dict(num_queries=1, num_keys=1, block_size=4, q_start=0, kv_start=0),
-    "64 channels": dict(
-        num_queries=40, num_keys=40, block_size=8, q_start=0, kv_start=0, head_dim=64
-    ),
     "256 channels": dict(
         num_queries=40, num_keys=24, block_size=8, q_start=0, kv_start=0, head_dim=256
     ),
