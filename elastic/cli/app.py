@@ -239,7 +239,7 @@ def _with_flags(message: str, script: Script) -> str:
 
 
 def _refusal(error: flags.IllegalFlagValueError, script: Script) -> str:
-    """What is said of a value that a flag cannot take: the value, and what it must be."""
+    """The message for a value that a flag cannot take: it names the value and the rule."""
     typed = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
     name = typed.partition("=")[0].removeprefix("--")
     flag = next(flag for flag in script.flags if flag.name == name)

@@ -31,6 +31,7 @@ from elastic.evaluation.records import (
     Picture,
     fixed_count,
 )
+from elastic.io.read_options import read_arguments
 from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
@@ -171,7 +172,7 @@ def _open_clips(
                 resolution=model.resolution,
                 rate=config.fps or None,
                 max_frames=config.max_frames or None,
-                **config.read_options,
+                **read_arguments(config),
             )
         except (media.MediaError, OSError) as error:
             skipped[name] = str(error)
@@ -224,7 +225,7 @@ def _measure(
         rate=clip.rate,
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
-        **config.read_options,
+        **read_arguments(config),
     )
     session = tokenizer.open_session(clip.path, options)
     if condition.search not in ("fixed", config.searches[0]):

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from elastic.config import ElasticTokConfig
 from elastic.io.options import check_options
-from elastic.io.read_options import READ_DEFAULTS, exact_color_option, reader_option
+from elastic.io.read_options import exact_color_option, reader_option
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import geometric_counts, search_names
@@ -51,11 +51,6 @@ class EvaluationConfig:
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
     pictures: int = 1
-
-    @property
-    def read_options(self) -> dict[str, Any]:
-        """The keyword arguments of `elastic.media.open_clip` besides rate and number of frames."""
-        return {name: getattr(self, name) for name in READ_DEFAULTS}
 
     def __post_init__(self):
         check_options(self)

@@ -1,6 +1,7 @@
 """Options that say how media files are read. Tokenizing, evaluation and training have them in records of their own."""
 
 import importlib.util
+from typing import Any
 
 from elastic.io.options import Check, option
 
@@ -29,3 +30,8 @@ def exact_color_option() -> bool:
         False,
         "round the colours of 8-bit 4:2:0 video correctly, too; else they are up to 1.5 levels darker, as the released models saw them",
     )
+
+
+def read_arguments(record: Any) -> dict[str, Any]:
+    """The keyword arguments of `elastic.media.open_clip`, besides rate and number of frames, that a record of options holds."""
+    return {name: getattr(record, name) for name in READ_DEFAULTS}

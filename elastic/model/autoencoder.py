@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
     new_kv: KVPair | None  # with a cache: new keys and values of every layer
 
 
-class Half(Module):
+class Coder(Module):
     """What encoder and decoder share."""
 
     def kept_embedding(self, kept: Bool[Array, "b l"]) -> Float[Array, "b l d"]:
@@ -53,7 +53,7 @@ class Half(Module):
         return jnp.where(kept[..., None], is_kept, is_masked)
 
 
-class Encoder(Half):
+class Encoder(Coder):
     """Patches -> latents of the bottleneck. With `condition_encoder` it sees which tokens will be kept."""
 
     num_latents: int = 1
@@ -74,7 +74,7 @@ class Encoder(Half):
         return Linear(features=self.num_latents, name="pre_quant", **common)(x), new_kv
 
 
-class Decoder(Half):
+class Decoder(Coder):
     """Codes -> patches. With `condition_decoder` it sees which tokens are kept, so that dropped ones are not just zeros."""
 
     @nn.compact

@@ -313,7 +313,7 @@ class _Shards:
             time.sleep(0.05)  # that process is about to give up the lock
 
     def _unpack(self, shard: int, tally: Tally, without: set[str]) -> None:
-        """Turns the rows of a finished shard into token files again, without those of some files, and removes the shard."""
+        """Writes the rows of a finished shard as token files again, except those of some files. Removes the shard."""
         work_folder, names = self.work_folder(shard), self.plan.names(shard)
         shutil.rmtree(work_folder, ignore_errors=True)
         work_folder.mkdir(parents=True)

@@ -78,7 +78,7 @@ class BatchScheduler:
       batch: number of slots.
       width: counts of a block tried in one call of the model.
       cache: the keys and values of earlier blocks; None: an empty cache, which `reserve` lengthens. It is donated to the programs.
-      on_passes: is told after each call of the model how many passes it was.
+      on_passes: called after each call of the model with its number of passes.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ _AHEAD = 2  # blocks of a clip that are decoded while the model runs
 
 
 def check_options(options: EncodeOptions, config: ElasticTokConfig, *, width: int) -> None:
-    """Refuses options that do not fit a model, and warns of a count below those of its training; needs no weights.
+    """Checks options against a model, without its weights. Warns if the count is below those of its training.
 
     Args:
       options: what is asked of a clip's tokens.
@@ -129,8 +129,8 @@ class EncodeSession:
       num_done: blocks that are tokenized.
       first_block: the first block that will be handed out. Above 0 in a resumed run: `recorded` has the earlier ones.
       recorded: the numbers `passes`, `seconds` and `squares` of each block before `first_block`.
-      on_progress: None, or what is told after each pass of the model how many blocks are done; the block under way counts as a part,
-        by its passes.
+      on_progress: None, or a function that is called after each pass of the model with the number of blocks done. The passes over
+        the current block count as a part of it.
     """
 
     def __init__(

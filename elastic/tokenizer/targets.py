@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
-from elastic.io.read_options import READ_DEFAULTS, exact_color_option, reader_option
+from elastic.io.read_options import exact_color_option, reader_option
 from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
@@ -210,11 +210,6 @@ class EncodeOptions:
             name: getattr(value, "__name__", repr(value)) if callable(value) else value
             for name, value in vars(self).items()
         }
-
-    @property
-    def read_options(self) -> dict[str, Any]:
-        """The keyword arguments of `elastic.media.open_clip` besides rate and number of frames."""
-        return {name: getattr(self, name) for name in READ_DEFAULTS}
 
 
 # A misspelled option gets a suggestion here too, as in `ElasticTokenizer.encode`.

@@ -18,6 +18,7 @@ from elastic.config import ElasticTokConfig, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
 from elastic.io.names import model_name, suggest_arguments
+from elastic.io.read_options import read_arguments
 from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
@@ -302,7 +303,7 @@ class ElasticTokenizer:
             self.config.resolution,
             rate=options.rate,
             max_frames=options.max_frames,
-            **options.read_options,
+            **read_arguments(options),
         )
         try:
             budget = Budget.of(options, self.config, rate=clip.rate)

@@ -122,7 +122,7 @@ def spend(
       width: counts measured in one call of the model.
       restart: whether the context is emptied whenever the window is full.
       metric: the loss of a block; None: the mean squared error.
-      on_passes: is told after each call of the model how many passes it was; `passes_per_block` are expected.
+      on_passes: called after each call of the model with its number of passes; a block takes `passes_per_block`.
       num_blocks: how many blocks there are; None: not known.
     """
     cache, first, left = codec.new_cache(num_blocks=num_blocks), 0, 0.0

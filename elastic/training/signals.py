@@ -147,7 +147,9 @@ def _watched(stop: StopFlag) -> Iterator[None]:
             if number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(_GRACE_SECONDS):
                 try:
                     stop.save_in_place(number[0])
-                except Exception:
+                except (
+                    Exception
+                ):  # whatever it is, the thread's owner cannot catch it: the log has it
                     log.exception("The run could not be saved.")
 
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
