@@ -14,8 +14,8 @@ Fields that all rows share are JSON in the file's metadata, under the key `elast
 
 A clip of more than 2^27 numbers is split at the ends of blocks into several rows, which follow each other and have the same
 `id`. Each of these rows describes its own blocks and frames. So no reader meets a row that is too large for it, and writing takes
-little memory. (Arrow, DuckDB and Parquet's pages each have limits of their own at 2^31 bytes of a row.) The file's metadata
-lists these rows under the key `elastictok.parts`.
+little memory. (The offsets of an Arrow list column are 32-bit numbers.) The file's metadata lists these rows under the key
+`elastictok.parts`.
 
 `TokenShards` gives each row back as the `TokenizedClip` that was written.
 """
