@@ -1,4 +1,4 @@
-"""Compiles training and inference for hardware one does not have: the documented path of scripts/tools/check_compile.py."""
+"""Compiles training and inference for hardware one does not have; `--help` lists the flags."""
 
 import pathlib
 import sys
@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
-from scripts.tools.check_compile import CHECK, check_compile
+from elastic.cli.commands.check_compile import CHECK, check_compile
 
 if __name__ == "__main__":
     sys.exit(app.run(CHECK, check_compile))

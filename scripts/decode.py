@@ -3,37 +3,12 @@
 import pathlib
 import sys
 
+# So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
+from elastic.cli.commands.decode import decode
 from elastic.cli.flags import DECODE
-
-
-def decode(flags: app.Values) -> int:
-    """Loads tokens and model, and writes the clip."""
-    from elastic.distributed import cpu_devices
-    from elastic.pipeline import decode_files, load_model, tokenize_files
-
-    tokens = decode_files.open_tokens(flags["input_path"])
-    decode_files.check_decoded_name(flags["output_path"], tokens)
-    cpu_devices.set_up_cpu()
-    spec = flags["load_checkpoint"] or decode_files.model_of(tokens)
-    config = load_model.model_config(
-        spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
-    )
-    decode_files.check_same_model(tokens, config, spec)
-    tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
-        spec,
-        config=config,
-        dtype=flags["dtype"],
-        mesh_dim=flags["mesh_dim"],
-        window_blocks=tokens.window_blocks,
-    )
-    app.log.info("%s", load_model.describe(tokenizer))
-    decode_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
-    app.log.info("%s -> %s", tokens, flags["output_path"])
-    return 0
-
 
 if __name__ == "__main__":
     sys.exit(app.run(DECODE, decode))

@@ -1,4 +1,4 @@
-"""Fits curves.json, from which the search takes its first guess: the documented path of scripts/tools/fit_curves.py."""
+"""Fits curves.json, from which the search takes its first guess of a block's token count; `--help` lists the flags."""
 
 import pathlib
 import sys
@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
-from scripts.tools.fit_curves import FIT_CURVES, fit_curves
+from elastic.cli.commands.fit_curves import FIT_CURVES, fit_curves
 
 if __name__ == "__main__":
     sys.exit(app.run(FIT_CURVES, fit_curves))

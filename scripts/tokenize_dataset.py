@@ -7,73 +7,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
+from elastic.cli.commands.tokenize_dataset import tokenize
 from elastic.cli.flags import DATASET
-
-
-def tokenize(flags: app.Values) -> int:
-    """Loads the model, does this process's shards, prints a table when all are finished."""
-    app.check_target(flags)
-    if flags["files_per_shard"] < 1:
-        raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
-    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
-        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
-    options = app.encode_options(flags)
-
-    from elastic.distributed import cpu_devices, mesh
-    from elastic.distributed.hosts import Hosts, host_share, join_hosts
-
-    hosts = Hosts(**flags.under("jax_distributed"), independent=True)
-    cpu_devices.set_up_cpu()
-    join_hosts(hosts)
-
-    import jax
-
-    from elastic.config import check_resolution
-    from elastic.pipeline import dataset, dataset_summary, load_model, tokenize_files
-
-    spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
-    inputs = dataset.list_inputs(flags["input_path"], folder)
-    config = load_model.model_config(
-        spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
-    )
-    check_resolution(flags["resolution"], config)
-    devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
-    load_model.check_run(
-        options, config, devices, width=flags["search_width"], batch=flags["batch"]
-    )
-    index, count = host_share(hosts)
-    tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
-        spec,
-        config=config,
-        dtype=flags["dtype"],
-        mesh=devices,
-        window_blocks=flags["max_blocks_per_chunk"] or None,
-        context=flags["context"],
-        search_width=flags["search_width"],
-    )
-    app.log.info("%s", load_model.describe(tokenizer))
-    app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
-    outcome = dataset.tokenize_dataset(
-        tokenizer,
-        inputs,
-        folder,
-        options,
-        files_per_shard=flags["files_per_shard"],
-        append=flags["append"],
-        batch=flags["batch"],
-        process_index=index,
-        process_count=count,
-        # The others are lost when the first one goes, whom they have joined.
-        wait=hosts.initialize_jax_distributed,
-    )
-    if outcome.summary is not None:
-        print(dataset_summary.describe(outcome.summary, folder))
-        if not outcome.summary["totals"]["clips"]:
-            raise ValueError(
-                f"None of the {len(inputs)} files could be read; {folder / dataset_summary.BAD} says why."
-            )
-    return 0
-
 
 if __name__ == "__main__":
     sys.exit(app.run(DATASET, tokenize))

@@ -3,29 +3,12 @@
 import pathlib
 import sys
 
+# So that the documented command runs wherever the requirements are installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from elastic.cli import app
+from elastic.cli.commands.train import train
 from elastic.cli.flags_train import TRAIN
-
-
-def train(flags: app.Values) -> int:
-    """Builds the configuration of a run and trains. A run that a signal stopped exits with 128 + its number."""
-    from elastic.distributed import cpu_devices
-    from elastic.distributed.hosts import Hosts, join_hosts
-
-    hosts = Hosts(**flags.under("jax_distributed"))
-    cpu_devices.set_up_cpu()
-    join_hosts(hosts)
-
-    from elastic.cli import train_config
-    from elastic.training import loop as training
-
-    model_config = train_config.model_of(flags)
-    config = train_config.run_of(flags, model_config)
-    finished = training.train(config, model_config, leave=app.leave)
-    return 0 if finished.signal is None else 128 + finished.signal
-
 
 if __name__ == "__main__":
     sys.exit(app.run(TRAIN, train))

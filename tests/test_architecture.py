@@ -19,7 +19,8 @@ LEVELS = """
     tokenizer
     evaluation pipeline
     training
-    cli aot
+    aot
+    cli
 """
 LEVEL = {
     name: level for level, row in enumerate(LEVELS.strip().splitlines()) for name in row.split()

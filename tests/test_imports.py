@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import elastic
+from elastic.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +41,11 @@ def loaded_by(program: str) -> set[str]:
             "try: runpy.run_path('scripts/inference.py', run_name='__main__')\n"
             "except SystemExit: pass",
             JAX | OPTIONAL | {"numpy"},
+        ),
+        ("from elastic.cli.main import main; main(['--help'])", JAX | OPTIONAL | {"numpy"}),
+        *(
+            (f"from elastic.cli.main import main; main(['{name}', '--help'])", JAX | OPTIONAL)
+            for name in COMMANDS
         ),
     ],
 )

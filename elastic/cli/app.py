@@ -119,7 +119,7 @@ def encode_options(values: Values) -> EncodeOptions:
 
 def help_text(script: Script) -> str:
     """What `--help` prints: the flags by group, with their defaults."""
-    lines = [f"usage: python3 {script.name} {script.usage}", "", _wrap(script.description, 0), ""]
+    lines = [f"usage: {script.command} {script.usage}", "", _wrap(script.description, 0), ""]
     for title, group in script.groups.items():
         lines.append(f"{title}:")
         for flag in group:

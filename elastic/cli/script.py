@@ -48,6 +48,11 @@ class Script:
     groups: Mapping[str, Sequence[Flag]]
 
     @property
+    def command(self) -> str:
+        """What one types to run it."""
+        return f"python3 {self.name}" if self.name.endswith(".py") else self.name
+
+    @property
     def flags(self) -> list[Flag]:
         """All flags, in the order of `--help`."""
         return [flag for group in self.groups.values() for flag in group]

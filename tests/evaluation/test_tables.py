@@ -21,8 +21,7 @@ from elastic.evaluation.records import (
 from elastic.evaluation.tables import RESULTS, check_folder
 from elastic.media import write_image
 from elastic.model import init_params
-from scripts import evaluate
-from scripts.tools import fit_curves
+from scripts import evaluate, fit_curves
 
 CONFIG = ElasticTokConfig(
     hidden_size=32, intermediate_size=32, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=2,

@@ -8,6 +8,7 @@ import pytest
 
 from elastic import metrics
 from elastic.cli import app
+from elastic.cli.commands import evaluate as body
 from elastic.evaluation.evaluate import EvaluationConfig
 from scripts import evaluate as script
 
@@ -21,12 +22,12 @@ def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, 
     monkeypatch.setattr(metrics, "load_lpips_weights", missing)
     command = ["--input_path=a", "--output_folder=b", "--models=c"]
     config = EvaluationConfig(metrics=("psnr", "ssim", "lpips"))
-    found, weights = script.with_lpips(app.parse(script.EVALUATE, command), config)
+    found, weights = body.with_lpips(app.parse(script.EVALUATE, command), config)
     assert found.metrics == ("psnr", "ssim") and weights is None
     assert "there are no weights" in caplog.text
     for flag in ("--metrics=psnr,ssim,lpips", "--lpips_weights=file"):
         with pytest.raises(ValueError, match="there are no weights"):
-            script.with_lpips(app.parse(script.EVALUATE, [*command, flag]), config)
+            body.with_lpips(app.parse(script.EVALUATE, [*command, flag]), config)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, 
 )
 def test_a_model_is_named_before_the_sign_or_by_the_end_of_its_path(text, expected):
     expected = {name.strip(): spec.strip() for name, spec in expected.items()}
-    assert script.parse_models(text) == expected
+    assert body.parse_models(text) == expected
 
 
 def test_the_wrapper_measures_the_shipped_model_and_passes_flags_on(tmp_path):

@@ -7,14 +7,11 @@ import subprocess
 import sys
 from typing import Any
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from elastic.aot import targets  # noqa: E402
-from elastic.cli import app  # noqa: E402
-from elastic.cli.flags_train import TRAIN  # noqa: E402
-from elastic.cli.script import Flag, Script  # noqa: E402
-from elastic.io.literals import parse_dict  # noqa: E402
+from elastic.aot import targets
+from elastic.cli import app
+from elastic.cli.flags_train import TRAIN
+from elastic.cli.script import Flag, Script
+from elastic.io.literals import parse_dict
 
 DOES_NOT_FIT = 2
 
@@ -170,7 +167,7 @@ def table(flags: app.Values) -> int:
     for case in _cases(flags):
         if case in done:
             continue
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), *case, f"--json={file}"]
+        command = [sys.executable, "-m", "elastic.cli", "check-compile", *case, f"--json={file}"]
         print(" ".join(case), flush=True)
         failed += subprocess.run(command).returncode not in (0, DOES_NOT_FIT)
     print(layout(_rows(file)))
@@ -210,7 +207,3 @@ def _cases(flags: app.Values) -> list[list[str]]:
                 named = sorted(values.items(), key=lambda item: order.index(item[0]))
                 cases.append([f"--{key}={value}" for key, value in named])
     return cases
-
-
-if __name__ == "__main__":
-    sys.exit(app.run(CHECK, check_compile))

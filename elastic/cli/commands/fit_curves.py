@@ -2,10 +2,6 @@
 
 import os
 import pathlib
-import sys
-
-# So that the documented command runs wherever the requirements are installed.
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from elastic.cli import app
 from elastic.cli.flags import INFERENCE
@@ -132,7 +128,3 @@ def spread(blocks: list, flags: app.Values) -> list:
     most = min(flags["blocks_per_clip"], len(whole))
     places = {round(i * (len(whole) - 1) / max(most - 1, 1)) for i in range(most)}
     return [whole[place] for place in sorted(places)]
-
-
-if __name__ == "__main__":
-    sys.exit(app.run(FIT_CURVES, fit_curves))

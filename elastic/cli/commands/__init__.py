@@ -1,0 +1,1 @@
+"""What each command does: the function that its flags are given to."""

@@ -1,0 +1,55 @@
+"""Tokenizes an image, a video or a folder of them; `--help` lists the flags."""
+
+import pathlib
+
+from elastic.cli import app
+
+
+def tokenize(flags: app.Values) -> int:
+    """Loads the model, tokenizes the input, prints a table for each file."""
+    app.check_target(flags)
+    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
+        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    options = app.encode_options(flags)
+
+    from elastic.config import check_resolution
+    from elastic.distributed import cpu_devices, mesh
+    from elastic.pipeline import load_model
+    from elastic.pipeline import tokenize_files as runs
+
+    cpu_devices.set_up_cpu()
+    inputs = runs.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
+    config = load_model.model_config(
+        flags["load_checkpoint"],
+        preset=flags["load_elastic_config"],
+        changes=flags["update_elastic_config"],
+    )
+    check_resolution(flags["resolution"], config)
+    devices = mesh.make_mesh(flags["mesh_dim"])
+    batch = flags["batch"] if len(inputs) > 1 else min(flags["batch"], 1)
+    load_model.check_run(options, config, devices, width=flags["search_width"], batch=batch)
+    tokenizer = runs.ElasticTokenizer.from_pretrained(
+        flags["load_checkpoint"],
+        config=config,
+        dtype=flags["dtype"],
+        mesh=devices,
+        window_blocks=flags["max_blocks_per_chunk"] or None,
+        context=flags["context"],
+        search_width=flags["search_width"],
+    )
+    app.log.info("%s", load_model.describe(tokenizer))
+    _, bad = runs.tokenize_files(
+        tokenizer,
+        inputs,
+        flags["output_folder"],
+        options,
+        overwrite=flags["overwrite"],
+        resume=flags["resume"],
+        viz=flags["viz"],
+        batch=flags["batch"],
+    )
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(inputs)} files could not be read; the first is {bad[0]}."
+        )
+    return 0
