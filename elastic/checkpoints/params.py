@@ -6,6 +6,7 @@ How a checkpoint is named (`spec`):
   trainstate::FILE         the same; `load_train_state` loads all of it
   flax_params::FILE        the parameter tree as one msgpack blob
   hf::org/name, org/name   a Hugging Face repository with a file `params` or `model.safetensors`
+  small-fsq, ElasticTok-FSQ  a model by its name (named_models.py)
   FOLDER                   a folder that holds one of these files
   FILE                     any of them; its format is recognised
 
@@ -26,7 +27,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from elastic.checkpoints import float8
-from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE, index_tensors, resolve
+from elastic.checkpoints.named_models import preset_of
+from elastic.checkpoints.resolve import PARAMS, TRAIN_STATE, index_tensors, repository, resolve
 from elastic.checkpoints.scan_layout import convert_layout, stacked_homes
 from elastic.checkpoints.validate import (
     STATE_PARAMS,
@@ -205,14 +207,17 @@ def restore_into(target: _State, state: Mapping[str, Any]) -> _State:
 def load_config(
     spec: str | os.PathLike, *, revision: str | None = None, local_files_only: bool = False
 ) -> ElasticTokConfig | None:
-    """The config stored beside the weights that `spec` names; None if there is none.
+    """The config stored beside the weights that `spec` names; of a released model, its preset; None if there is none.
 
     Raises:
       ValueError: there is a config.json that is no config of this model.
       CheckpointError: there are no such weights.
     """
     path = folder_of(spec, revision=revision, local_files_only=local_files_only) / "config.json"
-    return read_config(str(path)) if path.is_file() else None
+    if path.is_file():
+        return read_config(str(path))
+    preset = preset_of(repository(spec) or "")
+    return read_config(preset) if preset else None
 
 
 def folder_of(

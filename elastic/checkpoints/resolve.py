@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import cast
 
+from elastic.checkpoints.named_models import NAMES, RELEASED, shipped_folder
 from elastic.io.msgpack_stream import index_blob, index_stream
 from elastic.io.safetensors_file import index_safetensors, looks_like_safetensors
 from elastic.io.tensors import Tensor
@@ -68,7 +69,8 @@ def resolve(
     """The file that `spec` names, and the kind of checkpoint that its prefix implies.
 
     Args:
-      spec: prefix and file, repository, folder or file.
+      spec: prefix and file, repository, folder, file, or the name of a model (`elastic.checkpoints.named_models`). What lies
+        here under a model's name goes before the model.
       revision: branch, tag or commit of a repository.
       local_files_only: look in the Hugging Face cache only.
       names: files to look for in a folder, in this order.
@@ -81,6 +83,8 @@ def resolve(
       CheckpointError: there is no such file.
     """
     kind, rest = _split_prefix(os.fspath(spec))
+    if kind is None and not local and not Path(rest).exists():
+        rest = RELEASED.get(rest, str(shipped_folder(rest) or rest))
     if kind == "hf" or (kind is None and not local and _is_repo(rest)):
         return _from_hub(rest, revision=revision, local_files_only=local_files_only), None
     path = Path(rest).expanduser()
@@ -97,8 +101,18 @@ def resolve(
     return path, PREFIXES[kind] if kind else None
 
 
+def repository(spec: str | os.PathLike) -> str | None:
+    """The Hugging Face repository that `spec` names; None where it names something else."""
+    kind, rest = _split_prefix(os.fspath(spec))
+    if kind is None and not Path(rest).exists():
+        rest = RELEASED.get(rest, rest)
+    return rest if kind == "hf" or (kind is None and _is_repo(rest)) else None
+
+
 def _nearby(path: Path) -> str:
     folder = path.parent
+    if folder == Path() and (close := difflib.get_close_matches(path.name, NAMES, n=1)):
+        return f" Did you mean the model {close[0]!r}?"
     if not folder.is_dir():
         above = next(parent for parent in folder.absolute().parents if parent.is_dir())
         return f" Its folder does not exist either; {above} does."

@@ -23,7 +23,7 @@ DTYPE = RUN.flag("dtype")
 PRESET = Flag(
     "load_elastic_config",
     "",
-    "the model's shape: a preset (200m, debug, small-fsq, small-vae) or a config.json; "
+    "the model's shape: a preset (200m, debug, small-fsq, small-vae, ElasticTok-FSQ, ElasticTok-VAE) or a config.json; "
     "without it, the config.json beside the checkpoint",
 )
 UPDATE = Flag(
@@ -98,8 +98,8 @@ INFERENCE = Script(
             Flag(
                 "load_checkpoint",
                 "",
-                "params::FILE, trainstate_params::FILE, flax_params::FILE, hf::OWNER/NAME, or a folder "
-                "with config.json and model.safetensors",
+                "params::FILE, trainstate_params::FILE, flax_params::FILE, hf::OWNER/NAME, a folder with config.json and "
+                "model.safetensors, or the name of a model: small-fsq, small-vae, ElasticTok-FSQ, ElasticTok-VAE",
                 required=True,
             ),
             PRESET,

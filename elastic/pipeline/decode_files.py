@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic import media
+from elastic.checkpoints.named_models import shipped_folder
 from elastic.config import ElasticTokConfig
 from elastic.media.writer import WRITABLE_VIDEO_SUFFIXES
 from elastic.tokenizer import ElasticTokenizer
@@ -54,12 +55,13 @@ def model_of(tokens: TokenizedClip | TokenPart) -> str:
     Raises:
       ValueError: there is no such local checkpoint.
     """
-    if not Path(tokens.model_id).exists():
+    if not Path(tokens.model_id).exists() and shipped_folder(tokens.model_id) is None:
         raise ValueError(
             f"The tokens were made by {tokens.model_id!r}, which is not here; name the model with "
             "--load_checkpoint (hf::OWNER/NAME fetches one)."
         )
-    return tokens.model_id
+    here = Path(tokens.model_id).exists()
+    return tokens.model_id if here else str(shipped_folder(tokens.model_id))
 
 
 def check_same_model(
