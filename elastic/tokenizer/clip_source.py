@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic import media
+from elastic.tokenizer.arrays import ArrayLike, as_frames, is_array
 
-Frames = Iterable[UInt8[np.ndarray, "rows columns 3"]]
-ClipLike = str | os.PathLike | np.ndarray | media.ClipReader | Frames
+Frames = Iterable[ArrayLike]
+ClipLike = str | os.PathLike | ArrayLike | media.ClipReader | Frames
 _T = TypeVar("_T")
 
 
@@ -39,7 +40,7 @@ class Clip:
     num_frames: int | None
     source: tuple[int, int]
     _reader: media.ClipReader | None
-    _frames: Frames | None
+    _frames: Iterable[np.ndarray] | None
     _resolution: int
     pixel_aspect: tuple[int, int] = (1, 1)
     transfer: str = "sdr"
@@ -103,7 +104,7 @@ def open_clip(
     """Opens a clip.
 
     Args:
-      source: a path, uint8 frames [frames, height, width, 3], a picture [height, width, 3], a reader, or an iterable of frames.
+      source: a path, frames as `arrays.as_frames` takes them, a reader, or an iterable of frames.
       resolution: rows and columns of the model's frames.
       rate: for a file, the frames per second to read, None: its own. For frames, the rate that they have, None: 24.
       max_frames: read the first frames only; None: all.
@@ -145,7 +146,8 @@ def open_clip(
             exact_color=exact_color,
         )
     own_rate = 24.0 if rate is None else float(rate)
-    if isinstance(source, np.ndarray):
+    if is_array(source):
+        source = as_frames(source)
         is_image = source.ndim != 4
         frames = (source[None] if is_image else source)[:max_frames]
         if not len(frames):
@@ -159,11 +161,10 @@ def open_clip(
         raise ValueError(
             f"A clip of type {type(source).__name__} cannot be tokenized; give a path, uint8 frames, or a reader."
         )
-    live = iter(source)
+    live = (as_frames(frame) for frame in source)
     first = next(live, None)
     if first is None:
         raise ValueError("No frame came; there is nothing to tokenize.")
-    first = np.asarray(first)
     _check(first)
     frames = itertools.islice(itertools.chain([first], live), max_frames)
     size = (first.shape[1], first.shape[0])

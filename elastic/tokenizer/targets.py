@@ -46,8 +46,8 @@ class EncodeArguments(TypedDict, total=False):
 class EncodeOptions:
     """What is read of a clip, and how its tokens are chosen.
 
-    Exactly one target is given: `threshold`, `psnr`, `num_tokens`, `avg_tokens` or `bitrate`. A threshold beside `num_tokens` only
-    decides which blocks count as met. The help text of each field says what it means; `ElasticTokenizer.stream` documents them too.
+    Exactly one target is given: `threshold`, `psnr`, `num_tokens`, `avg_tokens` or `bitrate`. The help text of each field
+    says what it means; `ElasticTokenizer.stream` documents them too.
 
     Raises:
       ValueError: there is not exactly one target, a value is out of its range, or two options contradict each other.
@@ -158,7 +158,7 @@ class EncodeOptions:
                 "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "
                 "avg_tokens= (a mean to spend) or bitrate=."
             )
-        if len(given) > 1 and given != ["threshold", "num_tokens"]:
+        if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(f'{name}=' for name in given)} are {len(given)} targets; give one."
             )

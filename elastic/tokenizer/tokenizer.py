@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Unpack, cast
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, cast
 
 import jax
 import numpy as np
@@ -23,9 +23,12 @@ from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
 from elastic.search import CurvePrior, load_prior
+from elastic.tokenizer import array_batch, arrays, hub
+from elastic.tokenizer.array_batch import TokenBatch
 from elastic.tokenizer.block_codec import Codec
 from elastic.tokenizer.clip_source import ClipLike, open_clip
 from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
+from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import check_batch
 from elastic.tokenizer.session import (
     EncodeSession,
@@ -36,6 +39,9 @@ from elastic.tokenizer.session import (
 from elastic.tokenizer.targets import EncodeArguments, EncodeOptions
 from elastic.tokenizer.two_pass import Budget
 from elastic.tokens import TokenizedClip, read_token_stream
+from elastic.tokens.any_file import load_clip
+
+_T = TypeVar("_T")
 
 
 class Reconstruction(NamedTuple):
@@ -178,9 +184,13 @@ class ElasticTokenizer:
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
+        value_range: tuple[float, float] | None = None,
+        layout: str | None = None,
+        progress: bool = False,
     ) -> TokenizedClip:
-        """Tokens of a clip: a path, uint8 frames [frames, height, width, 3], or a picture [height, width, 3].
+        """Tokens of a clip: a path, a picture of Pillow, or an array of NumPy, jax or torch.
 
+        An array is uint8 [frames, height, width, 3], or a picture [height, width, 3]; floats need `value_range`, other axes `layout`.
         Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
         `num_tokens` (the same for each block), or `avg_tokens` or `bitrate` (a budget, spent where it lowers the clip's error most).
         The other arguments are those of `stream`, which documents them all.
@@ -203,16 +213,25 @@ class ElasticTokenizer:
             max_fraction=max_fraction,
             num_counts=num_counts,
         )
-        session = self.open_session(source, options)
-        for _ in session:  # the frames of a block are dropped when the next block comes
+        session = self.open_session(_converted(source, value_range, layout), options)
+        for _ in _shown(session, progress):  # frames of a block are dropped when the next one comes
             pass
         return session.tokens()
 
     @suggest_arguments
-    def reconstruct(self, source: ClipLike, **options: Unpack[EncodeArguments]) -> Reconstruction:
+    def reconstruct(
+        self,
+        source: ClipLike,
+        *,
+        value_range: tuple[float, float] | None = None,
+        layout: str | None = None,
+        progress: bool = False,
+        **options: Unpack[EncodeArguments],
+    ) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
-        session = self.open_session(source, EncodeOptions(**options))
-        frames = np.concatenate([result.reconstruction for result in session])
+        clip = _converted(source, value_range, layout)
+        session = self.open_session(clip, EncodeOptions(**options))
+        frames = np.concatenate([result.reconstruction for result in _shown(session, progress)])
         return Reconstruction(frames, session.tokens())
 
     @suggest_arguments
@@ -237,6 +256,8 @@ class ElasticTokenizer:
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
         record: str | os.PathLike | None = None,
+        value_range: tuple[float, float] | None = None,
+        layout: str | None = None,
     ) -> EncodeSession:
         """As `encode`, block by block, in bounded memory: `for block in tokenizer.stream(reader, threshold=0.01)`.
 
@@ -244,8 +265,7 @@ class ElasticTokenizer:
 
         Args:
           source: a clip as for `encode`, a `ClipReader`, or any iterable of frames that arrive one by one, such as a camera's.
-          threshold: the largest mean squared error of a block, pixels in [-1, 1]. Beside `num_tokens` it only decides which
-            blocks count as met.
+          threshold: the largest mean squared error of a block, pixels in [-1, 1].
           psnr: the PSNR in dB that every block reaches: a threshold of 4 / 10^(psnr / 10).
           num_tokens: tokens of every block.
           avg_tokens: mean tokens of a block, at most.
@@ -264,6 +284,9 @@ class ElasticTokenizer:
           num_counts: counts that the search 'linear' spreads over the range.
           record: a file that holds the tokens of every block as soon as it is tokenized. A second call with the same arguments
             resumes after its last block; it must find the same tokens.
+          value_range: what the floats of an array mean, (0, 1) or (-1, 1): it is never guessed. None for uint8.
+          layout: the axes of an array, such as 'TCHW' (T frames, C channels, H rows, W columns); None: channels last, or first
+            where the last axis cannot be them.
 
         Raises:
           ValueError: the source cannot be read, or the options contradict each other.
@@ -287,7 +310,7 @@ class ElasticTokenizer:
             max_fraction=max_fraction,
             num_counts=num_counts,
         )
-        session = self.open_session(source, options)
+        session = self.open_session(_converted(source, value_range, layout), options)
         if record is not None:
             session.open_resume_log(record)
         return session
@@ -405,9 +428,115 @@ class ElasticTokenizer:
             else:
                 yield session, None
 
-    def decode(self, tokens: TokenizedClip) -> UInt8[np.ndarray, "frames rows columns 3"]:
-        """The frames of a token record; a picture is a clip of one frame."""
-        return np.concatenate(list(self.decode_stream(tokens)))
+    @suggest_arguments
+    def encode_batch(
+        self,
+        videos: Any,
+        *,
+        batch: int | None = None,
+        value_range: tuple[float, float] | None = None,
+        layout: str | None = None,
+        **options: Unpack[EncodeArguments],
+    ) -> TokenBatch:
+        """The tokens of several clips of one length, as arrays: padded ids, mask and counts.
+
+        Args:
+          videos: an array [clips, frames, height, width, 3], or a list of arrays.
+          batch: clips that go through the model at once; None: all.
+          value_range, layout: as for `stream`.
+          options: those of `stream`, for every clip.
+
+        Raises:
+          ValueError: the clips differ in length, or an option is wrong.
+        """
+        clips = array_batch.clips_of(videos, value_range=value_range, layout=layout)
+        found: dict[int, TokenizedClip] = {}
+        for number, tokens in self.encode_many(clips, batch=batch or len(clips), **options):
+            if isinstance(tokens, MediaError):
+                raise tokens
+            found[number] = tokens
+        return TokenBatch.of([found[number] for number in range(len(clips))])
+
+    def decode_batch(
+        self, ids: Any, counts: Any, *, num_frames: int | None = None
+    ) -> UInt8[np.ndarray, "clips frames rows columns 3"]:
+        """The frames of a batch of tokens, all clips at once; `encode_batch` gives such a batch.
+
+        Args:
+          ids: int [clips, blocks, tokens_per_block] (FSQ), or float32 vectors [clips, blocks, tokens_per_block, d] (VAE), of NumPy,
+            jax or torch. What stands after a block's tokens is not read.
+          counts: int [clips, blocks], the tokens of each block.
+          num_frames: frames of each clip; None: whole blocks.
+
+        Raises:
+          ValueError: the arrays do not fit each other or the model.
+        """
+        return array_batch.decode_batch(
+            self.codec, self.weights, ids, counts, num_frames=num_frames
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike, *, float_dtype: Any = None) -> None:
+        """Writes config.json, model.safetensors, and curves.json if there is a prior, for `from_pretrained(folder)`.
+
+        Args:
+          folder: is made if it is missing.
+          float_dtype: type of the floats: 'fp32', 'bf16', 'fp16' or 'fp8'; None keeps theirs.
+        """
+        hub.save_pretrained(self._saved, folder, float_dtype=float_dtype)
+
+    @suggest_arguments
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        float_dtype: Any = None,
+        run: str | os.PathLike | None = None,
+        card: str | None = None,
+    ) -> str:
+        """Uploads the model to Hugging Face, for `from_pretrained(repo_id)`; gives the address of the commit.
+
+        Args:
+          repo_id: 'owner/name'; the repository is made if there is none.
+          private: whether a new repository is private.
+          token: of the account; None: the one of `hf auth login`.
+          revision: a branch; None: the main one.
+          commit_message: None: one that names the model.
+          float_dtype: as for `save_pretrained`.
+          run: the folder of the training run, whose last measurements go into the card; None: no measurements.
+          card: text of the card; None: one made from the model and the run, unless the repository has a card, which stays.
+
+        Raises:
+          ValueError: the name is no repository's, or there is no such run.
+        """
+        return hub.push_to_hub(
+            self._saved,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            float_dtype=float_dtype,
+            run=run,
+            card=card,
+        )
+
+    def decode(
+        self, tokens: TokenizedClip | str | os.PathLike, *, progress: bool = False
+    ) -> UInt8[np.ndarray, "frames rows columns 3"]:
+        """The frames of a token record or of its file; a picture is a clip of one frame.
+
+        Args:
+          tokens: a record, or a file: tokens.npz, tokens.part, or a shard of one clip.
+          progress: show a bar.
+        """
+        if not isinstance(tokens, TokenizedClip):
+            tokens = load_clip(tokens) or tokens
+        total = len(tokens) if isinstance(tokens, TokenizedClip) else None
+        return np.concatenate(list(_bar(self.decode_stream(tokens), progress, total)))
 
     def decode_stream(
         self,
@@ -419,13 +548,15 @@ class ElasticTokenizer:
         """The frames of a token record, block by block, the last one trimmed to its true length.
 
         Args:
-          tokens: a record, or the file that `stream(record=...)` writes, finished or not.
+          tokens: a record, a file as for `decode`, or the one that `stream(record=...)` writes, finished or not.
           follow: of such a file, wait for the blocks that are still to come.
           patience: seconds to wait for one; None: for ever.
 
         Raises:
           ValueError: the tokens were made by a model of another shape, or the file cannot be read.
         """
+        if not isinstance(tokens, TokenizedClip) and not follow:
+            tokens = load_clip(tokens) or tokens
         if isinstance(tokens, TokenizedClip):
             header, blocks = vars(tokens), blocks_of(tokens)
             num_blocks = len(tokens.blocks)
@@ -446,6 +577,18 @@ class ElasticTokenizer:
             window_blocks=header["window_blocks"],
             context=header["context"],
             num_blocks=num_blocks,
+        )
+
+    @property
+    def _saved(self) -> hub.Model:
+        return hub.Model(self.config, self.params, self.prior, self.model_id)
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"ElasticTokenizer({self.model_id!r}: {config.bottleneck_type}, {config.min_toks} to {config.max_toks} tokens per block "
+            f"of {config.frames_per_block} frames at {config.resolution}x{config.resolution}, {self.window_blocks} blocks of context, "
+            f"{self.codec.dtype})"
         )
 
     def _check_memory(self) -> None:
@@ -469,6 +612,34 @@ class ElasticTokenizer:
             search_width=self.search_width,
             prior=self.prior,
         )
+
+
+def _converted(
+    source: ClipLike, value_range: tuple[float, float] | None, layout: str | None
+) -> ClipLike:
+    """The source with arrays as uint8 frames."""
+    if value_range is None and layout is None:
+        return source
+    if arrays.is_array(source):
+        return arrays.as_frames(source, value_range=value_range, layout=layout)
+    if isinstance(source, str | os.PathLike) or not isinstance(source, Iterable):
+        raise ValueError(
+            f"value_range= and layout= are for arrays; {_name(source)} is none. Leave them out."
+        )
+    return arrays.as_live_frames(source, value_range=value_range, layout=layout)
+
+
+def _shown(session: EncodeSession, progress: bool) -> Iterator[BlockResult]:
+    """The blocks of a session, under a bar if one is asked for."""
+    return _bar(session, progress, session.num_blocks)
+
+
+def _bar(items: Iterable[_T], progress: bool, total: int | None) -> Iterator[_T]:
+    if not progress:
+        return iter(items)
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(items, total=total, unit="block"))
 
 
 def _name(source: ClipLike) -> str:

@@ -13,10 +13,12 @@ float32 [tokens, d] hold the blocks one after the other. `npz_file.py` adds and 
 
 import dataclasses
 import math
+import operator
 import os
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, SupportsIndex, cast, overload
 
 import numpy as np
 
@@ -280,12 +282,110 @@ class TokenizedClip:
         """Bits of the decoded clip as uint8 RGB, over `num_bits`."""
         return 24 / self.bits_per_pixel
 
-    def truncate(self, num_tokens: int) -> "TokenizedClip":
-        """The same clip with at most `num_tokens` tokens a block.
+    @property
+    def ids(self) -> np.ndarray:
+        """The FSQ codes' numbers, block after block, int32 [tokens]; `counts` says where a block ends.
+
+        Raises:
+          ValueError: the tokens are vectors.
+        """
+        require(
+            self.bottleneck_type == "fsq",
+            "These tokens are vectors (VAE) and have no ids; use tokens.vectors.",
+        )
+        return np.concatenate([block.values for block in self.blocks])
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The VAE's vectors, block after block, float32 [tokens, d]; `counts` says where a block ends.
+
+        Raises:
+          ValueError: the tokens are ids.
+        """
+        require(
+            self.bottleneck_type == "vae",
+            "These tokens are ids (FSQ), not vectors; use tokens.ids.",
+        )
+        return np.concatenate([block.values for block in self.blocks])
+
+    def padded(self, fill: float = -1) -> tuple[np.ndarray, np.ndarray]:
+        """All blocks at full length, and which of their tokens are real.
+
+        Args:
+          fill: stands where a block has no token.
+
+        Returns:
+          The ids, int32 [blocks, tokens_per_block], or vectors, float32 [blocks, tokens_per_block, d]; and a mask, bool
+          [blocks, tokens_per_block].
+        """
+        counts, first = self.counts, self.blocks[0].values
+        mask = np.arange(self.tokens_per_block) < counts[:, None]
+        values = np.full((*mask.shape, *first.shape[1:]), fill, first.dtype)
+        values[mask] = np.concatenate([block.values for block in self.blocks])
+        return values, mask
+
+    def to_numpy(self) -> dict[str, np.ndarray]:
+        """`ids` or `vectors`, and `counts`, `losses` and `met` of each block."""
+        name = "ids" if self.bottleneck_type == "fsq" else "vectors"
+        return {
+            name: getattr(self, name),
+            "counts": self.counts,
+            "losses": np.array([block.loss for block in self.blocks]),
+            "met": np.array([block.met_threshold for block in self.blocks]),
+        }
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[BlockTokens]:
+        return iter(self.blocks)
+
+    @overload
+    def __getitem__(self, index: int) -> BlockTokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenizedClip": ...
+    def __getitem__(self, index: int | slice) -> "BlockTokens | TokenizedClip":
+        """A block by its number, or the clip of the first blocks: `tokens[:3]`.
+
+        Raises:
+          IndexError: there is no such block.
+          ValueError: the blocks do not begin with the first one, without which the others cannot be decoded, or are none.
+        """
+        if not isinstance(index, slice):
+            number = operator.index(index)
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"There is no block {number}; there are {len(self)}.")
+            return self.blocks[number]
+        start, stop, step = index.indices(len(self))
+        require(
+            start == 0 and step == 1 and stop > 0,
+            f"Blocks {start}:{stop}:{step} are no clip: a block needs those before it; take the first ones, as in tokens[:3].",
+        )
+        frames = min(self.num_frames, stop * self.frames_per_block)
+        return dataclasses.replace(self, blocks=self.blocks[:stop], num_frames=frames)
+
+    def truncate(self, num_tokens: SupportsIndex | Sequence[int] | np.ndarray) -> "TokenizedClip":
+        """The same clip with at most `num_tokens` tokens a block: one number for all blocks, or one for each.
 
         Blocks that lose tokens have a loss of NaN and no longer meet the threshold.
+
+        Raises:
+          ValueError: a number is below 1, or there are more or fewer numbers than blocks.
         """
-        blocks = tuple(block.truncate(num_tokens) for block in self.blocks)
+        counts = np.atleast_1d(np.asarray(num_tokens))
+        require(
+            counts.dtype.kind in "iu" and counts.ndim == 1,
+            f"num_tokens={num_tokens!r} must be a whole number, or one for each block.",
+        )
+        require(
+            np.ndim(num_tokens) == 0 or len(counts) == len(self),
+            f"num_tokens has {len(counts)} numbers for {len(self)} blocks; give one, or one for each.",
+        )
+        every = np.broadcast_to(counts, len(self)).tolist()
+        blocks = tuple(
+            block.truncate(count) for block, count in zip(self.blocks, every, strict=True)
+        )
         return dataclasses.replace(self, blocks=blocks)
 
     def to_bytes(self) -> bytes:

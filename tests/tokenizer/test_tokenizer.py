@@ -167,10 +167,9 @@ def test_a_shortened_record_decodes(golden, clip):
     assert decoded.shape == clip.shape and (decoded != tokenizer.decode(full)).any()
 
 
-def test_fixed_length_meets_a_threshold_or_says_that_it_does_not(tokenizer, clip):
-    tokens = tokenizer.encode(clip, num_tokens=12, threshold=1e-9)
-    assert tokens.counts.tolist() == [12] * len(tokens.blocks)
-    assert not any(block.met_threshold for block in tokens.blocks)
+def test_a_fixed_length_beside_a_threshold_is_refused_as_on_the_command_line(tokenizer, clip):
+    with pytest.raises(ValueError, match=r"threshold= and num_tokens= are 2 targets; give one\."):
+        tokenizer.encode(clip, num_tokens=12, threshold=1e-9)
 
 
 def test_errors_name_the_way_out(tokenizer, golden, clip, tmp_path):

@@ -63,3 +63,63 @@ def test_a_clip_does_not_change_with_the_array_it_was_made_from():
     with pytest.raises(ValueError, match="read-only"):
         block.indices[0] = 1
     assert repr(example()).count("\n") == 0 and len(repr(example())) < 150
+
+
+# --- What a generator takes ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fsq", "vae"])
+def record(request):
+    return example(request.param)
+
+
+def test_flat_and_padded_tokens_are_the_blocks(record):
+    values = record.ids if record.bottleneck_type == "fsq" else record.vectors
+    np.testing.assert_array_equal(values, np.concatenate([block.values for block in record]))
+    padded, mask = record.padded(fill=-7)
+    assert mask.shape == padded.shape[:2] == (len(record), record.tokens_per_block)
+    assert padded.dtype == values.dtype and (padded[~mask] == -7).all()
+    np.testing.assert_array_equal(padded[mask], values)
+    np.testing.assert_array_equal(mask.sum(1), record.counts)
+    found = record.to_numpy()
+    name = "ids" if record.bottleneck_type == "fsq" else "vectors"
+    assert list(found) == [name, "counts", "losses", "met"]
+    np.testing.assert_array_equal(found[name], values)
+
+
+def test_the_other_kind_of_tokens_is_refused_with_the_name_of_what_there_is(record):
+    other, there = ("vectors", "ids") if record.bottleneck_type == "fsq" else ("ids", "vectors")
+    with pytest.raises(ValueError, match=rf"use tokens\.{there}"):
+        getattr(record, other)
+
+
+def test_a_clip_is_a_sequence_of_its_blocks(record):
+    assert len(record) == len(record.blocks) and list(record) == list(record.blocks)
+    assert record[0] is record.blocks[0] and record[-1] is record.blocks[-1]
+    assert record[:] == record and len(record[:1]) == 1
+    assert record[:1].num_frames == min(record.num_frames, record.frames_per_block)
+    with pytest.raises(
+        IndexError, match=f"There is no block {len(record)}; there are {len(record)}"
+    ):
+        record[len(record)]
+    for wrong in (slice(1, None), slice(0, 0), slice(None, None, 2)):
+        if record.blocks[wrong] != record.blocks:
+            with pytest.raises(
+                ValueError, match="a block needs those before it; take the first ones"
+            ):
+                record[wrong]
+
+
+def test_blocks_are_truncated_by_one_number_or_by_one_each(record):
+    counts = [1 + number % 2 for number in range(len(record))]
+    for given in (counts, np.array(counts), tuple(counts)):
+        assert record.truncate(given).counts.tolist() == [
+            min(count, block.num_kept) for count, block in zip(counts, record, strict=True)
+        ]
+    assert record.truncate([2] * len(record)) == record.truncate(2) == record.truncate(np.int64(2))
+    with pytest.raises(ValueError, match=f"has {len(record) + 1} numbers for {len(record)} blocks"):
+        record.truncate([*counts, 1])
+    with pytest.raises(ValueError, match="must be a whole number, or one for each block"):
+        record.truncate(np.array(1.5))
+    with pytest.raises(ValueError, match="num_tokens=0 must be at least 1"):
+        record.truncate([0] * len(record))
