@@ -78,6 +78,8 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
         raise ValueError(_refusal(error, script)) from error
     except flags.Error as error:
         raise ValueError(f"{str(error).rstrip('.')}; write --name=value.") from error
+    if script.positional and len(rest) == 1 and not holder[script.positional].present:
+        holder[script.positional].parse(rest.pop())
     if rest:
         raise ValueError(f"{rest[0]!r} belongs to no flag; write --name=value.")
     given = frozenset(flag.name for flag in script.flags if holder[flag.name].present)

@@ -71,6 +71,11 @@ COMMANDS = {
         f"{_COMMANDS}.params_only:CONVERT",
         f"{_COMMANDS}.params_only:convert",
     ),
+    "info": Command(
+        "says what a file, a folder or a repository is",
+        f"{_COMMANDS}.info:INFO",
+        f"{_COMMANDS}.info:info",
+    ),
 }
 _OLD_NAMES = {  # what the scripts are called
     "inference": "tokenize",

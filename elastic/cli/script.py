@@ -40,12 +40,21 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A script: what `--help` says, and its flags by group."""
+    """A script: what `--help` says, and its flags by group.
+
+    Attributes:
+      name: the file of the script, or a command such as 'elastictok info'.
+      usage: what follows the name.
+      description: what it does.
+      groups: title -> flags.
+      positional: the flag that a word without dashes gives, where the flag itself is not given; '' for none.
+    """
 
     name: str
     usage: str
     description: str
     groups: Mapping[str, Sequence[Flag]]
+    positional: str = ""
 
     @property
     def command(self) -> str:

@@ -373,13 +373,14 @@ class TokenizedClip:
         Raises:
           ValueError: a number is below 1, or there are more or fewer numbers than blocks.
         """
-        counts = np.atleast_1d(np.asarray(num_tokens))
+        given = np.asarray(num_tokens)
+        counts = np.atleast_1d(given)
         require(
             counts.dtype.kind in "iu" and counts.ndim == 1,
             f"num_tokens={num_tokens!r} must be a whole number, or one for each block.",
         )
         require(
-            np.ndim(num_tokens) == 0 or len(counts) == len(self),
+            given.ndim == 0 or len(counts) == len(self),
             f"num_tokens has {len(counts)} numbers for {len(self)} blocks; give one, or one for each.",
         )
         every = np.broadcast_to(counts, len(self)).tolist()
