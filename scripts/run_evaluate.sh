@@ -6,10 +6,12 @@
 #   models="elastic=OUT/a/pretrained,half=OUT/b/pretrained" input_path=clips bash scripts/run_evaluate.sh --searches=binary,linear
 #
 # Further flags go to scripts/evaluate.py (--help lists them); a flag given twice counts as given
-# last. Paths are relative to the project's folder.
+# last. Paths are relative to where one stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
+read_paths input_path
+written_paths output_folder
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The models: NAME=MODEL, separated by commas; a MODEL accepts every form of --load_checkpoint. One that was
 # trained with mask_type='fixed_0.5' is measured at its own count.
@@ -24,6 +26,8 @@ thresholds="${thresholds:-0.1,0.05,0.025}"
 max_frames="${max_frames:-48}"
 # -------------------------------------------------------------------------------------------------
 
+check_variables run_evaluate.sh models input_path output_folder thresholds max_frames
+flags_from_here "$@"
 source scripts/setup_env.sh run
 
 exec "$PYTHON" -u scripts/evaluate.py \
@@ -34,4 +38,4 @@ exec "$PYTHON" -u scripts/evaluate.py \
     --max_frames="$max_frames" \
     --mesh_dim='!1,1,-1,1' \
     --dtype='fp32' \
-    "$@"
+    "${flags[@]+"${flags[@]}"}"

@@ -7,9 +7,9 @@
 #
 # scripts/run_inference_fsq.sh and scripts/run_inference_vae.sh call this script and explain its variables at their top.
 # Further flags go to scripts/inference.py (--help lists them); a flag given twice counts as given last. Paths are
-# relative to the project's folder.
+# relative to where one stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
 case "${1:-}" in
     fsq)
@@ -34,6 +34,8 @@ esac
 model="$1"
 shift
 
+read_paths checkpoint_path input_path
+written_paths output_folder
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The model's checkpoint, written as in scripts/run_inference_fsq.sh.
 checkpoint_path="${checkpoint_path:-example/$model}"
@@ -41,12 +43,21 @@ checkpoint_path="${checkpoint_path:-example/$model}"
 input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
 output_folder="${output_folder:-outputs/$model}"
+# Largest error of a block: mean square, pixels in [-1, 1]; empty: the model's usual one. Another target among the flags,
+# such as --psnr=25, takes its place.
+threshold="${threshold:-}"
 # -------------------------------------------------------------------------------------------------
 
+check_variables run_inference.sh checkpoint_path input_path output_folder threshold bottleneck n_codes
+flags_from_here "$@"
 source scripts/setup_env.sh run
 
-threshold=0.003 # suits the released models
-[[ "${checkpoint_path%/}" != "example/$model" ]] || threshold="$small_threshold"
+if [[ -z "${threshold:-}" ]]; then
+    threshold=0.003 # suits the released models
+    case "${checkpoint_path%/}" in
+        "example/$model" | "small-$model") threshold="$small_threshold" ;;
+    esac
+fi
 for flag in "$@"; do
     case "$flag" in
         --psnr* | --n_codes* | --avg_tokens* | --bitrate*) threshold="" ;; # the target that is asked for
@@ -56,7 +67,7 @@ settings=()
 weights="${checkpoint_path##*::}" # without a prefix such as params::
 folder="$weights"
 [[ ! -f "$weights" ]] || folder="$(dirname "$weights")"
-if [[ ! -f "$folder/config.json" ]]; then # else config.json describes the model
+if [[ ! -f "$folder/config.json" && "$weights" != small-* ]]; then # else config.json describes the model
     settings=(--max_blocks_per_chunk=4 --load_elastic_config='200m' --update_elastic_config="$release")
 fi
 # "params::" only before a file of that name: other files are recognised by their content, and before a folder or a name
@@ -71,4 +82,4 @@ exec "$PYTHON" -u scripts/inference.py \
     ${threshold:+--threshold="$threshold"} \
     ${settings[@]+"${settings[@]}"} \
     --load_checkpoint="$checkpoint_path" \
-    "$@"
+    "${flags[@]+"${flags[@]}"}"

@@ -7,8 +7,10 @@
 #
 # Further flags go to scripts/inference.py, as in the wrapper of that model, which does the rest.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
+read_paths checkpoint_path input_path
+written_paths output_folder
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The model: fsq or vae.
 bottleneck="${bottleneck:-fsq}"
@@ -20,7 +22,6 @@ n_codes="${n_codes:-256}"
 export input_path="${input_path:-example/video.mp4}"
 export output_folder="${output_folder:-outputs/${bottleneck}_fixed}"
 # -------------------------------------------------------------------------------------------------
-
 case "$bottleneck" in
     fsq | vae) ;;
     *)

@@ -7,10 +7,12 @@
 #   checkpoint_path=OUT/pretrained bash scripts/run_inference_vae.sh    # a model trained here
 #
 # Further flags go to scripts/inference.py (--help lists them); a flag given twice counts as given
-# last. Paths are relative to the project's folder.
+# last. Paths are relative to where one stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
+read_paths checkpoint_path input_path
+written_paths output_folder
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The model:
 # - the file `params` downloaded from https://huggingface.co/LargeWorldModel/ElasticTok-VAE, with or

@@ -6,10 +6,12 @@
 #   num_processes=8 process_id=3 ... bash scripts/run_tokenize_dataset.sh   # one of eight, on any hosts that share the folders
 #
 # Further flags go to scripts/tokenize_dataset.py (--help lists them); a flag given twice counts as given last. Paths are
-# relative to the project's folder.
+# relative to where one stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
+read_paths checkpoint_path input_path
+written_paths output_folder
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The model, in any form of --load_checkpoint of inference; one without a config.json beside it also needs the flags
 # --load_elastic_config and --update_elastic_config.
@@ -31,6 +33,8 @@ for flag in "$@"; do
         --psnr* | --n_codes* | --avg_tokens* | --bitrate*) threshold="" ;; # the target that is asked for
     esac
 done
+check_variables run_tokenize_dataset.sh checkpoint_path input_path output_folder threshold num_processes process_id
+flags_from_here "$@"
 source scripts/setup_env.sh run
 
 exec "$PYTHON" -u scripts/tokenize_dataset.py \
@@ -40,4 +44,4 @@ exec "$PYTHON" -u scripts/tokenize_dataset.py \
     ${threshold:+--threshold="$threshold"} \
     --jax_distributed.num_processes="$num_processes" \
     --jax_distributed.process_id="$process_id" \
-    "$@"
+    "${flags[@]+"${flags[@]}"}"

@@ -6,10 +6,13 @@
 #
 # Start it again and it goes on where it stopped, whatever stopped it. Ctrl-C and SIGTERM save first and leave with
 # exit code 130 and 143. Further flags go to scripts/train.py (--help lists them); a flag given twice counts as given last.
-# On several hosts, start it on each: scripts/run_train_pod.sh does so on a TPU pod slice.
+# On several hosts, start it on each: scripts/run_train_pod.sh does so on a TPU pod slice. Paths are relative to where one
+# stands.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
+read_paths dataset_path eval_path
+written_paths output_dir
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The folder that holds the images and videos; folders inside it count too. A bucket (gs://...) works where the fsspec
 # package for it is installed (pip install gcsfs).
@@ -105,6 +108,10 @@ if [[ -z "$coordinator_address" && "$num_processes,$process_id" != 1,0 ]]; then
     exit 1
 fi
 
+check_variables run_train.sh dataset_path output_dir preset update_elastic_config batch_size seq_length workers mesh_dim total_steps \
+    end_lr lr_warmup_steps dtype log_freq save_model_freq save_milestone_freq eval_path eval_freq online project_id distributed \
+    coordinator_address num_processes process_id SMOKE
+flags_from_here "$@"
 source scripts/setup_env.sh run
 
 options=()
@@ -144,4 +151,4 @@ exec "$PYTHON" -u scripts/train.py \
     --logger.online="$online" \
     --logger.project_id="$project_id" \
     ${options[@]+"${options[@]}"} \
-    "$@"
+    "${flags[@]+"${flags[@]}"}"

@@ -31,7 +31,12 @@ GROUND = {("config", "io")}
 ELASTIC = sorted((ROOT / "elastic").rglob("*.py"))
 PYTHON = ELASTIC + sorted((ROOT / "scripts").rglob("*.py"))
 WRAPPERS = [*sorted((ROOT / "scripts").glob("run_*.sh")), ROOT / ".ci" / "run"]
-SHELL = [*WRAPPERS, ROOT / "scripts" / "setup_env.sh", ROOT / "tpu_requirements.sh"]
+SHELL = [
+    *WRAPPERS,
+    ROOT / "scripts" / "setup_env.sh",
+    ROOT / "scripts" / "setup_paths.sh",
+    ROOT / "tpu_requirements.sh",
+]
 
 
 def name(path: pathlib.Path) -> str:

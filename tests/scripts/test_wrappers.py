@@ -22,6 +22,8 @@ SETTINGS = (
     "bottleneck",
     "n_codes",
     "tokens_path",
+    "output_path",
+    "ELASTIC_HERE",
     "dataset_path",
     "total_steps",
     "eval_path",
@@ -246,13 +248,78 @@ def test_a_model_that_is_not_named_is_asked_for(run, arguments):
 
 
 def test_decoding_needs_only_the_tokens_and_the_model(run):
-    arguments = run("run_decode.sh", tokens_path="t.npz", output_path="v.mp4")
-    assert arguments[1:] == [
-        "scripts/decode.py",
-        "--input_path=t.npz",
-        "--output_path=v.mp4",
-        "--load_checkpoint=example/fsq",
-    ]
+    for name in ("input_path", "tokens_path"):  # the second is its older name
+        arguments = run("run_decode.sh", output_path="gs://b/v.mp4", **{name: "t.npz"})
+        assert arguments[1:] == [
+            "scripts/decode.py",
+            "--input_path=t.npz",
+            "--output_path=gs://b/v.mp4",
+            "--load_checkpoint=example/fsq",
+        ]
+    assert "outputs/fsq/tokens.npz" in flags_of(run("run_decode.sh"))["--input_path"]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "read", "written"),
+    [
+        ("run_inference_fsq.sh", ("input_path", "--input_path"), ("output_folder", "--output_folder")),
+        ("run_inference_fixed.sh", ("input_path", "--input_path"), ("output_folder", "--output_folder")),
+        ("run_tokenize_dataset.sh", ("input_path", "--input_path"), ("output_folder", "--output_folder")),
+        ("run_evaluate.sh", ("input_path", "--input_path"), ("output_folder", "--output_folder")),
+        ("run_decode.sh", ("input_path", "--input_path"), ("output_path", "--output_path")),
+        ("run_train.sh", ("dataset_path", "--train_dataset.vision_dataset.path"), ("output_dir", "--logger.output_dir")),
+    ],
+)  # fmt: skip
+def test_paths_are_relative_to_where_one_stands(run, tmp_path, wrapper, read, written):
+    """What is read may also lie in the project's folder, as the example does; flags and variables alike."""
+    (tmp_path / "my clip").touch()
+    (tmp_path / "outputs").mkdir()
+    needed = {"dataset_path": "my clip"} if wrapper == "run_train.sh" else {}
+    found = flags_of(run(wrapper, **{read[0]: "my clip", written[0]: "out/x"}))
+    assert found[read[1]] == f"{tmp_path}/my clip" and found[written[1]] == f"{tmp_path}/out/x"
+    for flags in (
+        [f"{read[1]}=my clip", f"{written[1]}=out/x"],
+        [read[1], "my clip", written[1], "out/x"],
+    ):
+        arguments = run(wrapper, *flags, **needed)
+        text = " ".join(arguments[-4:])
+        assert f"{tmp_path}/my clip" in text and f"{tmp_path}/out/x" in text
+    found = flags_of(run(wrapper, **{read[0]: "example"}))
+    assert found[read[1]] == "example"
+    assert flags_of(run(wrapper, **{read[0]: "/a/b"}))[read[1]] == "/a/b"
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name", "meant"),
+    [
+        ("run_inference_fsq.sh", "inputpath", "input_path"),
+        ("run_inference_vae.sh", "INPUT_PATH", "input_path"),
+        ("run_inference_fsq.sh", "output_dir", "output_folder"),
+        ("run_inference_fsq.sh", "treshold", "threshold"),
+        ("run_tokenize_dataset.sh", "checkpoint", "checkpoint_path"),
+        ("run_train.sh", "total_step", "total_steps"),
+    ],
+)
+def test_a_variable_that_is_nearly_one_of_the_wrapper_s_is_told(tmp_path, wrapper, name, meant):
+    _, environment = stubbed(tmp_path)
+    done = subprocess.run(
+        ["bash", ROOT / "scripts" / wrapper],
+        env=environment | {name: "a", "dataset_path": "in", "http_proxy": "p"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if f"variable {name} " in line]
+    assert len(told) == 1 and told[0].endswith(f"has no effect here. Did you mean {meant}?")
+    assert "http_proxy" not in done.stderr
+
+
+def test_the_threshold_is_a_variable_too(run):
+    assert flags_of(run("run_inference_fsq.sh", threshold="0.7"))["--threshold"] == "0.7"
+    for model in ("example/fsq", "small-fsq"):
+        found = flags_of(run("run_inference_fsq.sh", checkpoint_path=model))
+        assert found["--threshold"] == "0.02" and "--update_elastic_config" not in found
 
 
 def test_a_data_set_takes_its_share_and_another_target(run):
