@@ -285,7 +285,8 @@ def _read(
 def _bar(path: Path, total: int, progress: bool) -> Any:
     from tqdm import tqdm
 
-    disable = not progress or total < _PROGRESS_BYTES
+    # None: none where standard error is a file.
+    disable = None if progress and total >= _PROGRESS_BYTES else True
     return tqdm(
         total=total, desc=f"Loading {path.name}", unit="B", unit_scale=True, disable=disable
     )

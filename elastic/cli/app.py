@@ -181,6 +181,8 @@ def _run_body(
         try:
             values = parse(script, arguments)
             debug = values["debug"]
+            if any(flag.name == "verbose" for flag in script.flags) and values["verbose"]:
+                logging.getLogger("elastic").setLevel(logging.DEBUG)
             if debug:
                 _show_all()
             keep_programs()

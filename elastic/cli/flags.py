@@ -7,7 +7,10 @@ from elastic.cli.script import Flag, Script
 from elastic.tokenizer.targets import EncodeOptions
 from elastic.training.config import TrainConfig
 
-OTHER = (Flag("debug", False, "show the traceback of an error"),)
+OTHER = (
+    Flag("verbose", False, "log the context, its memory, the devices and the kernels too"),
+    Flag("debug", False, "show the traceback of an error"),
+)
 RUN = RecordFlags(TrainConfig)
 ENCODING = RecordFlags(
     EncodeOptions, zero_is_none=("num_tokens", "avg_tokens", "bitrate", "rate", "max_frames")
@@ -276,6 +279,6 @@ EVALUATE = Script(
             Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
         ),
         "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
-        "Other": _shared("debug"),
+        "Other": _shared("verbose", "debug"),
     },
 )  # fmt: skip

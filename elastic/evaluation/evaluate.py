@@ -78,7 +78,9 @@ def evaluate(
     shown: list[Picture] = []
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
     total = sum(blocks.values()) * len(conditions)
-    with tqdm(total=total, desc="evaluating", unit="block", disable=not progress) as bar:
+    with tqdm(
+        total=total, desc="evaluating", unit="block", disable=None if progress else True
+    ) as bar:
         for name, clip in clips.items():
             bar.set_postfix_str(name, refresh=False)
             before = bar.n

@@ -500,7 +500,11 @@ class _Progress:
         total = sum(len(shards.plan.names(shard)) for shard in mine)
         done = sum(shards.num_done(shard) for shard in mine)
         self._bar = tqdm(
-            total=total, initial=done, unit="file", disable=not shown, dynamic_ncols=True
+            total=total,
+            initial=done,
+            unit="file",
+            disable=None if shown else True,
+            dynamic_ncols=True,
         )
         self._frames, self._started = 0, time.perf_counter()
 

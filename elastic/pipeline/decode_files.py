@@ -113,7 +113,7 @@ def decode_to_file(
         return
     with (
         media.VideoWriter(path, tokens.rate) as video,
-        tqdm(total=total, desc=path.name, unit="block", disable=not progress) as bar,
+        tqdm(total=total, desc=path.name, unit="block", disable=None if progress else True) as bar,
     ):
         for block in itertools.chain([first], blocks):
             for frame in block:

@@ -1,5 +1,6 @@
 """The config of the model that a command names, and a one-line description of a loaded model."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from elastic.ops import choose_implementation
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.scheduler import check_batch
 from elastic.tokenizer.session import check_options
+
+log = logging.getLogger(__name__)
 
 
 def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -> ElasticTokConfig:
@@ -55,6 +58,27 @@ def check_run(
     """
     check_batch(batch, mesh, has_budget=options.has_budget)
     check_options(options, config, width=width)
+
+
+def log_model(tokenizer: ElasticTokenizer, *, name: str = "") -> None:
+    """Logs one short line about the model; with --verbose, the context, its memory, the devices and the kernel too."""
+    before = f"{name}: " if name else ""
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s%s", before, describe(tokenizer))
+        return
+    config, mesh = tokenizer.config, tokenizer.mesh
+    log.info(
+        "%sModel %s on %d x %s: %d to %d tokens per block of %d frames at %dx%d.",
+        before,
+        tokenizer.model_id,
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        config.min_toks,
+        config.max_toks,
+        config.frames_per_block,
+        config.resolution,
+        config.resolution,
+    )
 
 
 def describe(tokenizer: ElasticTokenizer) -> str:

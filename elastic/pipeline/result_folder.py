@@ -285,6 +285,11 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
         rate=tokens.rate,
     )
     bar = tqdm(
-        drawn, total=tokens.num_frames, desc=VIDEO, unit="frame", leave=False, disable=not progress
+        drawn,
+        total=tokens.num_frames,
+        desc=VIDEO,
+        unit="frame",
+        leave=False,
+        disable=None if progress else True,
     )
     media.write_video(work / VIDEO, bar, tokens.rate)

@@ -88,7 +88,7 @@ def tokenize_file(
             initial=session.first_block,
             desc=result_folder.source.name,
             unit="block",
-            disable=not progress,
+            disable=None if progress else True,
             bar_format=_BAR,
             miniters=0,
             postfix="compiling",  # shown until the first pass is done
@@ -154,7 +154,9 @@ def tokenize_files(
             ResultFolder(file, folder / name, overwrite=overwrite, resume=resume, viz=viz)
             for file, name in inputs.items()
         )
-        with tqdm(total=len(inputs), unit="file", disable=not progress, bar_format=_BAR) as bar:
+        with tqdm(
+            total=len(inputs), unit="file", disable=None if progress else True, bar_format=_BAR
+        ) as bar:
             return _tokenize_side_by_side(tokenizer, result_folders, options, batch, bar)
     finished: list[FinishedFile] = []
     unreadable: list[Path] = []

@@ -158,7 +158,9 @@ class EncodeOptions:
                 "Give threshold= (an error to stay under) or psnr=, num_tokens= (the same number for each block), "
                 "avg_tokens= (a mean to spend) or bitrate=."
             )
-        if len(given) > 1:
+        # Where the search is made, a count beside another search is refused in words of its own.
+        fixed = self.search in (None, "fixed") or given != ["threshold", "num_tokens"]
+        if len(given) > 1 and fixed:
             raise ValueError(
                 f"{' and '.join(f'{name}=' for name in given)} are {len(given)} targets; give one."
             )

@@ -16,7 +16,7 @@ from small_models import CASES, CLIP, PHOTO
 from elastic import checkpoints, media
 from elastic.io.atomic import locked
 from elastic.media import folders
-from elastic.pipeline import decode_files, result_folder
+from elastic.pipeline import decode_files, load_model, result_folder
 from elastic.pipeline import tokenize_files as runs
 from elastic.tokenizer import EncodeOptions, resume
 from elastic.tokens import TokenizedClip, npz_file
@@ -377,3 +377,20 @@ def test_files_side_by_side_give_the_results_of_files_one_by_one(tokenizers, gol
         }
     assert found[1] == found[2] and len(found[1]) == 2
     assert names(tmp_path / "1") == names(tmp_path / "2")
+
+
+def test_the_log_in_a_file_has_no_bar(tokenizers, golden, tmp_path, capsys):
+    """Standard error is no terminal here, as in a file."""
+    options = EncodeOptions(num_tokens=8, max_frames=2)
+    runs.tokenize_file(tokenizers["fsq"], golden / "media" / CLIP, tmp_path, options)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_is_one_short_line_and_with_verbose_all_of_it(tokenizers, caplog):
+    for level, words, most in (("INFO", "tokens per block", 160), ("DEBUG", "attention '", 1000)):
+        caplog.clear()
+        caplog.set_level(level, logger="elastic")
+        load_model.log_model(tokenizers["fsq"], name="a")
+        (line,) = caplog.messages
+        assert line.startswith("a: Model ") and words in line
+        assert len(line.replace(tokenizers["fsq"].model_id, "")) < most

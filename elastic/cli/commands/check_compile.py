@@ -123,7 +123,7 @@ def _names(flags: app.Values) -> list[str]:
     return [
         flag.name
         for flag in CHECK.flags
-        if flags.given(flag.name) and flag.name not in ("json", "hlo", "table", "debug")
+        if flags.given(flag.name) and flag.name not in ("json", "hlo", "table", "verbose", "debug")
     ]
 
 

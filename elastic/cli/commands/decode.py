@@ -23,7 +23,7 @@ def decode(flags: app.Values) -> int:
         mesh_dim=flags["mesh_dim"],
         window_blocks=tokens.window_blocks,
     )
-    app.log.info("%s", load_model.describe(tokenizer))
+    load_model.log_model(tokenizer)
     decode_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
     app.log.info("%s -> %s", tokens, flags["output_path"])
     return 0

@@ -76,7 +76,7 @@ def evaluate(flags: app.Values) -> int:
                 search_width=flags["search_width"],
                 **about,
             )
-        app.log.info("%s: %s", name, load_model.describe(tokenizer))
+        load_model.log_model(tokenizer, name=name)
         results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
     # Shown first: should the folder be full by now, the numbers are not lost.
     print(tables.describe(results))

@@ -30,7 +30,7 @@ FIT_CURVES = Script(
             Flag("num_counts", 16, "counts of each block, spread geometrically from the fewest to all"),
         ),
         "Computation": (_SHARED["mesh_dim"], _SHARED["dtype"]),
-        "Other": (_SHARED["debug"],),
+        "Other": (_SHARED["verbose"], _SHARED["debug"]),
     },
 )  # fmt: skip
 
@@ -84,7 +84,7 @@ def fit_curves(flags: app.Values) -> int:
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
     blocks, losses, bad = [], [], []
-    for file in tqdm(files, desc="measuring", unit="clip"):
+    for file in tqdm(files, desc="measuring", unit="clip", disable=None):
         try:
             with media.open_clip(
                 file,

@@ -37,7 +37,7 @@ def tokenize(flags: app.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    app.log.info("%s", load_model.describe(tokenizer))
+    load_model.log_model(tokenizer)
     _, bad = runs.tokenize_files(
         tokenizer,
         inputs,

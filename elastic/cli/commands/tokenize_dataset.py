@@ -46,7 +46,7 @@ def tokenize(flags: app.Values) -> int:
         context=flags["context"],
         search_width=flags["search_width"],
     )
-    app.log.info("%s", load_model.describe(tokenizer))
+    load_model.log_model(tokenizer)
     app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
     outcome = dataset.tokenize_dataset(
         tokenizer,

@@ -83,7 +83,7 @@ def _best(platform: str, head_dim: int, dtype: jnp.dtype) -> str:
         except ValueError as error:
             log.warning("Attention does not run as %r on %s: %s", name, platform, error)
             continue
-        log.info("Attention runs as %r on %s.", name, platform)
+        log.debug("Attention runs as %r on %s.", name, platform)
         return name
     raise AssertionError("'blockwise' serves everything")
 
