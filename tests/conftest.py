@@ -1,6 +1,7 @@
 """Settings of the whole suite: 8 virtual CPU devices, quick compilation, and the released system's numbers as fixtures."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -24,6 +25,13 @@ hypothesis.settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_collection_finish():
+    """The modules stay: the garbage collector need not look through them again and again while jax traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @contextlib.contextmanager

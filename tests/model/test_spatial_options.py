@@ -37,7 +37,7 @@ def baseline():
 
 
 def test_the_mesh_changes_no_number():
-    mesh = make_mesh("1,2,2,2")
+    mesh = make_mesh("1,1,2,2", jax.devices()[:4])
     placed = jax.device_put(params(), param_shardings(mesh, params()))
     model = ElasticTok(released.config("vae", **OPTIONS), mesh=mesh)
     assert_same(loss_and_gradients(model, placed, "vae"), baseline())

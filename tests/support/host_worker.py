@@ -7,7 +7,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[2])]
 
 import jax  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 2)
 
 from tiny_run import MODELS, settings  # noqa: E402
 
@@ -29,7 +29,7 @@ for mesh_dim in meshes:
         pathlib.Path(folder, mesh_dim),
         mesh_dim=mesh_dim,
         total_steps=4,
-        data=dict(batch_size=8),
+        data=dict(batch_size=4),
         save=dict(freq=2, milestone_freq=4),
     )
     train(config, MODELS["vae"])
