@@ -197,7 +197,7 @@ def started(clips, folder, options, before=""):
 
 def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
     """SIGKILL, with a checkpoint every step: saving is under way at most of these moments."""
-    options = "total_steps=10, save=dict(freq=1), data=dict(workers=1)"
+    options = "total_steps=16, save=dict(freq=1), data=dict(workers=1)"
 
     def finish(folder):
         with started(clips, folder, options) as process:
