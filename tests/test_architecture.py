@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A package imports packages of lower levels only, never one of its own level.
 LEVELS = """
-    config patches io distributed
+    config patches tiles io distributed
     ops media metrics search tokens
     model data report
     checkpoints

@@ -20,6 +20,7 @@ _OF_CLIP = (
     "max_frames",
     "reader",
     "exact_color",
+    "fit",
 )  # what is read of a clip, not how its tokens are chosen
 MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
 DTYPE = RUN.flag("dtype")
@@ -219,7 +220,7 @@ DATASET = Script(
                 False,
                 "tokenize the files that the folder has gained since the run began, as further shards; False: refuse them",
             ),
-            *_shared("fps", "max_frames", "reader", "exact_color", "resolution"),
+            *_shared("fps", "max_frames", "reader", "exact_color", "fit", "resolution"),
         ),
         "Model": INFERENCE.groups["Model"],
         "How many tokens": INFERENCE.groups["How many tokens"],
@@ -248,7 +249,7 @@ EVALUATE = Script(
     ),
     groups={
         "Input and output": _shared(
-            "input_path", "output_folder", "fps", "max_frames", "reader", "exact_color",
+            "input_path", "output_folder", "fps", "max_frames", "reader", "exact_color", "fit",
             output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
         ),
         "Models": (

@@ -73,7 +73,7 @@ def evaluate(
     measures = _measures(config.metrics, lpips_weights)
     conditions = config.conditions(model)
     clips, skipped = _open_clips(files, config, model)
-    _warm_up(tokenizer, conditions)
+    _warm_up(tokenizer, conditions, config.fit)
     measured: dict[str, list[_Measured]] = {}
     shown: list[Picture] = []
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
@@ -193,13 +193,13 @@ def _names(files: Sequence[Path]) -> dict[str, Path]:
     return {str(path.relative_to(root)): file for path, file in paths.items()}
 
 
-def _warm_up(tokenizer: ElasticTokenizer, conditions: Sequence[Condition]) -> None:
+def _warm_up(tokenizer: ElasticTokenizer, conditions: Sequence[Condition], fit: str) -> None:
     """Compiles the programs that the conditions need, so that the measured seconds hold no compilation."""
     model = tokenizer.config
     black = np.zeros((1, model.resolution, model.resolution, 3), np.uint8)
-    tokenizer.encode(black, num_tokens=model.max_toks)
+    tokenizer.encode(black, num_tokens=model.max_toks, fit=fit)
     if tokenizer.search_width > 1 and any(c.threshold is not None for c in conditions):
-        tokenizer.encode(black, threshold=_ALWAYS_MET, search=GROUND_TRUTH)
+        tokenizer.encode(black, threshold=_ALWAYS_MET, search=GROUND_TRUTH, fit=fit)
 
 
 def _measure(
@@ -250,7 +250,7 @@ def _measure(
         squares=squares * (2 / 255) ** 2,
         count=count,
         bits=tokens.num_bits,
-        pixels=tokens.num_frames * tokens.resolution**2,
+        pixels=tokens.num_frames * math.prod(tokens.frame),
         metrics={name: measure(*pair) for name, measure in measures.items()},
         middle=(middle, *frames.pair(middle)),
     )

@@ -8,7 +8,7 @@ import numpy as np
 
 from elastic.config import ElasticTokConfig
 from elastic.io.options import check_options
-from elastic.io.read_options import exact_color_option, reader_option
+from elastic.io.read_options import exact_color_option, fit_option, reader_option
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import geometric_counts, search_names
@@ -34,6 +34,7 @@ class EvaluationConfig:
       fps: frames per second read from a video, at most its own rate; None: all frames.
       reader: who decodes video.
       exact_color: convert the colours of every video with correct rounding.
+      fit: what becomes of frames that are not square, as in tokenizing.
       pictures: the number of clips, from the first on, that pictures are drawn of.
 
     Raises:
@@ -50,6 +51,7 @@ class EvaluationConfig:
     fps: float | None = 24.0
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
+    fit: str = fit_option()
     pictures: int = 1
 
     def __post_init__(self):

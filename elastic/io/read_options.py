@@ -6,8 +6,9 @@ from typing import Any
 from elastic.io.options import Check, option
 
 READERS = ("pyav", "decord")
-# Keyword arguments of `elastic.media.open_clip` by their defaults, which change no pixel.
-READ_DEFAULTS = {"reader": "pyav", "exact_color": False}
+FITS = ("crop", "pad", "stretch")
+# Keyword arguments of `elastic.media.open_clip` by their defaults, with which frames are those of the released code.
+READ_DEFAULTS = {"reader": "pyav", "exact_color": False, "fit": "crop"}
 
 
 def _is_installed(reader: str) -> bool:
@@ -29,6 +30,16 @@ def exact_color_option() -> bool:
     return option(
         False,
         "round the colours of 8-bit 4:2:0 video correctly, too; else they are up to 1.5 levels darker, as the released models saw them",
+    )
+
+
+def fit_option() -> str:
+    """The option `fit`."""
+    return option(
+        "crop",
+        "what becomes of a frame that is not square: crop takes its middle; pad takes all of it, with its border repeated around "
+        "it; stretch squeezes all of it into a square. Decoding undoes pad and stretch",
+        choices=FITS,
     )
 
 

@@ -11,7 +11,7 @@ from elastic.media.folders import find_media, is_media
 from elastic.media.source import MediaInfo
 
 if TYPE_CHECKING:
-    from elastic.media.reader import ClipReader, fit_frame, open_clip, probe
+    from elastic.media.reader import ClipReader, fit_frame, open_clip, probe, scale_frame
     from elastic.media.writer import VideoWriter, write_image, write_video
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "is_media",
     "open_clip",
     "probe",
+    "scale_frame",
     "write_image",
     "write_video",
 ]
@@ -36,6 +37,7 @@ __getattr__ = lazy_names(
         "fit_frame": ".reader",
         "open_clip": ".reader",
         "probe": ".reader",
+        "scale_frame": ".reader",
         "write_image": ".writer",
         "write_video": ".writer",
     },

@@ -1,4 +1,4 @@
-"""Reads pictures and videos as square frames of one size.
+"""Reads pictures and videos as frames of one size.
 
 A frame is 8-bit RGB as displayed: rotation (EXIF, display matrix) is applied, transparency is composited over
 white, and 16-bit pictures are scaled. Pixels that are not square are resampled, high dynamic range is
@@ -20,8 +20,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from elastic.io.read_options import READERS
-from elastic.media.errors import warn_once
+from elastic.media.errors import MediaError, warn_once
 from elastic.media.source import MediaInfo, MediaSource
+from elastic.tiles import Fit, FrameLayout, layout_of
 
 _HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes white, and brighter light is clipped."
 # Beyond this aspect ratio `fit_frame` crops before it resizes.
@@ -43,17 +44,23 @@ def open_clip(
     path: str | os.PathLike[str],
     *,
     resolution: int,
+    fit: Fit = "crop",
+    short_side: int | None = None,
+    overlap: int | None = None,
     rate: float | int | None = 24.0,
     max_frames: int | None = None,
     tell_rate: bool = True,
     exact_color: bool = False,
     reader: str = "pyav",
 ) -> "ClipReader":
-    """Opens an image or a video for reading as square frames.
+    """Opens an image or a video for reading as frames of one size, square ones unless `fit` says otherwise.
 
     Args:
       path: the file; its bytes decide what it is.
-      resolution: rows and columns of the frames.
+      resolution: rows and columns of a square frame, or of a tile.
+      fit: 'crop' gives the middle square; the others give whole frames, as `elastic.tiles.layout_of` says.
+      short_side: with 'tile', the short side that frames are scaled to; 0: the file's own size; None: that of a tile.
+      overlap: with 'tile', the fewest pixels that neighbouring tiles share; None: an eighth of a tile.
       rate: frames per second to deliver, by the released rule (`frame_indices`), or by timestamps
         (the frame shown at time k / rate) if the source's rate varies. A rate above the source's is
         lowered to it, with a warning. None: the source's rate, every frame once; if the source's rate varies,
@@ -86,8 +93,13 @@ def open_clip(
     source = open_source(path, exact_color=exact_color, reader=reader)
     if source.info.transfer != "sdr" and tell_rate:
         warn_once(source.info.path, _HDR, source.info.transfer.upper())
+    try:
+        shown = (source.info.width, source.info.height)
+        layout = layout_of(shown, resolution, fit=fit, resolution=short_side, overlap=overlap)
+    except ValueError as error:
+        raise MediaError(f"{str(path)!r}: {error}") from error
     delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
-    return ClipReader(source, resolution=resolution, rate=delivered_rate, picks=picks[:max_frames])
+    return ClipReader(source, layout=layout, rate=delivered_rate, picks=picks[:max_frames])
 
 
 def fit_frame(
@@ -100,6 +112,19 @@ def fit_frame(
     rounding of the crop's edge to float32 (at most one level).
     """
     return _fit(Image.fromarray(frame), resolution)
+
+
+def scale_frame(
+    frame: UInt8[np.ndarray, "rows columns 3"], size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The whole frame at another size (width, height), bilinear and antialiased."""
+    return _scaled(Image.fromarray(frame), size)
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(
+        image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+    )
 
 
 def _fit(image: Image.Image, resolution: int) -> np.ndarray:
@@ -127,14 +152,15 @@ class ClipReader:
       info: the facts of the file.
       rate: frames per second as delivered (0.0 for an image).
       num_frames: how many frames are delivered.
-      resolution: rows and columns of each.
+      resolution: rows and columns of a square frame, or of a tile.
+      layout: the size of the frames, and how they lie in tiles.
     """
 
-    def __init__(self, source: MediaSource, *, resolution: int, rate: float, picks: np.ndarray):
+    def __init__(self, source: MediaSource, *, layout: FrameLayout, rate: float, picks: np.ndarray):
         self.info = source.info
         self.rate = rate
         self.num_frames = len(picks)
-        self.resolution = resolution
+        self.resolution, self.layout = layout.tile, layout
         self._source = source
         self._picks = picks
         self._running: weakref.WeakSet[Generator] = weakref.WeakSet()
@@ -170,7 +196,7 @@ class ClipReader:
         return self._run(self._frames(start, stop))
 
     def blocks(self, frames_per_block: int, *, first_block: int = 0) -> Iterator[np.ndarray]:
-        """Yields uint8 [frames_per_block, resolution, resolution, 3]; the last one may be shorter.
+        """Yields uint8 [frames_per_block, rows, columns, 3]; the last one may be shorter.
 
         Each call starts again, at `first_block`; see `frames` on decoding.
 
@@ -184,8 +210,8 @@ class ClipReader:
             raise ValueError(f"{first_block=} must be one of the {num_blocks} blocks.")
         return self._run(self._blocks(frames_per_block, first_block * frames_per_block))
 
-    def read(self) -> UInt8[np.ndarray, "frames resolution resolution 3"]:
-        """All frames at once: `num_frames * resolution**2 * 3` bytes."""
+    def read(self) -> UInt8[np.ndarray, "frames rows columns 3"]:
+        """All frames at once."""
         return next(iter(self.blocks(self.num_frames)))
 
     def _run(self, running: Generator[np.ndarray, None, None]) -> Iterator[np.ndarray]:
@@ -202,7 +228,8 @@ class ClipReader:
         frames = self._source.frames(positions)
         try:
             for frame, count in zip(frames, repeats, strict=True):
-                fitted = _fit(frame, self.resolution)
+                crop = self.layout.fit == "crop"
+                fitted = _fit(frame, self.resolution) if crop else _scaled(frame, self.layout.frame)
                 for _ in range(count):
                     yield fitted
         finally:

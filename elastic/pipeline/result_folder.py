@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from elastic import media, report
-from elastic.config import ElasticTokConfig
 from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
 from elastic.metrics import psnr_of_mse
@@ -93,7 +92,8 @@ class ResultFolder:
         if not self._resume:
             remove_resume_log(resume_path)
         if self._viz:
-            self._frames = _Frames(self._work, tokenizer.config)
+            frames = tokenizer.config.frames_per_block
+            self._frames = _Frames(self._work, session.layout.frame, frames)
         if not session.has_budget:
             # A resumed run must not skip a block whose frames are missing from the files of `_Frames`.
             drawable = math.inf if self._frames is None else self._frames.num_blocks
@@ -123,7 +123,7 @@ class ResultFolder:
         seconds = time.perf_counter() - self._started + self._earlier_seconds
         tokens = self._session.tokens()
         tokens.save(self._work / TOKENS)
-        values = tokens.num_frames * tokens.resolution**2 * 3
+        values = tokens.num_frames * math.prod(tokens.frame) * 3
         psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
         totals = {"seconds": seconds, "psnr": psnr}
         found = report.build_report(tokens, per_block=self._costs, totals=totals)
@@ -210,10 +210,10 @@ def _is_ours(path: Path) -> bool:
 class _Frames:
     """Originals and reconstructions of a clip, kept in two files of raw pixels until the picture is drawn."""
 
-    def __init__(self, work: Path, config: ElasticTokConfig):
+    def __init__(self, work: Path, size: tuple[int, int], frames_per_block: int):
         self._paths = [work / f"{name}.rgb" for name in ("original", "reconstruction")]
-        self._shape = (config.resolution, config.resolution, 3)
-        self._block_bytes = self._frame_bytes * config.frames_per_block
+        self._shape = (size[1], size[0], 3)
+        self._block_bytes = self._frame_bytes * frames_per_block
         self._files: list[Any] = []
 
     @contextlib.contextmanager

@@ -252,7 +252,7 @@ def summary(run: FinishedFile) -> str:
     clip, totals = run.report["clip"], run.report["totals"]
     met = f"{totals['blocks_met']} of {totals['blocks']} blocks"
     threshold = clip["threshold"]
-    size = f"{clip['resolution']}x{clip['resolution']}"
+    size = "x".join(map(str, clip.get("frame", [clip["resolution"]] * 2)))
     shown = "an image" if clip["is_image"] else f"{totals['frames']} frames"
     rows = {
         "blocks": f"{totals['blocks']} ({shown}, {size})",

@@ -63,4 +63,9 @@ def build_report(
             "frames_per_block tokens_per_block threshold search window_blocks context"
         ).split()
     }
+    if clip.fit != "crop":
+        about |= {
+            name: list(getattr(clip, name)) for name in ("frame", "tile_rows", "tile_columns")
+        }
+        about["fit"] = clip.fit
     return {"clip": about, "totals": {**totals, **sums}, "blocks": blocks}

@@ -22,7 +22,7 @@ from elastic.distributed.mesh import platform_of
 from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
 from elastic.model.bottleneck import FSQ
 from elastic.ops import bf16_bits
-from elastic.patches import to_levels, to_uint8, to_unit_range
+from elastic.patches import HALF_RANGE, patchify, to_levels, to_uint8, to_unit_range
 
 
 class CodecCache(NamedTuple):
@@ -57,7 +57,7 @@ class Trial(NamedTuple):
         Array, "b k"
     ]  # the same after rounding to 8 bits: the error of the decoded frames
     codes: Float[Array, "n l c"]
-    pixels: UInt8[Array, "n l p"]
+    pixels: Array  # uint8 [n, l, p]; with weights, float32 levels
     encoder_new: (
         tuple[Array, Array] | None
     )  # keys and values, [layers, n, heads, l, head_dim]; None: not kept
@@ -68,7 +68,12 @@ class Committed(NamedTuple):
     """The block that was appended."""
 
     tokens: Array  # int32 indices [b, l] (FSQ) or float32 vectors [b, l, c] (VAE)
-    pixels: UInt8[Array, "b l p"]
+    pixels: Array  # as in `Trial`, [b, l, p]
+
+
+def _unrounded(x: Array) -> Float[Array, "*shape"]:
+    """[-1, 1] -> levels of 0 to 255 that are not rounded."""
+    return (x + 1) * HALF_RANGE
 
 
 class Codec:
@@ -110,7 +115,9 @@ class Codec:
         self._try = jax.jit(self._try_impl, static_argnames="keep")
         self._select = jax.jit(self._select_impl, donate_argnames="selected")
         self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
-        self._decode = jax.jit(self._decode_impl, donate_argnames="cache")
+        self._decode = jax.jit(
+            self._decode_impl, donate_argnames="cache", static_argnames="rounded"
+        )
         self._lengthen = jax.jit(self._lengthen_impl, static_argnames="more")
 
     def cache_bytes(self, batch: int = 1) -> int:
@@ -187,6 +194,7 @@ class Codec:
         counts: Int[Array | np.ndarray, "b k"],
         *,
         num_frames: Int[Array | np.ndarray, "b"] | None = None,
+        weights: tuple[np.ndarray, np.ndarray] | None = None,
         keep: bool = True,
     ) -> Trial:
         """Evaluates k candidate counts of one block of each element at once. The cache is read in place, neither copied nor changed.
@@ -197,13 +205,15 @@ class Codec:
           patches: uint8 [batch, tokens, numbers of a patch], one block of each element.
           counts: int32 [batch, k], the candidate counts.
           num_frames: int32 [batch], the real frames of each block; the losses are means over them. None: all are real.
+          weights: float32 [batch, rows] and [batch, columns], what rows and columns of a frame weigh in the losses. With them the
+            pixels are float32 levels that are not rounded, to be blended. None: all weigh the same, and pixels are 8-bit.
           keep: whether the trial can be committed. False keeps no keys and values, which takes less memory.
         """
         if num_frames is None:
             num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
         # Where the cache of the only clip has no space for a block, nothing is appended to it.
         keep = keep and (self._slots(cache.encoder) > 0 or len(counts) > 1)
-        return self._try(params, cache, patches, counts, num_frames, keep=keep)
+        return self._try(params, cache, patches, counts, num_frames, weights, keep=keep)
 
     def select(
         self,
@@ -254,7 +264,9 @@ class Codec:
         cache: CodecCache,
         tokens: Array | np.ndarray,
         num_kept: Int[Array | np.ndarray, "b"],
-    ) -> tuple[CodecCache, UInt8[Array, "b l p"]]:
+        *,
+        rounded: bool = True,
+    ) -> tuple[CodecCache, Array]:
         """The pixels of one block of tokens of each element, uint8 [batch, tokens, numbers of a patch].
 
         Args:
@@ -262,8 +274,9 @@ class Codec:
           cache: of the blocks so far; donated to the program.
           tokens: int32 indices [batch, tokens] (FSQ) or float32 vectors [batch, tokens, channels] (VAE).
           num_kept: int32 [batch], the tokens to decode; those after them are ignored.
+          rounded: False gives float32 levels that are not rounded, to be blended.
         """
-        return self._decode(params, cache, tokens, num_kept)
+        return self._decode(params, cache, tokens, num_kept, rounded=rounded)
 
     def _empty(
         self, encoder_layers: int, decoder_layers: int, batch: int, cached_blocks: int
@@ -337,8 +350,15 @@ class Codec:
         frame = token_frame[:, None] + pixel_frame[None]
         return frame[None] < num_frames[:, None, None]
 
+    def _pixel_weights(self, rows: Array, columns: Array) -> Float[Array, "b l p"]:
+        """What each number of a block's patches weighs."""
+        config = self.config
+        plane = rows[:, None, :, None, None] * columns[:, None, None, :, None]
+        shape = (len(rows), config.frames_per_block, rows.shape[1], columns.shape[1], 3)
+        return patchify(jnp.broadcast_to(plane, shape), config.patch_size, config.token_order)
+
     def _try_impl(
-        self, params, cache: CodecCache, patches, counts, num_frames, *, keep: bool
+        self, params, cache: CodecCache, patches, counts, num_frames, weights=None, *, keep: bool
     ) -> Trial:
         num_candidates = counts.shape[1]
         is_real = self._real_pixels(jnp.repeat(num_frames, num_candidates))
@@ -358,17 +378,27 @@ class Codec:
         out = jnp.clip(out, -1.0, 1.0)
         levels = to_levels(out)
 
+        weighed, counted = None, is_real
+        if weights is not None:
+            weighed = repeat(self._pixel_weights(*weights), "b l p -> (b k) l p", k=num_candidates)
+            counted = jnp.where(is_real, weighed, 0.0)
+
         def mean_over_real(error: Array) -> Array:
-            total = jnp.sum(jnp.where(is_real, jnp.square(error), 0.0), axis=(1, 2))
+            square = jnp.square(error)
+            if (
+                weighed is not None
+            ):  # without weights, the program of the released behaviour to the bit
+                square = square * weighed
+            total = jnp.sum(jnp.where(is_real, square, 0.0), axis=(1, 2))
             return rearrange(
-                total / jnp.sum(is_real, axis=(1, 2)), "(b k) -> b k", k=num_candidates
+                total / jnp.sum(counted, axis=(1, 2)), "(b k) -> b k", k=num_candidates
             )
 
         return Trial(
             losses=mean_over_real(out - x),
             pixel_losses=mean_over_real(to_unit_range(levels) - x),
             codes=codes,
-            pixels=levels.astype(jnp.uint8),
+            pixels=levels.astype(jnp.uint8) if weights is None else _unrounded(out),
             encoder_new=encoded.new_kv if keep else None,
             decoder_new=decoder_new if keep else None,
         )
@@ -418,13 +448,15 @@ class Codec:
         new = self._counted(cache, encoder, decoder, elements)
         return new, Committed(self._to_tokens(one.codes), one.pixels)
 
-    def _decode_impl(self, params, cache: CodecCache, tokens, num_kept) -> tuple[CodecCache, Array]:
+    def _decode_impl(
+        self, params, cache: CodecCache, tokens, num_kept, *, rounded: bool
+    ) -> tuple[CodecCache, Array]:
         kept = token_masks.kept_mask(num_kept, self.config.tokens_per_block)
         batch = Batch(jnp.zeros((*kept.shape, 0)), kept, position_ids=self._positions(cache))
         codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
         out, new = self._apply("decode", params, codes, batch, cache.decoder)
         decoder = self._append(cache.decoder, new, cache.num_blocks, None)
-        pixels = to_uint8(out)
+        pixels = to_uint8(out) if rounded else _unrounded(jnp.clip(out, -1.0, 1.0))
         return self._counted(cache, cache.encoder, decoder, None), pixels
 
     def _append(

@@ -1,4 +1,4 @@
-"""Reads a clip as blocks of frames at the model's resolution, from a file, an array or an iterator of live frames."""
+"""Reads a clip as blocks of frames, from a file, an array or an iterator of live frames."""
 
 import concurrent.futures
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from elastic import media
+from elastic.tiles import Fit, FrameLayout, layout_of
 from elastic.tokenizer.arrays import ArrayLike, as_frames, is_array
 
 Frames = Iterable[ArrayLike]
@@ -24,13 +25,14 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip at the model's resolution.
+    """A clip, its frames scaled as its layout says.
 
     Attributes:
       is_image: whether the clip is a still picture of one frame.
       rate: frames per second; 0 for an image.
       num_frames: None: unknown, because the frames come from an iterator.
       source: (width, height) of the original as displayed, in square pixels.
+      layout: the size of the frames, and how they lie in tiles.
       pixel_aspect: width and height of a stored pixel, (32, 27) for instance; (1, 1) if it is square.
       transfer: 'pq' or 'hlg' for a file of high dynamic range, which is tone-mapped; else 'sdr'.
     """
@@ -39,9 +41,9 @@ class Clip:
     rate: float
     num_frames: int | None
     source: tuple[int, int]
+    layout: FrameLayout
     _reader: media.ClipReader | None
     _frames: Iterable[np.ndarray] | None
-    _resolution: int
     pixel_aspect: tuple[int, int] = (1, 1)
     transfer: str = "sdr"
     exact_color: bool = False
@@ -87,9 +89,11 @@ class Clip:
     def _fitted(self, frame: np.ndarray) -> np.ndarray:
         width, height = self.source
         _check(frame, (height, width, 3))
-        if frame.shape[:2] == (self._resolution, self._resolution):
+        if frame.shape[1::-1] == self.layout.frame:
             return frame
-        return media.fit_frame(frame, self._resolution)
+        if self.layout.fit == "crop":
+            return media.fit_frame(frame, self.layout.tile)
+        return media.scale_frame(frame, self.layout.frame)
 
 
 def open_clip(
@@ -100,15 +104,19 @@ def open_clip(
     max_frames: int | None,
     reader: str = "pyav",
     exact_color: bool = False,
+    fit: Fit = "crop",
+    short_side: int | None = None,
+    overlap: int | None = None,
 ) -> Clip:
     """Opens a clip.
 
     Args:
       source: a path, frames as `arrays.as_frames` takes them, a reader, or an iterable of frames.
-      resolution: rows and columns of the model's frames.
+      resolution: rows and columns of the model's frames, or of a tile.
       rate: for a file, the frames per second to read, None: its own. For frames, the rate that they have, None: 24.
       max_frames: read the first frames only; None: all.
       reader, exact_color: for a file, as in `media.open_clip`.
+      fit, short_side, overlap: how frames lie in tiles, as in `media.open_clip`.
 
     Raises:
       ValueError: there is no frame, the source is of another type, or `rate` or `max_frames` is out of range.
@@ -125,7 +133,14 @@ def open_clip(
             max_frames=max_frames,
             reader=reader,
             exact_color=exact_color,
+            fit=fit,
+            short_side=short_side,
+            overlap=overlap,
         )
+
+    def laid_out(size: tuple[int, int]) -> FrameLayout:
+        return layout_of(size, resolution, fit=fit, resolution=short_side, overlap=overlap)
+
     if isinstance(source, media.ClipReader):
         info = source.info
         if source.resolution != resolution:
@@ -133,14 +148,19 @@ def open_clip(
                 f"The reader of {str(info.path)!r} gives {source.resolution} rows; open it with {resolution=}."
             )
         size, image = (info.width, info.height), info.kind == "image"
+        if source.layout != laid_out(size):
+            raise ValueError(
+                f"The reader of {str(info.path)!r} was opened with fit={source.layout.fit!r} and gives frames of "
+                f"{source.layout.frame[0]}x{source.layout.frame[1]}; open it with {fit=}, {short_side=}, {overlap=}."
+            )
         return Clip(
             image,
             source.rate,
             source.num_frames,
             size,
+            source.layout,
             source,
             None,
-            resolution,
             pixel_aspect=info.pixel_aspect,
             transfer=info.transfer,
             exact_color=exact_color,
@@ -155,7 +175,7 @@ def open_clip(
         _check(frames[0])
         size = (frames.shape[2], frames.shape[1])
         return Clip(
-            is_image, 0.0 if is_image else own_rate, len(frames), size, None, frames, resolution
+            is_image, 0.0 if is_image else own_rate, len(frames), size, laid_out(size), None, frames
         )
     if not isinstance(source, Iterable):
         raise ValueError(
@@ -168,7 +188,7 @@ def open_clip(
     _check(first)
     frames = itertools.islice(itertools.chain([first], live), max_frames)
     size = (first.shape[1], first.shape[0])
-    return Clip(False, own_rate, None, size, None, frames, resolution)
+    return Clip(False, own_rate, None, size, laid_out(size), None, frames)
 
 
 def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:

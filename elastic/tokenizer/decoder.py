@@ -8,7 +8,9 @@ from jaxtyping import UInt8
 
 from elastic.config import ElasticTokConfig
 from elastic.patches import unpatchify
+from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec
+from elastic.tokenizer.frame_tiles import from_tile
 from elastic.tokens import BlockTokens, TokenizedClip
 from elastic.tokens.same_weights import are_apart
 
@@ -32,6 +34,7 @@ def decode_blocks(
     window_blocks: int,
     context: str,
     num_blocks: int | None = None,
+    layout: FrameLayout | None = None,
 ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
     """The frames of one block after the other, each trimmed to its real frames.
 
@@ -42,6 +45,7 @@ def decode_blocks(
       window_blocks: blocks in one context when the tokens were made.
       context: 'restart' empties the context whenever the window is full, 'carry' does not.
       num_blocks: how many blocks there are; None: not known.
+      layout: how the frames lie in the tile; None: they are the tile.
 
     Raises:
       ValueError: a block holds tokens that the model does not have.
@@ -63,7 +67,8 @@ def decode_blocks(
         frames = np.asarray(
             unpatchify(np.asarray(pixels[0]), config.patch_size, *size, config.token_order)
         )
-        yield frames[:num_frames]
+        frames = frames[:num_frames]
+        yield frames if layout is None or layout.fit == "crop" else from_tile(layout, frames)
 
 
 def check_maker(

@@ -79,6 +79,7 @@ class BatchScheduler:
       width: counts of a block tried in one call of the model.
       cache: the keys and values of earlier blocks; None: an empty cache, which `reserve` lengthens. It is donated to the programs.
       on_passes: called after each call of the model with its number of passes.
+      weighted: whether the pixels of a block have weights. The frames of a result are then float32 levels, to be blended.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class BatchScheduler:
         width: int = 1,
         cache: CodecCache | None = None,
         on_passes: Callable[[int], None] | None = None,
+        weighted: bool = False,
     ):
         config = codec.config
         self.codec, self.batch, self.width = codec, batch, width
@@ -102,7 +104,12 @@ class BatchScheduler:
         shape = (batch, config.tokens_per_block, config.patch_dim)
         self._patches = np.zeros(shape, np.uint8)
         self._num_frames = np.full(batch, config.frames_per_block, np.int32)
-        self._inputs_in_use = False  # the device may still read `_patches` and `_num_frames`
+        self.weighted = weighted
+        self._pixel_weights: tuple[np.ndarray, np.ndarray] | None = None
+        if weighted:
+            side = (batch, config.resolution)
+            self._pixel_weights = np.ones(side, np.float32), np.ones(side, np.float32)
+        self._inputs_in_use = False  # the device may still read the arrays above
 
     @property
     def free_slots(self) -> list[int]:
@@ -129,6 +136,7 @@ class BatchScheduler:
         search: Search,
         *,
         metric: Metric | None = None,
+        weights: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Gives a free slot its next block.
 
@@ -137,12 +145,19 @@ class BatchScheduler:
           frames: the block, uint8; only the last block of a clip may be short.
           search: decides the block's token count.
           metric: the loss of the block; None: the mean squared error.
+          weights: what its rows and columns weigh in the squared error, if the scheduler is weighted; None: all the same.
         """
         config = self.codec.config
         padded = pad_block(frames, config.frames_per_block)
         if self._inputs_in_use:
             self._patches, self._num_frames = self._patches.copy(), self._num_frames.copy()
+            if self._pixel_weights is not None:
+                rows, columns = self._pixel_weights
+                self._pixel_weights = rows.copy(), columns.copy()
             self._inputs_in_use = False
+        if self._pixel_weights is not None:
+            for side, own in zip(self._pixel_weights, weights or (1.0, 1.0), strict=True):
+                side[slot] = own
         self._patches[slot] = patchify(padded, config.patch_size, config.token_order)
         self._num_frames[slot] = len(frames)
         self._work[slot] = _Work(frames, search, metric, time.perf_counter())
@@ -200,6 +215,7 @@ class BatchScheduler:
             counts,
             num_frames=self._num_frames,
             keep=keep,
+            **({} if self._pixel_weights is None else {"weights": self._pixel_weights}),
         )
         # The larger of both errors is compared with the threshold, so that the decoded 8-bit frames stay under it too.
         squares = np.maximum(*jax.device_get((trial.losses, trial.pixel_losses)))
@@ -221,7 +237,8 @@ class BatchScheduler:
         return trial, losses
 
     def _measure(self, work: _Work, metric: Metric, pixels: Any) -> float:
-        loss = float(metric(work.frames, self._frames_of(work, pixels)))
+        frames = self._frames_of(work, pixels)
+        loss = float(metric(work.frames, rounded(frames)))
         if loss < 0:
             raise ValueError(
                 f"The metric gave {loss}; a loss must be 0 or above, and less must be better."
@@ -229,7 +246,7 @@ class BatchScheduler:
         return loss
 
     def _frames_of(self, work: _Work, pixels: Any) -> np.ndarray:
-        """The real frames of a block's pixels [l, p]."""
+        """The real frames of a block's pixels [l, p]: 8-bit, or levels where they have weights."""
         rows, columns = work.frames.shape[1:3]
         config = self.codec.config
         patches = np.asarray(pixels)
@@ -289,6 +306,11 @@ class BatchScheduler:
             seconds=time.perf_counter() - work.started,
             tried=result.tried,
         )
+
+
+def rounded(levels: np.ndarray) -> UInt8[np.ndarray, "..."]:
+    """Levels of 0 to 255 as 8 bits."""
+    return levels if levels.dtype == np.uint8 else np.rint(levels).astype(np.uint8)
 
 
 def _most_kept(codec: Codec) -> float:

@@ -21,8 +21,10 @@ from elastic.media import MediaError
 from elastic.metrics import make_metric
 from elastic.search import CurvePrior, Search, SearchOptions, make_search
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
+from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.clip_source import Clip, ahead
+from elastic.tokenizer.frame_tiles import to_tile, whole_result
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.resume import ResumeError, ResumeLog, remove_resume_log
 from elastic.tokenizer.scheduler import BatchScheduler
@@ -102,7 +104,8 @@ class TokenizerContext:
 class PendingBlock(NamedTuple):
     """A block that is to be tokenized."""
 
-    frames: UInt8[np.ndarray, "n rows columns 3"]
+    frames: UInt8[np.ndarray, "n rows columns 3"]  # whole frames
+    tile: UInt8[np.ndarray, "n tile tile 3"]  # these as the model sees them
     expected: (
         Curve | None
     )  # its rate curve as guessed from its pixels; None where the search uses no guess
@@ -125,7 +128,7 @@ class EncodeSession:
 
     Attributes:
       num_frames, num_blocks: of the clip; None while frames are still arriving.
-      is_image, rate, source: as in `TokenizedClip`.
+      is_image, rate, source, layout: as in `TokenizedClip`.
       num_done: blocks that are tokenized.
       first_block: the first block that will be handed out. Above 0 in a resumed run: `recorded` has the earlier ones.
       recorded: the numbers `passes`, `seconds` and `squares` of each block before `first_block`.
@@ -147,6 +150,8 @@ class EncodeSession:
         self._search_options = options.search_options(config, width=context.search_width)
         self._metric_name, self.metric = make_metric(options.metric)
         self.is_image, self.rate, self.source = clip.is_image, clip.rate, clip.source
+        self.layout = clip.layout
+        self._frames: np.ndarray | None = None  # the whole frames of the block under way
         self.num_frames = clip.num_frames
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
@@ -187,20 +192,30 @@ class EncodeSession:
                     yield result
             return
         self._reset()
+        blocks = ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD)
+        held: collections.deque[np.ndarray] = collections.deque()  # of the stretch under way
+
+        def tiles() -> Iterator[np.ndarray]:
+            for frames in blocks:
+                held.append(frames)
+                yield to_tile(self.layout, frames)
+
         results = spend(
             self._context.codec,
             self._context.weights,
-            ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD),
+            tiles(),
             self._budget,
             width=self.width,
             restart=self._context.when_full == "restart",
             metric=self.metric,
             on_passes=self._note_budget_passes,
             num_blocks=self.num_blocks,
+            pixel_weights=self.layout.weights(0),
         )
         for result in results:
-            self._count(result)
-            yield result
+            whole = whole_result(self.layout, held.popleft(), result)
+            self._count(whole)
+            yield whole
         self._end()
 
     @property
@@ -266,12 +281,14 @@ class EncodeSession:
 
         def blocks() -> Iterator[PendingBlock]:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
-                yield PendingBlock(frames, None if prior is None else prior.curve_of(frames))
+                tile = to_tile(self.layout, frames)
+                yield PendingBlock(frames, tile, None if prior is None else prior.curve_of(tile))
 
         return ahead(blocks(), _AHEAD)
 
     def next_search(self, block: PendingBlock) -> Search:
         """The search of the next block."""
+        self._frames = block.frames
         number, prior = self.num_done, self._context.prior
         if self._resume_log is not None and number < len(self._resume_log.blocks):
             count = self._resume_log.blocks[number].tokens.num_kept
@@ -292,6 +309,8 @@ class EncodeSession:
     def record_result(self, result: BlockResult, scheduler: BatchScheduler) -> BlockResult:
         """Counts and records the result of the next block, and gives it: with the tokens of the earlier run if it was recorded."""
         number, resume_log = self.num_done, self._resume_log
+        assert self._frames is not None
+        result = whole_result(self.layout, self._frames, result)
         if resume_log is not None and number < len(resume_log.blocks):
             result = self._repeated(result, number)
         elif resume_log is not None:
@@ -395,7 +414,7 @@ class EncodeSession:
             "window": [context.codec.window_blocks, context.when_full],
             "metric": self._metric_name,
             "search": {"name": self._search_name} | self._search_arguments(),
-        }
+        } | ({} if self.layout.fit == "crop" else {"layout": _json_of(self.layout)})
 
     def _header(self) -> dict[str, Any]:
         """The fields of `TokenizedClip` except its blocks."""
@@ -411,6 +430,12 @@ class EncodeSession:
             source=self.source,
             pixel_aspect=self._clip.pixel_aspect,
             transfer=self._clip.transfer,
+            fit=self.layout.fit,
+            frame=self.layout.frame,
+            tile_rows=self.layout.tops,
+            tile_columns=self.layout.lefts,
+            token_order=config.token_order,
+            patch_size=() if config.token_order == "raster" else config.patch_size,
             rate=float(self.rate),
             model_id=context.model_id,
             config_hash=config.config_hash(),
@@ -426,6 +451,14 @@ class EncodeSession:
         """How counts were found, as token files say it; a loss other than the squared error is named."""
         search = self._search_name if self._budget is None else "budget"
         return search if self.metric is None else f"{search}:{self._metric_name}"
+
+
+def _json_of(layout: FrameLayout) -> dict[str, Any]:
+    """The layout as JSON holds it."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(layout).items()
+    }
 
 
 Progress = tuple[EncodeSession, BlockResult | MediaError | None]
@@ -445,7 +478,13 @@ def tokenize_side_by_side(
     first = next(waiting, None)
     if first is None:
         return
-    scheduler = BatchScheduler(context.codec, context.weights, batch=batch, width=first.width)
+    scheduler = BatchScheduler(
+        context.codec,
+        context.weights,
+        batch=batch,
+        width=first.width,
+        weighted=first.layout.is_weighted,
+    )
     waiting = itertools.chain([first], waiting)
     running: _Running = {}
     try:
@@ -495,6 +534,10 @@ def _fill_slot(
                 raise ValueError(
                     f"Clips that try {session.width} and {scheduler.width} counts in a call cannot share one; give all the same options."
                 )
+            if session.layout.is_weighted != scheduler.weighted:
+                raise ValueError(
+                    "Clips of several fits cannot share a batch; give all the same options."
+                )
             running[slot] = session, session.start(scheduler, slot)
         session, blocks = running[slot]
         try:
@@ -509,7 +552,13 @@ def _fill_slot(
             if context.when_full == "restart" and number % window == 0:
                 scheduler.forget(slot)
             search = session.next_search(block)
-            scheduler.assign(slot, block.frames, search, metric=session.metric)
+            scheduler.assign(
+                slot,
+                block.tile,
+                search,
+                metric=session.metric,
+                weights=session.layout.weights(0),
+            )
             return
         del running[slot]
         session.end()

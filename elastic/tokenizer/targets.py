@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
-from elastic.io.read_options import exact_color_option, reader_option
+from elastic.io.read_options import exact_color_option, fit_option, reader_option
 from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
@@ -37,6 +37,7 @@ class EncodeArguments(TypedDict, total=False):
     max_frames: int | None
     reader: str
     exact_color: bool
+    fit: str
     max_fraction: float
     fallback_fraction: float
     num_counts: int
@@ -121,6 +122,7 @@ class EncodeOptions:
     )
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
+    fit: str = fit_option()
     max_fraction: float = option(
         1.0, "share of a block's tokens that may be tried", flag="max_prop_codes", check=_SHARE
     )

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
 from elastic.search import CurvePrior, load_prior
+from elastic.tiles import crop_message
 from elastic.tokenizer import array_batch, arrays, hub
 from elastic.tokenizer.array_batch import TokenBatch
 from elastic.tokenizer.block_codec import Codec
@@ -38,9 +40,10 @@ from elastic.tokenizer.session import (
 )
 from elastic.tokenizer.targets import EncodeArguments, EncodeOptions
 from elastic.tokenizer.two_pass import Budget
-from elastic.tokens import TokenizedClip, read_token_stream
+from elastic.tokens import TokenizedClip, layout_in, read_token_stream
 from elastic.tokens.any_file import load_clip
 
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -181,6 +184,7 @@ class ElasticTokenizer:
         max_frames: int | None = None,
         reader: str = EncodeOptions.reader,
         exact_color: bool = EncodeOptions.exact_color,
+        fit: str = EncodeOptions.fit,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
@@ -209,6 +213,7 @@ class ElasticTokenizer:
             max_frames=max_frames,
             reader=reader,
             exact_color=exact_color,
+            fit=fit,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
@@ -252,6 +257,7 @@ class ElasticTokenizer:
         max_frames: int | None = None,
         reader: str = EncodeOptions.reader,
         exact_color: bool = EncodeOptions.exact_color,
+        fit: str = EncodeOptions.fit,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
@@ -279,6 +285,8 @@ class ElasticTokenizer:
           max_frames: read no more frames than this; None: all.
           reader: who decodes a video file: 'pyav', or 'decord' where it is installed.
           exact_color: convert the colours of every video file with correct rounding.
+          fit: what becomes of frames that are not square: 'crop' takes the middle; 'pad' takes all, with the border of the frame
+            repeated around it; 'stretch' squeezes all into a square. Decoding undoes 'pad' and 'stretch'.
           fallback_fraction: share of a block's tokens kept where no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
           num_counts: counts that the search 'linear' spreads over the range.
@@ -306,6 +314,7 @@ class ElasticTokenizer:
             max_frames=max_frames,
             reader=reader,
             exact_color=exact_color,
+            fit=fit,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
@@ -328,6 +337,8 @@ class ElasticTokenizer:
             max_frames=options.max_frames,
             **read_arguments(options),
         )
+        if clip.layout.fit == "crop":
+            _tell_crop(clip.source, self.config.resolution)
         try:
             budget = Budget.of(options, self.config, rate=clip.rate)
         except ValueError as error:
@@ -449,6 +460,11 @@ class ElasticTokenizer:
         Raises:
           ValueError: the clips differ in length, or an option is wrong.
         """
+        fit = options.get("fit", "crop")
+        if fit != "crop":
+            raise ValueError(
+                f"{fit=} needs a record of the frames' shape, which a batch of arrays has not; call encode_many, or use fit='crop'."
+            )
         clips = array_batch.clips_of(videos, value_range=value_range, layout=layout)
         found: dict[int, TokenizedClip] = {}
         for number, tokens in self.encode_many(clips, batch=batch or len(clips), **options):
@@ -577,6 +593,7 @@ class ElasticTokenizer:
             window_blocks=header["window_blocks"],
             context=header["context"],
             num_blocks=num_blocks,
+            layout=layout_in(header),
         )
 
     @property
@@ -640,6 +657,14 @@ def _bar(items: Iterable[_T], progress: bool, total: int | None) -> Iterator[_T]
     from tqdm.auto import tqdm
 
     return iter(tqdm(items, total=total, unit="block"))
+
+
+@functools.cache
+def _tell_crop(source: tuple[int, int], resolution: int) -> None:
+    """Says once for each size what is left of a frame that is not square."""
+    message = crop_message(source, resolution)
+    if message is not None:
+        log.info("%s", message)
 
 
 def _name(source: ClipLike) -> str:

@@ -111,6 +111,7 @@ def spend(
     metric: Metric | None = None,
     on_passes: Callable[[int], None] | None = None,
     num_blocks: int | None = None,
+    pixel_weights: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[BlockResult]:
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
@@ -124,11 +125,14 @@ def spend(
       metric: the loss of a block; None: the mean squared error.
       on_passes: called after each call of the model with its number of passes; a block takes `passes_per_block`.
       num_blocks: how many blocks there are; None: not known.
+      pixel_weights: what the rows and columns of a frame weigh in its error; None: all the same.
     """
     cache, first, left = codec.new_cache(num_blocks=num_blocks), 0, 0.0
     source = iter(blocks)
     while stretch := list(islice(source, budget.delay_blocks)):
-        walk = _Walk(codec, weights, stretch, first, width, restart, metric, on_passes)
+        walk = _Walk(
+            codec, weights, stretch, first, width, restart, metric, on_passes, pixel_weights
+        )
         kept = jax.tree.map(jnp.copy, cache)  # committing donates the cache it is given
         equal, curves, equal_cache = walk.measure(kept, budget)
         available = math.floor(budget.avg_tokens * len(stretch) + left)
@@ -163,6 +167,7 @@ class _Walk:
     restart: bool
     metric: Metric | None
     on_passes: Callable[[int], None] | None
+    pixel_weights: tuple[np.ndarray, np.ndarray] | None
 
     def measure(
         self, cache: CodecCache, budget: Budget
@@ -193,7 +198,12 @@ class _Walk:
 
     def _scheduler(self, cache: CodecCache) -> BatchScheduler:
         return BatchScheduler(
-            self.codec, self.weights, width=self.width, cache=cache, on_passes=self.on_passes
+            self.codec,
+            self.weights,
+            width=self.width,
+            cache=cache,
+            on_passes=self.on_passes,
+            weighted=self.pixel_weights is not None,
         )
 
     def _assign(
@@ -203,7 +213,7 @@ class _Walk:
             scheduler.forget(0)
         most = self.codec.config.tokens_per_block
         search = make_search("fixed", min_kept=1, max_kept=most, num_tokens=count, width=self.width)
-        scheduler.assign(0, frames, search, metric=self.metric)
+        scheduler.assign(0, frames, search, metric=self.metric, weights=self.pixel_weights)
 
 
 def _sampled(

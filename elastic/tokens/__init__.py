@@ -6,7 +6,7 @@ Shards are imported when they are first used: only they need pyarrow.
 from typing import TYPE_CHECKING
 
 from elastic.io.lazy import lazy_names
-from elastic.tokens.clip import BlockTokens, TokenizedClip
+from elastic.tokens.clip import BlockTokens, TokenizedClip, layout_in, raster_places
 from elastic.tokens.npz_file import TokenFileError
 from elastic.tokens.stream_file import read_token_stream
 
@@ -18,6 +18,8 @@ __all__ = [
     "TokenFileError",
     "TokenShards",
     "TokenizedClip",
+    "layout_in",
+    "raster_places",
     "read_token_stream",
     "write_shard",
 ]

@@ -16,13 +16,15 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast, overload
 
 import numpy as np
 
 from elastic.io import atomic
+from elastic.patches import TokenOrder, token_places
+from elastic.tiles import Fit, FrameLayout
 from elastic.tokens import npz_file
 from elastic.tokens.npz_file import (
     CHOICES,
@@ -128,7 +130,7 @@ class TokenizedClip:
       frames_per_block: frames of a full block.
       num_frames: frames of the clip; the last block may be padded beyond them.
       is_image: one picture, which fills one block.
-      resolution: rows and columns of the decoded frames, in pixels.
+      resolution: rows and columns of a tile, the frames that the model sees, in pixels.
       source: (width, height) of the original as displayed, in square pixels.
       rate: frames per second; 0 for an image.
       model_id: name of the model that made the tokens.
@@ -140,6 +142,11 @@ class TokenizedClip:
       weights: fingerprint of that model's weights (`elastic.checkpoints.fingerprint`); () if it is not known.
       pixel_aspect: width and height of the original's pixels as stored, such as (32, 27); (1, 1) if they are square.
       transfer: 'pq' or 'hlg' if the original has high dynamic range, which was tone-mapped to SDR; else 'sdr'.
+      fit: what became of frames that are not square: 'crop', 'pad' or 'stretch', as in `elastic.tiles.FrameLayout`.
+      frame: (width, height) of the decoded frames; with 'crop' the square of `resolution`, whatever is given.
+      tile_rows, tile_columns: the first row, and the first column, of the tile in the frame; negative where a border is around it.
+      token_order: the order of a slice's tokens: 'raster', or 'coarse_to_fine'; `raster_places` undoes it.
+      patch_size: frames, rows and columns of a token's patch; () if it is not known, which the raster order does not need.
 
     Raises:
       ValueError: a field is out of range or contradicts the blocks.
@@ -164,6 +171,12 @@ class TokenizedClip:
     weights: tuple[float, ...] = ()
     pixel_aspect: tuple[int, int] = (1, 1)
     transfer: Literal["sdr", "pq", "hlg"] = "sdr"
+    fit: Fit = "crop"
+    frame: tuple[int, int] | tuple[()] = ()
+    tile_rows: tuple[int, ...] = (0,)
+    tile_columns: tuple[int, ...] = (0,)
+    token_order: TokenOrder = "raster"
+    patch_size: tuple[int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -194,8 +207,39 @@ class TokenizedClip:
             re.fullmatch("[0-9a-f]+", self.config_hash) is not None,
             f"config_hash={self.config_hash!r} must be lower-case hexadecimal digits.",
         )
+        self._check_layout()
         self._check_frames()
         self._check_blocks()
+
+    def _check_layout(self) -> None:
+        if self.fit == "crop":
+            square = {"frame": (self.resolution,) * 2, "tile_rows": (0,), "tile_columns": (0,)}
+            for name, value in square.items():
+                object.__setattr__(self, name, value)
+        for name in ("frame", "tile_rows", "tile_columns", "patch_size"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        require(self.layout.num_tiles == 1, f"{self.layout.num_tiles} tiles must be 1.")
+        require(
+            self.token_order == "raster" or self._slice_shape is not None,
+            f"patch_size={self.patch_size} must divide a block into tokens_per_block={self.tokens_per_block} tokens.",
+        )
+
+    @property
+    def layout(self) -> FrameLayout:
+        """How the frames lie in the tile that the model sees."""
+        return layout_in(vars(self))
+
+    @property
+    def _slice_shape(self) -> tuple[int, int] | None:
+        """Rows and columns of patches; None if the patches are not known, or do not make up a block."""
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            return None
+        deep, high, wide = self.patch_size
+        sizes = (self.frames_per_block, self.resolution, self.resolution)
+        if any(size % part for size, part in zip(sizes, self.patch_size, strict=True)):
+            return None
+        slices, rows, columns = sizes[0] // deep, sizes[1] // high, sizes[2] // wide
+        return (rows, columns) if slices * rows * columns == self.tokens_per_block else None
 
     def _check_frames(self) -> None:
         expected = -(-self.num_frames // self.frames_per_block)
@@ -275,7 +319,7 @@ class TokenizedClip:
     @property
     def bits_per_pixel(self) -> float:
         """`num_bits` over the pixels of the decoded clip."""
-        return self.num_bits / (self.num_frames * self.resolution**2)
+        return self.num_bits / (self.num_frames * math.prod(self.frame))
 
     @property
     def compression_ratio(self) -> float:
@@ -442,10 +486,37 @@ class TokenizedClip:
         kind = "image" if self.is_image else f"{self.num_frames} frames at {self.rate:g}/s"
         met = sum(block.met_threshold for block in self.blocks)
         return (
-            f"TokenizedClip({self.bottleneck_type}, {kind}, {self.resolution}x{self.resolution}, "
+            f"TokenizedClip({self.bottleneck_type}, {kind}, {'x'.join(map(str, self.frame))}, "
             f"{self.num_tokens} tokens in {len(self.blocks)} blocks of up to "
             f"{self.tokens_per_block}, {met} met)"
         )
+
+
+def layout_in(header: Mapping[str, Any]) -> FrameLayout:
+    """How the frames lie in tiles, from the header of a token file or of `tokens.part`. Older ones have no such fields.
+
+    Raises:
+      ValueError: the fields contradict each other.
+    """
+    tile, fit = header["resolution"], header.get("fit", "crop")
+    if fit == "crop":
+        return FrameLayout(fit, tile, (tile, tile))
+    fields = (header.get(name, ()) for name in ("frame", "tile_rows", "tile_columns"))
+    frame, tops, lefts = (tuple(field) for field in fields)
+    return FrameLayout(fit, tile, frame, tops, lefts)
+
+
+def raster_places(clip: TokenizedClip) -> np.ndarray:
+    """The place of every token of a full block in raster order (frame by frame, row by row), int32 [tokens_per_block].
+
+    With `places = raster_places(clip)`, token i of a block shows patch `places[i]`. Token i of a shortened block has the same place.
+    """
+    shape = clip._slice_shape
+    places = None if shape is None else token_places(*shape, clip.token_order)
+    if places is None:
+        return np.arange(clip.tokens_per_block, dtype=np.int32)
+    slices = np.arange(clip.tokens_per_block // len(places), dtype=np.int32)
+    return (slices[:, None] * len(places) + places).reshape(-1)
 
 
 def _payload(bottleneck_type: str, codebook_size: int | None) -> tuple[str, np.dtype]:

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from elastic.tiles import FITS
+
 FORMAT, VERSION = "elastictok-tokens", 1
 _SEAL = f"{FORMAT} sha256 ".encode()  # then 64 hex digits end the file
 _DIGEST_CHARS = 64
@@ -30,6 +32,8 @@ CHOICES = {
     "bottleneck_type": ("fsq", "vae"),
     "context": ("carry", "restart"),
     "transfer": ("sdr", "pq", "hlg"),
+    "fit": FITS,
+    "token_order": ("raster", "coarse_to_fine"),
 }  # fields with few values
 _MAX_HEADER_BYTES = 65_536
 
@@ -186,7 +190,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 _WEIGHTS = "weights"  # may be missing: older files have none
 # These are written if they differ from what most files have.
-_USUAL: dict[str, Any] = {"pixel_aspect": [1, 1], "transfer": "sdr"}
+USUAL: dict[str, Any] = {"pixel_aspect": [1, 1], "transfer": "sdr", "token_order": "raster"}
+# These too, and they are of any length. Where frames are cropped, the other fields say all of it.
+LAYOUT: dict[str, Any] = {"fit": "crop", "frame": [], "tile_rows": [], "tile_columns": []}
+_LISTS = {"frame": 2, "tile_rows": 4096, "tile_columns": 4096, "patch_size": 3}  # the most numbers
 _MOST_NUMBERS = 256  # of a fingerprint of weights
 
 
@@ -198,10 +205,14 @@ def pack_header(fields: Mapping[str, Any]) -> np.ndarray:
     """
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     header |= {name: fields[name] for name in _TYPES}
-    for name, usual in _USUAL.items():
+    for name, usual in USUAL.items():
         value = list(fields[name]) if isinstance(usual, list) else fields[name]
         if value != usual:
             header[name] = value
+    if fields["fit"] != "crop":
+        header |= {name: _as_json(fields[name]) for name in LAYOUT}
+    if fields["patch_size"]:
+        header["patch_size"] = list(fields["patch_size"])
     if fields[_WEIGHTS]:
         header[_WEIGHTS] = list(fields[_WEIGHTS])
     text = json.dumps(header, allow_nan=False, indent=1).encode()
@@ -233,9 +244,15 @@ def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
             "Update the package, or tokenize the clip again."
         )
     weights = header.pop(_WEIGHTS, [])
-    others = {name: header.pop(name, usual) for name, usual in _USUAL.items()}
+    others = {name: header.pop(name, usual) for name, usual in USUAL.items()}
+    fit = header.pop("fit", "crop")
+    lists = {name: header.pop(name, []) for name in _LISTS}
     require(
-        all(_has_type(value, (type(_USUAL[name]),)) for name, value in others.items()),
+        all(_is_list(value, _LISTS[name]) for name, value in lists.items()) and type(fit) is str,
+        f"header fields {lists} are of no use.",
+    )
+    require(
+        all(_has_type(value, (type(USUAL[name]),)) for name, value in others.items()),
         f"header fields {others} are of no use.",
     )
     require(
@@ -252,11 +269,21 @@ def unpack_header(array: np.ndarray | None, file_name: str) -> dict[str, Any]:
         require(
             _has_type(header[name], types), f"header field {name}={header[name]!r} is of no use."
         )
-    header |= others
+    header |= others | {"fit": fit}
     for name in CHOICES:
         check_choice(name, header[name])
     pairs = {name: tuple(header[name]) for name in ("source", "pixel_aspect")}
-    return header | pairs | {_WEIGHTS: tuple(weights)}
+    tuples = {name: tuple(value) for name, value in lists.items()}
+    return header | pairs | tuples | {_WEIGHTS: tuple(weights)}
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_list(value: Any, most: int) -> bool:
+    """Whether a JSON value is a list of at most so many whole numbers."""
+    return type(value) is list and len(value) <= most and all(_has_type(v, (int,)) for v in value)
 
 
 def check_choice(name: str, value: str) -> None:

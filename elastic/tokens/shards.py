@@ -7,6 +7,8 @@ WebDataset must be read from front to back, and only grain reads ArrayRecord.
 Columns: `id` (unique), `num_frames`, `is_image`, `rate`, `width` and `height` of the source, `bits` (of all
 tokens); lists with one entry per block: `counts`, `offsets` (where the block starts in `tokens`), `losses`,
 `met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` numbers per token.
+Where frames are not cropped, the header has `fit`, and a row has `frame_width` and `frame_height` of the decoded frames and the lists
+`tile_rows` and `tile_columns`, with the first row and the first column of the tile in them.
 Fields that all rows share are JSON in the file's metadata, under the key `elastictok`. Any Parquet reader works:
 
     table = pyarrow.parquet.read_table("shard-00000.parquet")
@@ -57,6 +59,10 @@ _SHARED = (
 _SAME_MODEL = (
     "config_hash model_id bottleneck_type codebook_size tokens_per_block vector_width".split()
 )
+# Fields that all rows share, and that the header has where they differ from what most clips have.
+_UNUSUAL: dict[str, Any] = {"fit": "crop", "token_order": "raster", "patch_size": []}
+# Columns of shards whose frames are whole: a field of the clip for each, of two numbers for the first one.
+_LAYOUT_COLUMNS = ("frame_width", "frame_height", "tile_rows", "tile_columns")
 _ROW_NUMBERS = (
     1 << 27
 )  # the most in the tokens of a row, 512 MiB of float32; one block may have more
@@ -113,7 +119,8 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
             for name, clip in itertools.chain([first], rows):
                 if name in seen:
                     raise ValueError(f"{path}: id {name!r} occurs twice; ids must be unique.")
-                _check_same(header, _header_of(clip), tuple(header), f"{path}: clip {name!r}")
+                own = _header_of(clip)
+                _check_same(header, own, tuple({**header, **own}), f"{path}: clip {name!r}")
                 seen.add(name)
                 cuts = _cut(clip)
                 for start, stop in cuts:
@@ -361,6 +368,10 @@ def _header_of(clip: TokenizedClip) -> dict[str, Any]:
     header: dict[str, Any] = {"format": FORMAT, "version": VERSION}
     header |= {name: getattr(clip, name) for name in _SHARED}
     header["model_id"] = model_name(clip.model_id)
+    for name, usual in _UNUSUAL.items():
+        value = list(clip.patch_size) if name == "patch_size" else getattr(clip, name)
+        if value != usual:
+            header[name] = value
     header["weights"] = list(clip.weights)
     vectors = clip.blocks[0].vectors
     return header | {"vector_width": None if vectors is None else vectors.shape[1]}
@@ -371,12 +382,13 @@ def _check_same(
 ) -> None:
     """Raises `TokenFileError` if two headers differ in one of the fields."""
     for name in names:
-        same = first[name] == other[name]
+        usual = _UNUSUAL.get(name)  # which headers leave out
+        same = first.get(name, usual) == other.get(name, usual)
         if name == "model_id":  # which older files have as an absolute path
             same = model_name(first[name]) == model_name(other[name])
         if not same:
             raise TokenFileError(
-                f"{where}: {name}={other[name]!r}, but {first[name]!r} before. Keep the tokens of "
+                f"{where}: {name}={other.get(name, usual)!r}, but {first.get(name, usual)!r} before. Keep the tokens of "
                 "each model and search in a folder of their own."
             )
 
@@ -400,6 +412,9 @@ def _schema(header: dict[str, Any]) -> pa.Schema:
         "tokens": tokens,
         "bits": pa.int64(),
     }
+    if header.get("fit", "crop") != "crop":
+        kinds = (pa.int32(), pa.int32(), pa.list_(pa.int32()), pa.list_(pa.int32()))
+        types |= dict(zip(_LAYOUT_COLUMNS, kinds, strict=True))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
@@ -421,8 +436,10 @@ def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.T
             met=np.array([block.met_threshold for block in clip.blocks]),
             bits=clip.num_bits,
         )
-        for key, value in row.items():
-            columns[key].append(value)
+        shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
+        row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
+        for key in columns:
+            columns[key].append(row[key])
     kind = schema.field("tokens").type
     values = [block.values.reshape(-1) for _, clip in rows for block in clip.blocks]
     sizes = [sum(block.values.size for block in clip.blocks) for _, clip in rows]
@@ -470,6 +487,12 @@ def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
         for key in ("num_frames", "is_image", "rate", "width", "height")
     }
     source = (one.pop("width"), one.pop("height"))
+    if header.get("fit", "crop") != "crop":
+        shape = [table[key][row].as_py() for key in _LAYOUT_COLUMNS]
+        one |= {"frame": tuple(shape[:2])}
+        one |= dict(zip(_LAYOUT_COLUMNS[2:], map(tuple, shape[2:]), strict=True))
+    one |= {key: header[key] for key in _UNUSUAL if key in header}
+    one["patch_size"] = tuple(one.get("patch_size", ()))
     return TokenizedClip(
         blocks=blocks,
         source=source,

@@ -1,12 +1,14 @@
 """The record of a tokenized clip: its sizes, its truncation, and the rules that its fields keep."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 from clip_cases import example
 
-from elastic.tokens import BlockTokens, TokenizedClip
+from elastic.patches import patchify
+from elastic.tokens import BlockTokens, TokenizedClip, raster_places
 
 
 def test_two_bytes_per_fsq_token():
@@ -123,3 +125,37 @@ def test_blocks_are_truncated_by_one_number_or_by_one_each(record):
         record.truncate(np.array(1.5))
     with pytest.raises(ValueError, match="num_tokens=0 must be at least 1"):
         record.truncate([0] * len(record))
+
+
+@pytest.mark.parametrize("order", ["raster", "coarse_to_fine"])
+def test_a_reader_undoes_the_order_of_the_tokens(order):
+    """Patches of a block in the record's order, put at their places, are those in raster order."""
+    clip = dataclasses.replace(
+        example(), token_order=order, patch_size=(2, 8, 8) if order == "coarse_to_fine" else ()
+    )
+    assert TokenizedClip.from_bytes(clip.to_bytes()) == clip
+    assert TokenizedClip.from_bytes(clip.to_bytes()).token_order == order
+    video = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    raster = np.empty((8, 2 * 8 * 8 * 3), np.uint8)
+    raster[raster_places(clip)] = patchify(video, (2, 8, 8), order)
+    np.testing.assert_array_equal(raster, patchify(video, (2, 8, 8)))
+
+
+def test_a_record_says_how_its_frames_lie_in_the_tile():
+    clip = dataclasses.replace(
+        example(), fit="pad", frame=(16, 9), tile_rows=(-3,), tile_columns=(0,)
+    )
+    assert TokenizedClip.from_bytes(clip.to_bytes()) == clip
+    assert clip.bits_per_pixel == clip.num_bits / (clip.num_frames * 16 * 9)
+    plain = example().to_bytes()
+    assert b"tile_rows" not in plain and b"token_order" not in plain  # as files of before
+    for changes in (
+        dict(tile_rows=(0,), frame=(16, 17)),
+        dict(tile_rows=(-16,)),
+        dict(frame=(0, 9)),
+        dict(tile_rows=()),
+        dict(token_order="coarse_to_fine"),
+        dict(token_order="coarse_to_fine", patch_size=(3, 8, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"cover|positive|patch_size|tile"):
+            dataclasses.replace(clip, **changes)

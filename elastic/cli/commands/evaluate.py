@@ -38,6 +38,7 @@ def evaluate(flags: app.Values) -> int:
         fps=flags["fps"] or None,
         reader=flags["reader"],
         exact_color=flags["exact_color"],
+        fit=flags["fit"],
         pictures=0,
     )
     # What cannot work is refused before the first model is measured, which may take an hour.

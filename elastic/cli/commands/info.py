@@ -131,7 +131,8 @@ def _clip(clip: "TokenizedClip", path: pathlib.Path) -> dict[str, Any]:
         "original": f"{width}x{height}"
         if clip.is_image
         else f"{width}x{height}, {clip.num_frames} frames at {clip.rate:g}/s",
-        "decodes to": f"{clip.resolution}x{clip.resolution}",
+        "decodes to": "x".join(map(str, clip.frame))
+        + ("" if clip.fit == "crop" else f" (fit={clip.fit})"),
         "model": f"{clip.model_id} ({clip.bottleneck_type}, config {clip.config_hash})",
         "tokens": f"{clip.num_tokens} in {len(clip)} blocks: mean {clip.mean_tokens:.1f}, min {counts.min()}, max {counts.max()} "
         f"of {clip.tokens_per_block}",
