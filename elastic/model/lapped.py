@@ -40,6 +40,16 @@ def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Arr
     return reorder(x, token_places(down, right, config.token_order))
 
 
+def repeat_border(
+    kernel: Float[np.ndarray, "c p"], patch_size: tuple[int, int, int]
+) -> Float[np.ndarray, "c w"]:
+    """A projection to patches as one to windows: the margin repeats the pixels at the patch's border."""
+    frames, rows, columns = patch_size
+    patches = kernel.reshape(-1, frames, rows, columns, 3)
+    margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
+    return np.pad(patches, margin, mode="edge").reshape(len(kernel), -1)
+
+
 def raised_cosine(size: int) -> Float[np.ndarray, "w"]:
     """The window of a patch of `size` pixels: 2 * size weights; those `size` apart sum to one."""
     return np.sin(np.pi * (np.arange(2 * size) + 0.5) / (2 * size)) ** 2

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 
 from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ, make_bottleneck
+from elastic.model.lapped import repeat_border
 from elastic.patches import to_unit_range
 
 _CONSTANT = 16.0  # the constant channel's value
@@ -164,11 +165,8 @@ def _write_decoder(
             _write_copying(layers["attention"], config, slices, num_codes)
     seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
     solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
-    if config.lapped_output:  # the margin repeats the border's pixels
-        frames, rows, columns = config.patch_size
-        solution = solution.reshape(-1, frames, rows, columns, 3)
-        margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
-        solution = np.pad(solution, margin, mode="edge").reshape(len(solution), -1)
+    if config.lapped_output:
+        solution = repeat_border(solution, config.patch_size)
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[channel], out[constant] = solution[:-1], solution[-1]
     decoder["out_proj"]["kernel"] = out

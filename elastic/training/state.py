@@ -21,6 +21,7 @@ from elastic.distributed.hosts import is_first_host
 from elastic.distributed.sharding import param_shardings
 from elastic.io.atomic import atomic_open
 from elastic.model import init_params
+from elastic.model.add_options import add_options, added_options, before_options
 from elastic.model.linear_init import linear_init
 from elastic.training.checkpoints import Checkpoints, absolute
 from elastic.training.config import SaveConfig, TrainConfig
@@ -251,7 +252,13 @@ def first_state(
             checkpoints.load_train_state(config.load_checkpoint, model_config), like, shardings
         )
     if config.load_checkpoint:
-        loaded = checkpoints.load_params(config.load_checkpoint, model_config, dtype=np.float32)
+        stored = checkpoints.load_config(config.load_checkpoint)
+        before = before_options(model_config, stored)
+        loaded = checkpoints.load_params(config.load_checkpoint, before, dtype=np.float32)
+        added = added_options(before, model_config)
+        if added:
+            log.info("%s gets the options %s.", config.load_checkpoint, ", ".join(added))
+            loaded = add_options(loaded, before, model_config)
     elif config.init == "linear":
         # On all hosts alike: NumPy and the seed alone decide.
         loaded = linear_init(

@@ -12,7 +12,8 @@ from gradients import assert_same, loss_and_gradients
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
-from elastic.model import Batch, ElasticTok, init_params, lapped
+from elastic.model import Batch, ElasticTok, init_params, lapped, param_shapes
+from elastic.model.add_options import add_options, before_options
 from elastic.model.rope import apply_rope, model_angles
 from elastic.patches import reorder, token_numbers, token_places, unpatchify
 
@@ -119,6 +120,44 @@ def test_an_order_with_positions_in_one_dimension_keeps_those_of_the_places():
     )
     for ours, raster in zip(model_angles(ids, config), expected, strict=True):
         np.testing.assert_array_equal(ours, raster)
+
+
+def test_options_added_to_trained_parameters_begin_with_what_the_model_computed():
+    """With every token kept the order and the embeddings change nothing, but for the order itself."""
+    old = released.config("vae")
+    before = jax.device_get(init_params(old, jax.random.key(2)))
+    new = old.replace(token_order="coarse_to_fine", condition_decoder=True)
+    batch = released.batch("vae")._replace(segment_ids=None, valid=None)
+    batch = batch._replace(kept=jnp.ones_like(batch.kept))
+    places = token_places(*old.slice_shape, "coarse_to_fine")
+
+    def reconstruct(config, params, patches):
+        return ElasticTok(config).apply({"params": params}, batch._replace(patches=patches))[0]
+
+    expected = released.quick_jit(reconstruct, static_argnums=0)(old, before, batch.patches)
+    found = released.quick_jit(reconstruct, static_argnums=0)(
+        new, add_options(before, old, new), reorder(batch.patches, places)
+    )
+    np.testing.assert_allclose(found, reorder(expected, places), atol=2e-5)
+
+
+def test_added_options_give_the_tree_of_the_new_model_and_none_is_taken_away():
+    old = released.config("vae", condition_encoder=False)
+    new = old.replace(**OPTIONS, condition_encoder=True)
+    before = jax.device_get(init_params(old, jax.random.key(2)))
+    after = add_options(before, old, new)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(new))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == shapes
+    # A window is its patch, with the border's pixels around it.
+    size = old.patch_size
+    inner = after["decoder"]["out_proj"]["kernel"].reshape(-1, size[0], 2 * size[1], 2 * size[2], 3)
+    inner = inner[:, :, size[1] // 2 : -(size[1] // 2), size[2] // 2 : -(size[2] // 2)]
+    np.testing.assert_array_equal(
+        inner.reshape(len(inner), -1), before["decoder"]["out_proj"]["kernel"]
+    )
+    assert before_options(new, old) == old and before_options(new, None) == new
+    with pytest.raises(ValueError, match="lapped_output=True"):
+        before_options(old, new)
 
 
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])

@@ -37,6 +37,7 @@ from elastic.training.config import EvalConfig, OptimizerConfig
 from elastic.training.evaluator import Evaluator
 from elastic.training.feed import DeviceBatches
 from elastic.training.loop import train
+from elastic.training.optimizer import make_optimizer
 from elastic.training.run import Run
 from elastic.training.throughput import CLOCK, StepRecorder
 from elastic.training.writers import progress_line
@@ -387,6 +388,20 @@ def test_parameters_alone_start_a_new_run(clips, tmp_path, straight):
     assert int(state.step) == 1
     # Step 0 has the learning rate 0: the parameters are still those that were loaded.
     assert_equal_states(state.params, straight[0].params)
+
+    # So do they for a model with more options: what these add begins as zeros.
+    more = MODELS["vae"].replace(condition_decoder=True, token_order="coarse_to_fine")
+    optimizer = make_optimizer(config.optimizer)
+    layout = train_state.state_layout(
+        config, more, optimizer, make_mesh("1,1,1,1", jax.devices()[:1])
+    )
+    params = dict(
+        train_state.first_state(config, more, optimizer, layout, lambda count: None).params
+    )
+    params["decoder"] = dict(params["decoder"])
+    for name in ("is_kept_embed", "is_masked_embed"):
+        assert not np.any(params["decoder"].pop(name))
+    assert_equal_states(params, straight[0].params)
 
 
 def test_the_folder_of_another_model_is_left_alone(clips, tmp_path):
