@@ -380,13 +380,13 @@ _RELEASED = dict(
     scan_mlp_chunk_size=8192, remat_mlp="nothing_saveable",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    # The released models: 210 M parameters, 256 x 256 pixels. Defaults are those of ElasticTok-FSQ.
+    # The size of the released models: 210 M parameters, 256 x 256 pixels. Defaults are those of ElasticTok-FSQ.
     "200m": {},
     # A model for trying things out, also of the released code.
     "debug": dict(
         hidden_size=256, intermediate_size=256, num_encoder_layers=2, num_decoder_layers=2, num_attention_heads=2, rms_norm_eps=1e-6,
     ),
-    # The same models with the options of computation of the released commands.
+    # The released models by name, with the options of computation of the released commands.
     "ElasticTok-FSQ": dict(_RELEASED, min_toks=256, max_toks=4096),
     "ElasticTok-VAE": dict(
         _RELEASED, min_toks=128, max_toks=2048, patch_size=(2, 8, 8), bottleneck_type="vae", vae_bottleneck_dim=8, theta=5e6,

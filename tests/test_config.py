@@ -20,6 +20,8 @@ from elastic.io.literals import parse_dict
 SIZES = {
     "200m": (256, 4096, 192, 128),
     "debug": (256, 4096, 192, 128),
+    "ElasticTok-FSQ": (256, 4096, 192, 128),
+    "ElasticTok-VAE": (256, 2048, 384, 128),
     "small-fsq": (128, 2048, 96, 128),
     "small-vae": (128, 512, 384, 128),
 }
