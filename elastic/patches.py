@@ -21,7 +21,7 @@ else:
 TokenOrder = Literal["raster", "coarse_to_fine"]
 
 _VIDEO, _PATCHES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
-HALF_RANGE = 127.5  # of the 256 values of a pixel
+_HALF_RANGE = 127.5  # of the 256 values of a pixel
 
 
 def patchify(
@@ -126,7 +126,7 @@ def pad_block(
 
 def to_unit_range(pixels: Real[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Pixels, 0 to 255 -> float32 in [-1, 1], as the released models were trained."""
-    return pixels.astype(np.float32) / HALF_RANGE - 1
+    return pixels.astype(np.float32) / _HALF_RANGE - 1
 
 
 def to_levels(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -134,7 +134,17 @@ def to_levels(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     They are rounded; the released code truncates, which darkens by half a level.
     """
-    return ((x + 1) * HALF_RANGE).round()
+    return to_unrounded_levels(x).round()
+
+
+def to_unrounded_levels(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """[-1, 1] -> levels from 0 to 255 that are not rounded, for what is computed from several of them."""
+    return (x + 1) * _HALF_RANGE
+
+
+def round_levels(levels: Real[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Levels from 0 to 255 as 8 bits; what has 8 bits already stays."""
+    return levels if levels.dtype == np.uint8 else np.rint(levels).astype(np.uint8)
 
 
 def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:

@@ -19,15 +19,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 Fit = Literal["crop", "pad", "stretch", "tile"]
-FITS: tuple[Fit, ...] = ("crop", "pad", "stretch", "tile")
+FITS: tuple[Fit, ...] = get_args(Fit)
 
-# The fewest pixels that neighbouring tiles share, as a part of a tile. At both sides of a seam 1/8 was as good as 1/4 (scripts/bench).
+# The fewest pixels that neighbouring tiles share, as a part of a tile. It is a first guess: seams are not measured yet.
 _OVERLAP_SHARE = 8
 MAX_FRAME_PIXELS = 89_478_485  # of a frame after scaling, as of a file's frame
 
@@ -99,7 +99,7 @@ class FrameLayout:
         return self._row_weights[row], self._column_weights[column]
 
     def share(self, number: int) -> float:
-        """The part of the frame that a tile stands for: its weights over those of all tiles."""
+        """A tile's share of the frame: the sum of its weights over the sum of all weights."""
         weights = self.weights(number)
         if weights is None:
             return 1.0

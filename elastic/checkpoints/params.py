@@ -42,6 +42,7 @@ from elastic.config import ElasticTokConfig
 from elastic.config import load_config as read_config
 from elastic.io.atomic import atomic_open
 from elastic.io.msgpack_stream import write_stream
+from elastic.io.progress import hide_bar
 from elastic.io.safetensors_file import write_safetensors
 from elastic.io.tensors import BFLOAT16, FLOAT8, Tensor, is_float, read_into
 from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
@@ -285,8 +286,7 @@ def _read(
 def _bar(path: Path, total: int, progress: bool) -> Any:
     from tqdm import tqdm
 
-    # None: none where standard error is a file.
-    disable = None if progress and total >= _PROGRESS_BYTES else True
+    disable = hide_bar(progress and total >= _PROGRESS_BYTES)
     return tqdm(
         total=total, desc=f"Loading {path.name}", unit="B", unit_scale=True, disable=disable
     )

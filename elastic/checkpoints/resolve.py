@@ -83,8 +83,8 @@ def resolve(
       CheckpointError: there is no such file.
     """
     kind, rest = _split_prefix(os.fspath(spec))
-    if kind is None and not local and not Path(rest).exists():
-        rest = RELEASED.get(rest, str(shipped_folder(rest) or rest))
+    if kind is None and not local:
+        rest = _of_model(rest)
     if kind == "hf" or (kind is None and not local and _is_repo(rest)):
         return _from_hub(rest, revision=revision, local_files_only=local_files_only), None
     path = Path(rest).expanduser()
@@ -104,9 +104,16 @@ def resolve(
 def repository(spec: str | os.PathLike) -> str | None:
     """The Hugging Face repository that `spec` names; None where it names something else."""
     kind, rest = _split_prefix(os.fspath(spec))
-    if kind is None and not Path(rest).exists():
-        rest = RELEASED.get(rest, rest)
+    if kind is None:
+        rest = _of_model(rest)
     return rest if kind == "hf" or (kind is None and _is_repo(rest)) else None
+
+
+def _of_model(name: str) -> str:
+    """The repository or the folder of a model that has this name; the name itself where there is none, or where a file has it."""
+    if Path(name).exists():
+        return name
+    return RELEASED.get(name) or str(shipped_folder(name) or name)
 
 
 def _nearby(path: Path) -> str:

@@ -31,6 +31,7 @@ from elastic.evaluation.records import (
     Picture,
     fixed_count,
 )
+from elastic.io.progress import hide_bar
 from elastic.io.read_options import read_arguments
 from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
 from elastic.metrics.lpips import lpips_of_frames
@@ -78,9 +79,7 @@ def evaluate(
     shown: list[Picture] = []
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
     total = sum(blocks.values()) * len(conditions)
-    with tqdm(
-        total=total, desc="evaluating", unit="block", disable=None if progress else True
-    ) as bar:
+    with tqdm(total=total, desc="evaluating", unit="block", disable=hide_bar(progress)) as bar:
         for name, clip in clips.items():
             bar.set_postfix_str(name, refresh=False)
             before = bar.n

@@ -40,6 +40,20 @@ def read_marked(path: str | os.PathLike, *marks: Mapping[str, Any]) -> dict[str,
     raise ValueError("its format is another one")
 
 
+def last_numbers(path: str | os.PathLike) -> dict[str, float]:
+    """The last value of each name in a file of JSON lines such as metrics.jsonl, where that is a number.
+
+    A line that is no JSON, such as a half-written one, counts for nothing.
+    """
+    last: dict[str, Any] = {}
+    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            last |= json.loads(line)
+        except ValueError:
+            continue
+    return {name: value for name, value in last.items() if isinstance(value, int | float)}
+
+
 def _plain(obj: Any) -> Any:
     """`obj` in JSON's own types: dicts, lists, strings, booleans, integers, finite numbers, None."""
     if isinstance(obj, Mapping):

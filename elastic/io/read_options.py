@@ -6,8 +6,8 @@ from typing import Any
 from elastic.io.options import Check, option
 
 READERS = ("pyav", "decord")
-FITS = ("crop", "pad", "stretch")
-# Keyword arguments of `elastic.media.open_clip` by their defaults, with which frames are those of the released code.
+FITS = ("crop", "pad", "stretch")  # those of `elastic.tiles` that a command offers
+# Keyword arguments of `elastic.media.open_clip` and their defaults. The defaults give the frames of the released code.
 READ_DEFAULTS = {"reader": "pyav", "exact_color": False, "fit": "crop"}
 
 

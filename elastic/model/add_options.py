@@ -1,4 +1,4 @@
-"""Parameters of a trained model as those of a model with more options, so that training goes on from them.
+"""Adds options to the parameters of a trained model, so that training goes on from them.
 
 A small model with an option of `elastic/config.py` that an older checkpoint lacks need not begin anew. What the option
 adds starts neutral. `token_order`, `condition_encoder`, `condition_decoder` and `lapped_output` begin near the old
@@ -43,7 +43,7 @@ def before_options(config: ElasticTokConfig, stored: ElasticTokConfig | None) ->
 def add_options(
     params: dict[str, Any], before: ElasticTokConfig, config: ElasticTokConfig
 ) -> dict[str, Any]:
-    """`params` of the model `before` as parameters of `config`, which differs from it in options only.
+    """Parameters of the model `config`, made from those of the model `before`. The two differ in options only.
 
     New embeddings are zero. The windows of a lapped output repeat the border pixels of their patches.
 

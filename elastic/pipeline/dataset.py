@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from elastic.io.atomic import locked
 from elastic.io.json_file import write_json
+from elastic.io.progress import hide_bar
 from elastic.media import MediaError
 from elastic.media.folders import IMAGE_SUFFIXES
 from elastic.pipeline.dataset_plan import (
@@ -503,7 +504,7 @@ class _Progress:
             total=total,
             initial=done,
             unit="file",
-            disable=None if shown else True,
+            disable=hide_bar(shown),
             dynamic_ncols=True,
         )
         self._frames, self._started = 0, time.perf_counter()

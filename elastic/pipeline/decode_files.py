@@ -9,6 +9,7 @@ from tqdm import tqdm
 from elastic import media
 from elastic.checkpoints.named_models import shipped_folder
 from elastic.config import ElasticTokConfig
+from elastic.io.progress import hide_bar
 from elastic.media.writer import WRITABLE_VIDEO_SUFFIXES
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenFileError, TokenizedClip, read_token_stream
@@ -55,13 +56,15 @@ def model_of(tokens: TokenizedClip | TokenPart) -> str:
     Raises:
       ValueError: there is no such local checkpoint.
     """
-    if not Path(tokens.model_id).exists() and shipped_folder(tokens.model_id) is None:
+    if Path(tokens.model_id).exists():
+        return tokens.model_id
+    shipped = shipped_folder(tokens.model_id)
+    if shipped is None:
         raise ValueError(
             f"The tokens were made by {tokens.model_id!r}, which is not here; name the model with "
             "--load_checkpoint (hf::OWNER/NAME fetches one)."
         )
-    here = Path(tokens.model_id).exists()
-    return tokens.model_id if here else str(shipped_folder(tokens.model_id))
+    return str(shipped)
 
 
 def check_same_model(
@@ -113,7 +116,7 @@ def decode_to_file(
         return
     with (
         media.VideoWriter(path, tokens.rate) as video,
-        tqdm(total=total, desc=path.name, unit="block", disable=None if progress else True) as bar,
+        tqdm(total=total, desc=path.name, unit="block", disable=hide_bar(progress)) as bar,
     ):
         for block in itertools.chain([first], blocks):
             for frame in block:

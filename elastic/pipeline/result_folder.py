@@ -17,6 +17,7 @@ from tqdm import tqdm
 from elastic import media, report
 from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
+from elastic.io.progress import hide_bar
 from elastic.metrics import psnr_of_mse
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
@@ -290,6 +291,6 @@ def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool)
         desc=VIDEO,
         unit="frame",
         leave=False,
-        disable=None if progress else True,
+        disable=hide_bar(progress),
     )
     media.write_video(work / VIDEO, bar, tokens.rate)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic import media
+from elastic.io.progress import hide_bar
 from elastic.pipeline.result_folder import FinishedFile, ResultFolder
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.session import EncodeSession
@@ -88,7 +89,7 @@ def tokenize_file(
             initial=session.first_block,
             desc=result_folder.source.name,
             unit="block",
-            disable=None if progress else True,
+            disable=hide_bar(progress),
             bar_format=_BAR,
             miniters=0,
             postfix="compiling",  # shown until the first pass is done
@@ -155,7 +156,7 @@ def tokenize_files(
             for file, name in inputs.items()
         )
         with tqdm(
-            total=len(inputs), unit="file", disable=None if progress else True, bar_format=_BAR
+            total=len(inputs), unit="file", disable=hide_bar(progress), bar_format=_BAR
         ) as bar:
             return _tokenize_side_by_side(tokenizer, result_folders, options, batch, bar)
     finished: list[FinishedFile] = []

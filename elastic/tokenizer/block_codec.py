@@ -22,7 +22,7 @@ from elastic.distributed.mesh import platform_of
 from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
 from elastic.model.bottleneck import FSQ
 from elastic.ops import bf16_bits
-from elastic.patches import HALF_RANGE, patchify, to_levels, to_uint8, to_unit_range
+from elastic.patches import patchify, to_levels, to_uint8, to_unit_range, to_unrounded_levels
 
 
 class CodecCache(NamedTuple):
@@ -69,11 +69,6 @@ class Committed(NamedTuple):
 
     tokens: Array  # int32 indices [b, l] (FSQ) or float32 vectors [b, l, c] (VAE)
     pixels: Array  # as in `Trial`, [b, l, p]
-
-
-def _unrounded(x: Array) -> Float[Array, "*shape"]:
-    """[-1, 1] -> levels of 0 to 255 that are not rounded."""
-    return (x + 1) * HALF_RANGE
 
 
 class Codec:
@@ -398,7 +393,7 @@ class Codec:
             losses=mean_over_real(out - x),
             pixel_losses=mean_over_real(to_unit_range(levels) - x),
             codes=codes,
-            pixels=levels.astype(jnp.uint8) if weights is None else _unrounded(out),
+            pixels=levels.astype(jnp.uint8) if weights is None else to_unrounded_levels(out),
             encoder_new=encoded.new_kv if keep else None,
             decoder_new=decoder_new if keep else None,
         )
@@ -456,7 +451,7 @@ class Codec:
         codes = token_masks.drop_tail(self._from_tokens(tokens), kept)
         out, new = self._apply("decode", params, codes, batch, cache.decoder)
         decoder = self._append(cache.decoder, new, cache.num_blocks, None)
-        pixels = to_uint8(out) if rounded else _unrounded(jnp.clip(out, -1.0, 1.0))
+        pixels = to_uint8(out) if rounded else to_unrounded_levels(jnp.clip(out, -1.0, 1.0))
         return self._counted(cache, cache.encoder, decoder, None), pixels
 
     def _append(

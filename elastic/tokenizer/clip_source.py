@@ -2,13 +2,14 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import pathlib
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import UInt8
 
 from elastic import media
 from elastic.tiles import Fit, FrameLayout, layout_of
-from elastic.tokenizer.arrays import ArrayLike, as_frames, is_array
+from elastic.tokenizer.arrays import ArrayLike, as_frames, as_live_frames, is_array
 
 Frames = Iterable[ArrayLike]
 ClipLike = str | os.PathLike | ArrayLike | media.ClipReader | Frames
@@ -138,57 +139,75 @@ def open_clip(
             overlap=overlap,
         )
 
-    def laid_out(size: tuple[int, int]) -> FrameLayout:
-        return layout_of(size, resolution, fit=fit, resolution=short_side, overlap=overlap)
-
+    lay_out = functools.partial(
+        layout_of, tile=resolution, fit=fit, resolution=short_side, overlap=overlap
+    )
     if isinstance(source, media.ClipReader):
-        info = source.info
         if source.resolution != resolution:
             raise ValueError(
-                f"The reader of {str(info.path)!r} gives {source.resolution} rows; open it with {resolution=}."
+                f"The reader of {str(source.info.path)!r} gives {source.resolution} rows; open it with {resolution=}."
             )
-        size, image = (info.width, info.height), info.kind == "image"
-        if source.layout != laid_out(size):
+        if source.layout != lay_out((source.info.width, source.info.height)):
             raise ValueError(
-                f"The reader of {str(info.path)!r} was opened with fit={source.layout.fit!r} and gives frames of "
+                f"The reader of {str(source.info.path)!r} was opened with fit={source.layout.fit!r} and gives frames of "
                 f"{source.layout.frame[0]}x{source.layout.frame[1]}; open it with {fit=}, {short_side=}, {overlap=}."
             )
-        return Clip(
-            image,
-            source.rate,
-            source.num_frames,
-            size,
-            source.layout,
-            source,
-            None,
-            pixel_aspect=info.pixel_aspect,
-            transfer=info.transfer,
-            exact_color=exact_color,
-        )
+        return _of_reader(source, exact_color=exact_color)
     own_rate = 24.0 if rate is None else float(rate)
     if is_array(source):
-        source = as_frames(source)
-        is_image = source.ndim != 4
-        frames = (source[None] if is_image else source)[:max_frames]
-        if not len(frames):
-            raise ValueError("A clip of no frames cannot be tokenized.")
-        _check(frames[0])
-        size = (frames.shape[2], frames.shape[1])
-        return Clip(
-            is_image, 0.0 if is_image else own_rate, len(frames), size, laid_out(size), None, frames
-        )
+        return _of_array(as_frames(source), own_rate, max_frames, lay_out)
     if not isinstance(source, Iterable):
         raise ValueError(
             f"A clip of type {type(source).__name__} cannot be tokenized; give a path, uint8 frames, or a reader."
         )
-    live = (as_frames(frame) for frame in source)
+    live = as_live_frames(source, value_range=None, layout=None)
+    return _of_live_frames(live, own_rate, max_frames, lay_out)
+
+
+def _of_reader(reader: media.ClipReader, *, exact_color: bool) -> Clip:
+    info = reader.info
+    return Clip(
+        info.kind == "image",
+        reader.rate,
+        reader.num_frames,
+        (info.width, info.height),
+        reader.layout,
+        reader,
+        None,
+        pixel_aspect=info.pixel_aspect,
+        transfer=info.transfer,
+        exact_color=exact_color,
+    )
+
+
+def _of_array(
+    array: np.ndarray,
+    rate: float,
+    max_frames: int | None,
+    lay_out: Callable[[tuple[int, int]], FrameLayout],
+) -> Clip:
+    is_image = array.ndim != 4
+    frames = (array[None] if is_image else array)[:max_frames]
+    if not len(frames):
+        raise ValueError("A clip of no frames cannot be tokenized.")
+    _check(frames[0])
+    size = (frames.shape[2], frames.shape[1])
+    return Clip(is_image, 0.0 if is_image else rate, len(frames), size, lay_out(size), None, frames)
+
+
+def _of_live_frames(
+    live: Iterator[np.ndarray],
+    rate: float,
+    max_frames: int | None,
+    lay_out: Callable[[tuple[int, int]], FrameLayout],
+) -> Clip:
     first = next(live, None)
     if first is None:
         raise ValueError("No frame came; there is nothing to tokenize.")
     _check(first)
     frames = itertools.islice(itertools.chain([first], live), max_frames)
     size = (first.shape[1], first.shape[0])
-    return Clip(False, own_rate, None, size, laid_out(size), None, frames)
+    return Clip(False, rate, None, size, lay_out(size), None, frames)
 
 
 def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:

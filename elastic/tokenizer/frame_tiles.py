@@ -4,9 +4,9 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from elastic import media
+from elastic.patches import round_levels
 from elastic.tiles import FrameLayout
 from elastic.tokenizer.result import BlockResult
-from elastic.tokenizer.scheduler import rounded
 
 
 def to_tile(
@@ -23,16 +23,16 @@ def from_tile(
 ) -> UInt8[np.ndarray, "n rows columns 3"]:
     """The inverse: the border is cut off, or the shape of the original restored."""
     if layout.fit == "stretch":
-        return _scaled(rounded(tile), layout.frame)
+        return _scaled(round_levels(tile), layout.frame)
     width, height = layout.frame
     top, left = -layout.tops[0], -layout.lefts[0]
-    return rounded(tile[:, top : top + height, left : left + width])
+    return round_levels(tile[:, top : top + height, left : left + width])
 
 
 def whole_result(
     layout: FrameLayout, frames: UInt8[np.ndarray, "n rows columns 3"], result: BlockResult
 ) -> BlockResult:
-    """A block's result with whole frames in place of those of the tile."""
+    """A block's result with whole frames; the model's result has those of the tile."""
     if layout.fit == "crop":
         return result
     return result._replace(frames=frames, reconstruction=from_tile(layout, result.reconstruction))

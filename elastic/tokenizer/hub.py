@@ -1,6 +1,5 @@
 """A tokenizer as a folder and as a Hugging Face repository, with a card that is made from the model."""
 
-import json
 import os
 import pathlib
 import tempfile
@@ -11,6 +10,7 @@ import numpy as np
 
 from elastic import checkpoints
 from elastic.config import ElasticTokConfig
+from elastic.io import json_file
 from elastic.io.atomic import atomic_write
 from elastic.search import CurvePrior, curve_prior
 
@@ -59,19 +59,7 @@ def push_to_hub(
 ) -> str:
     """Uploads what `save_pretrained` writes, and a card; gives the address of the commit.
 
-    Args:
-      model: what is saved.
-      repo_id: 'owner/name'; the repository is made if there is none.
-      private: whether a new repository is private.
-      token: of the account; None: the one of `hf auth login`.
-      revision: a branch; None: the main one.
-      commit_message: None: one that names the model.
-      float_dtype: as for `save_pretrained`.
-      run: the folder of the training run, whose last measurements go into the card.
-      card: text of the card; None: one made from the model and the run, unless the repository has a card already, which stays.
-
-    Raises:
-      ValueError: the name is no repository's, or there is no such run.
+    The arguments after `model` are those of `ElasticTokenizer.push_to_hub`, which documents them.
     """
     from huggingface_hub import HfApi
 
@@ -161,11 +149,9 @@ def measured(run: str | os.PathLike) -> str:
         raise ValueError(
             f"run={os.fspath(run)!r} has no metrics.jsonl; give the folder that training wrote into (--logger.output_dir)."
         )
-    numbers: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        numbers |= {name: value for name, value in record.items() if isinstance(value, int | float)}
-    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in numbers.items())
+    rows = "\n".join(
+        f"| {name} | {value:.6g} |" for name, value in json_file.last_numbers(file).items()
+    )
     return f"""
 ## Training
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from elastic.distributed.mesh import memory_limit, platform_of
 from elastic.metrics import Metric
-from elastic.patches import pad_block, patchify, unpatchify
+from elastic.patches import pad_block, patchify, round_levels, unpatchify
 from elastic.search import Search, SearchResult
 from elastic.tokenizer.block_codec import Codec, CodecCache, Trial
 from elastic.tokenizer.result import BlockResult
@@ -214,8 +214,8 @@ class BatchScheduler:
             self._patches,
             counts,
             num_frames=self._num_frames,
+            weights=self._pixel_weights,
             keep=keep,
-            **({} if self._pixel_weights is None else {"weights": self._pixel_weights}),
         )
         # The larger of both errors is compared with the threshold, so that the decoded 8-bit frames stay under it too.
         squares = np.maximum(*jax.device_get((trial.losses, trial.pixel_losses)))
@@ -238,7 +238,7 @@ class BatchScheduler:
 
     def _measure(self, work: _Work, metric: Metric, pixels: Any) -> float:
         frames = self._frames_of(work, pixels)
-        loss = float(metric(work.frames, rounded(frames)))
+        loss = float(metric(work.frames, round_levels(frames)))
         if loss < 0:
             raise ValueError(
                 f"The metric gave {loss}; a loss must be 0 or above, and less must be better."
@@ -306,11 +306,6 @@ class BatchScheduler:
             seconds=time.perf_counter() - work.started,
             tried=result.tried,
         )
-
-
-def rounded(levels: np.ndarray) -> UInt8[np.ndarray, "..."]:
-    """Levels of 0 to 255 as 8 bits."""
-    return levels if levels.dtype == np.uint8 else np.rint(levels).astype(np.uint8)
 
 
 def _most_kept(codec: Codec) -> float:

@@ -337,7 +337,7 @@ class TokenizedClip:
             self.bottleneck_type == "fsq",
             "These tokens are vectors (VAE) and have no ids; use tokens.vectors.",
         )
-        return np.concatenate([block.values for block in self.blocks])
+        return self._values
 
     @property
     def vectors(self) -> np.ndarray:
@@ -350,6 +350,11 @@ class TokenizedClip:
             self.bottleneck_type == "vae",
             "These tokens are ids (FSQ), not vectors; use tokens.ids.",
         )
+        return self._values
+
+    @property
+    def _values(self) -> np.ndarray:
+        """The tokens of all blocks, one after the other."""
         return np.concatenate([block.values for block in self.blocks])
 
     def padded(self, fill: float = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -362,10 +367,10 @@ class TokenizedClip:
           The ids, int32 [blocks, tokens_per_block], or vectors, float32 [blocks, tokens_per_block, d]; and a mask, bool
           [blocks, tokens_per_block].
         """
-        counts, first = self.counts, self.blocks[0].values
-        mask = np.arange(self.tokens_per_block) < counts[:, None]
-        values = np.full((*mask.shape, *first.shape[1:]), fill, first.dtype)
-        values[mask] = np.concatenate([block.values for block in self.blocks])
+        tokens = self._values
+        mask = np.arange(self.tokens_per_block) < self.counts[:, None]
+        values = np.full((*mask.shape, *tokens.shape[1:]), fill, tokens.dtype)
+        values[mask] = tokens
         return values, mask
 
     def to_numpy(self) -> dict[str, np.ndarray]:

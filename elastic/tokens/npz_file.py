@@ -17,10 +17,11 @@ import stat
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 
+from elastic.patches import TokenOrder
 from elastic.tiles import FITS
 
 FORMAT, VERSION = "elastictok-tokens", 1
@@ -33,7 +34,7 @@ CHOICES = {
     "context": ("carry", "restart"),
     "transfer": ("sdr", "pq", "hlg"),
     "fit": FITS,
-    "token_order": ("raster", "coarse_to_fine"),
+    "token_order": get_args(TokenOrder),
 }  # fields with few values
 _MAX_HEADER_BYTES = 65_536
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from elastic.io.json_file import read_marked, write_json
+from elastic.io.json_file import last_numbers, read_marked, write_json
 
 MARK = {"format": "elastictok-example", "version": 1}
 
@@ -26,3 +26,11 @@ def test_a_file_with_another_mark_or_none_is_refused(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_marked(tmp_path / "x.json", MARK)
+
+
+def test_the_last_numbers_of_a_log_are_read_past_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 3.5, "name": "a"}\n{"step": 2, "psnr": null}\n{"step": 3, "lo'
+    )
+    assert last_numbers(path) == {"step": 2, "loss": 3.5}

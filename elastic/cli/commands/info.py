@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.cli import app
 from elastic.cli.script import Flag, Script
+from elastic.io import json_file
 
 if TYPE_CHECKING:
     from elastic.config import ElasticTokConfig
@@ -184,19 +185,11 @@ def _shards(path: pathlib.Path) -> dict[str, Any]:
 
 def _run(path: pathlib.Path) -> dict[str, Any]:
     about: dict[str, Any] = {"kind": "a training run"}
-    last: dict[str, Any] = {}
     metrics = path / "metrics.jsonl"
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                last |= json.loads(line)
-            except ValueError:  # its last line may be half-written
-                continue
+    last = json_file.last_numbers(metrics) if metrics.is_file() else {}
     if "step" in last:
         about["last record"] = f"step {last.pop('step')}"
-    about |= {
-        name: f"{value:.6g}" for name, value in last.items() if isinstance(value, int | float)
-    }
+    about |= {name: f"{value:.6g}" for name, value in last.items()}
     for folder in ("checkpoints", "milestones"):
         if steps := _steps(path, folder):
             about[folder] = ", ".join(steps[-5:])
