@@ -42,7 +42,7 @@ class ModelCodec:
     def trial_bytes(self, candidates):
         return self.bytes
 
-    def try_counts(self, weights, cache, patches, counts, *, num_frames, keep):
+    def try_counts(self, params, cache, patches, counts, *, num_frames, weights, keep):
         self.calls.append(counts.copy())
         losses = patches[:, :1, 0] / counts
         pixels = np.broadcast_to(counts.reshape(-1, 1, 1), (counts.size, 16, 48)).astype(np.uint8)
