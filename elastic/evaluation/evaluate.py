@@ -21,19 +21,24 @@ from tqdm import tqdm
 
 from elastic import media
 from elastic.config import ElasticTokConfig
+from elastic.evaluation.codecs import CodecAt
 from elastic.evaluation.records import (
     GROUND_TRUTH,
     Block,
+    CodecResult,
     Condition,
     ConditionResult,
     Evaluation,
     EvaluationConfig,
+    Ladder,
     Picture,
+    Rung,
     fixed_count,
 )
 from elastic.io.progress import hide_bar
 from elastic.io.read_options import read_arguments
-from elastic.metrics import load_lpips_weights, psnr_of_mse, ssim
+from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, ssim
+from elastic.metrics.dists import DistsWeights, dists_of_frames, load_dists_weights
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 
@@ -53,6 +58,7 @@ def evaluate(
     config: EvaluationConfig,
     *,
     lpips_weights: Any = None,
+    dists_weights: DistsWeights | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """The results of a model on clips. Clips are read block by block, so that memory holds numbers and a few frames only.
@@ -64,19 +70,23 @@ def evaluate(
       tokenizer: the model.
       files: images and videos. A file that cannot be read is named in the log and in `skipped`, and counts in no number.
       config: the conditions, the metrics, and which frames are read.
-      lpips_weights: weights for the metric 'lpips', as `load_lpips_weights` returns them. None: they are loaded here.
+      lpips_weights: weights for the metrics 'lpips' and 'dists', as `load_lpips_weights` returns them. None: they are loaded here.
+      dists_weights: weights for the metric 'dists', as `load_dists_weights` returns them. None: likewise.
       progress: show a progress bar with the remaining time.
 
     Raises:
       ValueError: no file can be read, or the options do not fit the model.
     """
     model = tokenizer.config
-    measures = _measures(config.metrics, lpips_weights)
+    measures = _measures(config.metrics, lpips_weights, dists_weights)
     conditions = config.conditions(model)
     clips, skipped = _open_clips(files, config, model)
     _warm_up(tokenizer, conditions, config.fit)
     measured: dict[str, list[_Measured]] = {}
+    coded: dict[str, dict[tuple[str, int], _CodecMeasured]] = {}
     shown: list[Picture] = []
+    ladders: list[Ladder] = []
+    fixed = [k for k, condition in enumerate(conditions) if condition.search == "fixed"]
     blocks = {name: -(-clip.num_frames // model.frames_per_block) for name, clip in clips.items()}
     total = sum(blocks.values()) * len(conditions)
     with tqdm(total=total, desc="evaluating", unit="block", disable=hide_bar(progress)) as bar:
@@ -88,6 +98,9 @@ def evaluate(
                     _measure(tokenizer, clip, condition, config, measures, bar.update)
                     for condition in conditions
                 ]
+                if config.codecs:
+                    budgets = {k: results[k].sums.bits for k in fixed}
+                    coded[name] = _measure_codecs(clip, budgets, config, model, measures)
             except (media.MediaError, OSError) as error:  # the file opened, but breaks off
                 skipped[name] = str(error)
                 bar.total -= len(conditions) * blocks[name] - (bar.n - before)
@@ -98,6 +111,9 @@ def evaluate(
                     for condition, result in zip(conditions, results, strict=True)
                     if (label := _label(condition, config, model))
                 ]
+                ladders.append(
+                    _ladder(name, [(conditions[k], results[k]) for k in fixed], measures)
+                )
             measured[name] = results
     for name, message in skipped.items():
         log.warning("Left out of the evaluation: %s: %s", name, message)
@@ -116,6 +132,12 @@ def evaluate(
             for k, condition in enumerate(conditions)
         ),
         shown=tuple(shown),
+        ladders=tuple(ladders),
+        codecs=tuple(
+            _codec_result(codec, conditions[k], [coded[name][codec, k] for name in measured])
+            for codec in config.codecs
+            for k in fixed
+        ),
     )
 
 
@@ -128,16 +150,29 @@ class _Clip(NamedTuple):
     num_frames: int
 
 
-class _Measured(NamedTuple):
-    """One condition on one clip."""
+class _Sums(NamedTuple):
+    """The quality and the bits of one clip, as sums, so that those of several clips add up."""
 
-    blocks: list[Block]
-    squares: float  # sum of squared errors, pixels in [-1, 1]
+    squares: float  # of errors, pixels in [-1, 1]
     count: int  # errors in that sum: frames x rows x columns x 3
     bits: int
     pixels: int  # frames x rows x columns
     metrics: dict[str, np.ndarray]  # by name: one value for each measured frame
+
+
+class _Measured(NamedTuple):
+    """One condition on one clip."""
+
+    blocks: list[Block]
+    sums: _Sums
     middle: tuple[int, np.ndarray, np.ndarray]  # the middle frame: index, original, reconstruction
+
+
+class _CodecMeasured(NamedTuple):
+    """One codec on one clip at the bits of one condition."""
+
+    within: bool  # whether it took no more bits
+    sums: _Sums
 
 
 def _label(condition: Condition, config: EvaluationConfig, model: ElasticTokConfig) -> str:
@@ -149,14 +184,20 @@ def _label(condition: Condition, config: EvaluationConfig, model: ElasticTokConf
     return ""
 
 
-def _measures(names: Sequence[str], lpips_weights: Any) -> dict[str, _Measure]:
+def _measures(
+    names: Sequence[str], lpips_weights: Any, dists_weights: DistsWeights | None
+) -> dict[str, _Measure]:
     """The functions of all metrics except PSNR, by name."""
     found: dict[str, _Measure] = {}
     if "ssim" in names:
         found["ssim"] = ssim
-    if "lpips" in names:
-        weights = load_lpips_weights() if lpips_weights is None else lpips_weights
-        found["lpips"] = functools.partial(lpips_of_frames, jax.device_put(weights))
+    if "lpips" in names or "dists" in names:
+        vgg = jax.device_put(load_lpips_weights() if lpips_weights is None else lpips_weights)
+        if "lpips" in names:
+            found["lpips"] = functools.partial(lpips_of_frames, vgg)
+        if "dists" in names:
+            weights = load_dists_weights() if dists_weights is None else dists_weights
+            found["dists"] = functools.partial(dists_of_frames, vgg, weights)
     return found
 
 
@@ -244,15 +285,79 @@ def _measure(
         update()
     pair = frames.stacked(measured_frames) if measures else ()
     tokens = session.tokens()
-    return _Measured(
-        blocks=blocks,
+    sums = _Sums(
         squares=squares * (2 / 255) ** 2,
         count=count,
         bits=tokens.num_bits,
         pixels=tokens.num_frames * math.prod(tokens.frame),
         metrics={name: measure(*pair) for name, measure in measures.items()},
-        middle=(middle, *frames.pair(middle)),
     )
+    return _Measured(blocks, sums, (middle, *frames.pair(middle)))
+
+
+def _measure_codecs(
+    clip: _Clip,
+    budgets: Mapping[int, int],
+    config: EvaluationConfig,
+    model: ElasticTokConfig,
+    measures: Mapping[str, _Measure],
+) -> dict[tuple[str, int], _CodecMeasured]:
+    """Codes one clip with each classical codec, at the bits that each condition took of it.
+
+    Args:
+      clip: the file. All its frames are in memory.
+      budgets: {number of the condition: bits}.
+      config: the codecs, and which frames are read and measured.
+      model: gives the size of the frames.
+      measures: the metrics besides PSNR.
+    """
+    with media.open_clip(
+        clip.path,
+        resolution=model.resolution,
+        rate=clip.rate,
+        max_frames=config.max_frames or None,
+        **read_arguments(config),
+    ) as reader:
+        frames, rate = reader.read(), reader.rate
+    chosen = _spread(len(frames), config.metric_frames)
+    found = {}
+    for name in config.codecs:
+        codec = CodecAt(name, frames, rate)
+        for key, bits in budgets.items():
+            coded = codec.within(bits)
+            squares = sum(
+                int(np.sum(np.square(a.astype(np.int32) - b), dtype=np.int64))
+                for a, b in zip(frames, coded.frames, strict=True)
+            )
+            sums = _Sums(
+                squares=squares * (2 / 255) ** 2,
+                count=frames.size,
+                bits=coded.bits,
+                pixels=frames.size // 3,
+                metrics={
+                    metric: measure(frames[chosen], coded.frames[chosen])
+                    for metric, measure in measures.items()
+                },
+            )
+            found[name, key] = _CodecMeasured(coded.bits <= bits, sums)
+    return found
+
+
+def _ladder(
+    name: str, fixed: Sequence[tuple[Condition, _Measured]], measures: Mapping[str, _Measure]
+) -> Ladder:
+    """The middle frame of a clip at every fixed count, from the fewest tokens on."""
+    index, original, _ = fixed[0][1].middle
+    reconstructions = np.stack([measured.middle[2] for _, measured in fixed])
+    distances = [None] * len(fixed)
+    if "lpips" in measures:
+        originals = np.broadcast_to(original, reconstructions.shape)
+        distances = measures["lpips"](originals, reconstructions).tolist()
+    rungs = [
+        Rung(condition.num_tokens or 0, shown, psnr(original, shown), distance)
+        for (condition, _), shown, distance in zip(fixed, reconstructions, distances, strict=True)
+    ]
+    return Ladder(name, index, original, tuple(rungs))
 
 
 class _ChosenFrames:
@@ -312,17 +417,38 @@ def _all_counts(model: ElasticTokConfig) -> int:
 
 def _result(condition: Condition, measured: Sequence[_Measured]) -> ConditionResult:
     """The result of a condition over all clips, from its measurements on each clip."""
-
-    def mean(name: str) -> float | None:
-        values = [part.metrics[name] for part in measured if name in part.metrics]
-        return float(np.mean(np.concatenate(values))) if values else None
-
     return ConditionResult(
         condition=condition,
         blocks=tuple(block for part in measured for block in part.blocks),
-        mse=sum(part.squares for part in measured) / sum(part.count for part in measured),
-        psnr_of_clips=float(np.mean([psnr_of_mse(m.squares / m.count) for m in measured])),
-        bits_per_pixel=sum(part.bits for part in measured) / sum(part.pixels for part in measured),
+        **_quality([part.sums for part in measured]),
+    )
+
+
+def _codec_result(
+    codec: str, condition: Condition, measured: Sequence[_CodecMeasured]
+) -> CodecResult:
+    """The result of a codec at the bits of a condition, from its measurements on each clip."""
+    assert condition.num_tokens is not None
+    return CodecResult(
+        codec=codec,
+        num_tokens=condition.num_tokens,
+        clips_within=float(np.mean([part.within for part in measured])),
+        **_quality([part.sums for part in measured]),
+    )
+
+
+def _quality(parts: Sequence[_Sums]) -> dict[str, Any]:
+    """The fields of `Quality`, from the sums of all clips."""
+
+    def mean(name: str) -> float | None:
+        values = [part.metrics[name] for part in parts if name in part.metrics]
+        return float(np.mean(np.concatenate(values))) if values else None
+
+    return dict(
+        mse=sum(part.squares for part in parts) / sum(part.count for part in parts),
+        psnr_of_clips=float(np.mean([psnr_of_mse(part.squares / part.count) for part in parts])),
+        bits_per_pixel=sum(part.bits for part in parts) / sum(part.pixels for part in parts),
         ssim=mean("ssim"),
         lpips=mean("lpips"),
+        dists=mean("dists"),
     )

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic.config import ElasticTokConfig
+from elastic.evaluation.codecs import CODECS
 from elastic.io.options import check_options
 from elastic.io.read_options import exact_color_option, fit_option, reader_option
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import geometric_counts, search_names
 
-METRICS = ("psnr", "ssim", "lpips")
+METRICS = ("psnr", "ssim", "lpips", "dists")
 GROUND_TRUTH = "linear"  # assumes nothing about the loss; the other searches are compared with it
 _NUM_COUNTS = 6  # fixed counts, if the config names none
 
@@ -28,14 +29,15 @@ class EvaluationConfig:
         spaced from `min_toks` to all tokens.
       searches: names of searches, each run under every threshold; logs and pictures show the first one.
       num_counts: how many counts the linear search tries; 0: every count.
-      metrics: 'psnr' (always measured), 'ssim', 'lpips'.
-      metric_frames: evenly spread frames of a clip on which SSIM and LPIPS are measured; both are slow on a CPU.
+      metrics: 'psnr' (always measured), 'ssim', 'lpips', 'dists'.
+      metric_frames: evenly spread frames of a clip on which all metrics but PSNR are measured; they are slow on a CPU.
       max_frames: the first frames of a clip, which are read; None: all.
       fps: frames per second read from a video, at most its own rate; None: all frames.
       reader: who decodes video.
       exact_color: convert the colours of every video with correct rounding.
       fit: what becomes of frames that are not square, as in tokenizing.
       pictures: the number of clips, from the first on, that pictures are drawn of.
+      codecs: classical codecs, which code every clip at the bits that each fixed count took (`elastic.evaluation.codecs`).
 
     Raises:
       ValueError: a value is out of its range, or a name is unknown.
@@ -43,7 +45,7 @@ class EvaluationConfig:
 
     thresholds: tuple[float, ...] = (0.1, 0.05, 0.025)
     num_tokens: tuple[int | float, ...] = ()
-    searches: tuple[str, ...] = ("binary",)
+    searches: tuple[str, ...] = ("predict",)
     num_counts: int = 100
     metrics: tuple[str, ...] = ("psnr", "ssim")
     metric_frames: int = 4
@@ -53,10 +55,17 @@ class EvaluationConfig:
     exact_color: bool = exact_color_option()
     fit: str = fit_option()
     pictures: int = 1
+    codecs: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_options(self)
-        for name in ("thresholds", "num_tokens", "searches", "metrics"):  # each once, in order
+        for name in (
+            "thresholds",
+            "num_tokens",
+            "searches",
+            "metrics",
+            "codecs",
+        ):  # each once, in order
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for threshold in self.thresholds:
             if not 0 < threshold < math.inf:
@@ -77,6 +86,8 @@ class EvaluationConfig:
             raise ValueError(f"num_counts={self.num_counts} must be 2 or more, or 0 for all.")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"metrics={unknown} must be among {list(METRICS)}.")
+        if unknown := [name for name in self.codecs if name not in CODECS]:
+            raise ValueError(f"codecs={unknown} must be among {list(CODECS)}.")
         if self.metric_frames < 1:
             raise ValueError(f"metric_frames={self.metric_frames} must be 1 or more.")
         if self.pictures < 0:
@@ -150,27 +161,50 @@ class CapPoint(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConditionResult:
-    """The result of one condition over all clips.
+class Quality:
+    """How good the reconstructions of all clips are, and the bits that they took.
 
     Attributes:
       mse: mean squared error over all pixels of all clips, between 8-bit frames scaled to [-1, 1].
       psnr_of_clips: the mean of the clips' PSNRs in dB. `psnr` is computed from `mse` instead, where poor clips weigh more.
-      ssim, lpips: means over the measured frames (`metric_frames` of each clip); None: not measured.
+      bits_per_pixel: bits of all clips over frames x rows x columns of all clips.
+      ssim, lpips, dists: means over the measured frames (`metric_frames` of each clip); None: not measured.
     """
 
-    condition: Condition
-    blocks: tuple[Block, ...]
     mse: float
     psnr_of_clips: float
     bits_per_pixel: float
     ssim: float | None = None
     lpips: float | None = None
+    dists: float | None = None
 
     @property
     def psnr(self) -> float:
         """PSNR in dB, from the mean squared error over all pixels."""
         return psnr_of_mse(self.mse)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecResult(Quality):
+    """The result of a classical codec over all clips, each at the bits that the model took of it with a fixed count.
+
+    Attributes:
+      codec: its name.
+      num_tokens: the model's count.
+      clips_within: the share of clips that the codec could code in as few bits; the others have its coarsest quality.
+    """
+
+    codec: str
+    num_tokens: int
+    clips_within: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConditionResult(Quality):
+    """The result of one condition over all clips."""
+
+    condition: Condition
+    blocks: tuple[Block, ...]
 
     @property
     def mean_tokens(self) -> float:
@@ -218,6 +252,24 @@ class Picture(NamedTuple):
         )
 
 
+class Rung(NamedTuple):
+    """A frame's reconstruction from one count of tokens."""
+
+    num_tokens: int
+    reconstruction: np.ndarray
+    psnr: float  # dB of this frame alone
+    lpips: float | None
+
+
+class Ladder(NamedTuple):
+    """One frame, reconstructed from a rising number of tokens a block."""
+
+    clip: str
+    index: int
+    original: np.ndarray
+    rungs: tuple[Rung, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The results of one model on all clips.
@@ -227,6 +279,8 @@ class Evaluation:
       skipped: {name: reason} of the files that could not be read.
       results: one for each condition, in the order of `EvaluationConfig.conditions`.
       shown: the frames that `pictures` draws.
+      ladders: the middle frame of the first clips at every fixed count.
+      codecs: for each codec and each fixed count its result.
     """
 
     config: EvaluationConfig
@@ -236,6 +290,8 @@ class Evaluation:
     skipped: dict[str, str]
     results: tuple[ConditionResult, ...]
     shown: tuple[Picture, ...] = dataclasses.field(repr=False)
+    ladders: tuple[Ladder, ...] = dataclasses.field(default=(), repr=False)
+    codecs: tuple[CodecResult, ...] = ()
 
     def result(self, condition: Condition) -> ConditionResult:
         """The result of a condition that was measured."""

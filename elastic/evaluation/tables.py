@@ -11,21 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from elastic.evaluation.records import GROUND_TRUTH, ConditionResult, Evaluation, fixed_count
+from elastic.evaluation.records import (
+    GROUND_TRUTH,
+    ConditionResult,
+    Evaluation,
+    Quality,
+    fixed_count,
+)
 from elastic.io import json_file
 from elastic.io.atomic import replaced_together
+from elastic.metrics import psnr_of_mse
+from elastic.metrics.bjontegaard import bd_psnr, bd_rate
 from elastic.report import figures
 
-JSON, FIGURE = "evaluation.json", "evaluation.png"
+JSON, FIGURE, LADDER = "evaluation.json", "evaluation.png", "ladder.png"
 BLOCKS, SUMMARY, CURVES, SEARCHES = "blocks.csv", "summary.csv", "curves.csv", "searches.csv"
-RESULTS = (
-    JSON,
-    BLOCKS,
-    SUMMARY,
-    CURVES,
-    SEARCHES,
-    FIGURE,
-)  # every name that an evaluation may write
+# Every name that an evaluation may write.
+RESULTS = (JSON, BLOCKS, SUMMARY, CURVES, SEARCHES, FIGURE, LADDER)
+_MARKS = {
+    "errors",
+    "optimum",
+    "models",
+    "curves",
+    "searches",
+}  # keys of every evaluation.json, old ones too
 _INK, _GRID = "0.2", "0.88"
 _MARKERS = "sD^vP*X"
 _STYLES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -39,8 +48,11 @@ Row = dict[str, Any]
 
 
 def summary_rows(evaluations: Evaluations) -> list[Row]:
-    """One row for each model, condition and threshold. A fixed count is compared with every threshold."""
-    rows = []
+    """One row for each model, condition and threshold. A fixed count is compared with every threshold.
+
+    A classical codec has a row for each fixed count of each model: what it gives for the bits of that count.
+    """
+    rows: list[Row] = []
     for name, evaluation in evaluations.items():
         for result in evaluation.results:
             rows += [
@@ -56,12 +68,70 @@ def summary_rows(evaluations: Evaluations) -> list[Row]:
                 }
                 for threshold in _thresholds(evaluation, result) or (None,)
             ]
+        rows += [
+            dict.fromkeys(rows[0]) | {"model": name, "search": result.codec, "num_tokens": result.num_tokens, **_quality(result)}
+            for result in evaluation.codecs
+        ]  # fmt: skip
     return rows
 
 
-def _measured(result: ConditionResult) -> Row:
-    names = "mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips passes_per_block seconds_per_block"
+def _quality(result: Quality) -> Row:
+    names = "bits_per_pixel psnr psnr_of_clips ssim lpips dists"
     return {name: getattr(result, name) for name in names.split()}
+
+
+def _measured(result: ConditionResult) -> Row:
+    costs = ("passes_per_block", "seconds_per_block")
+    return (
+        {"mean_tokens": result.mean_tokens}
+        | _quality(result)
+        | {name: getattr(result, name) for name in costs}
+    )
+
+
+def delta_rows(evaluations: Evaluations) -> list[Row]:
+    """One row for each model and each other curve: how far its fixed counts are from that curve (Bjontegaard's deltas).
+
+    The other curves are those of the first model and of the codecs.
+    """
+    first, *_ = evaluations
+    curves = {name: _rate_curve(evaluation.fixed()) for name, evaluation in evaluations.items()}
+    rows = []
+    for name, evaluation in evaluations.items():
+        others = {} if name == first else {first: curves[first]}
+        for codec in evaluation.config.codecs:
+            others[codec] = _rate_curve([r for r in evaluation.codecs if r.codec == codec])
+        rows += [
+            {"model": name, "against": other, "bd_rate_percent": bd_rate(curve, curves[name]), "bd_psnr_db": bd_psnr(curve, curves[name])}
+            for other, curve in others.items()
+        ]  # fmt: skip
+    return rows
+
+
+def _rate_curve(results: Sequence[Quality]) -> list[tuple[float, float]]:
+    return [(result.bits_per_pixel, result.psnr_of_clips) for result in results]
+
+
+def condition_rows(evaluations: Evaluations) -> list[Row]:
+    """One row for each model and condition, and for each codec and count, as people read them.
+
+    Each threshold is a column, in dB as well: the share of blocks that meet it.
+    """
+    rows: list[Row] = []
+    for name, evaluation in evaluations.items():
+        thresholds = evaluation.config.thresholds
+        met = {t: f"met {t:g} ({psnr_of_mse(t):.1f} dB)" for t in thresholds}
+        for result in evaluation.results:
+            own = result.condition
+            asked = f"{own.num_tokens} tokens" if own.threshold is None else f"{own.threshold:g} ({own.search})"  # fmt: skip
+            shares = {met[t]: f"{100 * result.share_met(t):.0f} %" for t in thresholds}
+            rows.append({"model": name, "asked": asked, **_measured(result), **shares})
+        rows += [
+            {"model": result.codec, "asked": f"the bits of {result.num_tokens} tokens of {name}", **_quality(result)}
+            for result in evaluation.codecs
+        ]  # fmt: skip
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    return [dict.fromkeys(names) | row for row in rows]
 
 
 def _thresholds(evaluation: Evaluation, result: ConditionResult) -> tuple[float, ...]:
@@ -136,6 +206,17 @@ def as_json(evaluations: Evaluations) -> dict[str, Any]:
         "models": {name: _model_json(evaluation) for name, evaluation in evaluations.items()},
         "curves": curve_rows(evaluations),
         "searches": search_rows(evaluations),
+        "deltas": delta_rows(evaluations) if evaluations else [],
+        "ladders": [
+            {
+                "model": name,
+                "clip": ladder.clip,
+                "frame": ladder.index,
+                "rungs": [[rung.num_tokens, rung.psnr, rung.lpips] for rung in ladder.rungs],
+            }
+            for name, evaluation in evaluations.items()
+            for ladder in evaluation.ladders
+        ],
     }
 
 
@@ -159,6 +240,15 @@ def _model_json(evaluation: Evaluation) -> dict[str, Any]:
         "clips": evaluation.clips,
         "skipped": evaluation.skipped,
         "runs": [result_json(result) for result in evaluation.results],
+        "codecs": [
+            {
+                "codec": result.codec,
+                "num_tokens": result.num_tokens,
+                "clips_within": result.clips_within,
+                **_quality(result),
+            }
+            for result in evaluation.codecs
+        ],
     }
 
 
@@ -176,8 +266,14 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def describe(evaluations: Evaluations) -> str:
     """The tables that the script prints."""
-    columns = "model search threshold num_tokens share_met mean_tokens bits_per_pixel psnr ssim lpips passes_per_block seconds_per_block"
-    parts = [table(summary_rows(evaluations), columns.split())]
+    rows = condition_rows(evaluations)
+    met = [name for name in rows[0] if name.startswith("met ")]
+    columns = "model asked mean_tokens bits_per_pixel psnr ssim lpips dists".split()
+    parts = [table(rows, [*columns, *met, "passes_per_block", "seconds_per_block"])]
+    if rows := delta_rows(evaluations):
+        parts.append(
+            "For the same quality in bits, for the same bits in dB:\n" + table(rows, list(rows[0]))
+        )
     if rows := search_rows(evaluations):
         parts.append("Searches:\n" + table(rows, list(rows[0])))
     return "\n\n".join(parts)
@@ -200,6 +296,7 @@ def write(folder: str | os.PathLike, evaluations: Evaluations) -> list[Path]:
             _write_csv(work / CURVES, curve_rows(evaluations))
             _write_csv(work / SEARCHES, search_rows(evaluations))
             plot(evaluations, work / FIGURE)
+            draw_ladders(evaluations, work / LADDER)
             written = [folder / name for name in RESULTS if (work / name).exists()]
     except OSError as error:
         if not error.errno:
@@ -248,9 +345,10 @@ def _of_an_evaluation(folder: Path) -> set[str]:
         found = json.loads(path.read_bytes()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return set()
-    if not isinstance(found, dict) or found.keys() != as_json({}).keys():
+    if not isinstance(found, dict) or not found.keys() >= _MARKS:
         return set()
-    absent = {name for name, key in ((CURVES, "curves"), (SEARCHES, "searches")) if not found[key]}
+    optional = ((CURVES, "curves"), (SEARCHES, "searches"), (LADDER, "ladders"))
+    absent = {name for name, key in optional if not found.get(key)}
     return {name for name in RESULTS if name not in absent and (folder / name).is_file()}
 
 
@@ -290,6 +388,27 @@ def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(axes is right and second)
     _label_bits(right, evaluations, ticks)
+    figures.write_figure(figure, path)
+
+
+def draw_ladders(evaluations: Evaluations, path: str | os.PathLike) -> None:
+    """Draws a row for each ladder as PNG: the original frame, then its reconstructions from few tokens to many."""
+    rows = [(name, ladder) for name, e in evaluations.items() for ladder in e.ladders]
+    if not rows:
+        return
+    columns = 1 + max(len(ladder.rungs) for _, ladder in rows)
+    figure = figures.new_figure(1.9 * columns, 2.35 * len(rows))
+    for axes, (name, ladder) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):  # fmt: skip
+        for place in axes:
+            place.axis("off")
+        whose = f"{name}: " if len(evaluations) > 1 else ""
+        shown = [(f"{whose}{Path(ladder.clip).name}\nframe {ladder.index}", ladder.original)]
+        for rung in ladder.rungs:
+            distance = "" if rung.lpips is None else f", LPIPS {rung.lpips:.2f}"
+            shown.append((f"{rung.num_tokens} tokens\n{rung.psnr:.1f} dB{distance}", rung.reconstruction))  # fmt: skip
+        for place, (title, picture) in zip(axes, shown, strict=False):
+            place.imshow(picture, interpolation="nearest")
+            place.set_title(title, fontsize=8)
     figures.write_figure(figure, path)
 
 
@@ -351,6 +470,16 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
         if second is not None:
             values = [getattr(result, measured[0]) for result in fixed]
             second.plot(tokens, values, **look, mfc="white", lw=1.3, ls="--")
+        per_token = fixed[0].bits_per_pixel / fixed[0].mean_tokens
+        for codec, style in zip(
+            evaluation.config.codecs, itertools.cycle(_STYLES[1:]), strict=False
+        ):
+            found = [result for result in evaluation.codecs if result.codec == codec]
+            x, y = [r.bits_per_pixel / per_token for r in found], [r.psnr for r in found]
+            kind = "" if len(evaluations) == 1 else f" at the bits of {name}"
+            axes.plot(
+                x, y, color=colour if kind else _INK, ls=style, lw=1.5, label=f"{codec}{kind}"
+            )
         if is_elastic and evaluation.config.thresholds:
             chosen = [evaluation.under(threshold) for threshold in evaluation.config.thresholds]
             x, y = [r.mean_tokens for r in chosen], [r.psnr for r in chosen]

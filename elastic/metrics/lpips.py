@@ -5,6 +5,7 @@ original, therefore needs a forward pass only and stores nothing for a backward 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -69,9 +70,19 @@ def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b p q c"]:
 
 
 def vgg16(
-    weights: Weights, images: Float[Array, "b h w 3"], *, dtype: DTypeLike = jnp.float32
+    weights: Weights,
+    images: Float[Array, "b h w 3"],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    pool: Callable[[Array], Array] = _pool,
 ) -> Features:
-    """The features of images in [-1, 1]; products have operands of `dtype`, sums and results are float32.
+    """The features of images in [-1, 1].
+
+    Args:
+      weights: of `load_lpips_weights`.
+      images: float [b, h, w, 3].
+      dtype: type of the operands of products; sums and results are float32.
+      pool: halves rows and columns between two stages.
 
     Raises:
       ValueError: the images are smaller than 16 x 16.
@@ -84,7 +95,7 @@ def vgg16(
     x = (images.astype(jnp.float32) - shift) / scale
     stages, layer = [], 0
     for widths in STAGES:
-        x = _pool(x) if stages else x
+        x = pool(x) if stages else x
         for _ in widths:
             conv = weights["VGG16_0"][f"Conv_{layer}"]
             bias = jnp.asarray(conv["bias"], jnp.float32).reshape(1, 1, 1, -1)
@@ -157,12 +168,23 @@ def lpips_of_frames(
       batch_size: pairs computed at a time.
       dtype: type of the operands of products.
     """
-    weights = jax.device_put(weights)  # does nothing if they are there already
+    # Putting the weights on the device does nothing if they are there already.
+    measure = functools.partial(_of_uint8, jax.device_put(weights), dtype=jnp.dtype(dtype))
+    return of_frames(measure, a, b, batch_size)
+
+
+def of_frames(
+    measure: Callable[[Array, Array], Array],
+    a: UInt8[np.ndarray, "n rows columns 3"],
+    b: UInt8[np.ndarray, "n rows columns 3"],
+    batch_size: int,
+) -> Float[np.ndarray, "n"]:
+    """A measure of each pair of frames, `batch_size` pairs at a time."""
     found = [np.zeros(0, np.float32)]
     for start in range(0, len(a), batch_size):
         pair = [x[start : start + batch_size] for x in (a, b)]
         num = len(pair[0])
         if start:  # a smaller last batch is filled up, so that one compiled program serves all
             pair = [np.concatenate([x, np.repeat(x[-1:], batch_size - num, axis=0)]) for x in pair]
-        found.append(np.asarray(_of_uint8(weights, *pair, dtype=jnp.dtype(dtype)))[:num])
+        found.append(np.asarray(measure(*pair))[:num])
     return np.concatenate(found)

@@ -17,6 +17,7 @@ from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import tables
+from elastic.evaluation.codecs import CodecAt
 from elastic.evaluation.evaluate import EvaluationConfig, _all_counts, evaluate
 from elastic.evaluation.records import Block, Condition, ConditionResult, Evaluation
 from elastic.io.tree import unflatten
@@ -59,6 +60,7 @@ def clips(golden, tmp_path_factory):
 def measured(tokenizer, clips):
     config = EvaluationConfig(
         thresholds=(THRESHOLD, 0.5), num_tokens=(8, 1.0), searches=("binary", "linear"), num_counts=0, pictures=2,
+        codecs=("x264", "jpeg"),
     )  # fmt: skip
     return evaluate(tokenizer, media.find_media(clips), config, progress=False)
 
@@ -95,6 +97,40 @@ def test_every_run_gives_what_the_tokenizer_gives(tokenizer, clips, measured):
         each = [metrics.psnr(a, b) for a, b in zip(originals, frames, strict=True)]
         assert result.psnr_of_clips == pytest.approx(np.mean(each))
         assert result.bits_per_pixel == pytest.approx(bits / (13 * 32 * 32))
+
+
+def test_a_codec_has_the_bits_of_each_count_and_its_own_quality(clips, measured):
+    assert [(r.codec, r.num_tokens) for r in measured.codecs] == [
+        ("x264", 8), ("x264", 32), ("jpeg", 8), ("jpeg", 32),
+    ]  # fmt: skip
+    for result in measured.codecs:
+        originals, frames, bits, within = [], [], 0, []
+        for file in media.find_media(clips):
+            with media.open_clip(file, resolution=CONFIG.resolution) as reader:
+                originals.append(reader.read())
+                rate = reader.rate
+            # Of the blocks of the model's own run at this count.
+            fixed = measured.result(Condition("fixed", num_tokens=result.num_tokens))
+            name = str(file.relative_to(clips))
+            kept = sum(block.num_kept for block in fixed.blocks if block.clip == name)
+            per_token = math.log2(math.prod(CONFIG.fsq_quant_levels))
+            coded = CodecAt(result.codec, originals[-1], rate).within(round(kept * per_token))
+            frames.append(coded.frames)
+            bits += coded.bits
+            within.append(coded.bits <= kept * per_token)
+        assert result.bits_per_pixel == pytest.approx(bits / (13 * 32 * 32), rel=1e-2)
+        whole = metrics.psnr(np.concatenate(originals), np.concatenate(frames))
+        assert result.psnr == pytest.approx(whole, abs=0.1)
+        assert result.clips_within == np.mean(within)
+        assert result.ssim is not None
+
+
+def test_a_ladder_is_a_frame_at_every_count(measured):
+    assert [ladder.clip for ladder in measured.ladders] == ["a.mp4", "more/a.mp4"]
+    for ladder in measured.ladders:
+        assert [rung.num_tokens for rung in ladder.rungs] == [8, 32]
+        for rung in ladder.rungs:
+            assert rung.psnr == metrics.psnr(ladder.original, rung.reconstruction)
 
 
 def test_ssim_and_lpips_are_means_over_frames_spread_over_each_clip(tokenizer, clips):
@@ -178,7 +214,7 @@ def made_up(needed, threshold=0.1, model=CONFIG):
         bits_per_pixel=1.0,
     )
     return Evaluation(
-        config=EvaluationConfig(thresholds=(threshold,)), model=model, model_id="made up",
+        config=EvaluationConfig(thresholds=(threshold,), searches=("binary",)), model=model, model_id="made up",
         clips={"clip": 2 * len(needed)}, skipped={}, results=(result,), shown=(),
     )  # fmt: skip
 
@@ -312,6 +348,7 @@ def test_a_clip_that_breaks_midway_is_left_out_whole(tokenizer, clips, monkeypat
         (dict(searches=("fixed",)), "fixed counts are num_tokens="),
         (dict(searches=("binery",)), r"searches=\['binery'\] must be among"),
         (dict(metrics=("fid",)), r"metrics=\['fid'\] must be among"),
+        (dict(codecs=("mpeg2",)), r"codecs=\['mpeg2'\] must be among"),
         (dict(num_counts=1), "num_counts=1 must be 2 or more, or 0 for all"),
         (dict(num_tokens=(64,)), "must be at most the 32 tokens of a block"),
     ],
@@ -343,11 +380,16 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
     command = [
         f"--input_path={clips}", f"--output_folder={out}", f"--models={models}", "--mesh_dim=1,1,1,-1",
         f"--thresholds={THRESHOLD},0.5", "--num_tokens=8,1.0", "--max_frames=4", "--metrics=ssim",
+        "--codec=jpeg",
     ]  # fmt: skip
     assert run(*command, "--searches=binary,linear", "--num_counts=5") == 0
     assert sorted(file.name for file in out.iterdir()) == sorted(tables.RESULTS)
     shown = capsys.readouterr().out
-    assert "baseline" in shown and "Searches:" in shown
+    assert "Searches:" in shown and "the bits of 16 tokens of baseline" in shown
+    (line,) = [
+        line for line in shown.splitlines() if line.startswith("elastic") and "  8 tokens" in line
+    ]
+    assert line.count("%") == 2 and f"met {THRESHOLD} (" in shown  # a column for each threshold
 
     def read(name):
         with open(out / name, newline="", encoding="utf-8") as file:
@@ -361,9 +403,12 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
     assert len(blocks) == 5 * (2 + 2 * 2 + 1)
     assert {row["kept"] for row in blocks if row["model"] == "baseline"} == {"16"}
     assert list(summary[0]) == (
-        "model mask_type search threshold num_tokens blocks share_met mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips "
+        "model mask_type search threshold num_tokens blocks share_met mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips dists "
         "passes_per_block seconds_per_block".split()
     )
+    coded = [row for row in summary if row["search"] == "jpeg"]
+    assert [row["num_tokens"] for row in coded] == ["8", "32", "16"]
+    summary = [row for row in summary if row not in coded]
     assert len(summary) == 2 * (2 + 2 + 1)
     for row in summary:
         mine = [
@@ -382,6 +427,10 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
     assert [row["mean_tokens"] for row in curves if row["model"] == "baseline"] == ["16.0"] * 2
     everything = json.loads((out / "evaluation.json").read_text())
     assert list(everything["models"]) == ["elastic", "baseline"]
+    assert [(d["model"], d["against"]) for d in everything["deltas"]] == [
+        ("elastic", "jpeg"), ("baseline", "elastic"), ("baseline", "jpeg"),
+    ]  # fmt: skip
+    assert [len(ladder["rungs"]) for ladder in everything["ladders"]] == [2, 2, 1, 1]
     tried = [
         pair
         for result in everything["models"]["elastic"]["runs"]

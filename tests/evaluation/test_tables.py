@@ -17,6 +17,8 @@ from elastic.evaluation.records import (
     ConditionResult,
     Evaluation,
     EvaluationConfig,
+    Ladder,
+    Rung,
 )
 from elastic.evaluation.tables import RESULTS, check_folder
 from elastic.media import write_image
@@ -27,6 +29,8 @@ CONFIG = ElasticTokConfig(
     hidden_size=32, intermediate_size=32, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=2,
     frames_per_block=1, patch_size=(1, 8, 8), min_toks=2, max_toks=16, max_sequence_length=16, theta=1e4,
 )  # fmt: skip
+
+PICTURE = np.zeros((32, 32, 3), np.uint8)
 
 
 def made_up(searches=("binary",)):
@@ -44,6 +48,7 @@ def made_up(searches=("binary",)):
     return Evaluation(
         config=EvaluationConfig(thresholds=(0.1,), num_tokens=(4,), searches=searches), model=CONFIG,
         model_id="made up", clips={"a.png": 1}, skipped={}, results=tuple(results), shown=(),
+        ladders=(Ladder("a.png", 0, PICTURE, (Rung(4, PICTURE, 30.0, 0.1),)),),
     )  # fmt: skip
 
 

@@ -22,12 +22,12 @@ def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, 
     monkeypatch.setattr(metrics, "load_lpips_weights", missing)
     command = ["--input_path=a", "--output_folder=b", "--models=c"]
     config = EvaluationConfig(metrics=("psnr", "ssim", "lpips"))
-    found, weights = body.with_lpips(app.parse(script.EVALUATE, command), config)
-    assert found.metrics == ("psnr", "ssim") and weights is None
+    found, *weights = body.with_weights(app.parse(script.EVALUATE, command), config)
+    assert found.metrics == ("psnr", "ssim") and weights == [None, None]
     assert "there are no weights" in caplog.text
     for flag in ("--metrics=psnr,ssim,lpips", "--lpips_weights=file"):
         with pytest.raises(ValueError, match="there are no weights"):
-            body.with_lpips(app.parse(script.EVALUATE, [*command, flag]), config)
+            body.with_weights(app.parse(script.EVALUATE, [*command, flag]), config)
 
 
 @pytest.mark.parametrize(

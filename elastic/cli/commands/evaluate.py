@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from elastic.evaluation.evaluate import EvaluationConfig
     from elastic.tokenizer import ElasticTokenizer
 
+_LADDERS = 2  # clips that ladder.png shows
+
 
 def evaluate(flags: app.Values) -> int:
     """Loads one model after the other, measures it, prints the tables."""
@@ -39,7 +41,8 @@ def evaluate(flags: app.Values) -> int:
         reader=flags["reader"],
         exact_color=flags["exact_color"],
         fit=flags["fit"],
-        pictures=0,
+        pictures=_LADDERS,
+        codecs=tuple(app.words(flags["codec"])),
     )
     # What cannot work is refused before the first model is measured, which may take an hour.
     files = list(
@@ -53,7 +56,7 @@ def evaluate(flags: app.Values) -> int:
         changes = flags["update_elastic_config"]
         shapes[name] = load_model.model_config(spec, preset=preset, changes=changes)
         config.conditions(shapes[name])
-    config, weights = with_lpips(flags, config)
+    config, weights, channels = with_weights(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
     results = {}
     tokenizer: ElasticTokenizer | None = None
@@ -78,7 +81,9 @@ def evaluate(flags: app.Values) -> int:
                 **about,
             )
         load_model.log_model(tokenizer, name=name)
-        results[name] = evaluation.evaluate(tokenizer, files, config, lpips_weights=weights)
+        results[name] = evaluation.evaluate(
+            tokenizer, files, config, lpips_weights=weights, dists_weights=channels
+        )
     # Shown first: should the folder be full by now, the numbers are not lost.
     print(tables.describe(results))
     written = tables.write(flags["output_folder"], results)
@@ -91,20 +96,30 @@ def evaluate(flags: app.Values) -> int:
     return 0
 
 
-def with_lpips(flags: app.Values, config: "EvaluationConfig") -> tuple["EvaluationConfig", Any]:
-    """The weights of LPIPS, or where they are missing and nobody asked for them, the settings without it."""
+def with_weights(
+    flags: app.Values, config: "EvaluationConfig"
+) -> tuple["EvaluationConfig", Any, Any]:
+    """The weights of LPIPS and DISTS. A metric whose weights are missing is left out, if nobody asked for it by name."""
     from elastic.metrics import load_lpips_weights
+    from elastic.metrics.dists import load_dists_weights
 
-    if "lpips" not in config.metrics:
-        return config, None
-    try:
-        return config, load_lpips_weights(flags["lpips_weights"] or None)
-    except ValueError as error:
-        if flags["metrics"] or flags["lpips_weights"]:
-            raise
-        app.log.warning("LPIPS is not measured: %s", error)
-        others = tuple(name for name in config.metrics if name != "lpips")
-        return dataclasses.replace(config, metrics=others), None
+    wanted, vgg, channels = list(config.metrics), None, None
+    if "dists" in wanted:
+        try:
+            channels = load_dists_weights(flags["dists_weights"] or None)
+        except ValueError:
+            if flags["metrics"] or flags["dists_weights"]:
+                raise
+            wanted.remove("dists")  # in silence: its package is no requirement
+    if "lpips" in wanted or "dists" in wanted:  # both look through VGG16
+        try:
+            vgg = load_lpips_weights(flags["lpips_weights"] or None)
+        except ValueError as error:
+            if flags["metrics"] or flags["lpips_weights"]:
+                raise
+            app.log.warning("LPIPS is not measured: %s", error)
+            wanted = [name for name in wanted if name not in ("lpips", "dists")]
+    return dataclasses.replace(config, metrics=tuple(wanted)), vgg, channels
 
 
 def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
