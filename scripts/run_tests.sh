@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Checks the project on the CPU.
-#   bash scripts/run_tests.sh                      formatting, lint, types, then all tests in two processes
+#   bash scripts/run_tests.sh                      formatting, lint, types, then all tests but the slow ones, in two processes
+#   bash scripts/run_tests.sh --extras             the slow tests too (other hosts, meshes and hardware, kills), and those of
+#                                                  optional packages, which it installs; what CI runs
 #   bash scripts/run_tests.sh --quick              formatting, lint, and the tests that compile little; two minutes
 #   bash scripts/run_tests.sh tests/search -k fix  only these tests; all arguments go to pytest
 set -euo pipefail
@@ -16,6 +18,12 @@ source scripts/setup_env.sh test
 export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version
 
+install_extras() {
+    "$PYTHON" -c 'import datasets, decord, duckdb, polars' 2>/dev/null && return
+    echo "elastic: installing requirements-extras.txt ..." >&2
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt
+}
+
 processes=(-n 2 --dist=worksteal) # much of the tests' time is compiling, which uses one core
 quick=(
     tests/test_*.py tests/checkpoints tests/cli tests/io tests/media tests/report tests/search tests/tokens
@@ -24,13 +32,17 @@ quick=(
     tests/model/test_bottleneck.py tests/model/test_token_masks.py
 )
 
-if [[ $# -gt 0 && "$1" != --quick ]]; then
+if [[ $# -gt 0 && "$1" != --quick && "$1" != --extras ]]; then
     exec "$PYTHON" -m pytest "$@"
 fi
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
-if [[ $# -gt 0 ]]; then
-    exec "$PYTHON" -m pytest "${processes[@]}" "${quick[@]}" "${@:2}"
+if [[ "${1:-}" == --quick ]]; then
+    exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow" "${quick[@]}" "${@:2}"
 fi
 "$PYTHON" -m pyright --pythonpath "$PYTHON"
-exec "$PYTHON" -m pytest "${processes[@]}"
+if [[ "${1:-}" == --extras ]]; then
+    install_extras
+    exec "$PYTHON" -m pytest "${processes[@]}" "${@:2}"
+fi
+exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow"

@@ -31,7 +31,7 @@ FILES = sorted(
 ) + [path.name for path in ROOT.glob("*.*") if path.is_file()]
 
 SCRIPT = re.compile(r"(?:[\w./]*/)?scripts/[\w/]+\.(?:py|sh)")
-TEST_FLAGS = {"quick"}  # of run_tests.sh; its other arguments go to pytest
+TEST_FLAGS = {"quick", "extras"}  # of run_tests.sh; its other arguments go to pytest
 FOREIGN_MODULES = {"torch"}  # which documents show beside the package; it is no requirement
 # Flags of other programs, which documents name.
 FOREIGN = {"durations", "help", "xla_force_host_platform_device_count", "h", "version"}

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -115,8 +115,8 @@ def _code_video(name: str, frames: np.ndarray, rate: float, quality: int) -> Cod
     codec = _ENCODERS[name]
     try:
         os.environ.setdefault("SVT_LOG", "1")  # errors alone; SVT-AV1 has no other switch
-        encoder = av.CodecContext.create(codec.encoder, "w")
-        decoder = av.CodecContext.create(codec.decoder, "r")
+        encoder: Any = av.CodecContext.create(codec.encoder, "w")
+        decoder: Any = av.CodecContext.create(codec.decoder, "r")
         encoder.height, encoder.width = frames.shape[1:3]
         encoder.pix_fmt = codec.pixels
         encoder.framerate = Fraction(rate).limit_denominator(1001)

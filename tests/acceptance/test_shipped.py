@@ -22,7 +22,7 @@ EXAMPLE = ROOT / "example"
 THRESHOLDS = {"fsq": (0.02, 0.005), "vae": (0.06, 0.03, 0.015)}
 
 
-@pytest.fixture(scope="module", params=["fsq", "vae"])
+@pytest.fixture(scope="module", params=[pytest.param("fsq", marks=pytest.mark.slow), "vae"])
 def tokenizer(request):
     folder = str(EXAMPLE / request.param)
     config = load_config(folder)

@@ -257,6 +257,7 @@ def check_compile(file: pathlib.Path, *arguments: str, status: int = 0) -> dict:
     return json.loads(file.read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_training_step_compiles_for_virtual_devices(tmp_path):
     arguments = ["--target=cpu:4", "--mesh_dim=1,2,2,1", "--dtype=bf16", "--program=both"]
     found = check_compile(tmp_path / "out.jsonl", *arguments)
@@ -287,6 +288,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_training_step_compiles_for_tpus(tmp_path):
     arguments = ["--target=v5e:2x2", "--mesh_dim=1,1,1,4", "--dtype=bf16"]
@@ -299,6 +301,7 @@ def test_the_training_step_compiles_for_tpus(tmp_path):
     assert found["evenness"]["balanced"]["max_over_mean"] == 1.0
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_training_step_that_does_not_fit_says_by_how_much(tmp_path):
     huge = "--train_dataset.vision_dataset.batch_size=100000"

@@ -88,6 +88,7 @@ def alone(clips, tmp_path_factory):
     return folder, train(options(clips, folder, MESHES[1], total_steps=6), MODELS["vae"]).state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_dim", MESHES)
 def test_two_processes_have_the_losses_and_parameters_of_one(joined, alone, mesh_dim):
     ours, theirs = numbers(alone[0]), numbers(joined / mesh_dim)
@@ -111,6 +112,7 @@ def test_two_processes_have_the_losses_and_parameters_of_one(joined, alone, mesh
         assert np.abs(a - b).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined, alone):
     shutil.copytree(joined / MESHES[0], tmp_path / "run")
     state = train(options(clips, tmp_path / "run", MESHES[1], total_steps=6), MODELS["vae"]).state
@@ -121,6 +123,7 @@ def test_one_process_goes_on_where_two_stopped(clips, tmp_path, joined, alone):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_both_save(clips, tmp_path):
     """A Ctrl-C becomes the SIGTERM of a pod's scheduler, and the process that got no signal stops too."""
     port = free_port()

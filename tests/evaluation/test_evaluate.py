@@ -133,6 +133,7 @@ def test_a_ladder_is_a_frame_at_every_count(measured):
             assert rung.psnr == metrics.psnr(ladder.original, rung.reconstruction)
 
 
+@pytest.mark.slow
 def test_ssim_and_lpips_are_means_over_frames_spread_over_each_clip(tokenizer, clips):
     draw = np.random.default_rng(0)
     weights = unflatten({

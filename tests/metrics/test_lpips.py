@@ -58,6 +58,7 @@ def test_the_gradient_is_the_released_one_and_none_flows_into_the_original(table
     assert (none == 0).all()
 
 
+@pytest.mark.slow
 def test_gradients_of_flat_and_of_equal_images_are_finite(table, weights):
     texture = pixels(table["a_64"][:1, :32, :32])
     flat = jnp.stack([jnp.full(texture.shape[1:], level) for level in (-1.0, 0.0, 1.0)])

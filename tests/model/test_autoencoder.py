@@ -198,7 +198,12 @@ def test_numbered_layers_give_the_same_as_stacked_ones():
 REMAT = dict(remat_block="nothing_saveable")
 ON_MESHES = [
     ("fsq", "2,2,1,2", {}),
-    ("vae", "1,1,2,2", REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True)),
+    pytest.param(
+        "vae",
+        "1,1,2,2",
+        REMAT | dict(scan_layers=False, ring_layout="plain", scan_mlp=True),
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

@@ -47,6 +47,7 @@ def errors(config, params, x):
     return float(error(32)), float(error(16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONFIGS)
 def test_the_first_reconstruction_is_that_of_a_linear_codec(case):
     config, patches = CONFIGS[case], smooth_patches(4096)

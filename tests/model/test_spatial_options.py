@@ -37,6 +37,7 @@ def baseline():
     return loss_and_gradients(model, params(), "vae")
 
 
+@pytest.mark.slow
 def test_the_mesh_changes_no_number():
     mesh = make_mesh("1,1,2,2", jax.devices()[:4])
     placed = jax.device_put(params(), param_shardings(mesh, params()))

@@ -455,6 +455,7 @@ def start(golden, clips, folder, process):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder_and_one_that_is_killed_and_started_again_harms_none(
     golden, clips, tmp_path, undisturbed
 ):

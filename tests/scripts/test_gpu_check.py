@@ -11,6 +11,7 @@ import pytest
 from scripts.bench import gpu_check
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

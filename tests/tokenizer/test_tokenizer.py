@@ -14,6 +14,7 @@ from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import BlockTokens, TokenizedClip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized_test")
 def test_a_mesh_changes_no_token(golden, clip):
     """Heads over tp in the released spelling of a mesh, the sequence and its cache over sp; a window that slides."""

@@ -103,6 +103,7 @@ def straight(clips, tmp_path_factory):
     return train(settings(clips, folder), MODELS["vae"]).state, numbers(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_linear_begins_where_noise_does_not(
     clips, tmp_path, straight, monkeypatch
 ):
@@ -196,6 +197,7 @@ def started(clips, folder, options, before=""):
         process.said = process.communicate(timeout=900)[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_like_an_unbroken_one(clips, tmp_path):
     """SIGKILL, with a checkpoint every step: saving is under way at most of these moments."""
     options = "total_steps=16, save=dict(freq=1), data=dict(workers=1)"
@@ -464,6 +466,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_many_stop_the_run(clip
     assert skipped[0] == 0 and skipped[-1] == 2 and norms[-1] == norms[-2]
 
 
+@pytest.mark.slow
 def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
     state = train(settings(clips, tmp_path, ema_decay=0.5, total_steps=3), MODELS["vae"]).state
     params = checkpoints.load_params(tmp_path / "pretrained", MODELS["vae"])
@@ -475,6 +478,7 @@ def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
     assert any(jax.tree.leaves(differs))
 
 
+@pytest.mark.slow
 def test_a_run_for_float8_trains_with_the_weights_that_it_stores(clips, tmp_path):
     """Its loss and gradient are those of the rounded parameters, and these are what comes out."""
     model = MODELS["fsq"]
@@ -530,6 +534,7 @@ def test_options_out_of_range_are_refused(clips, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_script_trains_with_the_released_flags_on_several_devices(
     clips, tmp_path, capsys, monkeypatch
 ):

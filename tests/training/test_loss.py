@@ -223,6 +223,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh_and_no_sequence_travels(ch
     assert 0 < largest_collective(text, batch.patches.shape[-1]) < batch.patches[0].size
 
 
+@pytest.mark.slow
 def test_lpips_itself_does_not_depend_on_the_mesh(weights):
     """With a wider tolerance for gradients: rounding turns ReLUs of VGG16 on and off."""
     batch = jax.tree.map(lambda x: x[:1], bare("fsq"))

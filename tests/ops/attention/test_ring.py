@@ -21,7 +21,9 @@ RINGS = [
     *(("all at once", "blockwise", layout, "1,1,1,8") for layout in ring.LAYOUTS),
     ("all at once", "blockwise", "balanced", "2,1,2,2"),
     # Interpreted kernels compile slowly; what the ring does with a kernel is the same for all.
-    ("all at once", "pallas_tpu_interpret", "balanced", "1,1,1,4"),
+    pytest.param(
+        "all at once", "pallas_tpu_interpret", "balanced", "1,1,1,4", marks=pytest.mark.slow
+    ),
     ("blocks", "pallas_gpu_interpret", "plain", "1,1,1,4"),
 ]
 
