@@ -97,7 +97,7 @@ def describe(tokenizer: ElasticTokenizer) -> str:
         f"Model {tokenizer.model_id}: {config.bottleneck_type}, {sum(sizes) / 1e6:.1f} M parameters, "
         f"{config.min_toks} to {config.max_toks} tokens per block of {config.frames_per_block} "
         f"frames at {config.resolution}x{config.resolution}; {tokenizer.window_blocks} blocks of "
-        f"context, whose cache takes {codec.cache_bytes() / 1e6:,.0f} MB ({codec.trial_bytes() / 1e6:,.1f} MB a block); "
+        f"context, whose cache takes up to {codec.cache_bytes() / 1e6:,.0f} MB ({codec.trial_bytes() / 1e6:,.1f} MB a block); "
         f"{mesh.size} x {devices[0].device_kind} ({axes}); attention {kernel!r}, "
         f"{tokenizer.codec.dtype} products."
     )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from elastic import ops
 from elastic.config import ElasticTokConfig
-from elastic.distributed.mesh import platform_of
+from elastic.distributed.mesh import memory_limit, platform_of
 from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
 from elastic.model.bottleneck import FSQ
 from elastic.ops import bf16_bits
@@ -129,16 +129,27 @@ class Codec:
 
     def trial_bytes(self, candidates: int = 1) -> int:
         """Bytes of the keys and values that a trial keeps."""
-        config = self.config
-        layers = config.num_encoder_layers + config.num_decoder_layers
-        return (
-            2
-            * layers
-            * candidates
-            * config.tokens_per_block
-            * config.hidden_size
-            * self.dtype.itemsize
-        )
+        layers = self.config.num_encoder_layers + self.config.num_decoder_layers
+        return self._block_bytes(layers, candidates)
+
+    def _block_bytes(self, layers: int, batch: int) -> int:
+        """Bytes of the keys and values of one block in these layers."""
+        numbers = self.config.tokens_per_block * self.config.hidden_size
+        return 2 * layers * batch * numbers * self.dtype.itemsize
+
+    def _check_memory(self, layers: int, batch: int, cached_blocks: int) -> None:
+        """Refuses a cache that cannot fit, before it is allocated."""
+        limit = None if self.mesh is None else memory_limit(self.mesh)
+        shards = 1 if platform_of(self.mesh) == "cpu" else self.cache_shards(batch)
+        block = self._block_bytes(layers, batch) / shards
+        needed = cached_blocks * block
+        if limit is not None and needed > limit:
+            fewer_clips = "" if batch == 1 else "take fewer clips at once (--batch), "
+            raise ValueError(
+                f"A cache of {cached_blocks} blocks takes {needed / 1e9:.1f} GB, and there are {limit / 1e9:.1f}; hold fewer than "
+                f"{1 + int(limit / block)} blocks (window_blocks=, on the command line --max_blocks_per_chunk), {fewer_clips}or "
+                "split it over more devices."
+            )
 
     def stored(self, params: dict[str, Any]) -> dict[str, Any]:
         """The parameters as the programs take them without a copy: on the CPU, bfloat16 as its bits (see ops/bf16_bits.py)."""
@@ -150,12 +161,15 @@ class Codec:
         Args:
           batch: clips.
           num_blocks: blocks of the longest clip; None: not known, so that the cache serves a whole window.
+
+        Raises:
+          ValueError: the cache is larger than the memory.
         """
         layers = self.config.num_encoder_layers, self.config.num_decoder_layers
         return self._empty(*layers, batch, self.cached_blocks(num_blocks, batch))
 
     def new_decoder_cache(self, batch: int = 1, *, num_blocks: int | None = None) -> CodecCache:
-        """An empty cache for decoding alone, which needs no encoder. Arguments as for `new_cache`."""
+        """An empty cache for decoding alone, which needs no encoder. Arguments and errors as for `new_cache`."""
         cached = self.cached_blocks(num_blocks, batch)
         return self._empty(0, self.config.num_decoder_layers, batch, cached)
 
@@ -176,10 +190,18 @@ class Codec:
         return min(blocks, window)
 
     def lengthened(self, cache: CodecCache, num_blocks: int | None) -> CodecCache:
-        """The cache with space for clips of this many blocks. One that has it is given back as it is."""
-        batch = len(cache.num_blocks)
-        more = self.cached_blocks(num_blocks, batch) - self._slots(cache.decoder)
-        return cache if more <= 0 else self._lengthen(cache, more=more)
+        """The cache with space for clips of this many blocks. One that has it is given back as it is.
+
+        Raises:
+          ValueError: the cache is larger than the memory.
+        """
+        batch, layers = len(cache.num_blocks), len(cache.encoder.keys) + len(cache.decoder.keys)
+        cached = self.cached_blocks(num_blocks, batch)
+        more = cached - self._slots(cache.decoder)
+        if more <= 0:
+            return cache
+        self._check_memory(layers, batch, cached)
+        return self._lengthen(cache, more=more)
 
     def try_counts(
         self,
@@ -278,6 +300,7 @@ class Codec:
     ) -> CodecCache:
         config = self.config
         capacity = cached_blocks * config.tokens_per_block
+        self._check_memory(encoder_layers + decoder_layers, batch, cached_blocks)
         cache_at, numbers_at = self._shardings(batch)
 
         def layers(count: int) -> ops.KVCache:

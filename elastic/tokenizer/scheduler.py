@@ -126,7 +126,11 @@ class BatchScheduler:
         self.cache = self.cache.forget(np.arange(self.batch) == slot)
 
     def reserve(self, num_blocks: int | None) -> None:
-        """Lengthens the cache for a clip of this many blocks; None: not known, so that it serves a whole window."""
+        """Lengthens the cache for a clip of this many blocks; None: not known, so that it serves a whole window.
+
+        Raises:
+          ValueError: the cache is larger than the memory.
+        """
         self.cache = self.codec.lengthened(self.cache, num_blocks)
 
     def assign(

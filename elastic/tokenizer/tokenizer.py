@@ -100,7 +100,6 @@ class ElasticTokenizer:
         self.codec = Codec(
             config, dtype=parse_dtype(dtype), mesh=self.mesh, window_blocks=self.window_blocks
         )
-        self._check_memory()
         params = params() if callable(params) else params
         # As the codec's programs take them.
         self.weights = jax.device_put(self.codec.stored(params), param_shardings(self.mesh, params))
@@ -607,17 +606,6 @@ class ElasticTokenizer:
             f"of {config.frames_per_block} frames at {config.resolution}x{config.resolution}, {self.window_blocks} blocks of context, "
             f"{self.codec.dtype})"
         )
-
-    def _check_memory(self) -> None:
-        """Refuses a cache that cannot fit, before it is allocated."""
-        shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.cache_shards()
-        needed, limit = self.codec.cache_bytes() // shards, meshes.memory_limit(self.mesh)
-        if limit is not None and needed > limit:
-            most = 1 + int((self.window_blocks - 1) * limit / needed)
-            raise ValueError(
-                f"A cache of {self.window_blocks - 1} blocks takes {needed / 1e9:.1f} GB, and there are {limit / 1e9:.1f}; hold "
-                f"fewer than {most} blocks (window_blocks=, on the command line --max_blocks_per_chunk), or split it over more devices."
-            )
 
     @functools.cached_property
     def _context(self) -> TokenizerContext:

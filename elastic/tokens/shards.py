@@ -4,9 +4,10 @@ Why Parquet: the usual data libraries read it directly (Hugging Face datasets, P
 Ray), it has a type for lists of different lengths, and a clip can be read without reading the others.
 WebDataset must be read from front to back, and only grain reads ArrayRecord.
 
-Columns: `id` (unique), `num_frames`, `is_image`, `rate`, `width` and `height` of the source, `bits` (of all
-tokens); lists with one entry per block: `counts`, `offsets` (where the block starts in `tokens`), `losses`,
-`met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` numbers per token.
+Columns: `id` (unique), `num_frames`, `is_image`, `rate`, `width`, `height`, `pixel_aspect` and `transfer` of the source (shards written
+before November 2026 lack the last two), `bits` (of all tokens); lists with one entry per block: `counts`, `offsets` (where the block
+starts in `tokens`), `losses`, `met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` numbers
+per token.
 Where frames are not cropped, the header has `fit`, and a row has `frame_width` and `frame_height` of the decoded frames and the lists
 `tile_rows` and `tile_columns`, with the first row and the first column of the tile in them.
 Fields that all rows share are JSON in the file's metadata, under the key `elastictok`. Any Parquet reader works:
@@ -63,6 +64,11 @@ _SAME_MODEL = (
 _UNUSUAL: dict[str, Any] = {"fit": "crop", "token_order": "raster", "patch_size": []}
 # Columns of shards whose frames are whole: a field of the clip for each, of two numbers for the first one.
 _LAYOUT_COLUMNS = ("frame_width", "frame_height", "tile_rows", "tile_columns")
+# Columns that older shards lack: what their clips had was not written down.
+_NEWER_COLUMNS: dict[str, pa.DataType] = {
+    "pixel_aspect": pa.list_(pa.int32()),
+    "transfer": pa.string(),
+}
 _ROW_NUMBERS = (
     1 << 27
 )  # the most in the tokens of a row, 512 MiB of float32; one block may have more
@@ -393,7 +399,8 @@ def _check_same(
             )
 
 
-def _schema(header: dict[str, Any]) -> pa.Schema:
+def _schema(header: dict[str, Any], *, old: bool = False) -> pa.Schema:
+    """The columns of a shard with this header, or of an older one."""
     if header["bottleneck_type"] == "vae":
         tokens = pa.large_list(pa.float32())
     else:
@@ -412,6 +419,8 @@ def _schema(header: dict[str, Any]) -> pa.Schema:
         "tokens": tokens,
         "bits": pa.int64(),
     }
+    if not old:
+        types |= _NEWER_COLUMNS
     if header.get("fit", "crop") != "crop":
         kinds = (pa.int32(), pa.int32(), pa.list_(pa.int32()), pa.list_(pa.int32()))
         types |= dict(zip(_LAYOUT_COLUMNS, kinds, strict=True))
@@ -435,6 +444,8 @@ def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.T
             losses=np.array([block.loss for block in clip.blocks]),
             met=np.array([block.met_threshold for block in clip.blocks]),
             bits=clip.num_bits,
+            pixel_aspect=clip.pixel_aspect,
+            transfer=clip.transfer,
         )
         shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
         row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
@@ -487,6 +498,9 @@ def _clip(table: pa.Table, row: int, header: dict[str, Any]) -> TokenizedClip:
         for key in ("num_frames", "is_image", "rate", "width", "height")
     }
     source = (one.pop("width"), one.pop("height"))
+    if "transfer" in table.column_names:
+        one |= {key: table[key][row].as_py() for key in _NEWER_COLUMNS}
+        one["pixel_aspect"] = tuple(one["pixel_aspect"])
     if header.get("fit", "crop") != "crop":
         shape = [table[key][row].as_py() for key in _LAYOUT_COLUMNS]
         one |= {"frame": tuple(shape[:2])}
@@ -520,7 +534,7 @@ def _open(path: Path) -> _Shard:
         if hashlib.sha256(text).hexdigest().encode() != found.metadata.get(DIGEST_KEY):
             raise ValueError("its header is damaged")
         missing = {*_SHARED, "vector_width"} - set(header)
-        if missing or not found.equals(_schema(header)):
+        if missing or not any(found.equals(_schema(header, old=old)) for old in (False, True)):
             raise ValueError(
                 f"{', '.join(sorted(missing)) or 'a column'} is missing or of another type"
             )

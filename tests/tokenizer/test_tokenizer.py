@@ -10,7 +10,7 @@ from small_models import load_tokenizer as load
 
 from elastic import checkpoints, media
 from elastic.distributed.mesh import make_mesh
-from elastic.tokenizer import ElasticTokenizer
+from elastic.tokenizer import ElasticTokenizer, block_codec
 from elastic.tokens import BlockTokens, TokenizedClip
 
 
@@ -70,6 +70,23 @@ def test_a_picture_needs_no_cache_and_a_clip_beside_it_lengthens_it(tiled, clip)
     for number, tokens in enumerate(alone):
         for one, other in zip(together[number].blocks, tokens.blocks, strict=True):
             np.testing.assert_array_equal(one.indices, other.indices)
+
+
+def test_only_a_clip_whose_own_cache_exceeds_the_memory_is_refused(tiled, clip, monkeypatch):
+    block = tiled.codec.trial_bytes()
+    monkeypatch.setattr(block_codec, "memory_limit", lambda mesh: 1.5 * block)
+    assert tiled.codec.cache_bytes() == 3 * block  # a whole window does not fit
+    tokens = tiled.encode(clip[:4], threshold=0.4)
+    np.testing.assert_equal(tiled.decode(tokens).shape[0], 4)
+    for longer in (clip[:5], iter(clip[:4])):  # nobody knows how many frames will arrive
+        with pytest.raises(
+            ValueError, match=r"A cache of [23] blocks .*; hold fewer than 2 blocks"
+        ):
+            tiled.encode(longer, threshold=0.4)
+    with pytest.raises(ValueError, match="fewer clips at once"):
+        list(tiled.encode_many([clip[:4]] * 2, batch=2, threshold=0.4))
+    monkeypatch.setattr(block_codec, "memory_limit", lambda mesh: 0)
+    assert len(tiled.encode(clip[0], threshold=0.4)) == 1
 
 
 def block_errors(tokens, original, decoded):

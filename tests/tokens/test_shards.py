@@ -1,5 +1,6 @@
 """Shards of tokens: what is read is what was written, and no damage passes."""
 
+import dataclasses
 import json
 import pickle
 
@@ -37,6 +38,25 @@ def test_a_clip_comes_back_as_it_went_in(tmp_path, size, monkeypatch):
         shards.find("nobody")
     write_shard(tmp_path / "again.parquet", rows[:40])
     assert (tmp_path / "again.parquet").read_bytes() == (tmp_path / "a.parquet").read_bytes()
+
+
+def test_rows_say_what_the_originals_pixels_were_and_older_shards_are_read(tmp_path):
+    rows = make_rows(64_000, clips=3)
+    told = {"pixel_aspect": (32, 27), "transfer": "hlg"}
+    rows[1] = (rows[1][0], dataclasses.replace(rows[1][1], **told))
+    write_shard(tmp_path / "a.parquet", rows)
+    assert list(TokenShards(tmp_path)) == [clip for _, clip in rows]
+    table = pq.read_table(tmp_path / "a.parquet")
+    assert table["transfer"].to_pylist() == ["sdr", "hlg", "sdr"]
+    assert table["pixel_aspect"].to_pylist() == [[1, 1], [32, 27], [1, 1]]
+    older = make_rows(64_000, first=3, clips=3)
+    write_shard(tmp_path / "b.parquet", older)
+    table = pq.read_table(tmp_path / "b.parquet")
+    pq.write_table(table.drop_columns(list(told)), tmp_path / "b.parquet")
+    assert list(TokenShards(tmp_path)) == [clip for _, clip in rows + older]
+    pq.write_table(table.drop_columns(["transfer"]), tmp_path / "b.parquet")
+    with pytest.raises(TokenFileError, match="a column is missing"):
+        TokenShards(tmp_path)
 
 
 def test_shards_of_several_folders_follow_each_other(tmp_path):
