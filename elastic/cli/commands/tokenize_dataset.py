@@ -1,8 +1,14 @@
 """Tokenizes a data set into shards, in one process or many; `--help` lists the flags."""
 
+import dataclasses
 import pathlib
+from typing import TYPE_CHECKING
 
 from elastic.cli import app
+from elastic.distributed.job_share import share_of_job
+
+if TYPE_CHECKING:
+    from elastic.distributed.hosts import Hosts
 
 
 def tokenize(flags: app.Values) -> int:
@@ -17,7 +23,7 @@ def tokenize(flags: app.Values) -> int:
     from elastic.distributed import cpu_devices, mesh
     from elastic.distributed.hosts import Hosts, host_share, join_hosts
 
-    hosts = Hosts(**flags.under("jax_distributed"), independent=True)
+    hosts = _with_share_of_job(Hosts(**flags.under("jax_distributed"), independent=True))
     cpu_devices.set_up_cpu()
     join_hosts(hosts)
 
@@ -68,3 +74,19 @@ def tokenize(flags: app.Values) -> int:
                 f"None of the {len(inputs)} files could be read; {folder / dataset_summary.BAD} says why."
             )
     return 0
+
+
+def _with_share_of_job(hosts: "Hosts") -> "Hosts":
+    """The same, or where no flag says it, with the share that SLURM or Kubernetes gives to this process."""
+    if hosts.initialize_jax_distributed or (hosts.num_processes, hosts.process_id) != (1, 0):
+        return hosts
+    share = share_of_job()
+    if share is None:
+        return hosts
+    app.log.info(
+        "Process %d of %d, as %s say; --jax_distributed.num_processes and process_id win.",
+        share.process_id, share.num_processes, share.source,
+    )  # fmt: skip
+    return dataclasses.replace(
+        hosts, num_processes=share.num_processes, process_id=share.process_id
+    )
