@@ -71,6 +71,11 @@ COMMANDS = {
         f"{_COMMANDS}.params_only:CONVERT",
         f"{_COMMANDS}.params_only:convert",
     ),
+    "demo": Command(
+        "a page for the browser: upload a clip, move a slider, compare",
+        f"{_COMMANDS}.demo:DEMO",
+        f"{_COMMANDS}.demo:demo",
+    ),
     "info": Command(
         "says what a file, a folder or a repository is",
         f"{_COMMANDS}.info:INFO",
