@@ -133,6 +133,24 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         lock.release()
 
 
+def has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder knows the locks of the operating system.
+
+    Raises:
+      OSError: no file can be made there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # on Windows every file system does
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in _NO_LOCKS
+    return True
+
+
 @contextlib.contextmanager
 def _held(path: Path, *, wait: bool) -> Iterator[bool]:
     """As `locked`, by a file whose existence is the lock."""

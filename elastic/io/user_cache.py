@@ -6,10 +6,15 @@ it needs jax.
 """
 
 import hashlib
+import logging
 import os
 import pathlib
 import platform
 import sys
+
+from elastic.io.atomic import has_locks
+
+log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1_000_000_000  # of all programs; jax then removes those unused for longest
 _MIN_SECONDS = 0.2  # programs that compile faster are not kept
@@ -36,6 +41,7 @@ def keep_programs() -> None:
 
     The user's own settings stay: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=false keeps none. Does nothing where jax is imported already.
+    Where the file system has no locks, which jax needs for each program, none is kept, and the log says so.
     """
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -45,14 +51,20 @@ def keep_programs() -> None:
     folder = cache / "programs" / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        locks = has_locks(folder)
     except OSError:
         return  # without a writable home everything is compiled anew in each process
-    if os.access(folder, os.W_OK):
-        _remove_truncated(folder)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-        # Set in any case: without a limit jax writes no `-atime` files, which `_remove_truncated` needs.
-        os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_MAX_BYTES)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_MIN_SECONDS))
+    if not locks:
+        log.warning(
+            "Compiled programs are not kept: the file system of %s has no locks. JAX_COMPILATION_CACHE_DIR=FOLDER keeps them elsewhere.",
+            folder,
+        )
+        return
+    _remove_truncated(folder)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    # Set in any case: without a limit jax writes no `-atime` files, which `_remove_truncated` needs.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(_MAX_BYTES)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_MIN_SECONDS))
 
 
 def _remove_truncated(folder: pathlib.Path) -> None:

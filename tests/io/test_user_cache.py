@@ -1,9 +1,12 @@
 """Compiled programs are kept on disk: the second start takes them from there, and what a kill left is cleared away."""
 
+import errno
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 from elastic.io import user_cache
 
@@ -56,3 +59,21 @@ def test_a_home_that_cannot_be_written_to_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     user_cache.keep_programs()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_without_locks_no_program_is_kept_and_one_line_says_so(tmp_path, monkeypatch, caplog):
+    """jax locks its folder for every program, and complains each time where it cannot."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.delitem(sys.modules, "jax")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    user_cache.keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    (line,) = caplog.messages
+    assert str(tmp_path) in line and "JAX_COMPILATION_CACHE_DIR=FOLDER" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
