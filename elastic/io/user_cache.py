@@ -12,8 +12,6 @@ import pathlib
 import platform
 import sys
 
-from elastic.io.atomic import has_locks
-
 log = logging.getLogger(__name__)
 
 _MAX_BYTES = 1_000_000_000  # of all programs; jax then removes those unused for longest
@@ -43,6 +41,8 @@ def keep_programs() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps none. Does nothing where jax is imported already.
     Where the file system has no locks, which jax needs for each program, none is kept, and the log says so.
     """
+    from elastic.io.atomic import has_locks  # loads numpy, which --help does without
+
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = cache_folder()
