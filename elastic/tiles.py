@@ -330,4 +330,4 @@ def crop_message(source: tuple[int, int], resolution: int) -> str | None:
         return None
     side = min(source)
     scaled = "" if side == resolution else f", scaled to {resolution}x{resolution}"
-    return f"{width}x{height}: the middle {side}x{side}{scaled}; --fit=pad keeps all"
+    return f"{width}x{height}: the middle {side}x{side}{scaled}; --fit=tile keeps all"

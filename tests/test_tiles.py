@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out():
 
 def test_cropping_says_what_it_leaves():
     assert crop_message((512, 288), 128) == (
-        "512x288: the middle 288x288, scaled to 128x128; --fit=pad keeps all"
+        "512x288: the middle 288x288, scaled to 128x128; --fit=tile keeps all"
     )
-    assert crop_message((512, 128), 128) == "512x128: the middle 128x128; --fit=pad keeps all"
+    assert crop_message((512, 128), 128) == "512x128: the middle 128x128; --fit=tile keeps all"
     assert crop_message((128, 128), 64) is None

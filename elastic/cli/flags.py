@@ -21,6 +21,8 @@ _OF_CLIP = (
     "reader",
     "exact_color",
     "fit",
+    "resolution",
+    "tile_overlap",
 )  # what is read of a clip, not how its tokens are chosen
 MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
 DTYPE = RUN.flag("dtype")
@@ -59,7 +61,7 @@ DISTRIBUTED = (
 _BATCH = Flag(
     "batch",
     1,
-    "clips that go through the model at once, each with its own search: enough to fill an accelerator",
+    "clips, or tiles with fit=tile, that go through the model at once, each with its own search: enough to fill an accelerator",
 )
 
 INFERENCE = Script(
@@ -96,7 +98,6 @@ INFERENCE = Script(
                 "viz", True, "draw viz.mp4 or viz.png; uses temporary disk space until the run ends"
             ),
             *ENCODING.flags(*_OF_CLIP),
-            RESOLUTION,
         ),
         "Model": (
             Flag(
@@ -169,7 +170,11 @@ DECODE = Script(
             PRESET,
             UPDATE,
         ),
-        "Computation": (MESH, DTYPE),
+        "Computation": (
+            MESH,
+            DTYPE,
+            dataclasses.replace(_BATCH, help="tiles of a block that go through the model at once"),
+        ),
         "Other": OTHER,
     },
 )
@@ -220,7 +225,9 @@ DATASET = Script(
                 False,
                 "tokenize the files that the folder has gained since the run began, as further shards; False: refuse them",
             ),
-            *_shared("fps", "max_frames", "reader", "exact_color", "fit", "resolution"),
+            *_shared(
+                "fps", "max_frames", "reader", "exact_color", "fit", "resolution", "tile_overlap"
+            ),
         ),
         "Model": INFERENCE.groups["Model"],
         "How many tokens": INFERENCE.groups["How many tokens"],
@@ -249,7 +256,7 @@ EVALUATE = Script(
     ),
     groups={
         "Input and output": _shared(
-            "input_path", "output_folder", "fps", "max_frames", "reader", "exact_color", "fit",
+            "input_path", "output_folder", "fps", "max_frames", "reader", "exact_color", "fit", "resolution", "tile_overlap",
             output_folder="where the results go; made if need be; those of an earlier evaluation are replaced, other files never",
         ),
         "Models": (

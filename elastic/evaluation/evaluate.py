@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elastic import media
-from elastic.config import ElasticTokConfig
+from elastic.config import ElasticTokConfig, check_resolution
 from elastic.evaluation.codecs import CodecAt
 from elastic.evaluation.records import (
     GROUND_TRUTH,
@@ -41,6 +41,7 @@ from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, ssim
 from elastic.metrics.dists import DistsWeights, dists_of_frames, load_dists_weights
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
+from elastic.tokenizer.result import TileResult
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def evaluate(
       ValueError: no file can be read, or the options do not fit the model.
     """
     model = tokenizer.config
+    if config.fit != "tile":
+        check_resolution(config.resolution or 0, model)
     measures = _measures(config.metrics, lpips_weights, dists_weights)
     conditions = config.conditions(model)
     clips, skipped = _open_clips(files, config, model)
@@ -277,10 +280,9 @@ def _measure(
     frames = _ChosenFrames({middle, *measured_frames})
     blocks, squares, count = [], 0, 0
     for index, result in enumerate(session):
-        blocks.append(_block(clip.name, index, result, condition))
-        error = result.frames.astype(np.int32) - result.reconstruction
-        squares += int(np.sum(np.square(error), dtype=np.int64))
-        count += error.size
+        blocks += [_block(clip.name, index, part, condition) for part in result.parts]
+        squares += result.squares
+        count += result.frames.size
         frames.add(result)
         update()
     pair = frames.stacked(measured_frames) if measures else ()
@@ -395,8 +397,8 @@ def _spread(num_frames: int, count: int) -> list[int]:
     return np.linspace(0, num_frames - 1, min(count, num_frames)).round().astype(int).tolist()
 
 
-def _block(clip: str, index: int, result: BlockResult, condition: Condition) -> Block:
-    """The record of one tokenized block."""
+def _block(clip: str, index: int, result: TileResult, condition: Condition) -> Block:
+    """The record of one tokenized block, or of a tile of it."""
     tokens = result.tokens
     return Block(
         clip=clip,

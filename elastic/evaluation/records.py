@@ -9,7 +9,13 @@ import numpy as np
 from elastic.config import ElasticTokConfig
 from elastic.evaluation.codecs import CODECS
 from elastic.io.options import check_options
-from elastic.io.read_options import exact_color_option, fit_option, reader_option
+from elastic.io.read_options import (
+    exact_color_option,
+    fit_option,
+    reader_option,
+    resolution_option,
+    tile_overlap_option,
+)
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import geometric_counts, search_names
@@ -35,7 +41,7 @@ class EvaluationConfig:
       fps: frames per second read from a video, at most its own rate; None: all frames.
       reader: who decodes video.
       exact_color: convert the colours of every video with correct rounding.
-      fit: what becomes of frames that are not square, as in tokenizing.
+      fit, resolution, tile_overlap: what becomes of frames that are not square, as in tokenizing.
       pictures: the number of clips, from the first on, that pictures are drawn of.
       codecs: classical codecs, which code every clip at the bits that each fixed count took (`elastic.evaluation.codecs`).
 
@@ -54,6 +60,8 @@ class EvaluationConfig:
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
     fit: str = fit_option()
+    resolution: int | None = resolution_option()
+    tile_overlap: int | None = tile_overlap_option()
     pictures: int = 1
     codecs: tuple[str, ...] = ()
 
@@ -140,7 +148,7 @@ class Condition(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One block under one condition."""
+    """One block under one condition, or one tile of a block where frames have several."""
 
     clip: str
     index: int
@@ -239,16 +247,20 @@ class Picture(NamedTuple):
     def draw(self, evaluation: "Evaluation") -> np.ndarray:
         """The picture, with the strip of the tokens that the clip's blocks kept under the condition."""
         result = evaluation.result(self.condition)
-        blocks = [block for block in result.blocks if block.clip == self.clip]
+        blocks: list[list[Block]] = []  # the tiles of each block
+        for block in result.blocks:
+            if block.clip == self.clip:
+                blocks += [[]] * (block.index >= len(blocks))
+                blocks[block.index] = [*blocks[block.index], block]
         return strip.strip_frame(
             self.original,
             self.reconstruction,
             index=self.index,
-            counts=[block.num_kept for block in blocks],
-            tokens_per_block=evaluation.model.tokens_per_block,
+            counts=[sum(tile.num_kept for tile in tiles) for tiles in blocks],
+            tokens_per_block=evaluation.model.tokens_per_block * len(blocks[0]),
             frames_per_block=evaluation.model.frames_per_block,
-            losses=[block.loss for block in blocks],
-            met=[block.met is not False for block in blocks],
+            losses=[float(np.mean([tile.loss for tile in tiles])) for tiles in blocks],
+            met=[all(tile.met is not False for tile in tiles) for tiles in blocks],
         )
 
 

@@ -3,12 +3,20 @@
 import importlib.util
 from typing import Any
 
-from elastic.io.options import Check, option
+from elastic.io.options import Check, at_least, option
 
 READERS = ("pyav", "decord")
-FITS = ("crop", "pad", "stretch")  # those of `elastic.tiles` that a command offers
-# Keyword arguments of `elastic.media.open_clip` and their defaults. The defaults give the frames of the released code.
-READ_DEFAULTS = {"reader": "pyav", "exact_color": False, "fit": "crop"}
+FITS = ("crop", "pad", "stretch", "tile")  # those of `elastic.tiles`
+# Options of a record and their defaults, which give the frames of the released code.
+READ_DEFAULTS: dict[str, Any] = {
+    "reader": "pyav",
+    "exact_color": False,
+    "fit": "crop",
+    "resolution": None,
+    "tile_overlap": None,
+}
+# Options whose argument of `elastic.media.open_clip` has another name. Its `resolution` is that of a tile.
+_ARGUMENTS = {"resolution": "short_side", "tile_overlap": "overlap"}
 
 
 def _is_installed(reader: str) -> bool:
@@ -38,11 +46,31 @@ def fit_option() -> str:
     return option(
         "crop",
         "what becomes of a frame that is not square: crop takes its middle; pad takes all of it, with its border repeated around "
-        "it; stretch squeezes all of it into a square. Decoding undoes pad and stretch",
+        "it; stretch squeezes all of it into a square; tile covers all of it with squares, each a clip of its own. Decoding gives "
+        "the shape back",
         choices=FITS,
+    )
+
+
+def resolution_option() -> int | None:
+    """The option `resolution`."""
+    return option(
+        None,
+        "with fit=tile: the short side in pixels that frames are scaled to, 0: the file's own, without it the model's; else only "
+        "checked: the model decides",
+        check=at_least(0),
+    )
+
+
+def tile_overlap_option() -> int | None:
+    """The option `tile_overlap`."""
+    return option(
+        None,
+        "with fit=tile: pixels that neighbouring tiles share at least, blended by a linear ramp; without it an eighth of a tile",
+        check=at_least(0),
     )
 
 
 def read_arguments(record: Any) -> dict[str, Any]:
     """The keyword arguments of `elastic.media.open_clip`, besides rate and number of frames, that a record of options holds."""
-    return {name: getattr(record, name) for name in READ_DEFAULTS}
+    return {_ARGUMENTS.get(name, name): getattr(record, name) for name in READ_DEFAULTS}

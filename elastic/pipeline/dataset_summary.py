@@ -50,6 +50,7 @@ class Tally:
         self.images += clip.is_image
         self.frames += clip.num_frames
         self.blocks += len(clip.blocks)
+        # Of several tiles, each counts as a block.
         self.blocks_met += sum(block.met_threshold for block in clip.blocks)
         self.tokens += clip.num_tokens
         self.bits += clip.num_bits

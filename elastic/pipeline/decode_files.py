@@ -86,6 +86,7 @@ def decode_to_file(
     *,
     follow: bool = False,
     progress: bool = True,
+    batch: int = 1,
 ) -> None:
     """Decodes tokens block by block into a video file, or the tokens of a picture into an image file.
 
@@ -97,6 +98,7 @@ def decode_to_file(
       path: the video or image file.
       follow: wait for further blocks of a run that is under way.
       progress: show a progress bar.
+      batch: tiles of a block that go through the model at once.
 
     Raises:
       ValueError: another model made the tokens, there is no block yet, or the suffix of `path` does not fit.
@@ -105,9 +107,10 @@ def decode_to_file(
     path = Path(path)
     check_decoded_name(path, tokens)
     if isinstance(tokens, TokenPart):
-        blocks, total = tokenizer.decode_stream(tokens.path, follow=follow), None
+        blocks = tokenizer.decode_stream(tokens.path, follow=follow, batch=batch)
+        total = None
     else:
-        blocks, total = tokenizer.decode_stream(tokens), len(tokens.blocks)
+        blocks, total = tokenizer.decode_stream(tokens, batch=batch), tokens.num_blocks
     first = next(blocks, None)  # raises if another model made the tokens, before a file is opened
     if first is None:
         raise ValueError(f"{tokens} has no block yet; decode it later, or wait with --follow.")

@@ -19,6 +19,7 @@ from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
 from elastic.io.progress import hide_bar
 from elastic.metrics import psnr_of_mse
+from elastic.report.strip import TileCounts
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
 from elastic.tokenizer.session import EncodeSession
@@ -71,7 +72,12 @@ class ResultFolder:
         return self._session is None or self._session.num_blocks == 1
 
     def open(
-        self, tokenizer: ElasticTokenizer, options: EncodeOptions, *, alone: bool = True
+        self,
+        tokenizer: ElasticTokenizer,
+        options: EncodeOptions,
+        *,
+        alone: bool = True,
+        batch: int = 1,
     ) -> EncodeSession:
         """Opens the file, locks the folder, and returns the session that tokenizes the remaining blocks.
 
@@ -79,13 +85,14 @@ class ResultFolder:
           tokenizer: the model.
           options: which frames are read, and how the token counts are chosen.
           alone: no other file goes through the model in the same batch.
+          batch: tiles that go through the model at once where the file is alone.
 
         Raises:
           ValueError: the file cannot be read, the options are wrong, or another process writes into the folder.
           OSError: the folder cannot be written to.
         """
         # First, so that a bad file or a wrong option is refused before anything is written.
-        session = tokenizer.open_session(self.source, options)
+        session = tokenizer.open_session(self.source, options, batch=batch)
         self._check_folder()
         self._make_folders()
         self._lock()
@@ -116,7 +123,10 @@ class ResultFolder:
         """Adds the next block: its frames and what it cost."""
         if self._frames is not None:
             self._frames.add(block.frames, block.reconstruction)
-        self._add_cost(block.passes, block.seconds, block.squares)
+        squares = block.squares
+        self._add_cost(block.passes, block.seconds, squares)
+        if block.tiles:
+            self._costs[-1]["frame_loss"] = squares / block.frames.size * (2 / 255) ** 2
 
     def finish(self, *, progress: bool = True) -> FinishedFile:
         """Writes the results and removes the unfinished files."""
@@ -132,7 +142,7 @@ class ResultFolder:
         report.plot_report(found, self._work / PLOT)
         if self._frames is not None:
             self._frames.flush()
-            _draw(tokens, self._frames, self._work, progress=progress)
+            _draw(tokens, found["blocks"], self._frames, self._work, progress=progress)
         files = tuple(self._folder / name for name in RESULTS if (self._work / name).exists())
         move_files(self._work, self._folder, RESULTS)
         self._stack.close()
@@ -260,30 +270,52 @@ class _Frames:
                 yield np.frombuffer(pixels, np.uint8).reshape(self._shape)
 
 
-def _draw(tokens: TokenizedClip, frames: _Frames, work: Path, *, progress: bool) -> None:
-    """Draws the picture or video of original, reconstruction and token counts."""
+def _draw(
+    tokens: TokenizedClip,
+    blocks: list[dict[str, Any]],
+    frames: _Frames,
+    work: Path,
+    *,
+    progress: bool,
+) -> None:
+    """Draws the picture or video of original, reconstruction and token counts.
+
+    Args:
+      tokens: of the clip.
+      blocks: its blocks as report.json has them.
+      frames: originals and reconstructions.
+      work: the folder of the unfinished results.
+      progress: show a bar.
+    """
     originals, reconstructions = frames.read()
+    of_tiles = tokens.counts.reshape(tokens.num_blocks, tokens.num_tiles)
+    several = tokens.num_tiles > 1
+    tiles = TileCounts(tokens.layout, of_tiles, tokens.tokens_per_block) if several else None
+    most = tokens.tokens_per_block * tokens.num_tiles
+    counts, losses, met = ([block[name] for block in blocks] for name in ("kept", "loss", "met"))
     if tokens.is_image:
-        (original,), (reconstruction,), (block,) = originals, reconstructions, tokens.blocks
+        (original,), (reconstruction,) = originals, reconstructions
         picture = report.strip_picture(
             original,
             reconstruction,
-            count=block.num_kept,
-            tokens_per_block=tokens.tokens_per_block,
-            loss=block.loss,
-            met=block.met_threshold,
+            count=counts[0],
+            tokens_per_block=most,
+            loss=losses[0],
+            met=met[0],
+            tiles=tiles,
         )
         media.write_image(work / PICTURE, picture)
         return
     drawn = report.strip_frames(
         originals,
         reconstructions,
-        counts=tokens.counts,
-        tokens_per_block=tokens.tokens_per_block,
+        counts=counts,
+        tokens_per_block=most,
         frames_per_block=tokens.frames_per_block,
-        losses=[block.loss for block in tokens.blocks],
-        met=[block.met_threshold for block in tokens.blocks],
+        losses=losses,
+        met=met,
         rate=tokens.rate,
+        tiles=tiles,
     )
     bar = tqdm(
         drawn,

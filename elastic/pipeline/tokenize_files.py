@@ -57,6 +57,7 @@ def tokenize_file(
     resume: bool = True,
     viz: bool = True,
     progress: bool = True,
+    batch: int = 1,
 ) -> FinishedFile:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
@@ -74,6 +75,7 @@ def tokenize_file(
       resume: False starts an interrupted run again from the first block.
       viz: draw the picture or the video.
       progress: show a bar with an estimate.
+      batch: tiles that go through the model at once.
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
@@ -83,7 +85,7 @@ def tokenize_file(
         Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz
     )
     try:
-        session = result_folder.open(tokenizer, options)
+        session = result_folder.open(tokenizer, options, batch=batch)
         bar = tqdm(
             total=session.num_blocks,
             initial=session.first_block,
@@ -143,7 +145,7 @@ def tokenize_files(
       inputs: {file: name of its folder}, as `find_inputs` returns them.
       folder: the folder in which these folders are made.
       options: which frames are read, and how the token counts are chosen.
-      batch: files that go through the model at once.
+      batch: files, or tiles of files, that go through the model at once.
       overwrite, resume, viz, progress: as for `tokenize_file`.
 
     Returns:
@@ -174,6 +176,7 @@ def tokenize_files(
                 resume=resume,
                 viz=viz,
                 progress=progress,
+                batch=batch,
             )
         except media.MediaError as error:
             if len(inputs) == 1:
@@ -254,17 +257,21 @@ def summary(run: FinishedFile) -> str:
     met = f"{totals['blocks_met']} of {totals['blocks']} blocks"
     threshold = clip["threshold"]
     size = "x".join(map(str, clip.get("frame", [clip["resolution"]] * 2)))
+    tiles = totals.get("tiles", 1)
+    unit = "block" if tiles == 1 else "tile of a block"
+    if tiles > 1:
+        size += f", {tiles} tiles of {clip['resolution']}x{clip['resolution']}"
     shown = "an image" if clip["is_image"] else f"{totals['frames']} frames"
     rows = {
         "blocks": f"{totals['blocks']} ({shown}, {size})",
-        "tokens per block": f"mean {totals['mean_tokens']:.1f}, min {totals['min_tokens']}, "
+        f"tokens per {unit}": f"mean {totals['mean_tokens']:.1f}, min {totals['min_tokens']}, "
         f"max {totals['max_tokens']} of {clip['tokens_per_block']}",
         "threshold": "none" if threshold is None else f"{threshold:g}, met by {met}",
         "PSNR": f"{totals['psnr']:.2f} dB",
         "bits per pixel": f"{totals['bits_per_pixel']:.4g} "
         f"({totals['compression_ratio']:.0f} times less than 8-bit RGB)",
         "speed": f"{totals['frames_per_second']:.3g} frames/s, "
-        f"{totals['passes_per_block']:.2f} passes per block",
+        f"{totals['passes_per_block']:.2f} passes per {unit}",
         "files": f"{', '.join(file.name for file in run.files)} in {run.folder}",
     }
     width = max(map(len, rows))

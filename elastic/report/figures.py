@@ -26,11 +26,11 @@ def plot_report(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     met_colour, missed_colour = (tuple(c / 255 for c in rgb) for rgb in (MET, NOT_MET))
     tokens_axes.stairs(kept, edges, fill=True, color=met_colour, alpha=0.25)
     tokens_axes.stairs(kept, edges, color=met_colour, linewidth=1.5)
-    tokens_axes.axhline(
-        kept.mean(), color="0.35", linestyle=":", label=f"mean {totals['mean_tokens']:.1f}"
-    )
-    tokens_axes.set_ylim(0, clip["tokens_per_block"] * 1.04)
-    tokens_axes.set_ylabel("tokens per block")
+    tiles = totals.get("tiles", 1)
+    of_tiles = "" if tiles == 1 else f", all {tiles} tiles"
+    tokens_axes.axhline(kept.mean(), color="0.35", linestyle=":", label=f"mean {kept.mean():.1f}")
+    tokens_axes.set_ylim(0, clip["tokens_per_block"] * tiles * 1.04)
+    tokens_axes.set_ylabel(f"tokens per block{of_tiles}")
     tokens_axes.set_title(
         f"{totals['tokens']} tokens for {totals['frames']} frames, "
         f"{totals['bits_per_pixel']:.3g} bits per pixel",

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.tokens import TokenizedClip
+from elastic.tokens import BlockTokens, TokenizedClip
 
 
 def build_report(
@@ -15,6 +15,9 @@ def build_report(
     totals: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The report of one run, ready for `write_json`.
+
+    With tiles, an entry of `blocks` has the tokens of all of them, the mean of their losses weighted by their shares of the frame
+    (the error of the frame is at most that), and `tiles`: the same of each tile, row after row.
 
     Args:
       clip: the tokens, with counts, losses and `met`.
@@ -27,14 +30,15 @@ def build_report(
     Raises:
       ValueError: `per_block` has more or fewer entries than there are blocks.
     """
-    if len(per_block) != len(clip.blocks):
-        raise ValueError(f"{len(per_block)} entries for {len(clip.blocks)} blocks; give one each.")
+    if len(per_block) != clip.num_blocks:
+        raise ValueError(f"{len(per_block)} entries for {clip.num_blocks} blocks; give one each.")
+    tiles = clip.num_tiles
     blocks = [
-        {**measured, "kept": block.num_kept, "loss": block.loss, "met": block.met_threshold}
-        for block, measured in zip(clip.blocks, per_block, strict=True)
+        {**measured, **_block(clip, clip.blocks[number * tiles : (number + 1) * tiles])}
+        for number, measured in enumerate(per_block)
     ]
     counts = clip.counts
-    met = sum(block.met_threshold for block in clip.blocks)
+    met = sum(block["met"] for block in blocks)
     sums: dict[str, Any] = {
         "frames": clip.num_frames,
         "blocks": len(blocks),
@@ -48,11 +52,14 @@ def build_report(
         "bits": clip.num_bits,
         "bits_per_pixel": clip.bits_per_pixel,
         "compression_ratio": clip.compression_ratio,
-        "mean_loss": float(np.mean([block.loss for block in clip.blocks])),
+        "mean_loss": float(np.mean([block["loss"] for block in blocks])),
     }
     if all("passes" in block for block in blocks):
         sums["passes"] = sum(block["passes"] for block in blocks)
-        sums["passes_per_block"] = sums["passes"] / len(blocks)
+        sums["passes_per_block"] = sums["passes"] / len(clip.blocks)
+    if tiles > 1:
+        sums["tiles"] = tiles
+        sums["tiles_met"] = sum(block.met_threshold for block in clip.blocks)
     seconds = totals.get("seconds")
     if seconds:
         sums["frames_per_second"] = clip.num_frames / seconds
@@ -69,3 +76,19 @@ def build_report(
         }
         about["fit"] = clip.fit
     return {"clip": about, "totals": {**totals, **sums}, "blocks": blocks}
+
+
+def _block(clip: TokenizedClip, tiles: Sequence[BlockTokens]) -> dict[str, Any]:
+    """The entry of a block, from the tokens of its tiles."""
+    if len(tiles) == 1:
+        return {"kept": tiles[0].num_kept, "loss": tiles[0].loss, "met": tiles[0].met_threshold}
+    shares = [clip.layout.share(number) for number in range(len(tiles))]
+    losses = [tile.loss for tile in tiles]
+    return {
+        "kept": sum(tile.num_kept for tile in tiles),
+        "loss": float(np.average(losses, weights=shares)),
+        "met": all(tile.met_threshold for tile in tiles),
+        "tiles": [
+            {"kept": tile.num_kept, "loss": tile.loss, "met": tile.met_threshold} for tile in tiles
+        ],
+    }

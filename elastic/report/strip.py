@@ -1,5 +1,7 @@
 """The strip picture: original and reconstruction side by side, above the tokens used over time.
 
+Where frames lie in several tiles, a map shows the tokens of each over the frame.
+
 The paper shows its results this way. The chart has a bar for each block and a playhead. Callers write
 the frames to a file.
 """
@@ -7,20 +9,54 @@ the frames to a file.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from elastic.metrics import psnr
+from elastic.metrics import psnr, psnr_of_mse
+from elastic.tiles import FrameLayout, ramps
 
 _PAPER, _INK, _MUTED, _GRID = (255, 255, 255), (33, 37, 45), (118, 124, 136), (226, 229, 234)
 MET, NOT_MET = (38, 108, 188), (217, 95, 38)  # colour-blind people can tell them apart
 _FADE = 0.7  # how far the blocks after the playhead fade into the background
 _MARGIN, _GAP, _LINE, _CHART, _GUTTER = 16, 12, 26, 96, 46  # pixels
 _MIN_SIDE = 256  # pixels; smaller frames are enlarged
+_MAX_SIDE = 960  # larger ones are reduced
+_GREY_SHARE = 0.35  # of the frame itself in the map of tokens
+_MOST_AT_ONCE = 1 << 24  # numbers of a frame whose PSNR is computed in one go
 _ERROR_GAIN = 4  # without it a picture of errors would be black
+
+
+class TileCounts(NamedTuple):
+    """The tokens of each tile of a clip, and where the tiles lie."""
+
+    layout: FrameLayout
+    counts: Int[np.ndarray, "blocks tiles"]
+    tokens_per_tile: int
+
+    def shares(self, block: int, width: int, height: int) -> Float[np.ndarray, "height width"]:
+        """The share of its tokens that each place of the frame takes in a block, in a picture of the given size."""
+        layout = self.layout
+        grid = (
+            self.counts[block].reshape(len(layout.tops), len(layout.lefts)) / self.tokens_per_tile
+        )
+        rows = _at_pixels(layout.tops, layout.tile, layout.frame[1], height)
+        columns = _at_pixels(layout.lefts, layout.tile, layout.frame[0], width)
+        return rows.T @ grid @ columns
+
+
+def _at_pixels(starts: tuple[int, ...], tile: int, length: int, size: int) -> np.ndarray:
+    """The weights of tiles along an axis, at the pixels of a picture of it, [tiles, size]."""
+    places = ((np.arange(size) + 0.5) * length / size).astype(int)
+    found = np.zeros((len(starts), size))
+    for number, (start, weights) in enumerate(
+        zip(starts, ramps(starts, tile, length), strict=True)
+    ):
+        inside = (places >= start) & (places < start + tile)
+        found[number, inside] = weights[places[inside] - start]
+    return found
 
 
 def strip_frames(
@@ -33,6 +69,7 @@ def strip_frames(
     losses: Sequence[float] | np.ndarray | None = None,
     met: Sequence[bool] | np.ndarray | None = None,
     rate: float | None = None,
+    tiles: TileCounts | None = None,
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """The strip picture of each frame: original and reconstruction above the tokens used over time.
 
@@ -47,6 +84,8 @@ def strip_frames(
       losses: the loss of each block, which is shown as text.
       met: whether each block met its threshold; a block that did not has another colour.
       rate: frames per second; with it the time is shown.
+      tiles: for frames of several tiles, the tokens of each, which a map over the frame shows. `counts` and `tokens_per_block` are
+        those of all tiles then.
 
     Raises:
       ValueError: the numbers of blocks differ, or frames are missing or of another size.
@@ -68,8 +107,8 @@ def strip_frames(
             about = _about(index, counts, passed, losses, tokens_per_block, frames_per_block, rate)
             if strip is None:
                 bars = _bars(counts, passed, tokens_per_block)
-                strip = _Strip(original.shape, bars, axis_top=tokens_per_block)
-            yield strip.draw(original, reconstruction, **about)
+                strip = _Strip(original.shape, bars, axis_top=tokens_per_block, tiles=tiles)
+            yield strip.draw(original, reconstruction, block=index // frames_per_block, **about)
 
     return draw()
 
@@ -114,6 +153,7 @@ def strip_picture(
     tokens_per_block: int,
     loss: float | None = None,
     met: bool = True,
+    tiles: TileCounts | None = None,
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The strip picture of an image: its only block is a horizontal bar.
 
@@ -124,6 +164,7 @@ def strip_picture(
       tokens_per_block: tokens of a block.
       loss: the loss, which is shown as text.
       met: whether the threshold was met.
+      tiles: as in `strip_frames`.
 
     Raises:
       ValueError: `count` is not in 0 to `tokens_per_block`, or the two differ in size.
@@ -135,7 +176,7 @@ def strip_picture(
         filled = np.arange(width) < round(count / tokens_per_block * width)
         return np.broadcast_to(filled, (height, width)), np.full(width, met)
 
-    return _Strip(original.shape, gauge, axis_top=None).draw(
+    return _Strip(original.shape, gauge, axis_top=None, tiles=tiles).draw(
         original,
         reconstruction,
         position=None,
@@ -157,6 +198,7 @@ class _Strip:
         width], and for each column whether its blocks met the threshold.
       axis_top: the number at the top of the chart; None draws a bar of one line's height without an axis.
       with_error: show the error as a third picture.
+      tiles: show a map of the tokens over the frame as the last picture.
     """
 
     def __init__(
@@ -166,6 +208,7 @@ class _Strip:
         *,
         axis_top: int | None,
         with_error: bool = False,
+        tiles: TileCounts | None = None,
     ):
         if len(frame_shape) != 3 or frame_shape[2] != 3:
             raise ValueError(f"A frame of shape {frame_shape} must be [rows, columns, 3].")
@@ -173,7 +216,13 @@ class _Strip:
         rows, columns, _ = frame_shape
         factor = max(1, math.ceil(_MIN_SIDE / min(rows, columns)))
         self.panel = (columns * factor, rows * factor)
+        if (longest := max(rows, columns)) > _MAX_SIDE:
+            wide, high = (max(1, round(side * _MAX_SIDE / longest)) for side in (columns, rows))
+            self.panel = (wide, high)
+        self.with_error, self.tiles = with_error, tiles
+        self.tint: tuple[int, np.ndarray] | None = None  # of the block drawn last
         titles = ["original", "reconstruction"] + [f"error x {_ERROR_GAIN}"] * with_error
+        titles += ["tokens of each tile"] * (tiles is not None)
         self.lefts = [_MARGIN + k * (self.panel[0] + _GAP) for k in range(len(titles))]
         self.top = _LINE + 4
         right = self.lefts[-1] + self.panel[0]
@@ -212,14 +261,15 @@ class _Strip:
         position: float | None,
         texts: tuple[str, str, str],
         met: bool,
+        block: int = 0,
     ) -> np.ndarray:
         """Draws one frame; `position` (0 to 1) is the playhead's, None draws no playhead."""
         canvas = self.base.copy()
         panels = [original, reconstruction]
-        if len(self.lefts) > len(panels):
+        if self.with_error:
             error = np.abs(original.astype(np.int32) - reconstruction)
             panels.append(np.minimum(_ERROR_GAIN * error, 255).astype(np.uint8))
-        for left, frame in zip(self.lefts, panels, strict=True):
+        for left, frame in zip(self.lefts, panels, strict=False):  # the map follows
             if frame.shape != self.frame_shape or frame.dtype != np.uint8:
                 raise ValueError(
                     f"A frame of {frame.dtype}{list(frame.shape)} must be "
@@ -227,6 +277,13 @@ class _Strip:
                 )
             picture = Image.fromarray(frame).resize(self.panel, Image.Resampling.BICUBIC)
             canvas.paste(picture, (left, self.top))
+        if self.tiles is not None:
+            grey = (
+                Image.fromarray(original).resize(self.panel, Image.Resampling.BICUBIC).convert("L")
+            )
+            faint = _GREY_SHARE * np.asarray(grey, np.float32)[..., None]
+            tinted = faint + (1 - _GREY_SHARE) * self._tint(self.tiles, block)
+            canvas.paste(Image.fromarray(tinted.astype(np.uint8)), (self.lefts[-1], self.top))
         left, top, right, bottom = self.chart
         width = right - left
         x = width if position is None else min(width - 1, int(position * width))
@@ -235,7 +292,7 @@ class _Strip:
         pen = ImageDraw.Draw(canvas)
         if position is not None:
             pen.rectangle((left + x - 1, top - 4, left + x, bottom + 2), fill=_INK)
-        quality = psnr(original, reconstruction)
+        quality = _psnr(original, reconstruction)
         label = "identical" if math.isinf(quality) else f"{quality:.1f} dB"
         self._text(pen, (right, 6), label, _INK, 15, "ra")
         self._text(pen, (_MARGIN, self.text_y[0]), texts[1], _INK, 15)
@@ -243,8 +300,26 @@ class _Strip:
         self._text(pen, (left, self.text_y[1]), texts[0], _MUTED, 15)
         return np.asarray(canvas)
 
+    def _tint(self, tiles: TileCounts, block: int) -> np.ndarray:
+        """The colour of each pixel of the map, by the tokens of its tiles; where they overlap, as the frame is blended."""
+        if self.tint is None or self.tint[0] != block:
+            shares = tiles.shares(block, *self.panel)[..., None]
+            self.tint = block, np.array(_GRID) + shares * (np.array(MET) - np.array(_GRID))
+        return self.tint[1]
+
     def _text(self, pen, at, text, colour, size, anchor="la") -> None:
         pen.text(at, text, fill=colour, font=self.fonts[size], anchor=anchor)
+
+
+def _psnr(original: np.ndarray, reconstruction: np.ndarray) -> float:
+    """As `psnr`; of a large frame, row by row."""
+    if original.size <= _MOST_AT_ONCE:
+        return psnr(original, reconstruction)
+    total = sum(
+        float(np.sum(np.square(a.astype(np.int32) - b), dtype=np.int64))
+        for a, b in zip(original, reconstruction, strict=True)
+    )
+    return psnr_of_mse(total / original.size * (2 / 255) ** 2)
 
 
 def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:

@@ -1,5 +1,6 @@
 """Tokens to frames. Tokens of another model, or of other weights, are refused."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,8 +10,8 @@ from jaxtyping import UInt8
 from elastic.config import ElasticTokConfig
 from elastic.patches import unpatchify
 from elastic.tiles import FrameLayout
-from elastic.tokenizer.block_codec import Codec
-from elastic.tokenizer.frame_tiles import from_tile
+from elastic.tokenizer.block_codec import Codec, CodecCache
+from elastic.tokenizer.frame_tiles import TileGatherer
 from elastic.tokens import BlockTokens, TokenizedClip
 from elastic.tokens.same_weights import are_apart
 
@@ -19,11 +20,10 @@ BlockAndLength = tuple[BlockTokens, int]
 
 
 def blocks_of(tokens: TokenizedClip) -> Iterator[BlockAndLength]:
-    """The blocks of a token record, each with its number of real frames."""
-    left = tokens.num_frames
-    for block in tokens.blocks:
+    """The blocks of a token record, all tiles of one after the other, each with its number of real frames."""
+    for number, block in enumerate(tokens.blocks):
+        left = tokens.num_frames - number // tokens.num_tiles * tokens.frames_per_block
         yield block, min(tokens.frames_per_block, left)
-        left -= tokens.frames_per_block
 
 
 def decode_blocks(
@@ -35,17 +35,20 @@ def decode_blocks(
     context: str,
     num_blocks: int | None = None,
     layout: FrameLayout | None = None,
+    batch: int = 1,
 ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
     """The frames of one block after the other, each trimmed to its real frames.
 
     Args:
       codec: the programs of the model. Those of another window are compiled anew.
       weights: the parameters as `Codec.stored` gives them.
-      blocks: the tokens of a clip from its first block on.
+      blocks: the tokens of a clip from its first block on, all tiles of a block one after the other. A block whose last tiles are
+        missing is left out.
       window_blocks: blocks in one context when the tokens were made.
       context: 'restart' empties the context whenever the window is full, 'carry' does not.
       num_blocks: how many blocks there are; None: not known.
-      layout: how the frames lie in the tile; None: they are the tile.
+      layout: how the frames lie in tiles; None: they are the only one.
+      batch: tiles of a block that go through the model at once.
 
     Raises:
       ValueError: a block holds tokens that the model does not have.
@@ -53,22 +56,62 @@ def decode_blocks(
     config = codec.config
     if window_blocks != codec.window_blocks:
         codec = Codec(config, dtype=codec.dtype, mesh=codec.mesh, window_blocks=window_blocks)
-    cache = codec.new_decoder_cache(num_blocks=num_blocks)
-    for number, (block, num_frames) in enumerate(blocks):
+    if layout is None:
+        layout = FrameLayout("crop", config.resolution, (config.resolution, config.resolution))
+    tiles = layout.num_tiles
+    batch = min(batch, tiles)
+    groups = [range(first, min(tiles, first + batch)) for first in range(0, tiles, batch)]
+    caches: dict[int, CodecCache] = {}
+    entries = iter(blocks)
+    for number in itertools.count():
+        block = list(itertools.islice(entries, tiles))
+        if len(block) < tiles:
+            return
         if context == "restart" and number % window_blocks == 0:
-            cache = codec.new_decoder_cache(num_blocks=num_blocks)
-        check_values(block, number, config)
-        shape = (1, config.tokens_per_block, *block.values.shape[1:])
-        padded = np.zeros(shape, block.values.dtype)
-        padded[0, : block.num_kept] = block.values
-        num_kept = np.array([block.num_kept], np.int32)
-        cache, pixels = codec.decode(weights, cache, padded, num_kept)
-        size = (config.resolution, config.resolution)
-        frames = np.asarray(
-            unpatchify(np.asarray(pixels[0]), config.patch_size, *size, config.token_order)
-        )
-        frames = frames[:num_frames]
-        yield frames if layout is None or layout.fit == "crop" else from_tile(layout, frames)
+            caches.clear()
+        gathered = TileGatherer(layout)
+        for which, group in enumerate(groups):
+            parts = [block[tile][0] for tile in group]
+            for tile, part in zip(group, parts, strict=True):
+                check_values(part, number * tiles + tile, config)
+            cache = caches.pop(which, None)
+            if cache is None:
+                cache = codec.new_decoder_cache(batch, num_blocks=num_blocks)
+            cache, decoded = _decoded(codec, weights, cache, parts, rounded=tiles == 1)
+            if num_blocks != 1:
+                caches[which] = cache
+            for tile, frames in zip(group, decoded, strict=False):  # the last group may be short
+                gathered.add(tile, frames[: block[tile][1]])
+        yield gathered.frames
+
+
+def _decoded(
+    codec: Codec,
+    weights: dict[str, Any],
+    cache: CodecCache,
+    parts: list[BlockTokens],
+    *,
+    rounded: bool,
+) -> tuple[CodecCache, np.ndarray]:
+    """The cache after a block of some tiles, and their frames [batch, frames, rows, columns, 3].
+
+    Args:
+      codec: the programs of the model.
+      weights: the parameters as `Codec.stored` gives them.
+      cache: of the blocks before; of a batch of as many tiles, or more.
+      parts: the tokens of the tiles.
+      rounded: whether the frames are 8-bit; otherwise they are float32 levels, to be blended.
+    """
+    config, batch = codec.config, len(cache.num_blocks)
+    shape = (batch, config.tokens_per_block, *parts[0].values.shape[1:])
+    padded, num_kept = np.zeros(shape, parts[0].values.dtype), np.ones(batch, np.int32)
+    for k, part in enumerate(parts):
+        padded[k, : part.num_kept], num_kept[k] = part.values, part.num_kept
+    cache, pixels = codec.decode(weights, cache, padded, num_kept, rounded=rounded)
+    size = (config.resolution, config.resolution)
+    return cache, np.asarray(
+        unpatchify(np.asarray(pixels), config.patch_size, *size, config.token_order)
+    )
 
 
 def check_maker(

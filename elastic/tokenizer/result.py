@@ -7,21 +7,50 @@ from jaxtyping import UInt8
 
 from elastic.tokens import BlockTokens
 
+_ROWS = 512  # of a frame whose squares are summed at once: a photograph of 48 megapixels must not need the memory of four
+
+
+class TileResult(NamedTuple):
+    """One tile of a block, tokenized."""
+
+    tokens: BlockTokens
+    passes: int  # runs of encoder and decoder over this tile of the block
+    seconds: float
+    tried: dict[int, float]  # every count evaluated, with its loss
+
 
 class BlockResult(NamedTuple):
     """One block, tokenized."""
 
     frames: UInt8[
         np.ndarray, "n rows columns 3"
-    ]  # the original at the model's resolution; real frames only
+    ]  # the original at the model's resolution, or whole; real frames only
     reconstruction: UInt8[np.ndarray, "n rows columns 3"]
+    # Of several tiles: all their tokens, tile after tile, with the mean of their losses, weighted by their shares of the frame. The
+    # error of the frame is at most that mean.
     tokens: BlockTokens
     passes: int  # runs of encoder and decoder over this block
     seconds: float
-    tried: dict[int, float]  # every count evaluated, with its loss
+    tried: dict[int, float]  # every count evaluated, with its loss; empty for several tiles
+    tiles: tuple[TileResult, ...] = ()  # of a frame of several tiles, row after row
+
+    @property
+    def parts(self) -> tuple[TileResult, ...]:
+        """The tiles; where the frame is one tile, the block itself."""
+        return self.tiles or (TileResult(self.tokens, self.passes, self.seconds, self.tried),)
 
     @property
     def squares(self) -> int:
         """Sum of the squared differences of 8-bit levels: what the PSNR of a whole clip is made of."""
-        difference = self.frames.astype(np.int32) - self.reconstruction
-        return int(np.sum(np.square(difference), dtype=np.int64))
+        total = 0
+        for original, decoded in zip(self.frames, self.reconstruction, strict=True):
+            for first in range(0, len(original), _ROWS):
+                rows = slice(first, first + _ROWS)
+                difference = original[rows].astype(np.int32) - decoded[rows]
+                total += int(np.sum(np.square(difference), dtype=np.int64))
+        return total
+
+    @property
+    def frame_loss(self) -> float:
+        """The mean squared error of the decoded 8-bit frames, pixels in [-1, 1]."""
+        return self.squares / self.frames.size * (2 / 255) ** 2

@@ -48,16 +48,24 @@ class ResumeLog:
       path: the file of the token stream; the copy of the cache is a file beside it.
       about: everything that the result depends on, as JSON values. A stream that was written with other values is refused.
       header: further values for readers of the stream.
+      tiles: records of a block.
 
     Attributes:
-      blocks: the blocks that an earlier run recorded.
+      blocks: the records of the whole blocks that an earlier run recorded.
 
     Raises:
       ResumeError: the file exists and belongs to another run, or is damaged.
       OSError: the files cannot be read or written.
     """
 
-    def __init__(self, path: str | os.PathLike, about: dict[str, Any], header: dict[str, Any]):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        about: dict[str, Any],
+        header: dict[str, Any],
+        *,
+        tiles: int = 1,
+    ):
         self.path = pathlib.Path(path)
         _, self._cache_path = _paths(self.path)
         self.blocks: list[Recorded] = []
@@ -69,6 +77,7 @@ class ResumeLog:
         try:
             stored_header, blocks = read_token_stream(self.path)
             self.blocks = list(blocks)
+            del self.blocks[len(self.blocks) // tiles * tiles :]
         except TokenFileError as error:
             raise ResumeError(f"{error} Remove it to begin anew.") from error
         earlier = stored_header.get("run")

@@ -1,13 +1,13 @@
-"""Continuous batching: blocks of several clips go through the model side by side, each with its own cache and its own search.
+"""Continuous batching: blocks of several clips, or tiles, go through the model side by side, each with its own cache and its own search.
 
-A clip has a slot of the batch. A slot whose search has ended commits its block and takes the clip's next one while other slots still
-search, so that no run of the model waits for the slowest search.
+A clip, or each tile of its frames, has a slot of the batch. A slot whose search has ended commits its block and takes the clip's next
+one while other slots still search, so that no run of the model waits for the slowest search.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -115,6 +115,14 @@ class BatchScheduler:
     def free_slots(self) -> list[int]:
         """The slots that have no block."""
         return [slot for slot, work in enumerate(self._work) if work is None]
+
+    def has_block(self, slot: int) -> bool:
+        """Whether a slot has a block."""
+        return self._work[slot] is not None
+
+    def drop(self, slot: int) -> None:
+        """Frees a slot without finishing its block."""
+        self._work[slot] = None
 
     def passes(self, slot: int) -> int:
         """The passes so far over the block in a slot; 0 if the slot is free."""
@@ -310,6 +318,72 @@ class BatchScheduler:
             seconds=time.perf_counter() - work.started,
             tried=result.tried,
         )
+
+
+class Slot(NamedTuple):
+    """A slot of one of several schedulers."""
+
+    scheduler: BatchScheduler
+    number: int
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it has no block."""
+        return not self.scheduler.has_block(self.number)
+
+    @property
+    def passes(self) -> int:
+        """The passes so far over its block; 0 if it has none."""
+        return self.scheduler.passes(self.number)
+
+
+class SlotPool:
+    """Slots for clips and tiles: those of one scheduler, and of as many more as a clip of many tiles takes.
+
+    All schedulers run the same compiled program, one after the other.
+
+    Args:
+      new_scheduler: makes one.
+    """
+
+    def __init__(self, new_scheduler: Callable[[], BatchScheduler]):
+        self._new_scheduler = new_scheduler
+        self._schedulers = [new_scheduler()]
+        self._taken: set[tuple[int, int]] = set()
+
+    @property
+    def free(self) -> list[Slot]:
+        """The slots that nobody has."""
+        return [
+            Slot(scheduler, number)
+            for scheduler in self._schedulers
+            for number in range(scheduler.batch)
+            if (id(scheduler), number) not in self._taken
+        ]
+
+    def take(self, count: int) -> list[Slot]:
+        """This many slots with empty caches; schedulers are added where there are too few."""
+        while len(found := self.free[:count]) < count:
+            self._schedulers.append(self._new_scheduler())
+        for scheduler, number in found:
+            self._taken.add((id(scheduler), number))
+            scheduler.forget(number)
+        return found
+
+    def give_back(self, slot: Slot) -> None:
+        """Frees a slot, and a scheduler that was added and has none taken any more. A block in it is dropped."""
+        slot.scheduler.drop(slot.number)
+        self._taken.remove((id(slot.scheduler), slot.number))
+        others = {scheduler for scheduler, _ in self._taken}
+        if slot.scheduler is not self._schedulers[0] and id(slot.scheduler) not in others:
+            self._schedulers.remove(slot.scheduler)
+
+    def step(self) -> Iterator[tuple[Slot, BlockResult]]:
+        """Calls the model once for all slots that have a block; gives the blocks that are finished now, each with its slot."""
+        for scheduler in list(self._schedulers):
+            if len(scheduler.free_slots) < scheduler.batch:
+                for number, result in scheduler.step():
+                    yield Slot(scheduler, number), result
 
 
 def _most_kept(codec: Codec) -> float:

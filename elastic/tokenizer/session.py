@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 import os
@@ -24,13 +23,14 @@ from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, h
 from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec, CodecCache
 from elastic.tokenizer.clip_source import Clip, ahead
-from elastic.tokenizer.frame_tiles import to_tile, whole_result
+from elastic.tokenizer.frame_tiles import BlockGatherer, to_tile
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.resume import ResumeError, ResumeLog, remove_resume_log
-from elastic.tokenizer.scheduler import BatchScheduler
+from elastic.tokenizer.scheduler import BatchScheduler, Slot, SlotPool
 from elastic.tokenizer.targets import EncodeOptions
 from elastic.tokenizer.two_pass import Budget, spend
 from elastic.tokens import BlockTokens, TokenizedClip
+from elastic.tokens.stream_file import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,15 @@ class TokenizerContext:
         return tree_digest(self.weights)
 
 
+# A tile as the model sees it, uint8 [n, tile, tile, 3]; and its rate curve as guessed from its pixels, None where the search uses none.
+_Prepared = tuple[np.ndarray, Curve | None]
+
+
 class PendingBlock(NamedTuple):
     """A block that is to be tokenized."""
 
     frames: UInt8[np.ndarray, "n rows columns 3"]  # whole frames
-    tile: UInt8[np.ndarray, "n tile tile 3"]  # these as the model sees them
-    expected: (
-        Curve | None
-    )  # its rate curve as guessed from its pixels; None where the search uses no guess
+    prepared: dict[int, _Prepared]  # the only tile; several tiles are cut out when their turn comes
 
 
 class EncodeSession:
@@ -116,15 +117,17 @@ class EncodeSession:
 
     Frames are read, tokenized and handed out block by block; only the tokens are kept.
 
-    Iterating does everything for one clip. `tokenize_side_by_side` calls, for each of its clips: `start` once; for every
-    block `next_search`, then `record_result` with what that search gave; at last `end` after the last block, or `close`
-    where the clip ends early. A run that is recorded calls `open_resume_log` before.
+    Iterating does everything for one clip. `tokenize_side_by_side` calls, for each of its clips: `start` once, and `prepare` for
+    every slot; for every tile of a block `next_search`, then `tile_result` with what that search gave, and `record_result` with the
+    whole block; at last `end` after the last block, or `close` where the clip ends early. A run that is recorded calls
+    `open_resume_log` before.
 
     Args:
       context: what all clips of the tokenizer share.
       clip: the clip.
       options: what is asked of its tokens.
       budget: the tokens that it may spend, where `options` give a mean or a bitrate; else None.
+      batch: tiles that go through the model at once where the clip is iterated over.
 
     Attributes:
       num_frames, num_blocks: of the clip; None while frames are still arriving.
@@ -143,6 +146,7 @@ class EncodeSession:
         options: EncodeOptions,
         *,
         budget: Budget | None = None,
+        batch: int = 1,
     ):
         config = context.codec.config
         self._context, self._clip, self._budget = context, clip, budget
@@ -151,13 +155,13 @@ class EncodeSession:
         self._metric_name, self.metric = make_metric(options.metric)
         self.is_image, self.rate, self.source = clip.is_image, clip.rate, clip.source
         self.layout = clip.layout
-        self._frames: np.ndarray | None = None  # the whole frames of the block under way
+        self._batch = batch if clip.layout.num_tiles > 1 else 1
         self.num_frames = clip.num_frames
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
         self._resume_log: ResumeLog | None = None
         self._cache: CodecCache | None = None  # of an earlier run, until `start` hands it on
-        self._history: SearchHistory | None = None
+        self._histories: list[SearchHistory | None] = [None] * clip.layout.num_tiles
         self.num_done = 0
         self.on_progress: Callable[[float], None] | None = None
         self._passes = 0  # of the blocks that are done; with a budget, of all blocks
@@ -185,7 +189,7 @@ class EncodeSession:
 
     def __iter__(self) -> Iterator[BlockResult]:
         if self._budget is None:
-            for _, result in tokenize_side_by_side(self._context, [self]):
+            for _, result in tokenize_side_by_side(self._context, [self], batch=self._batch):
                 if isinstance(result, Exception):
                     raise result
                 if result is not None:
@@ -193,35 +197,33 @@ class EncodeSession:
             return
         self._reset()
         blocks = ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD)
-        held: collections.deque[np.ndarray] = collections.deque()  # of the stretch under way
-
-        def tiles() -> Iterator[np.ndarray]:
-            for frames in blocks:
-                held.append(frames)
-                yield to_tile(self.layout, frames)
-
         results = spend(
             self._context.codec,
             self._context.weights,
-            tiles(),
+            blocks,
             self._budget,
+            layout=self.layout,
             width=self.width,
             restart=self._context.when_full == "restart",
             metric=self.metric,
             on_passes=self._note_budget_passes,
             num_blocks=self.num_blocks,
-            pixel_weights=self.layout.weights(0),
         )
         for result in results:
-            whole = whole_result(self.layout, held.popleft(), result)
-            self._count(whole)
-            yield whole
+            self._count(result)
+            yield result
         self._end()
 
     @property
     def num_recorded(self) -> int:
         """Blocks that an earlier run recorded."""
-        return 0 if self._resume_log is None else len(self._resume_log.blocks)
+        log = self._resume_log
+        return 0 if log is None else len(log.blocks) // self.layout.num_tiles
+
+    @property
+    def slots_needed(self) -> int:
+        """Slots that the clip needs at once: one for each tile, whose cache it holds. Tiles of a single block take turns."""
+        return 1 if self.num_blocks == 1 else self.layout.num_tiles
 
     def open_resume_log(
         self, path: str | os.PathLike, *, max_snapshot_block: float = math.inf
@@ -231,7 +233,8 @@ class EncodeSession:
         Args:
           path: the resume file.
           max_snapshot_block: resume from a snapshot of the cache that was made after at most this many blocks. The recorded blocks
-            after the snapshot go through the model once more. 0 uses no snapshot, which is required when clips share a batch.
+            after the snapshot go through the model once more. 0 uses no snapshot, which is required when clips share a batch. Of
+            clips of several tiles no snapshot is made.
 
         Raises:
           ResumeError: the file is of another run.
@@ -246,12 +249,14 @@ class EncodeSession:
             raise ResumeError(
                 f"{path} exists already, and frames that arrive one by one cannot be read again; name another record."
             )
-        self._resume_log = ResumeLog(path, about, self._header())
-        found = self._resume_log.load_cache(self._context.codec) if max_snapshot_block else None
+        tiles = self.layout.num_tiles
+        self._resume_log = ResumeLog(path, about, self._header(), tiles=tiles)
+        usable = max_snapshot_block and tiles == 1
+        found = self._resume_log.load_cache(self._context.codec) if usable else None
         if found is not None and 0 < found[0] <= max_snapshot_block:
             self.first_block, self._cache = found
             before = self._resume_log.blocks[: self.first_block]
-            self._history = history_from_json(before[-1].about["memory"])
+            self._histories = [history_from_json(before[-1].about["memory"])]
             self.recorded = [block.about for block in before]
 
     def open_or_replace_resume_log(
@@ -265,40 +270,81 @@ class EncodeSession:
             remove_resume_log(path)
             self.open_resume_log(path, max_snapshot_block=max_snapshot_block)
 
-    def start(self, scheduler: BatchScheduler, slot: int) -> Iterator[PendingBlock]:
-        """Makes a slot ready for the first block, and gives the blocks that are to be tokenized.
+    def check_beside(self, other: "EncodeSession") -> None:
+        """Refuses a clip that cannot share a batch with another one.
 
-        They are read, and their rate curves guessed, in a thread while the model runs.
+        Raises:
+          ValueError: their programs differ.
         """
-        scheduler.forget(slot)
+        if self.width != other.width:
+            raise ValueError(
+                f"Clips that try {self.width} and {other.width} counts in a call cannot share one; give all the same options."
+            )
+        if self.layout.is_weighted != other.layout.is_weighted:
+            raise ValueError(
+                "Clips of several fits cannot share a batch; give all the same options."
+            )
+
+    def start(self) -> Iterator[PendingBlock]:
+        """The blocks that are to be tokenized. They are read in a thread while the model runs; single tiles are prepared there too."""
         self._reset()
-        if self._cache is not None:
-            scheduler.cache, self._cache = self._cache, None
-        scheduler.reserve(self.num_blocks)
         frames_per_block = self._context.codec.config.frames_per_block
-        guesses = self._search_name == "predict" and self.metric is None
-        prior = self._context.prior if guesses else None
+        alone = self.layout.num_tiles == 1
 
         def blocks() -> Iterator[PendingBlock]:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
-                tile = to_tile(self.layout, frames)
-                yield PendingBlock(frames, tile, None if prior is None else prior.curve_of(tile))
+                yield PendingBlock(frames, {0: self.prepared(frames, 0)} if alone else {})
 
         return ahead(blocks(), _AHEAD)
 
-    def next_search(self, block: PendingBlock) -> Search:
-        """The search of the next block."""
-        self._frames = block.frames
-        number, prior = self.num_done, self._context.prior
-        if self._resume_log is not None and number < len(self._resume_log.blocks):
-            count = self._resume_log.blocks[number].tokens.num_kept
+    def prepare(self, scheduler: BatchScheduler) -> None:
+        """Makes a scheduler ready that has a slot for the clip: with the cache of an earlier run, and space for all blocks."""
+        if self._cache is not None:
+            scheduler.cache, self._cache = self._cache, None
+        scheduler.reserve(self.num_blocks)
+
+    def prepared(self, frames: UInt8[np.ndarray, "n rows columns 3"], tile: int) -> _Prepared:
+        """A tile of a block as the model sees it, with its rate curve as guessed from its pixels."""
+        pixels = to_tile(self.layout, frames, tile)
+        guesses = self._search_name == "predict" and self.metric is None
+        prior = self._context.prior if guesses else None
+        return pixels, None if prior is None else prior.curve_of(pixels)
+
+    def restarts_at(self, number: int) -> bool:
+        """Whether the context is empty before a block because the window is full."""
+        context = self._context
+        return context.when_full == "restart" and number % context.codec.window_blocks == 0
+
+    def next_search(self, tile: int, number: int, expected: Curve | None) -> Search:
+        """The search of a tile of a block, whose rate curve is guessed to be `expected`."""
+        entry, prior = self._entry(tile, number), self._context.prior
+        if self._resume_log is not None and entry < len(self._resume_log.blocks):
+            count = self._resume_log.blocks[entry].tokens.num_kept
             arguments: dict[str, Any] = self._search_arguments() | {"num_tokens": count}
             return make_search("fixed", **arguments)
-        if block.expected is not None and prior is not None:
-            self._history = prior.history(block.expected, self._history)
-        elif self._history is None:  # of this clip alone: its tokens must not depend on other clips
-            self._history = SearchHistory()
-        return self._make_search(self._history)
+        history = self._histories[tile]
+        if expected is not None and prior is not None:
+            history = prior.history(expected, history)
+        elif history is None:  # of this clip alone: its tokens must not depend on other clips
+            history = SearchHistory()
+        self._histories[tile] = history
+        return self._make_search(history)
+
+    def tile_result(
+        self, tile: int, number: int, result: BlockResult
+    ) -> tuple[BlockResult, dict[str, Any]]:
+        """The result of a tile of a block, with the tokens of the earlier run if it was recorded; and the history of its searches."""
+        log, entry = self._resume_log, self._entry(tile, number)
+        if log is not None and entry < len(log.blocks):
+            result = self._repeated(result, log.blocks[entry], number)
+            self._histories[tile] = history_from_json(log.blocks[entry].about["memory"])
+        return result, {} if log is None else history_to_json(
+            self._histories[tile] or SearchHistory()
+        )
+
+    def _entry(self, tile: int, number: int) -> int:
+        """The place of a tile of a block in a token record."""
+        return number * self.layout.num_tiles + tile
 
     def _make_search(self, history: SearchHistory | None = None) -> Search:
         return make_search(self._search_name, history=history, **self._search_arguments())
@@ -306,29 +352,33 @@ class EncodeSession:
     def _search_arguments(self) -> dict[str, Any]:
         return _search_arguments(self._search_options)
 
-    def record_result(self, result: BlockResult, scheduler: BatchScheduler) -> BlockResult:
-        """Counts and records the result of the next block, and gives it: with the tokens of the earlier run if it was recorded."""
-        number, resume_log = self.num_done, self._resume_log
-        assert self._frames is not None
-        result = whole_result(self.layout, self._frames, result)
-        if resume_log is not None and number < len(resume_log.blocks):
-            result = self._repeated(result, number)
-        elif resume_log is not None:
-            history = history_to_json(self._history or SearchHistory())
-            resume_log.append(
-                result.tokens,
-                len(result.frames),
-                passes=result.passes,
-                seconds=result.seconds,
-                squares=result.squares,
-                memory=history,  # the name is part of the format of resume files
-            )
+    def record_result(
+        self, result: BlockResult, memories: dict[int, dict[str, Any]], scheduler: BatchScheduler
+    ) -> BlockResult:
+        """Counts and records the result of the next block, and gives it.
+
+        Args:
+          result: with whole frames.
+          memories: the history of the searches of each tile after the block.
+          scheduler: has the cache of a clip that has no others beside it.
+        """
+        resume_log, is_new = self._resume_log, self.num_done >= self.num_recorded
+        if resume_log is not None and is_new:
+            parts = result.parts
+            # The sum of squares is the whole block's, whose last record has it.
+            squares = [0] * (len(parts) - 1) + [result.squares]
+            for tile, part in enumerate(parts):
+                resume_log.append(
+                    part.tokens,
+                    len(result.frames),
+                    passes=part.passes,
+                    seconds=result.seconds / len(parts),
+                    squares=squares[tile],
+                    memory=memories[tile],  # the name is part of the format of resume files
+                )
         self._count(result)
-        if (
-            resume_log is not None
-            and scheduler.batch == 1
-            and self.num_done > len(resume_log.blocks)
-        ):
+        alone = scheduler.batch == 1 and self.layout.num_tiles == 1
+        if resume_log is not None and alone and is_new:
             resume_log.copy_cache(scheduler.cache)
         return result
 
@@ -339,14 +389,16 @@ class EncodeSession:
         """
         if self.on_progress is not None and passes:
             before = self.num_done - self.first_block
-            expected = self._passes / before if before else _FIRST_PASSES[self._search_name]
+            first = _FIRST_PASSES[self._search_name] * self.layout.num_tiles
+            expected = self._passes / before if before else first
             self.on_progress(self.num_done + min(passes / (expected + 1), 1.0))
 
     def _note_budget_passes(self, passes: int) -> None:
         assert self._budget is not None
         self._passes += passes
         if self.on_progress is not None:
-            self.on_progress(self._passes / self._budget.passes_per_block)
+            tiles = self.layout.num_tiles
+            self.on_progress(self._passes / (self._budget.passes_per_block * tiles))
 
     def end(self) -> None:
         """Ends the clip: there are no more blocks."""
@@ -374,28 +426,27 @@ class EncodeSession:
 
     def _reset(self) -> None:
         """Goes back to the first block that is to be tokenized."""
+        # Above 0 only for clips of one tile, whose cache was kept.
         before = [] if self._resume_log is None else self._resume_log.blocks[: self.first_block]
         self.num_done, self._blocks = len(before), []
         self._seen_frames = sum(block.num_frames for block in before)
 
     def _count(self, result: BlockResult) -> None:
         if self._resume_log is None:
-            self._blocks.append(result.tokens)
+            self._blocks += [part.tokens for part in result.parts]
         self.num_done += 1
         if self._budget is None:
             self._passes += result.passes
         self._seen_frames += len(result.frames)
 
-    def _repeated(self, result: BlockResult, number: int) -> BlockResult:
-        """The result of a block that was recorded, after it went through the model with its count."""
+    def _repeated(self, result: BlockResult, earlier: Recorded, number: int) -> BlockResult:
+        """The result of a tile of a block that was recorded, after it went through the model with its count."""
         assert self._resume_log is not None
-        earlier = self._resume_log.blocks[number]
         same = np.array_equal(earlier.tokens.values, result.tokens.values)
         if not same or len(result.frames) != earlier.num_frames:
             raise ResumeError(
                 f"{self._resume_log.path} has other tokens for block {number} than this machine computes; remove it to start again."
             )
-        self._history = history_from_json(earlier.about["memory"])
         spent = {name: earlier.about[name] for name in ("passes", "seconds")}
         return result._replace(tokens=earlier.tokens, **spent)
 
@@ -471,95 +522,187 @@ def tokenize_side_by_side(
 
     Args:
       context: what all clips of the tokenizer share.
-      sessions: the clips; one is started when a slot is free.
-      batch: clips that go through the model at once. The next clip takes the slot of one that ends.
+      sessions: the clips; one is started when there is room for it.
+      batch: clips, or tiles of clips, that go through the model at once. The next clip takes the slots of one that ends.
     """
     waiting = iter(sessions)
     first = next(waiting, None)
     if first is None:
         return
-    scheduler = BatchScheduler(
-        context.codec,
-        context.weights,
-        batch=batch,
-        width=first.width,
-        weighted=first.layout.is_weighted,
+    slots = SlotPool(
+        lambda: BatchScheduler(
+            context.codec,
+            context.weights,
+            batch=batch,
+            width=first.width,
+            weighted=first.layout.is_weighted,
+        )
     )
-    waiting = itertools.chain([first], waiting)
-    running: _Running = {}
+    coming: EncodeSession | None = first
+    running: list[_ClipRun] = []
     try:
         while True:
-            for slot in scheduler.free_slots:
-                yield from _fill_slot(context, scheduler, slot, running, waiting)
-            if len(scheduler.free_slots) == batch:
+            yield from _advance(running)
+            while slots.free:
+                coming = coming or next(waiting, None)
+                if coming is None or (running and len(slots.free) < coming.slots_needed):
+                    break
+                coming.check_beside(first)
+                running.append(_ClipRun(coming, slots))
+                coming = None
+                yield from _advance(running)
+            if not running:
                 return
-            results = scheduler.step()
-            for slot, (session, _) in running.items():
-                session.note_passes(scheduler.passes(slot))
+            results = list(slots.step())
+            for run in running:
+                run.note_passes()
+            owners = {slot: run for run in running for slot in run.slots}
             for slot, result in results:
-                session, _ = running[slot]
-                yield session, session.record_result(result, scheduler)
+                run = owners[slot]
+                for whole in run.add(slot, result):
+                    yield run.session, whole
     finally:
-        for session, blocks in running.values():
-            blocks.close()  # type: ignore[attr-defined]
-            session.close()
+        for run in running:
+            run.close()
 
 
-# The clip in each slot, and its blocks that are still to come.
-_Running = dict[int, tuple[EncodeSession, Iterator[PendingBlock]]]
+def _advance(running: list["_ClipRun"]) -> Iterator[Progress]:
+    """Gives the free slots of clips their next blocks. Clips that have ended are removed."""
+    for run in list(running):
+        run.fill_slots()
+        if not run.has_ended:
+            continue
+        running.remove(run)
+        if run.error is None:
+            run.session.end()
+        run.close()
+        yield run.session, run.error
 
 
-def _fill_slot(
-    context: TokenizerContext,
-    scheduler: BatchScheduler,
-    slot: int,
-    running: _Running,
-    waiting: Iterator[EncodeSession],
-) -> Iterator[Progress]:
-    """Gives a free slot the next block of its clip, else the first block of the next clip; the slot stays free if no clip is left.
+class _OpenBlock(NamedTuple):
+    """A block that is under way: not all of its tiles are done."""
+
+    block: PendingBlock
+    gatherer: BlockGatherer
+    memories: dict[int, dict[str, Any]]  # tile -> the history of its searches after this block
+
+
+class _ClipRun:
+    """A clip that goes through the model: which slot each of its tiles has, and its blocks under way.
+
+    A tile has a slot, and with it a KV cache, for the whole clip. In a clip of one block, such as a picture, tiles take turns.
 
     Args:
-      context: what all clips of the tokenizer share.
-      scheduler: has the slots.
-      slot: the free one.
-      running: changed in place.
-      waiting: clips that have not started.
+      session: the clip.
+      slots: the slots that all clips share.
+
+    Attributes:
+      slots: the slots that the clip has now -> the tile in it.
+      error: what ended reading the clip; None: nothing did.
     """
-    while True:
-        if slot not in running:
-            session = next(waiting, None)
-            if session is None:
-                return
-            if session.width != scheduler.width:
-                raise ValueError(
-                    f"Clips that try {session.width} and {scheduler.width} counts in a call cannot share one; give all the same options."
-                )
-            if session.layout.is_weighted != scheduler.weighted:
-                raise ValueError(
-                    "Clips of several fits cannot share a batch; give all the same options."
-                )
-            running[slot] = session, session.start(scheduler, slot)
-        session, blocks = running[slot]
-        try:
-            block = next(blocks, None)
-        except MediaError as error:
-            del running[slot]
-            session.close()
-            yield session, error
-            continue
-        if block is not None:
-            number, window = session.num_done, context.codec.window_blocks
-            if context.when_full == "restart" and number % window == 0:
-                scheduler.forget(slot)
-            search = session.next_search(block)
-            scheduler.assign(
-                slot,
-                block.tile,
-                search,
-                metric=session.metric,
-                weights=session.layout.weights(0),
+
+    def __init__(self, session: EncodeSession, slots: SlotPool):
+        self.session, self._pool = session, slots
+        self.slots: dict[Slot, int] = {}
+        self.error: MediaError | None = None
+        self._blocks = session.start()
+        self._all_read = False
+        self._open: dict[int, _OpenBlock] = {}
+        self._next_read = self._next_done = session.first_block
+        # The block that each tile's slot has, or takes next.
+        self._at = [session.first_block] * session.layout.num_tiles
+        self._waiting = collections.deque(range(session.layout.num_tiles))  # tiles without a slot
+        if session.slots_needed > 1:
+            self._take(session.slots_needed)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no block is to come and none is under way."""
+        return self._all_read and not self._open
+
+    def fill_slots(self) -> None:
+        """Gives every free slot of the clip the next block of its tile, where it has come."""
+        single = self.session.slots_needed == 1
+        if single and self._waiting:
+            self._take(min(len(self._pool.free), len(self._waiting)))
+        for slot, tile in self.slots.items():
+            if slot.is_free and (block := self._block(self._at[tile])) is not None:
+                self._assign(slot, tile, block)
+        if not self._open:  # the tiles of a picture have no slot any more: reading ends here
+            self._block(self._next_read)
+
+    def add(self, slot: Slot, result: BlockResult) -> Iterator[BlockResult]:
+        """Adds what the model gave for the block in a slot; gives the blocks that are complete now."""
+        tile = self.slots[slot]
+        number = self._at[tile]
+        opened = self._open[number]
+        result, opened.memories[tile] = self.session.tile_result(tile, number, result)
+        opened.gatherer.add(tile, result)
+        self._at[tile] += 1
+        if self.session.num_blocks == 1:
+            del self.slots[slot]
+            self._pool.give_back(slot)
+        while (done := self._open.get(self._next_done)) is not None and done.gatherer.is_complete:
+            del self._open[self._next_done]
+            self._next_done += 1
+            yield self.session.record_result(done.gatherer.result(), done.memories, slot.scheduler)
+
+    def note_passes(self) -> None:
+        """Tells the session how many passes the block under way has taken."""
+        opened = self._open.get(self._next_done)
+        if opened is not None:
+            done = sum(part.passes for part in opened.gatherer.results.values())
+            at = (
+                slot.passes
+                for slot, tile in self.slots.items()
+                if self._at[tile] == self._next_done
             )
-            return
-        del running[slot]
-        session.end()
-        yield session, None
+            self.session.note_passes(done + sum(at))
+
+    def close(self) -> None:
+        """Ends reading, and frees the slots."""
+        self._blocks.close()  # type: ignore[attr-defined]
+        self.session.close()
+        for slot in self.slots:
+            self._pool.give_back(slot)
+        self.slots.clear()
+
+    def _take(self, count: int) -> None:
+        """Takes slots for tiles that have none."""
+        for slot in self._pool.take(count):
+            self.slots[slot] = self._waiting.popleft()
+            self.session.prepare(slot.scheduler)
+
+    def _block(self, number: int) -> PendingBlock | None:
+        """A block under way, or the next one that is read; None: it has not come, or may not be read yet."""
+        if number == self._next_read and not self._all_read and self._may_read:
+            try:
+                block = next(self._blocks, None)
+            except MediaError as error:
+                block, self.error = None, error
+            if block is None:
+                self._all_read = True
+            else:
+                gatherer = BlockGatherer(self.session.layout, block.frames)
+                self._open[number] = _OpenBlock(block, gatherer, {})
+                self._next_read += 1
+        opened = self._open.get(number)
+        return None if opened is None else opened.block
+
+    @property
+    def _may_read(self) -> bool:
+        """Whether a block more may be under way. One is read ahead where it need not be waited for, so that no slot waits for others."""
+        return len(self._open) < (1 if self.session.num_blocks is None else 2)
+
+    def _assign(self, slot: Slot, tile: int, block: PendingBlock) -> None:
+        session, number = self.session, self._at[tile]
+        pixels, expected = block.prepared.get(tile) or session.prepared(block.frames, tile)
+        if session.restarts_at(number):
+            slot.scheduler.forget(slot.number)
+        slot.scheduler.assign(
+            slot.number,
+            pixels,
+            session.next_search(tile, number, expected),
+            metric=session.metric,
+            weights=session.layout.weights(tile),
+        )

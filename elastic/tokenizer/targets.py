@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict
 
 from elastic.io.names import suggest_arguments
 from elastic.io.options import Check, at_least, check_options, option
-from elastic.io.read_options import exact_color_option, fit_option, reader_option
+from elastic.io.read_options import (
+    exact_color_option,
+    fit_option,
+    reader_option,
+    resolution_option,
+    tile_overlap_option,
+)
 from elastic.search import SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
@@ -38,6 +44,8 @@ class EncodeArguments(TypedDict, total=False):
     reader: str
     exact_color: bool
     fit: str
+    resolution: int | None
+    tile_overlap: int | None
     max_fraction: float
     fallback_fraction: float
     num_counts: int
@@ -123,6 +131,8 @@ class EncodeOptions:
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
     fit: str = fit_option()
+    resolution: int | None = resolution_option()
+    tile_overlap: int | None = tile_overlap_option()
     max_fraction: float = option(
         1.0, "share of a block's tokens that may be tried", flag="max_prop_codes", check=_SHARE
     )
@@ -142,6 +152,10 @@ class EncodeOptions:
         self._check_targets()
         # The search and the metric are looked up by name where they are made.
         check_options(self, open_choices=("search", "metric"))
+        if self.tile_overlap is not None and self.fit != "tile":
+            raise ValueError(
+                f"tile_overlap={self.tile_overlap} is for fit='tile', not for fit={self.fit!r}; leave it out."
+            )
         if self.psnr is not None and self.metric != "mse":
             raise ValueError(
                 f"psnr={self.psnr} is of squared errors; give threshold= with metric={self.metric!r}."

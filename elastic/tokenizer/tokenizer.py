@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from elastic import checkpoints
-from elastic.config import ElasticTokConfig, parse_dtype
+from elastic.config import ElasticTokConfig, check_resolution, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
 from elastic.io.names import model_name, suggest_arguments
@@ -24,11 +24,11 @@ from elastic.media import MediaError
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
 from elastic.search import CurvePrior, load_prior
-from elastic.tiles import crop_message
+from elastic.tiles import FrameLayout, crop_message
 from elastic.tokenizer import array_batch, arrays, hub
 from elastic.tokenizer.array_batch import TokenBatch
 from elastic.tokenizer.block_codec import Codec
-from elastic.tokenizer.clip_source import ClipLike, open_clip
+from elastic.tokenizer.clip_source import Clip, ClipLike, open_clip
 from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import check_batch
@@ -184,11 +184,14 @@ class ElasticTokenizer:
         reader: str = EncodeOptions.reader,
         exact_color: bool = EncodeOptions.exact_color,
         fit: str = EncodeOptions.fit,
+        resolution: int | None = None,
+        tile_overlap: int | None = None,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
         value_range: tuple[float, float] | None = None,
         layout: str | None = None,
+        batch: int = 1,
         progress: bool = False,
     ) -> TokenizedClip:
         """Tokens of a clip: a path, a picture of Pillow, or an array of NumPy, jax or torch.
@@ -213,11 +216,13 @@ class ElasticTokenizer:
             reader=reader,
             exact_color=exact_color,
             fit=fit,
+            resolution=resolution,
+            tile_overlap=tile_overlap,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
         )
-        session = self.open_session(_converted(source, value_range, layout), options)
+        session = self.open_session(_converted(source, value_range, layout), options, batch=batch)
         for _ in _shown(session, progress):  # frames of a block are dropped when the next one comes
             pass
         return session.tokens()
@@ -229,12 +234,13 @@ class ElasticTokenizer:
         *,
         value_range: tuple[float, float] | None = None,
         layout: str | None = None,
+        batch: int = 1,
         progress: bool = False,
         **options: Unpack[EncodeArguments],
     ) -> Reconstruction:
         """Encodes and decodes a clip in one go; arguments as for `encode`."""
         clip = _converted(source, value_range, layout)
-        session = self.open_session(clip, EncodeOptions(**options))
+        session = self.open_session(clip, EncodeOptions(**options), batch=batch)
         frames = np.concatenate([result.reconstruction for result in _shown(session, progress)])
         return Reconstruction(frames, session.tokens())
 
@@ -257,12 +263,15 @@ class ElasticTokenizer:
         reader: str = EncodeOptions.reader,
         exact_color: bool = EncodeOptions.exact_color,
         fit: str = EncodeOptions.fit,
+        resolution: int | None = None,
+        tile_overlap: int | None = None,
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
         record: str | os.PathLike | None = None,
         value_range: tuple[float, float] | None = None,
         layout: str | None = None,
+        batch: int = 1,
     ) -> EncodeSession:
         """As `encode`, block by block, in bounded memory: `for block in tokenizer.stream(reader, threshold=0.01)`.
 
@@ -285,7 +294,10 @@ class ElasticTokenizer:
           reader: who decodes a video file: 'pyav', or 'decord' where it is installed.
           exact_color: convert the colours of every video file with correct rounding.
           fit: what becomes of frames that are not square: 'crop' takes the middle; 'pad' takes all, with the border of the frame
-            repeated around it; 'stretch' squeezes all into a square. Decoding undoes 'pad' and 'stretch'.
+            repeated around it; 'stretch' squeezes all into a square; 'tile' covers all with squares that overlap, each a clip of its
+            own. Decoding gives the shape back.
+          resolution: with 'tile', the short side in pixels that frames are scaled to; 0: the clip's own; None: the model's.
+          tile_overlap: with 'tile', pixels that neighbouring tiles share at least; None: an eighth of a tile.
           fallback_fraction: share of a block's tokens kept where no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
           num_counts: counts that the search 'linear' spreads over the range.
@@ -294,6 +306,7 @@ class ElasticTokenizer:
           value_range: what the floats of an array mean, (0, 1) or (-1, 1): it is never guessed. None for uint8.
           layout: the axes of an array, such as 'TCHW' (T frames, C channels, H rows, W columns); None: channels last, or first
             where the last axis cannot be them.
+          batch: with 'tile', the tiles that go through the model at once: as many as fill the device.
 
         Raises:
           ValueError: the source cannot be read, or the options contradict each other.
@@ -314,21 +327,33 @@ class ElasticTokenizer:
             reader=reader,
             exact_color=exact_color,
             fit=fit,
+            resolution=resolution,
+            tile_overlap=tile_overlap,
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
         )
-        session = self.open_session(_converted(source, value_range, layout), options)
+        session = self.open_session(_converted(source, value_range, layout), options, batch=batch)
         if record is not None:
             session.open_resume_log(record)
         return session
 
-    def open_session(self, source: ClipLike, options: EncodeOptions) -> EncodeSession:
+    def open_session(
+        self, source: ClipLike, options: EncodeOptions, *, batch: int = 1
+    ) -> EncodeSession:
         """As `stream`, with the options as one record.
+
+        Args:
+          source: the clip.
+          options: what is read of it, and how its tokens are chosen.
+          batch: tiles that go through the model at once where the session is iterated over.
 
         Raises:
           ValueError: the source cannot be read, or the options do not fit the model.
         """
+        if options.fit != "tile":
+            check_resolution(options.resolution or 0, self.config)
+        check_batch(batch, self.mesh)
         clip = open_clip(
             source,
             self.config.resolution,
@@ -338,8 +363,10 @@ class ElasticTokenizer:
         )
         if clip.layout.fit == "crop":
             _tell_crop(clip.source, self.config.resolution)
+        if clip.layout.num_tiles > 1:
+            self._check_tiles(_name(source), clip)
         try:
-            budget = Budget.of(options, self.config, rate=clip.rate)
+            budget = Budget.of(options, self.config, rate=clip.rate, tiles=clip.layout.num_tiles)
         except ValueError as error:
             if options.bitrate is None:
                 raise
@@ -347,7 +374,7 @@ class ElasticTokenizer:
             raise MediaError(
                 f"{_name(source)} cannot have bitrate={options.bitrate}: {error}"
             ) from error
-        return EncodeSession(self._context, clip, options, budget=budget)
+        return EncodeSession(self._context, clip, options, budget=budget, batch=batch)
 
     @suggest_arguments
     def encode_many(
@@ -362,8 +389,8 @@ class ElasticTokenizer:
 
         Args:
           sources: the clips; one is opened when its turn comes.
-          batch: clips that go through the model at once: as many as fill the device. Each has its own cache and its own search, and
-            the next clip takes the place of one that ends.
+          batch: clips, or tiles of clips, that go through the model at once: as many as fill the device. Each has its own cache and
+            its own search, and the next clip takes the place of one that ends.
           record: names each clip's file of `stream`; a file of another run is replaced.
           options: those of `stream`, for every clip.
 
@@ -414,7 +441,7 @@ class ElasticTokenizer:
 
         Args:
           sessions: the clips, as `stream` gives them.
-          batch: clips that go through the model at once.
+          batch: clips, or tiles of clips, that go through the model at once.
 
         Raises:
           ValueError: the mesh does not divide the batch, or a budget is to be spent by more than one clip at once.
@@ -540,18 +567,20 @@ class ElasticTokenizer:
         )
 
     def decode(
-        self, tokens: TokenizedClip | str | os.PathLike, *, progress: bool = False
+        self, tokens: TokenizedClip | str | os.PathLike, *, progress: bool = False, batch: int = 1
     ) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """The frames of a token record or of its file; a picture is a clip of one frame.
 
         Args:
           tokens: a record, or a file: tokens.npz, tokens.part, or a shard of one clip.
           progress: show a bar.
+          batch: tiles of a block that go through the model at once.
         """
         if not isinstance(tokens, TokenizedClip):
             tokens = load_clip(tokens) or tokens
-        total = len(tokens) if isinstance(tokens, TokenizedClip) else None
-        return np.concatenate(list(_bar(self.decode_stream(tokens), progress, total)))
+        total = tokens.num_blocks if isinstance(tokens, TokenizedClip) else None
+        blocks = self.decode_stream(tokens, batch=batch)
+        return np.concatenate(list(_bar(blocks, progress, total)))
 
     def decode_stream(
         self,
@@ -559,6 +588,7 @@ class ElasticTokenizer:
         *,
         follow: bool = False,
         patience: float | None = None,
+        batch: int = 1,
     ) -> Iterator[UInt8[np.ndarray, "n rows columns 3"]]:
         """The frames of a token record, block by block, the last one trimmed to its true length.
 
@@ -566,6 +596,7 @@ class ElasticTokenizer:
           tokens: a record, a file as for `decode`, or the one that `stream(record=...)` writes, finished or not.
           follow: of such a file, wait for the blocks that are still to come.
           patience: seconds to wait for one; None: for ever.
+          batch: tiles of a block that go through the model at once.
 
         Raises:
           ValueError: the tokens were made by a model of another shape, or the file cannot be read.
@@ -574,11 +605,13 @@ class ElasticTokenizer:
             tokens = load_clip(tokens) or tokens
         if isinstance(tokens, TokenizedClip):
             header, blocks = vars(tokens), blocks_of(tokens)
-            num_blocks = len(tokens.blocks)
+            num_blocks = tokens.num_blocks
         else:
-            num_blocks = None
             header, recorded = read_token_stream(tokens, follow=follow, patience=patience)
             blocks = ((block.tokens, block.num_frames) for block in recorded)
+            frames = header.get("num_frames")  # None where they arrived one by one
+            num_blocks = -(-frames // self.config.frames_per_block) if frames else None
+        layout = layout_in(header)
         check_maker(
             header,
             self.config,
@@ -592,7 +625,8 @@ class ElasticTokenizer:
             window_blocks=header["window_blocks"],
             context=header["context"],
             num_blocks=num_blocks,
-            layout=layout_in(header),
+            layout=layout,
+            batch=batch,
         )
 
     @property
@@ -606,6 +640,21 @@ class ElasticTokenizer:
             f"of {config.frames_per_block} frames at {config.resolution}x{config.resolution}, {self.window_blocks} blocks of context, "
             f"{self.codec.dtype})"
         )
+
+    def _check_tiles(self, name: str, clip: Clip) -> None:
+        """Says once for each layout how many tiles there are and what their caches take; refuses caches that cannot fit."""
+        layout, frames = clip.layout, self.config.frames_per_block
+        num_blocks = None if clip.num_frames is None else -(-clip.num_frames // frames)
+        per_tile = self.codec.cached_blocks(num_blocks) * self.codec.trial_bytes()
+        shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.cache_shards()
+        needed, limit = layout.num_tiles * per_tile, meshes.memory_limit(self.mesh)
+        if limit is not None and needed // shards > limit:
+            raise MediaError(
+                f"{name} has {layout.num_tiles} tiles, whose caches take {per_tile / 1e6:,.1f} MB each, {needed / 1e9:.1f} GB in all, "
+                f"and there are {limit * shards / 1e9:.1f}; give a smaller resolution=, hold fewer blocks (window_blocks=, on the "
+                "command line --max_blocks_per_chunk), or split them over more devices."
+            )
+        _tell_tiles(layout, per_tile)
 
     @functools.cached_property
     def _context(self) -> TokenizerContext:
@@ -653,6 +702,23 @@ def _tell_crop(source: tuple[int, int], resolution: int) -> None:
     message = crop_message(source, resolution)
     if message is not None:
         log.info("%s", message)
+
+
+@functools.cache
+def _tell_tiles(layout: FrameLayout, bytes_per_tile: int) -> None:
+    """Says once for each layout what becomes of a frame."""
+    total = layout.num_tiles * bytes_per_tile
+    caches = f"; their KV caches take {total / 1e6:,.0f} MB ({bytes_per_tile / 1e6:,.1f} MB a tile)"
+    log.info(
+        "%dx%d: %d tiles of %dx%d (%d by %d)%s",
+        *layout.frame,
+        layout.num_tiles,
+        layout.tile,
+        layout.tile,
+        len(layout.lefts),
+        len(layout.tops),
+        caches if total else "",
+    )
 
 
 def _name(source: ClipLike) -> str:

@@ -1,5 +1,8 @@
 """A budget of tokens for a clip, or for each stretch of a long one: measured first, then spent where it lowers the error most.
 
+Where frames lie in several tiles, the tiles of all blocks of a stretch share the budget, and the error of a tile counts by its share of
+the frame.
+
 Each stretch is tokenized twice. In the first pass every block gets the same count, and a few other counts are measured: this gives the
 rate curves from which `elastic.search.allocation` splits the budget. The second pass carries out the split. There a block has another
 context than in the first pass, so the curves are a forecast. Where the error is higher than with equal counts, the result of the first
@@ -8,9 +11,9 @@ pass is taken.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import jax
@@ -22,7 +25,9 @@ from elastic.config import ElasticTokConfig
 from elastic.metrics import Metric
 from elastic.search import geometric_counts, make_search
 from elastic.search.allocation import allocate, counts_to_measure, price_of, tabulate
+from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec, CodecCache
+from elastic.tokenizer.frame_tiles import BlockGatherer, to_tile
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import BatchScheduler
 from elastic.tokenizer.targets import EncodeOptions, tokens_of_bitrate
@@ -36,10 +41,10 @@ class Budget:
     """The tokens that a clip may spend.
 
     Attributes:
-      avg_tokens: mean tokens of a block, at most.
+      avg_tokens: mean tokens of a block, at most; of a tile of a block where there are several.
       smallest, largest: the range of a block's count.
-      delay_blocks: blocks in a stretch. They are held in memory, and a block's tokens come at most so many blocks late. The next
-        stretch may spend what a stretch leaves over.
+      delay_blocks: blocks in a stretch, where a tile counts as a block. They are held in memory, and a block's tokens come at most so
+        many blocks late. The next stretch may spend what a stretch leaves over.
       num_counts: counts measured for each block, most of them near its likely count. More counts find a better split; each
         costs a pass.
 
@@ -62,7 +67,7 @@ class Budget:
 
     @classmethod
     def of(
-        cls, options: EncodeOptions, config: ElasticTokConfig, *, rate: float
+        cls, options: EncodeOptions, config: ElasticTokConfig, *, rate: float, tiles: int = 1
     ) -> "Budget | None":
         """The budget that options ask for; None where they ask for a threshold or a fixed count.
 
@@ -70,6 +75,7 @@ class Budget:
           options: `avg_tokens` or `bitrate`, and how it is spent.
           config: the model.
           rate: frames per second of the clip; 0 for an image.
+          tiles: tiles of a frame, which share a bitrate.
 
         Raises:
           ValueError: the model cannot spend so much or so little, or a bitrate is given for an image.
@@ -78,7 +84,7 @@ class Budget:
             return None
         mean = options.avg_tokens
         if options.bitrate is not None:
-            mean = tokens_of_bitrate(options.bitrate, rate, config)
+            mean = tokens_of_bitrate(options.bitrate, rate, config) / tiles
         assert mean is not None
         limits = options.search_options(config, width=1)
         return cls(
@@ -106,57 +112,61 @@ def spend(
     blocks: Iterable[UInt8[np.ndarray, "n rows columns 3"]],
     budget: Budget,
     *,
+    layout: FrameLayout,
     width: int = 1,
     restart: bool = False,
     metric: Metric | None = None,
     on_passes: Callable[[int], None] | None = None,
     num_blocks: int | None = None,
-    pixel_weights: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[BlockResult]:
     """Tokenizes the blocks of a clip under a budget. Over each stretch the error is never above that of equal counts.
 
     Args:
       codec: the programs of the model.
       weights: the parameters as `Codec.stored` gives them.
-      blocks: the clip, uint8; only the last block may be short.
+      blocks: the whole frames of the clip, uint8; only the last block may be short.
       budget: the tokens that may be spent.
+      layout: how the frames lie in tiles.
       width: counts measured in one call of the model.
       restart: whether the context is emptied whenever the window is full.
-      metric: the loss of a block; None: the mean squared error.
-      on_passes: called after each call of the model with its number of passes; a block takes `passes_per_block`.
+      metric: the loss of a tile of a block; None: the mean squared error.
+      on_passes: called after each call of the model with its number of passes; a tile of a block takes `passes_per_block`.
       num_blocks: how many blocks there are; None: not known.
-      pixel_weights: what the rows and columns of a frame weigh in its error; None: all the same.
     """
-    cache, first, left = codec.new_cache(num_blocks=num_blocks), 0, 0.0
+    tiles, first, left = layout.num_tiles, 0, 0.0
+    shares = [layout.share(tile) for tile in range(tiles)]
+    caches = [codec.new_cache(num_blocks=num_blocks) for _ in shares]
     source = iter(blocks)
-    while stretch := list(islice(source, budget.delay_blocks)):
-        walk = _Walk(
-            codec, weights, stretch, first, width, restart, metric, on_passes, pixel_weights
-        )
-        kept = jax.tree.map(jnp.copy, cache)  # committing donates the cache it is given
-        equal, curves, equal_cache = walk.measure(kept, budget)
-        available = math.floor(budget.avg_tokens * len(stretch) + left)
+    while stretch := list(itertools.islice(source, max(1, budget.delay_blocks // tiles))):
+        walk = _Walk(codec, weights, stretch, first, width, restart, metric, on_passes, layout)
+        kept = [jax.tree.map(jnp.copy, cache) for cache in caches]  # committing donates its cache
+        equal, curves, equal_caches = walk.measure(kept, budget)
+        available = math.floor(budget.avg_tokens * len(curves) + left)
         counts = allocate(
             curves,
             available,
             smallest=budget.smallest,
             largest=budget.largest,
-            weights=[len(frames) for frames in stretch],
+            weights=[len(frames) * share for frames in stretch for share in shares],
         )
-        results, cache = walk.commit(cache, counts)
-        if not _error(results) <= _error(equal):
-            results, cache = equal, equal_cache
+        results, caches = walk.commit(caches, counts)
+        if not _error(results, shares) <= _error(equal, shares):
+            results, caches = equal, equal_caches
         left = available - sum(result.tokens.num_kept for result in results)
         first += len(stretch)
-        for result, curve in zip(results, curves, strict=True):
-            yield result._replace(passes=len(curve) + 1)
+        for number, frames in enumerate(stretch):
+            block = BlockGatherer(layout, frames)
+            for tile, at in enumerate(range(number * tiles, (number + 1) * tiles)):
+                block.add(tile, results[at]._replace(passes=len(curves[at]) + 1))
+            yield block.result()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
     """One stretch of a clip: its blocks, the number of the first, and how they are tokenized.
 
-    `first` is a block number in the clip; the other fields are arguments of `spend`.
+    `first` is a block number in the clip; the other fields are arguments of `spend`. Lists of results and counts have an entry for
+    each tile of each block: a block's tiles one after the other. Caches are those of the tiles.
     """
 
     codec: Codec
@@ -167,34 +177,37 @@ class _Walk:
     restart: bool
     metric: Metric | None
     on_passes: Callable[[int], None] | None
-    pixel_weights: tuple[np.ndarray, np.ndarray] | None
+    layout: FrameLayout
 
     def measure(
-        self, cache: CodecCache, budget: Budget
-    ) -> tuple[list[BlockResult], list[dict[int, float]], CodecCache]:
-        """The first pass: every block with the equal count, the rate curve of each, and the cache after the last one."""
+        self, caches: list[CodecCache], budget: Budget
+    ) -> tuple[list[BlockResult], list[dict[int, float]], list[CodecCache]]:
+        """The first pass: everything with the equal count, its rate curves, and the caches after the last block."""
         results, curves, tables = [], [], []
-        scheduler = self._scheduler(cache)
+        schedulers = [self._scheduler(cache) for cache in caches]
         for number, frames in enumerate(self.stretch, self.first):
-            self._assign(scheduler, number, frames, budget.equal)
-            curve = _sampled(functools.partial(scheduler.losses_of, 0), budget, self.width, tables)
-            ((_, result),) = scheduler.step()
-            results.append(result)
-            curves.append(curve | result.tried)
-            tables.append(tabulate(curves[-1], budget.smallest, budget.largest))
-        return results, curves, scheduler.cache
+            for tile, scheduler in enumerate(schedulers):
+                self._assign(scheduler, number, frames, tile, budget.equal)
+                losses_of = functools.partial(scheduler.losses_of, 0)
+                curve = _sampled(losses_of, budget, self.width, tables)
+                ((_, result),) = scheduler.step()
+                results.append(result)
+                curves.append(curve | result.tried)
+                tables.append(tabulate(curves[-1], budget.smallest, budget.largest))
+        return results, curves, [scheduler.cache for scheduler in schedulers]
 
-    def commit(self, cache: CodecCache, counts: list[int]) -> tuple[list[BlockResult], CodecCache]:
-        """The second pass: every block with its own count, and the cache after the last one."""
-        results = []
-        scheduler = self._scheduler(cache)
-        for number, (frames, count) in enumerate(
-            zip(self.stretch, counts, strict=True), self.first
-        ):
-            self._assign(scheduler, number, frames, count)
-            ((_, result),) = scheduler.step()
-            results.append(result)
-        return results, scheduler.cache
+    def commit(
+        self, caches: list[CodecCache], counts: list[int]
+    ) -> tuple[list[BlockResult], list[CodecCache]]:
+        """The second pass: everything with its own count, and the caches after the last block."""
+        results, left = [], iter(counts)
+        schedulers = [self._scheduler(cache) for cache in caches]
+        for number, frames in enumerate(self.stretch, self.first):
+            for tile, scheduler in enumerate(schedulers):
+                self._assign(scheduler, number, frames, tile, next(left))
+                ((_, result),) = scheduler.step()
+                results.append(result)
+        return results, [scheduler.cache for scheduler in schedulers]
 
     def _scheduler(self, cache: CodecCache) -> BatchScheduler:
         return BatchScheduler(
@@ -203,17 +216,23 @@ class _Walk:
             width=self.width,
             cache=cache,
             on_passes=self.on_passes,
-            weighted=self.pixel_weights is not None,
+            weighted=self.layout.is_weighted,
         )
 
     def _assign(
-        self, scheduler: BatchScheduler, number: int, frames: np.ndarray, count: int
+        self, scheduler: BatchScheduler, number: int, frames: np.ndarray, tile: int, count: int
     ) -> None:
         if self.restart and number % self.codec.window_blocks == 0:
             scheduler.forget(0)
         most = self.codec.config.tokens_per_block
         search = make_search("fixed", min_kept=1, max_kept=most, num_tokens=count, width=self.width)
-        scheduler.assign(0, frames, search, metric=self.metric, weights=self.pixel_weights)
+        scheduler.assign(
+            0,
+            to_tile(self.layout, frames, tile),
+            search,
+            metric=self.metric,
+            weights=self.layout.weights(tile),
+        )
 
 
 def _sampled(
@@ -250,6 +269,9 @@ def _sampled(
     return curve
 
 
-def _error(results: list[BlockResult]) -> float:
-    """The sum of the losses over the frames."""
-    return math.fsum(result.tokens.loss * len(result.frames) for result in results)
+def _error(results: list[BlockResult], shares: Sequence[float]) -> float:
+    """The sum of the losses over the frames, each tile by its share of the frame."""
+    return math.fsum(
+        share * result.tokens.loss * len(result.frames)
+        for share, result in zip(itertools.cycle(shares), results, strict=False)
+    )

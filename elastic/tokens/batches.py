@@ -11,8 +11,11 @@ The count makes a separator between blocks unnecessary. The ids are
     4 + tokens_per_block ...            FSQ: the token's index, as an id. VAE: one id, `vector`, for every token;
                                         the vectors are an array of their own.
 
-A clip longer than a sequence is cut into pieces of whole blocks. The second and later pieces start with CONTINUE, and only
-the last one ends with END. Grain's first-fit packing puts several pieces into each sequence.
+The tiles of a block of a clip with fit='tile' follow each other, each with its count; `tile_ids` and `tile_places` say which tile a
+position belongs to, and where it lies in the frame.
+
+A clip longer than a sequence is cut into pieces of whole blocks, or tiles of them. The second and later pieces start with CONTINUE,
+and only the last one ends with END. Grain's first-fit packing puts several pieces into each sequence.
 """
 
 import dataclasses
@@ -48,6 +51,12 @@ class TokenBatch(NamedTuple):
     vectors: (
         Float[np.ndarray, "b s d"] | None
     )  # VAE: the token's vector, zeros at other ids; FSQ: None
+    tile_ids: Int[
+        np.ndarray, "b s"
+    ]  # number of the tile in its block; 0 where a frame has one tile
+    tile_places: Int[
+        np.ndarray, "b s 2"
+    ]  # first row and first column of the tile in the frame, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,7 @@ class Pieces:
                 f"use {longest} or more."
             )
         self._shards = shards
+        self._starts = shards.tile_starts()
         # int64 [pieces, (clip, first block, stop, blocks of the clip)]
         self._cuts = np.array(
             [
@@ -170,8 +180,12 @@ class Pieces:
         counts = np.array([block.num_kept for block in blocks])
         # BEGIN belongs to the block after it, END to the one before it.
         numbers = np.repeat(np.arange(first, stop, dtype=np.int32), counts + 1)
-        block_ids = np.pad(numbers, (1, len(tokens) - len(numbers) - 1), mode="edge")
-        piece = {"tokens": tokens, "block_ids": block_ids}
+        numbers = np.pad(numbers, (1, len(tokens) - len(numbers) - 1), mode="edge")
+        rows, columns = self._starts[which]
+        places = np.array([(row, column) for row in rows for column in columns], np.int32)
+        block_ids, tile_ids = np.divmod(numbers, np.int32(len(places)))
+        piece = {"tokens": tokens, "block_ids": block_ids, "tile_ids": tile_ids}
+        piece["tile_places"] = places[tile_ids]
         if self.vocabulary.codebook_size is None:
             width = self._shards.header["vector_width"]
             piece["vectors"] = np.zeros((len(tokens), width), np.float32)
@@ -219,12 +233,12 @@ def token_batches(
             f"have {len(pieces)} pieces to share."
         )
     order = grain.MapDataset.source(pieces).shuffle(seed)[process_index::process_count]
-    lengths = {"tokens": sequence_length, "block_ids": sequence_length}
+    names = ["tokens", "block_ids", "tile_ids", "tile_places"]
     if pieces.vocabulary.codebook_size is None:
-        lengths["vectors"] = sequence_length
+        names.append("vectors")
     packed = FirstFitPackIterDataset(
         order.repeat(num_epochs).to_iter_dataset(),
-        length_struct=lengths,
+        length_struct=dict.fromkeys(names, sequence_length),
         num_packing_bins=max(packing_bins, batch_size),
         seed=seed,
     )
@@ -305,6 +319,8 @@ def _finish(packed: dict[str, np.ndarray]) -> TokenBatch:
         block_ids=packed["block_ids"],
         loss_mask=tokens >= END,
         vectors=packed.get("vectors"),
+        tile_ids=packed["tile_ids"],
+        tile_places=packed["tile_places"],
     )
 
 

@@ -12,6 +12,7 @@ float32 [tokens, d] hold the blocks one after the other. `npz_file.py` adds and 
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import os
@@ -123,10 +124,11 @@ class TokenizedClip:
     """A clip as tokens; together with the model that made them, this is all that decoding needs.
 
     Attributes:
-      blocks: the tokens, block by block.
+      blocks: the tokens, block by block. With fit='tile' there is an entry for each tile of a block: a block's tiles stand one after
+        the other, in the order of `layout.places`.
       bottleneck_type: 'fsq' or 'vae'.
       codebook_size: number of FSQ codes; None for VAE.
-      tokens_per_block: tokens of a full block.
+      tokens_per_block: tokens of a full block, of one tile.
       frames_per_block: frames of a full block.
       num_frames: frames of the clip; the last block may be padded beyond them.
       is_image: one picture, which fills one block.
@@ -142,9 +144,10 @@ class TokenizedClip:
       weights: fingerprint of that model's weights (`elastic.checkpoints.fingerprint`); () if it is not known.
       pixel_aspect: width and height of the original's pixels as stored, such as (32, 27); (1, 1) if they are square.
       transfer: 'pq' or 'hlg' if the original has high dynamic range, which was tone-mapped to SDR; else 'sdr'.
-      fit: what became of frames that are not square: 'crop', 'pad' or 'stretch', as in `elastic.tiles.FrameLayout`.
+      fit: what became of frames that are not square: 'crop', 'pad', 'stretch' or 'tile', as in `elastic.tiles.FrameLayout`.
       frame: (width, height) of the decoded frames; with 'crop' the square of `resolution`, whatever is given.
-      tile_rows, tile_columns: the first row, and the first column, of the tile in the frame; negative where a border is around it.
+      tile_rows, tile_columns: the first row of each row of tiles in the frame, and the first column of each column of tiles;
+        negative where a border is around the frame.
       token_order: the order of a slice's tokens: 'raster', or 'coarse_to_fine'; `raster_places` undoes it.
       patch_size: frames, rows and columns of a token's patch; () if it is not known, which the raster order does not need.
 
@@ -218,7 +221,9 @@ class TokenizedClip:
                 object.__setattr__(self, name, value)
         for name in ("frame", "tile_rows", "tile_columns", "patch_size"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        require(self.layout.num_tiles == 1, f"{self.layout.num_tiles} tiles must be 1.")
+        require(
+            self.num_tiles >= 1, "There is no tile."
+        )  # the layout refuses tiles that do not cover the frame
         require(
             self.token_order == "raster" or self._slice_shape is not None,
             f"patch_size={self.patch_size} must divide a block into tokens_per_block={self.tokens_per_block} tokens.",
@@ -226,8 +231,18 @@ class TokenizedClip:
 
     @property
     def layout(self) -> FrameLayout:
-        """How the frames lie in the tile that the model sees."""
+        """How the frames lie in the tiles that the model sees."""
         return layout_in(vars(self))
+
+    @functools.cached_property
+    def num_tiles(self) -> int:
+        """Tiles of a frame; each has an entry of `blocks` in every block."""
+        return self.layout.num_tiles
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the clip: entries of `blocks` over tiles of a frame."""
+        return len(self.blocks) // self.num_tiles
 
     @property
     def _slice_shape(self) -> tuple[int, int] | None:
@@ -242,10 +257,11 @@ class TokenizedClip:
         return (rows, columns) if slices * rows * columns == self.tokens_per_block else None
 
     def _check_frames(self) -> None:
-        expected = -(-self.num_frames // self.frames_per_block)
+        expected = -(-self.num_frames // self.frames_per_block) * self.num_tiles
+        tiles = "" if self.num_tiles == 1 else f" ({self.num_tiles} tiles each)"
         require(
             self.num_frames >= 1 and expected == len(self.blocks),
-            f"num_frames={self.num_frames} must fill {len(self.blocks)} blocks of "
+            f"num_frames={self.num_frames} must fill {len(self.blocks)} blocks{tiles} of "
             f"{self.frames_per_block} frames, the last at least in part.",
         )
         require(
@@ -290,7 +306,7 @@ class TokenizedClip:
 
     @property
     def counts(self) -> np.ndarray:
-        """Tokens kept in each block, int32 [blocks]."""
+        """Tokens kept in each block, int32 [blocks]; with tiles in each tile of each block."""
         return np.array([block.num_kept for block in self.blocks], np.int32)
 
     @property
@@ -300,7 +316,7 @@ class TokenizedClip:
 
     @property
     def mean_tokens(self) -> float:
-        """Tokens per block."""
+        """Tokens per block; with tiles per tile of a block."""
         return self.num_tokens / len(self.blocks)
 
     @property
@@ -384,7 +400,7 @@ class TokenizedClip:
         }
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """The number of blocks; with tiles that of all tiles of all blocks."""
         return len(self.blocks)
 
     def __iter__(self) -> Iterator[BlockTokens]:
@@ -411,19 +427,26 @@ class TokenizedClip:
             start == 0 and step == 1 and stop > 0,
             f"Blocks {start}:{stop}:{step} are no clip: a block needs those before it; take the first ones, as in tokens[:3].",
         )
-        frames = min(self.num_frames, stop * self.frames_per_block)
+        blocks, rest = divmod(stop, self.num_tiles)
+        require(
+            rest == 0,
+            f"{stop} tiles are no whole blocks of {self.num_tiles} tiles; take tokens[:{max(1, blocks) * self.num_tiles}].",
+        )
+        frames = min(self.num_frames, blocks * self.frames_per_block)
         return dataclasses.replace(self, blocks=self.blocks[:stop], num_frames=frames)
 
     def truncate(self, num_tokens: SupportsIndex | Sequence[int] | np.ndarray) -> "TokenizedClip":
         """The same clip with at most `num_tokens` tokens a block: one number for all blocks, or one for each.
 
+        With tiles the numbers are those of a tile: one for each tile of each block, as [blocks x tiles] or [blocks, tiles].
         Blocks that lose tokens have a loss of NaN and no longer meet the threshold.
 
         Raises:
           ValueError: a number is below 1, or there are more or fewer numbers than blocks.
         """
         given = np.asarray(num_tokens)
-        counts = np.atleast_1d(given)
+        tiled = given.shape == (self.num_blocks, self.num_tiles)
+        counts = given.reshape(-1) if tiled else np.atleast_1d(given)
         require(
             counts.dtype.kind in "iu" and counts.ndim == 1,
             f"num_tokens={num_tokens!r} must be a whole number, or one for each block.",
@@ -490,9 +513,10 @@ class TokenizedClip:
     def __repr__(self) -> str:
         kind = "image" if self.is_image else f"{self.num_frames} frames at {self.rate:g}/s"
         met = sum(block.met_threshold for block in self.blocks)
+        tiles = "" if self.num_tiles == 1 else f" of {self.num_tiles} tiles"
         return (
             f"TokenizedClip({self.bottleneck_type}, {kind}, {'x'.join(map(str, self.frame))}, "
-            f"{self.num_tokens} tokens in {len(self.blocks)} blocks of up to "
+            f"{self.num_tokens} tokens in {self.num_blocks} blocks{tiles} of up to "
             f"{self.tokens_per_block}, {met} met)"
         )
 

@@ -9,7 +9,8 @@ before November 2026 lack the last two), `bits` (of all tokens); lists with one 
 starts in `tokens`), `losses`, `met`; and `tokens`: uint16 (uint32 above 65,536 codes), or for the VAE float32, `vector_width` numbers
 per token.
 Where frames are not cropped, the header has `fit`, and a row has `frame_width` and `frame_height` of the decoded frames and the lists
-`tile_rows` and `tile_columns`, with the first row and the first column of the tile in them.
+`tile_rows` and `tile_columns`, with the first row of each row of tiles and the first column of each column of tiles in them. Lists
+with one entry per block then have one for each tile of a block: a block's tiles one after the other, row after row.
 Fields that all rows share are JSON in the file's metadata, under the key `elastictok`. Any Parquet reader works:
 
     table = pyarrow.parquet.read_table("shard-00000.parquet")
@@ -150,17 +151,22 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
 def _cut(clip: TokenizedClip) -> list[tuple[int, int]]:
     """The blocks of each row of a clip: (first, stop)."""
     cuts, first, numbers = [], 0, 0
-    for number, block in enumerate(clip.blocks):
-        if numbers + block.values.size > _ROW_NUMBERS and number > first:
+    tiles = clip.num_tiles
+    for number in range(0, len(clip.blocks), tiles):
+        size = sum(part.values.size for part in clip.blocks[number : number + tiles])
+        if numbers + size > _ROW_NUMBERS and number > first:
             cuts.append((first, number))
             first, numbers = number, 0
-        numbers += block.values.size
+        numbers += size
     return [*cuts, (first, len(clip.blocks))]
 
 
 def _part(clip: TokenizedClip, start: int, stop: int) -> TokenizedClip:
-    """The clip that consists of some blocks of a clip."""
-    frames = [min(block * clip.frames_per_block, clip.num_frames) for block in (start, stop)]
+    """The clip that consists of some entries of a clip's blocks, whole blocks of all tiles."""
+    frames = [
+        min(block // clip.num_tiles * clip.frames_per_block, clip.num_frames)
+        for block in (start, stop)
+    ]
     return dataclasses.replace(
         clip, blocks=clip.blocks[start:stop], num_frames=frames[1] - frames[0]
     )
@@ -309,6 +315,21 @@ class TokenShards:
         blocks = tuple(block for part in parts for block in part.blocks)
         num_frames = sum(part.num_frames for part in parts)
         return dataclasses.replace(parts[0], blocks=blocks, num_frames=num_frames)
+
+    def tile_starts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """For each clip, the first row of each row of tiles and the first column of each column of tiles, in pixels."""
+        found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        for shard in self._shards:
+            if shard.header.get("fit", "crop") == "crop":
+                found += [((0,), (0,))] * (len(shard.clips) - 1)
+                continue
+            with _named(shard.path), _parquet(shard.path) as file:
+                _check_same_rows(file, shard)
+                names = list(_LAYOUT_COLUMNS[2:])
+                table = file.read(columns=names, use_threads=False).take(shard.clips[:-1])
+            rows, columns = (table[name].to_pylist() for name in names)
+            found += [(tuple(r), tuple(c)) for r, c in zip(rows, columns, strict=True)]
+        return found
 
     def blocks(self, number: int, first: int, stop: int) -> tuple[BlockTokens, ...]:
         """Blocks `first` to `stop` (not included) of a clip. Of a clip of several rows, only those with these blocks are read.

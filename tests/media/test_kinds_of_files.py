@@ -168,7 +168,12 @@ RECORDS = pytest.mark.parametrize(
 def test_every_record_says_who_decodes_and_how_colours_are_converted(record, monkeypatch):
     defaults = dict(READ_DEFAULTS)
     if isinstance(record(), DataConfig):
-        del defaults["fit"]  # training takes the middle square, or crops
+        for name in (
+            "fit",
+            "resolution",
+            "tile_overlap",
+        ):  # training takes the middle square, or crops
+            del defaults[name]
     assert {name: getattr(record(), name) for name in defaults} == defaults
     assert record(exact_color=True).exact_color
     with pytest.raises(ValueError, match="reader='opencv' must be one of pyav, decord"):

@@ -97,7 +97,7 @@ def test_cropping_is_told_once_for_a_size(tokenizer, wide, caplog):
             tokenizer.encode(wide[:1, :31], num_tokens=8)
             tokenizer.encode(wide[:1, :31], num_tokens=8, fit="pad")
             tokenizer.encode(wide[:1, :32, :32], num_tokens=8)
-    assert caplog.messages == ["48x31: the middle 31x31, scaled to 32x32; --fit=pad keeps all"]
+    assert caplog.messages == ["48x31: the middle 31x31, scaled to 32x32; --fit=tile keeps all"]
 
 
 def test_a_fit_that_there_is_not_and_a_reader_of_another_fit_are_refused(tokenizer, wide, golden):

@@ -25,7 +25,7 @@ def write_shards(folder, size, clips=60):
 
 
 def segments(batches):
-    """Each piece of packed batches: ids, positions, blocks, loss mask, vectors."""
+    """Each piece of packed batches: ids, positions, blocks, loss mask, vectors, tiles and their places."""
     for batch in batches:
         for row in range(len(batch.tokens)):
             ids = batch.segment_ids[row]
@@ -41,9 +41,11 @@ def segments(batches):
 def collect(vocabulary, clips, batches):
     """{clip: its blocks from all pieces}, each piece checked."""
     found = collections.defaultdict(dict)
-    for ids, _, positions, block_ids, mask, vectors in segments(batches):
+    for ids, _, positions, block_ids, mask, vectors, tile_ids, places in segments(batches):
         np.testing.assert_array_equal(positions, np.arange(len(ids)))
         np.testing.assert_array_equal(mask, ~np.isin(ids, [PAD, BEGIN, CONTINUE]))
+        assert not tile_ids.any()
+        assert not places.any()
         blocks = vocabulary.blocks(ids, vectors)
         number, first = map(int, blocks[0].values.flat[:2])
         assert ids[0] == (CONTINUE if first else BEGIN)

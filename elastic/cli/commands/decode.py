@@ -24,6 +24,8 @@ def decode(flags: app.Values) -> int:
         window_blocks=tokens.window_blocks,
     )
     load_model.log_model(tokenizer)
-    decode_files.decode_to_file(tokenizer, tokens, flags["output_path"], follow=flags["follow"])
+    decode_files.decode_to_file(
+        tokenizer, tokens, flags["output_path"], follow=flags["follow"], batch=flags["batch"]
+    )
     app.log.info("%s -> %s", tokens, flags["output_path"])
     return 0

@@ -41,6 +41,8 @@ def evaluate(flags: app.Values) -> int:
         reader=flags["reader"],
         exact_color=flags["exact_color"],
         fit=flags["fit"],
+        resolution=flags["resolution"],
+        tile_overlap=flags["tile_overlap"],
         pictures=_LADDERS,
         codecs=tuple(app.words(flags["codec"])),
     )

@@ -125,6 +125,12 @@ def _file(path: pathlib.Path) -> dict[str, Any]:
     return about
 
 
+def _tiles(clip: "TokenizedClip") -> str:
+    """How many tiles a frame has, if it has several."""
+    columns, rows = len(clip.tile_columns), len(clip.tile_rows)
+    return "" if clip.num_tiles == 1 else f" of {clip.num_tiles} tiles ({columns} by {rows})"
+
+
 def _clip(clip: "TokenizedClip", path: pathlib.Path) -> dict[str, Any]:
     counts, width, height = clip.counts, *clip.source
     about: dict[str, Any] = {
@@ -135,7 +141,8 @@ def _clip(clip: "TokenizedClip", path: pathlib.Path) -> dict[str, Any]:
         "decodes to": "x".join(map(str, clip.frame))
         + ("" if clip.fit == "crop" else f" (fit={clip.fit})"),
         "model": f"{clip.model_id} ({clip.bottleneck_type}, config {clip.config_hash})",
-        "tokens": f"{clip.num_tokens} in {len(clip)} blocks: mean {clip.mean_tokens:.1f}, min {counts.min()}, max {counts.max()} "
+        "tokens": f"{clip.num_tokens} in {clip.num_blocks} blocks{_tiles(clip)}: mean {clip.mean_tokens:.1f}, "
+        f"min {counts.min()}, max {counts.max()} "
         f"of {clip.tokens_per_block}",
         "bits": f"{clip.num_bits}, {clip.bits_per_pixel:.4g} a pixel",
     }
@@ -146,7 +153,7 @@ def _clip(clip: "TokenizedClip", path: pathlib.Path) -> dict[str, Any]:
     about["threshold"] = (
         f"none ({clip.search})"
         if clip.threshold is None
-        else f"{clip.threshold:g}, met by {met} of {len(clip)} blocks ({clip.search})"
+        else f"{clip.threshold:g}, met by {met} of {len(clip)} {'blocks' if clip.num_tiles == 1 else 'tiles of blocks'} ({clip.search})"
     )
     about["file"] = f"{path.stat().st_size / 1000:.1f} kB"
     return about

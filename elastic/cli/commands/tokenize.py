@@ -24,9 +24,11 @@ def tokenize(flags: app.Values) -> int:
         preset=flags["load_elastic_config"],
         changes=flags["update_elastic_config"],
     )
-    check_resolution(flags["resolution"], config)
+    if options.fit != "tile":
+        check_resolution(options.resolution or 0, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
-    batch = flags["batch"] if len(inputs) > 1 else min(flags["batch"], 1)
+    several = len(inputs) > 1 or options.fit == "tile"
+    batch = flags["batch"] if several else min(flags["batch"], 1)
     load_model.check_run(options, config, devices, width=flags["search_width"], batch=batch)
     tokenizer = runs.ElasticTokenizer.from_pretrained(
         flags["load_checkpoint"],

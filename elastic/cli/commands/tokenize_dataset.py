@@ -37,7 +37,8 @@ def tokenize(flags: app.Values) -> int:
     config = load_model.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    check_resolution(flags["resolution"], config)
+    if options.fit != "tile":
+        check_resolution(options.resolution or 0, config)
     devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
     load_model.check_run(
         options, config, devices, width=flags["search_width"], batch=flags["batch"]

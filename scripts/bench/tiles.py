@@ -1,0 +1,168 @@
+"""Measures frames in tiles and prints JSON: the error on seams for each overlap, and what each fit costs.
+
+    python3 scripts/bench/tiles.py seams --overlaps=0,16,32 FILES...
+    python3 scripts/bench/tiles.py fits FILES...
+
+`seams` tokenizes files at their own size. It gives the PSNR of all pixels within 16 pixels of the middle of an overlap, and of all others;
+and how far the pixels that only one tile covers differ from those of the same tile tokenized alone.
+`fits` tokenizes files with every fit, at the model's short side and at the files' own size: tokens, PSNR on the whole frame, seconds
+without compiling, and the peak memory of a process that does nothing else. What a crop leaves out counts in no PSNR.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+SEAM = 16  # pixels on either side of the middle of an overlap
+FITS = ("crop", "pad", "stretch", "tile", "tile at its own size")
+
+
+def on_seams(layout: Any) -> np.ndarray:
+    """True for the pixels near the middle of an overlap, [rows, columns]."""
+    near = []
+    for starts, length in ((layout.tops, layout.frame[1]), (layout.lefts, layout.frame[0])):
+        place, found = np.arange(length) + 0.5, np.zeros(length, bool)
+        for earlier, later in itertools.pairwise(starts):
+            found |= np.abs(place - (earlier + layout.tile + later) / 2) < SEAM
+        near.append(found)
+    return near[0][:, None] | near[1][None]
+
+
+def psnr(squares: float, count: float) -> float:
+    """PSNR in dB of summed squared differences of 8-bit levels."""
+    return round(10 * math.log10(255**2 * count / squares), 2)
+
+
+def seams(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each overlap."""
+    from elastic.tokenizer import ElasticTokenizer
+
+    tokenizer = ElasticTokenizer.from_pretrained(arguments.model)
+    rows = []
+    for overlap in map(int, arguments.overlaps.split(",")):
+        sums = np.zeros((2, 2))  # seams and the rest: squares, numbers
+        num_tokens, pixels, apart = 0, 0, 0.0
+        for file in arguments.files:
+            session = tokenizer.stream(
+                file, fit="tile", resolution=0, tile_overlap=overlap, max_frames=arguments.max_frames,
+                num_tokens=arguments.num_tokens, batch=arguments.batch,
+            )  # fmt: skip
+            seam = on_seams(session.layout)
+            for number, block in enumerate(session):
+                error = np.square(block.frames.astype(np.int64) - block.reconstruction)
+                for row, where in enumerate((seam, ~seam)):
+                    part = error[:, where]
+                    sums[row] += part.sum(), part.size
+                if number == 0 and file == arguments.files[0]:
+                    apart = _apart(tokenizer, session.layout, block, arguments.num_tokens)
+            tokens = session.tokens()
+            num_tokens += tokens.num_tokens
+            pixels += tokens.num_frames * math.prod(tokens.frame)
+        rows.append({
+            "overlap": overlap,
+            "psnr_on_seams": psnr(*sums[0]),
+            "psnr_elsewhere": psnr(*sums[1]),
+            "psnr": psnr(*sums.sum(0)),
+            "tokens_per_1000_pixels": round(1000 * num_tokens / pixels, 2),
+            "largest_difference_to_a_tile_alone": apart,
+        })  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def _apart(tokenizer: Any, layout: Any, block: Any, num_tokens: int) -> float:
+    """The largest difference of the first tile's own pixels, those that no other tile covers, to the tile tokenized alone, in levels."""
+    from elastic.tokenizer.frame_tiles import to_tile
+
+    alone = tokenizer.reconstruct(to_tile(layout, block.frames, 0), num_tokens=num_tokens).frames
+    row, column = (
+        starts[1] if len(starts) > 1 else layout.tile for starts in (layout.tops, layout.lefts)
+    )
+    own = np.s_[:, : max(1, row), : max(1, column)]
+    return float(np.abs(alone[own].astype(int) - block.reconstruction[own]).max())
+
+
+def fits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each fit and file; each fit in a process of its own."""
+    rows = []
+    for fit in FITS:
+        command = [sys.executable, __file__, "one", *arguments.files, f"--fit={fit}"]
+        names = ("model", "threshold", "max_frames", "batch")
+        command += [f"--{name}={getattr(arguments, name)}" for name in names]
+        rows += json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        print(rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def one(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one fit."""
+    from elastic.io.user_cache import keep_programs
+    from elastic.tokenizer import ElasticTokenizer
+
+    keep_programs()
+    tokenizer = ElasticTokenizer.from_pretrained(arguments.model)
+    fit, _, own = arguments.fit.partition(" ")
+    options: dict[str, Any] = {"fit": fit} | ({"resolution": 0} if own else {})
+    side = tokenizer.config.resolution
+    black = np.zeros((tokenizer.config.frames_per_block + 1, side, 2 * side, 3), np.uint8)
+    tokenizer.encode(black, threshold=1.0, batch=arguments.batch, **options)
+    rows = []
+    for file in arguments.files:
+        started = time.perf_counter()
+        squares, values, passes = 0, 0, 0
+        session = tokenizer.stream(
+            file, threshold=arguments.threshold, max_frames=arguments.max_frames, batch=arguments.batch, **options
+        )  # fmt: skip
+        for block in session:
+            squares += block.squares
+            values += block.frames.size
+            passes += block.passes
+        tokens = session.tokens()
+        rows.append({
+            "fit": arguments.fit,
+            "file": pathlib.Path(file).name,
+            "frame": "x".join(map(str, tokens.frame)),
+            "tiles": tokens.num_tiles,
+            "blocks": tokens.num_blocks,
+            "tokens": tokens.num_tokens,
+            "tokens_per_tile_of_a_block": round(tokens.mean_tokens, 1),
+            "met": round(float(np.mean([block.met_threshold for block in tokens.blocks])), 3),
+            "psnr": psnr(squares, values),
+            "seconds": round(time.perf_counter() - started, 2),
+            "passes": passes,
+        })  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [row | {"peak_mb_of_all_files": round(peak)} for row in rows]
+
+
+def main() -> None:
+    """Prints what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("seams", "fits", "one"))
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--model", default="small-fsq")
+    parser.add_argument("--overlaps", default="0,8,16,32")
+    parser.add_argument("--num_tokens", type=int, default=1024, help="of each tile, for seams")
+    parser.add_argument("--threshold", type=float, default=0.02, help="for fits")
+    parser.add_argument("--max_frames", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--fit", default="crop", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    print(json.dumps(globals()[arguments.what](arguments), indent=1))
+
+
+if __name__ == "__main__":
+    main()
