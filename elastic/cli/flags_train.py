@@ -43,6 +43,7 @@ TRAIN = Script(
             "init",
             "mask_full_fraction",
             "mask_log_uniform",
+            "log_error",
             "ema_decay",
             "max_skipped_steps",
             "lpips_weights",

@@ -250,6 +250,10 @@ class TrainConfig:
     mask_log_uniform: bool = option(
         False, "draw the logarithm of a block's count uniformly: more short ones"
     )
+    log_error: bool = option(
+        False,
+        "minimize the mean logarithm of each block's squared error: a decibel counts the same at every number of tokens",
+    )
     ema_decay: float = option(
         0.0,
         "decay of a running mean of the parameters, which is then evaluated and exported; 0: none",

@@ -17,6 +17,8 @@ from elastic.metrics.lpips_weights import Weights
 from elastic.model import Batch, ElasticTok
 from elastic.patches import unpatchify
 
+_LEAST_ERROR = 3e-4  # 41 dB: below it a block's error hardly matters, and a black block's logarithm stays finite
+
 
 def training_loss(
     model: ElasticTok,
@@ -24,6 +26,7 @@ def training_loss(
     batch: Batch,
     key: Shaped[Array, "*k"] | None = None,
     *,
+    log_error: bool = False,
     perceptual: Weights | None = None,
     frame_key: Shaped[Array, "*k"] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -33,6 +36,8 @@ def training_loss(
 
     Args:
       key: draws the VAE's sample; without one the mean is decoded.
+      log_error: take the mean over blocks of log(error + 3e-4) in place of the mean error. The gradient of a block is then
+        divided by its error, so that blocks with many tokens, whose errors are small, weigh as much as those with few.
       perceptual: the weights of LPIPS. Give them to a jitted function as an argument: a constant of
         59 MB would become part of the program.
       frame_key: draws the frames that LPIPS compares.
@@ -56,7 +61,8 @@ def training_loss(
     else:
         recon_loss = _mean_where(counted, jnp.mean(squares, axis=-1))
         kept = kept & counted
-    loss = recon_loss + encoded.aux_loss
+    minimized = _log_error(squares, counted, config.tokens_per_block) if log_error else recon_loss
+    loss = minimized + encoded.aux_loss
     terms = {"recon_loss": recon_loss, "aux_loss": encoded.aux_loss}
     if ratio and perceptual is not None and frame_key is not None:
         terms["lpips_loss"] = _perceptual_loss(
@@ -64,6 +70,19 @@ def training_loss(
         )
         loss = loss + ratio * terms["lpips_loss"]
     return loss, {"loss": loss} | terms | model.bottleneck.statistics(encoded.codes, kept)
+
+
+def _log_error(
+    squares: Float[Array, "b l p"], counted: Bool[Array, "b l"] | None, tokens_per_block: int
+) -> Float[Array, ""]:
+    """The mean over blocks of the logarithm of their mean squared error; blocks that do not count are left out."""
+    errors = jnp.mean(squares, axis=-1)
+    b, length = errors.shape
+    blocks = jnp.mean(errors.reshape(b, length // tokens_per_block, tokens_per_block), axis=-1)
+    logs = jnp.log(blocks + _LEAST_ERROR)
+    if counted is None:
+        return jnp.mean(logs)
+    return _mean_where(counted.reshape(*blocks.shape, tokens_per_block)[..., 0], logs)
 
 
 def _mean_where(counted: Bool[Array, "*b"], x: Float[Array, "*b"]) -> Float[Array, ""]:

@@ -57,6 +57,7 @@ def train_step(
     *,
     ema_decay: float = 0.0,
     in_float8: bool = False,
+    log_error: bool = False,
     **perceptual: Any,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update, and the terms of the loss.
@@ -67,12 +68,13 @@ def train_step(
     Args:
       key: draws the VAE's samples; None decodes the mean.
       in_float8: compute with the weights that float8 will store.
+      log_error: minimize the logarithm of each block's error, see `losses.training_loss`.
       perceptual: what the perceptual loss needs, see `losses.training_loss`.
     """
 
     def loss(params: dict[str, Any]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         used = float8.rounded(params) if in_float8 else params
-        return training_loss(model, used, batch, key, **perceptual)
+        return training_loss(model, used, batch, key, log_error=log_error, **perceptual)
 
     (value, terms), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     gradient_norm = optax.tree.norm(grads)
@@ -190,6 +192,7 @@ def step_program(
             vae_key,
             ema_decay=config.ema_decay,
             in_float8=config.save.in_float8,
+            log_error=config.log_error,
             **perceptual,
         )
         return state, terms | {"learning_rate": rate} | about_data

@@ -240,3 +240,34 @@ def test_lpips_itself_does_not_depend_on_the_mesh(weights):
     assert released.relative_error(two[1], one[1]) < 1e-3
     touched = np.flatnonzero(np.any(np.asarray(one[1]) != 0, axis=(0, 2)))
     assert len(touched) == touched[-1] - touched[0] + 1 == 16  # one frame of 4 x 4 patches
+
+
+def test_the_logarithm_divides_the_gradient_of_each_block_by_its_error():
+    """Padding counts neither in the mean nor in the gradient."""
+    model = ElasticTok(config("vae"))
+    batch = bare("vae")
+    length = model.config.tokens_per_block
+    counted = jnp.arange(batch.kept.shape[1])[None] < 2 * length
+    batch = batch._replace(counted=jnp.broadcast_to(counted, batch.kept.shape))
+
+    @released.quick_jit
+    def both(params):
+        def errors(params):
+            y, encoded = model.apply({"params": params}, batch)
+            squares = jnp.mean(jnp.square(y - batch.patches), axis=-1)
+            return jnp.mean(squares[:, : 2 * length].reshape(-1, length), axis=-1), encoded.aux_loss
+
+        values, pull, aux = jax.vjp(errors, params, has_aux=True)
+        (expected,) = pull(1 / (values + losses._LEAST_ERROR) / len(values))
+        loss = functools.partial(training_loss, model, log_error=True)
+        (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        return values, aux, value, terms["recon_loss"], expected, gradient
+
+    values, aux, value, recon_loss, expected, gradient = jax.device_get(
+        both(released.params("vae"))
+    )
+    assert value == pytest.approx(np.mean(np.log(values + losses._LEAST_ERROR)) + aux, rel=1e-5)
+    assert recon_loss == pytest.approx(np.mean(values), rel=1e-5)
+    # The weight of the KL term has a gradient of its own, which the decoder does not see.
+    for a, b in zip(*map(jax.tree.leaves, (gradient["decoder"], expected["decoder"])), strict=True):
+        assert released.relative_error(a, b) < 1e-4
