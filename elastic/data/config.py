@@ -3,7 +3,7 @@
 import dataclasses
 
 from elastic.io.options import REQUIRED, at_least, check_options, finite_above, option
-from elastic.io.read_options import exact_color_option, reader_option
+from elastic.io.read_options import FITS, exact_color_option, reader_option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,12 @@ class DataConfig:
     fps: float = option(24.0, "frames per second taken from a video", check=finite_above(0))
     reader: str = reader_option()
     exact_color: bool = exact_color_option()
+    fit: str = option(
+        "crop",
+        "what is shown of a frame that is not square, as in tokenizing: crop its middle; pad all of it; stretch all of it; tile: squares "
+        "at random places of the whole frame, half of them at its own size, the others at any scale up to its short side",
+        choices=FITS,
+    )
     seed: int = option(0, "draws the order of the files, crops and motion", check=at_least(0))
     workers: int = option(
         2, "processes of a host that decode; 0: threads of the trainer", check=at_least(0)

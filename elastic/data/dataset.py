@@ -102,6 +102,7 @@ class TrainingData:
             fps=data.fps,
             reader=data.reader,
             exact_color=data.exact_color,
+            fit=data.fit,
             resolution=model.resolution,
             frames_per_block=model.frames_per_block,
             patch_size=model.patch_size,
@@ -215,7 +216,8 @@ class DataPosition:
     A run goes on exactly (the same blocks in the same batches) if these have not changed: the files
     of the folder, fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed
     and the global batch size. The number of hosts and devices, workers, max_prefetch, cache_gigabytes
-    cache_path and reader may change. random_crop and exact_color change the pixels of a block and not the order of blocks.
+    cache_path and reader may change. random_crop, exact_color and fit change the pixels of a block and not the
+    order of blocks.
     After any other change training goes on at the same fraction of the epoch, with a warning.
 
     Attributes:

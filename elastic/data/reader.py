@@ -9,7 +9,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from cachetools import LRUCache
@@ -21,9 +21,12 @@ from elastic.data.frame_cache import FrameCache
 from elastic.data.packing import PackingPlan, Piece
 from elastic.media.files import Place
 from elastic.patches import TokenOrder, pad_block, patchify
+from elastic.tiles import Fit
 
 # Videos are decoded this much larger than a crop, and images twice as large, so that a crop can move.
 _VIDEO_MARGIN, _IMAGE_MARGIN = 1.25, 2.0
+_TILE_SCALE = 4  # the short side of frames that tiles are cut from is at most that of so many tiles
+_WIDE = 16 / 9  # the usual shape of a frame
 # Decoding starts at a keyframe, often 250 frames earlier: a span is long enough to make up for that.
 _SPAN_BLOCKS = 64
 _MAX_OPEN = 64  # files that stay open, with their tables of frames
@@ -65,6 +68,7 @@ class DecodeSpec:
       cache_path: folder for decoded frames; '' is none.
       reader: who decodes video.
       exact_color: convert the colours of every video with correct rounding.
+      fit: what is shown of a frame that is not square.
       stamps: size and time of change of each file; a changed file is decoded again.
       blocks_per_sequence: blocks of the longest piece.
     """
@@ -83,6 +87,7 @@ class DecodeSpec:
     cache_path: str
     reader: str
     exact_color: bool
+    fit: str
     stamps: Sequence[str]
     blocks_per_sequence: int
 
@@ -172,7 +177,8 @@ class SequenceReader:
     def decoded_bytes(self) -> int:
         """Bytes of all files' decoded frames."""
         num_frames = np.maximum(self.spec.num_frames, 1).tolist()
-        return sum(3 * n * self._side(file) ** 2 for file, n in enumerate(num_frames))
+        wide = _WIDE if self.spec.fit == "tile" else 1  # a guess: sizes are not known here
+        return sum(round(3 * n * wide * self._side(file) ** 2) for file, n in enumerate(num_frames))
 
     def take_bad_files(self) -> dict[str, str]:
         """Name and reason of each file found bad since the last call."""
@@ -189,9 +195,9 @@ class SequenceReader:
                 return source[:0, None]
             num_frames = piece.num_blocks * size
             moving = spec.image_blocks > 1
-            if moving or spec.random_crop:
+            if moving or self._draws:
                 index = np.zeros(num_frames, int)
-                frames = _crop(source, index, spec.resolution, rng, moving=moving)
+                frames = self._crop(source, index, rng, moving=moving)
             else:
                 frames = np.repeat(source, num_frames, axis=0)
             return frames.reshape(-1, size, *frames.shape[1:])
@@ -214,9 +220,11 @@ class SequenceReader:
             good -= good % size
         if not good:
             return source[:0, None]
-        if spec.random_crop:
-            index = _shifted(first, good, len(source), size, rng)
-            frames = _crop(source, index, spec.resolution, rng, moving=False)
+        if self._draws:
+            index = first + np.arange(good)
+            if spec.random_crop:
+                index = _shifted(first, good, len(source), size, rng)
+            frames = self._crop(source, index, rng, moving=False)
         else:
             frames = source[first : first + good]
         whole = good - good % size
@@ -224,6 +232,20 @@ class SequenceReader:
         if whole < good:
             blocks = np.concatenate([blocks, pad_block(frames[whole:], size)[None]])
         return blocks
+
+    @property
+    def _draws(self) -> bool:
+        """Whether each piece has a crop of its own."""
+        return self.spec.random_crop or self.spec.fit == "tile"
+
+    def _crop(
+        self, source: np.ndarray, index: np.ndarray, rng: np.random.Generator, *, moving: bool
+    ) -> np.ndarray:
+        spec = self.spec
+        tiles, mirrors = spec.fit == "tile", spec.random_crop or moving
+        return _crop(
+            source, index, spec.resolution, rng, moving=moving, tiles=tiles, mirrors=mirrors
+        )
 
     @property
     def _span_blocks(self) -> int:
@@ -252,7 +274,15 @@ class SequenceReader:
         key = (place, stamp, spec.fps, side, start, stop)
         if spec.exact_color:  # other pixels; without it the key is that of older caches
             key = (*key, "exact_color")
-        frames = self._files.get(key, (stop - start, side, side, 3))
+        shape = (side, side)
+        if spec.fit != "crop":
+            key = (*key, spec.fit)
+        if spec.fit == "tile":
+            try:
+                shape = self._opened(file).layout.frame[::-1]
+            except (media.MediaError, OSError):
+                return self._decode_anew(file, start, stop)
+        frames = self._files.get(key, (stop - start, *shape, 3))
         if frames is not None:
             return _Span(frames, "")
         span = self._decode_anew(file, start, stop)
@@ -265,19 +295,16 @@ class SequenceReader:
         frames = np.empty((0, 1, 1, 3), np.uint8)
         found = 0
         try:
-            with self._lock:
-                clip = self._open.get(file)
-            if clip is None:
-                clip = self._open_clip(file)
-                with self._lock:
-                    self._open[file] = clip
-            frames = np.empty((stop - start, clip.resolution, clip.resolution, 3), np.uint8)
+            clip = self._opened(file)
+            side = (clip.resolution, clip.resolution)
+            shape = clip.layout.frame[::-1] if self.spec.fit == "tile" else side
+            frames = np.empty((stop - start, *shape, 3), np.uint8)
             if clip.num_frames < stop:
                 raise media.MediaError(
                     f"{str(place)!r} has fewer frames than when it was measured; start anew."
                 )
             for frame in clip.frames(start, stop):
-                frames[found] = frame
+                frames[found] = self._fitted(clip, frame)
                 found += 1
                 if self.cancelled():
                     raise DecodeCancelled
@@ -285,20 +312,49 @@ class SequenceReader:
             return _Span(frames[:found].copy(), str(error))
         return _Span(frames, "")
 
-    def _open_clip(self, file: int) -> media.ClipReader:
+    def _opened(self, file: int) -> media.ClipReader:
+        """The file, opened once."""
+        with self._lock:
+            clip = self._open.get(file)
+        if clip is None:
+            clip = self._open_clip(file)
+            if self.spec.fit == "tile":
+                # Its own size, but no smaller than a tile, and no larger than memory for decoded frames allows.
+                short = min(clip.layout.frame)
+                wanted = min(max(short, self.spec.resolution), self._side(file))
+                if wanted != short:
+                    clip = self._open_clip(file, short_side=wanted)
+            with self._lock:
+                self._open[file] = clip
+        return clip
+
+    def _open_clip(self, file: int, *, short_side: int = 0) -> media.ClipReader:
         spec = self.spec
+        tile: dict[str, Any] = {"short_side": short_side} if spec.fit == "tile" else {}
         return media.open_clip(
             spec.places[file],
-            resolution=self._side(file),
+            resolution=spec.resolution if tile else self._side(file),
+            fit=cast(Fit, spec.fit),
             rate=spec.fps,
             tell_rate=False,
             reader=spec.reader,
             exact_color=spec.exact_color,
+            **tile,
         )
 
+    def _fitted(self, clip: media.ClipReader, frame: np.ndarray) -> np.ndarray:
+        """A frame as it is kept: a square, but a whole frame for tiles."""
+        if self.spec.fit == "pad":
+            return clip.layout.cut(frame[None], 0)[0]
+        if self.spec.fit == "stretch":
+            return media.scale_frame(frame, (clip.resolution, clip.resolution))
+        return frame
+
     def _side(self, file: int) -> int:
-        """Rows and columns that a file is decoded to."""
+        """Rows and columns that a file is decoded to; for tiles, the most of its short side."""
         spec = self.spec
+        if spec.fit == "tile":
+            return _TILE_SCALE * spec.resolution
         is_image = spec.num_frames[file] == 0
         margin = 1.0
         if spec.random_crop or (is_image and spec.image_blocks > 1):
@@ -317,45 +373,63 @@ def _shifted(
 
 
 def _crop(
-    source: np.ndarray, index: np.ndarray, size: int, rng: np.random.Generator, *, moving: bool
+    source: np.ndarray,
+    index: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    moving: bool,
+    tiles: bool = False,
+    mirrors: bool = True,
 ) -> np.ndarray:
-    """Square crops of frames of a clip or an image, flipped half of the time.
+    """Square crops of frames of a clip or an image.
 
     Args:
-      source: the decoded frames, uint8 [frames, side, side, 3].
+      source: the decoded frames, uint8 [frames, rows, columns, 3], no smaller than a crop.
       index: which of them to crop, [n].
       size: rows and columns of the result in pixels.
       rng: draws crop, flip and motion.
       moving: pan and zoom the crop in three of four cases; otherwise it stays where it is.
+      tiles: half of the crops that stay have the size of the result, and are cut out as tokenizing cuts tiles; the others have any scale.
+      mirrors: flip half of the crops.
 
     Returns:
       uint8 [n, size, size, 3].
     """
-    side = source.shape[1]
-    width = side * rng.uniform(size / side, 1.0)
+    bounds = np.array(source.shape[2:0:-1])  # columns, rows
+    side = int(bounds.min())
+    if tiles:
+        if not moving and rng.random() < 0.5:
+            left, top = (int(rng.integers(most + 1)) for most in bounds - size)
+            out = source[index, top : top + size, left : left + size]
+            return out[:, :, ::-1] if mirrors and rng.random() < 0.5 else out
+        width = size * (side / size) ** rng.random()  # all scales alike
+    else:
+        width = side * rng.uniform(size / side, 1.0)
     velocity = np.zeros(2)
     zoom = 0.0
     if moving and rng.random() < 0.75:
         # 0.1 % to 5 % of the picture per frame.
         velocity = rng.normal(size=2) * side * 10 ** rng.uniform(-3, -1.3)
         zoom = rng.normal() * 0.004
-    centre = rng.uniform(width / 2, side - width / 2, size=2)
-    flip = rng.random() < 0.5
+    centre = rng.uniform(width / 2, bounds - width / 2)
+    flip = mirrors and rng.random() < 0.5
     out = np.empty((len(index), size, size, 3), np.uint8)
     for k, i in enumerate(index):
         if k and i == index[k - 1] and not velocity.any() and not zoom:
             out[k] = out[k - 1]
             continue
         w = float(np.clip(width * (1 + zoom) ** k, size / 2, side))
-        x, y = _reflect(centre + velocity * k, w / 2, side - w / 2) - w / 2
-        box = (max(0.0, x), max(0.0, y), min(float(side), x + w), min(float(side), y + w))
+        x, y = _reflect(centre + velocity * k, w / 2, bounds - w / 2) - w / 2
+        right, bottom = map(float, bounds)
+        box = (max(0.0, x), max(0.0, y), min(right, x + w), min(bottom, y + w))
         picture = Image.fromarray(source[i])
         out[k] = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
     return out[:, :, ::-1] if flip else out
 
 
-def _reflect(x: np.ndarray, low: float, high: float) -> np.ndarray:
+def _reflect(x: np.ndarray, low: float, high: np.ndarray) -> np.ndarray:
     """Keeps positions inside [low, high] by reflecting them at the ends."""
-    span = max(high - low, 1e-6)
+    span = np.maximum(high - low, 1e-6)
     folded = np.abs((x - low) % (2 * span))
     return low + np.where(folded > span, 2 * span - folded, folded)

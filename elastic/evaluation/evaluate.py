@@ -36,7 +36,7 @@ from elastic.evaluation.records import (
     fixed_count,
 )
 from elastic.io.progress import hide_bar
-from elastic.io.read_options import read_arguments
+from elastic.io.read_options import read_arguments, read_options
 from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, ssim
 from elastic.metrics.dists import DistsWeights, dists_of_frames, load_dists_weights
 from elastic.metrics.lpips import lpips_of_frames
@@ -270,7 +270,7 @@ def _measure(
         rate=clip.rate,
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
-        **read_arguments(config),
+        **read_options(config),
     )
     session = tokenizer.open_session(clip.path, options)
     if condition.search not in ("fixed", config.searches[0]):

@@ -74,3 +74,8 @@ def tile_overlap_option() -> int | None:
 def read_arguments(record: Any) -> dict[str, Any]:
     """The keyword arguments of `elastic.media.open_clip`, besides rate and number of frames, that a record of options holds."""
     return {_ARGUMENTS.get(name, name): getattr(record, name) for name in READ_DEFAULTS}
+
+
+def read_options(record: Any) -> dict[str, Any]:
+    """The same options by their own names, for another record."""
+    return {name: getattr(record, name) for name in READ_DEFAULTS}

@@ -63,6 +63,7 @@ class Evaluator:
             fps=config.data.fps,
             reader=config.data.reader,
             exact_color=config.data.exact_color,
+            fit=config.data.fit,
         )
         self._config.counts(model_config)  # raises now rather than after the first thousand steps
         self._tokenizer: ElasticTokenizer | None = None

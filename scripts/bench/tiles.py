@@ -3,14 +3,14 @@
     python3 scripts/bench/tiles.py seams --overlaps=0,16,32 FILES...
     python3 scripts/bench/tiles.py fits FILES...
 
-`seams` tokenizes files at their own size. It gives the PSNR of all pixels within 16 pixels of the middle of an overlap, and of all others;
-and how far the pixels that only one tile covers differ from those of the same tile tokenized alone.
+`seams` cuts the middle out of pictures so that two by two tiles overlap by just so much. It gives the PSNR of the pixels within
+16 pixels of the middle of an overlap, and of all others; how much the error changes from pixel to pixel where tiles meet, over that
+elsewhere; and how far the pixels that only one tile covers differ from those of the same tile tokenized alone, in levels.
 `fits` tokenizes files with every fit, at the model's short side and at the files' own size: tokens, PSNR on the whole frame, seconds
 without compiling, and the peak memory of a process that does nothing else. What a crop leaves out counts in no PSNR.
 """
 
 import argparse
-import itertools
 import json
 import math
 import pathlib
@@ -28,15 +28,11 @@ SEAM = 16  # pixels on either side of the middle of an overlap
 FITS = ("crop", "pad", "stretch", "tile", "tile at its own size")
 
 
-def on_seams(layout: Any) -> np.ndarray:
-    """True for the pixels near the middle of an overlap, [rows, columns]."""
-    near = []
-    for starts, length in ((layout.tops, layout.frame[1]), (layout.lefts, layout.frame[0])):
-        place, found = np.arange(length) + 0.5, np.zeros(length, bool)
-        for earlier, later in itertools.pairwise(starts):
-            found |= np.abs(place - (earlier + layout.tile + later) / 2) < SEAM
-        near.append(found)
-    return near[0][:, None] | near[1][None]
+def on_seams(tile: int, overlap: int) -> np.ndarray:
+    """True for the pixels near the middle of the overlap of two by two tiles, [rows, columns]."""
+    length = 2 * tile - overlap
+    near = np.abs(np.arange(length) + 0.5 - length / 2) < SEAM
+    return near[:, None] | near[None]
 
 
 def psnr(squares: float, count: float) -> float:
@@ -46,51 +42,46 @@ def psnr(squares: float, count: float) -> float:
 
 def seams(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each overlap."""
+    from elastic import media
     from elastic.tokenizer import ElasticTokenizer
 
     tokenizer = ElasticTokenizer.from_pretrained(arguments.model)
+    tile = tokenizer.config.resolution
     rows = []
     for overlap in map(int, arguments.overlaps.split(",")):
-        sums = np.zeros((2, 2))  # seams and the rest: squares, numbers
-        num_tokens, pixels, apart = 0, 0, 0.0
+        side = 2 * tile - overlap
+        seam, sums, jumps = on_seams(tile, overlap), np.zeros((2, 2)), np.zeros((2, 2))
+        apart = 0
         for file in arguments.files:
-            session = tokenizer.stream(
-                file, fit="tile", resolution=0, tile_overlap=overlap, max_frames=arguments.max_frames,
-                num_tokens=arguments.num_tokens, batch=arguments.batch,
+            with media.open_clip(file, resolution=2 * tile, max_frames=1) as reader:
+                first = overlap // 2  # the same middle for each overlap
+                frame = reader.read()[0, first : first + side, first : first + side]
+            made = tokenizer.reconstruct(
+                frame, fit="tile", resolution=0, tile_overlap=overlap, num_tokens=arguments.num_tokens
             )  # fmt: skip
-            seam = on_seams(session.layout)
-            for number, block in enumerate(session):
-                error = np.square(block.frames.astype(np.int64) - block.reconstruction)
-                for row, where in enumerate((seam, ~seam)):
-                    part = error[:, where]
-                    sums[row] += part.sum(), part.size
-                if number == 0 and file == arguments.files[0]:
-                    apart = _apart(tokenizer, session.layout, block, arguments.num_tokens)
-            tokens = session.tokens()
-            num_tokens += tokens.num_tokens
-            pixels += tokens.num_frames * math.prod(tokens.frame)
+            assert made.tokens.num_tiles == 4
+            error = made.frames[0].astype(int) - frame
+            for row, where in enumerate((seam, ~seam)):
+                sums[row] += np.square(error[where]).sum(), error[where].size
+            # How much the error changes from a pixel to the next one, where the tiles meet and elsewhere.
+            steps = np.abs(np.diff(error, axis=1)).mean((0, 2))
+            steps += np.abs(np.diff(error, axis=0)).mean((1, 2))
+            jumps[0] += steps[side // 2 - 1], 1
+            jumps[1] += steps.sum() - steps[side // 2 - 1], len(steps) - 1
+            alone = tokenizer.reconstruct(frame[:tile, :tile], num_tokens=arguments.num_tokens)
+            own = np.s_[: tile - overlap, : tile - overlap]  # no other tile covers these
+            apart = max(
+                apart, int(np.abs(alone.frames[0][own].astype(int) - made.frames[0][own]).max())
+            )
         rows.append({
             "overlap": overlap,
             "psnr_on_seams": psnr(*sums[0]),
             "psnr_elsewhere": psnr(*sums[1]),
-            "psnr": psnr(*sums.sum(0)),
-            "tokens_per_1000_pixels": round(1000 * num_tokens / pixels, 2),
+            "jump_on_seams": round(jumps[0, 0] / jumps[0, 1] / (jumps[1, 0] / jumps[1, 1]), 3),
             "largest_difference_to_a_tile_alone": apart,
         })  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
-
-
-def _apart(tokenizer: Any, layout: Any, block: Any, num_tokens: int) -> float:
-    """The largest difference of the first tile's own pixels, those that no other tile covers, to the tile tokenized alone, in levels."""
-    from elastic.tokenizer.frame_tiles import to_tile
-
-    alone = tokenizer.reconstruct(to_tile(layout, block.frames, 0), num_tokens=num_tokens).frames
-    row, column = (
-        starts[1] if len(starts) > 1 else layout.tile for starts in (layout.tops, layout.lefts)
-    )
-    own = np.s_[:, : max(1, row), : max(1, column)]
-    return float(np.abs(alone[own].astype(int) - block.reconstruction[own]).max())
 
 
 def fits(arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -186,6 +186,42 @@ def test_crops_are_drawn_anew_in_each_epoch_and_hold_for_a_piece(tmp_path):
     assert set(risings) == {True, False}  # mirrored or not
 
 
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+def test_whole_frames_are_shown_as_tokenizing_shows_them(tmp_path, fit):
+    picture = np.random.default_rng(0).integers(0, 256, (48, 80, 3)).astype(np.uint8)
+    media.write_image(tmp_path / "a.png", picture)
+    shown = frames_of(open_data(tmp_path, fit=fit).sequence(0), 0)[0]
+    with media.open_clip(tmp_path / "a.png", resolution=32, fit=fit) as clip:
+        frame = clip.read()[0]
+        expected = clip.layout.cut(frame[None], 0)[0] if fit == "pad" else None
+    if expected is None:
+        expected = media.scale_frame(frame, (32, 32))
+    np.testing.assert_array_equal(shown, expected)
+
+
+def test_tiles_are_cut_from_the_whole_frame_at_its_own_size_and_at_other_scales(tmp_path):
+    """A video of 96x64 whose pixels tell their place; nothing but `random_crop` mirrors them."""
+    rows, columns = np.mgrid[:64, :96]
+    picture = np.stack([rows * 3, columns * 2, 0 * rows], axis=-1).astype(np.uint8)
+    media.write_image(tmp_path / "a.png", picture)
+    options = dict(fit="tile", cache_path=str(tmp_path / "kept"))
+    data = open_data(tmp_path, **options)
+    shown = [frames_of(data.sequence(n), 0)[0].astype(int) for n in range(40)]
+    exact = [
+        tile
+        for tile in shown
+        if (tile[0, 1, 1] - tile[0, 0, 1]) == 2
+        and (tile == picture[tile[0, 0, 0] // 3 :, tile[0, 0, 1] // 2 :][:32, :32]).all()
+    ]
+    assert 10 <= len(exact) <= 30
+    assert max(tile[0, 0, 1] for tile in exact) > 2 * 40  # the right part of the frame, too
+    heights = [np.ptp(tile[:, 0, 0]) for tile in shown]
+    assert max(heights) > 3 * 50  # nearly the whole height
+    assert all(tile[0, -1, 1] > tile[0, 0, 1] for tile in shown)
+    again = open_data(tmp_path, **options).sequence(3)
+    assert_equal(again, data.sequence(3))
+
+
 def test_an_image_is_one_still_block_or_as_many_with_a_moving_crop_as_asked_for(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     media.write_image(tmp_path / "a.png", picture)
