@@ -274,15 +274,15 @@ class SequenceReader:
         key = (place, stamp, spec.fps, side, start, stop)
         if spec.exact_color:  # other pixels; without it the key is that of older caches
             key = (*key, "exact_color")
-        shape = (side, side)
+        rows = columns = side
         if spec.fit != "crop":
             key = (*key, spec.fit)
         if spec.fit == "tile":
             try:
-                shape = self._opened(file).layout.frame[::-1]
+                columns, rows = self._opened(file).layout.frame
             except (media.MediaError, OSError):
                 return self._decode_anew(file, start, stop)
-        frames = self._files.get(key, (stop - start, *shape, 3))
+        frames = self._files.get(key, (stop - start, rows, columns, 3))
         if frames is not None:
             return _Span(frames, "")
         span = self._decode_anew(file, start, stop)

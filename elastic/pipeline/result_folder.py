@@ -290,7 +290,7 @@ def _draw(
     originals, reconstructions = frames.read()
     of_tiles = tokens.counts.reshape(tokens.num_blocks, tokens.num_tiles)
     several = tokens.num_tiles > 1
-    tiles = TileCounts(tokens.layout, of_tiles, tokens.tokens_per_block) if several else None
+    tiles = TileCounts(tokens.layout, of_tiles) if several else None
     most = tokens.tokens_per_block * tokens.num_tiles
     counts, losses, met = ([block[name] for block in blocks] for name in ("kept", "loss", "met"))
     if tokens.is_image:

@@ -34,14 +34,18 @@ class TileCounts(NamedTuple):
 
     layout: FrameLayout
     counts: Int[np.ndarray, "blocks tiles"]
-    tokens_per_tile: int
 
-    def shares(self, block: int, width: int, height: int) -> Float[np.ndarray, "height width"]:
-        """The share of its tokens that each place of the frame takes in a block, in a picture of the given size."""
+    @property
+    def range(self) -> tuple[int, int]:
+        """The fewest and the most tokens that a tile of a block has."""
+        return int(self.counts.min()), int(self.counts.max())
+
+    def tint(self, block: int, width: int, height: int) -> Float[np.ndarray, "height width"]:
+        """What each place of the frame takes in a block, in a picture of the given size: 0 for the fewest tokens, 1 for the most."""
         layout = self.layout
-        grid = (
-            self.counts[block].reshape(len(layout.tops), len(layout.lefts)) / self.tokens_per_tile
-        )
+        fewest, most = self.range
+        shares = (self.counts[block] - fewest) / max(1, most - fewest)
+        grid = shares.reshape(len(layout.tops), len(layout.lefts))
         rows = _at_pixels(layout.tops, layout.tile, layout.frame[1], height)
         columns = _at_pixels(layout.lefts, layout.tile, layout.frame[0], width)
         return rows.T @ grid @ columns
@@ -220,9 +224,10 @@ class _Strip:
             wide, high = (max(1, round(side * _MAX_SIDE / longest)) for side in (columns, rows))
             self.panel = (wide, high)
         self.with_error, self.tiles = with_error, tiles
-        self.tint: tuple[int, np.ndarray] | None = None  # of the block drawn last
+        self.tinted: tuple[int, np.ndarray] | None = None  # of the block drawn last
         titles = ["original", "reconstruction"] + [f"error x {_ERROR_GAIN}"] * with_error
-        titles += ["tokens of each tile"] * (tiles is not None)
+        if tiles is not None:
+            titles.append("tokens of a tile: {} to {}".format(*tiles.range))
         self.lefts = [_MARGIN + k * (self.panel[0] + _GAP) for k in range(len(titles))]
         self.top = _LINE + 4
         right = self.lefts[-1] + self.panel[0]
@@ -302,10 +307,10 @@ class _Strip:
 
     def _tint(self, tiles: TileCounts, block: int) -> np.ndarray:
         """The colour of each pixel of the map, by the tokens of its tiles; where they overlap, as the frame is blended."""
-        if self.tint is None or self.tint[0] != block:
-            shares = tiles.shares(block, *self.panel)[..., None]
-            self.tint = block, np.array(_GRID) + shares * (np.array(MET) - np.array(_GRID))
-        return self.tint[1]
+        if self.tinted is None or self.tinted[0] != block:
+            shares = tiles.tint(block, *self.panel)[..., None]
+            self.tinted = block, np.array(_GRID) + shares * (np.array(MET) - np.array(_GRID))
+        return self.tinted[1]
 
     def _text(self, pen, at, text, colour, size, anchor="la") -> None:
         pen.text(at, text, fill=colour, font=self.fonts[size], anchor=anchor)

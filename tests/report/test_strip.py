@@ -11,7 +11,8 @@ from PIL import Image
 
 from elastic.io.json_file import write_json
 from elastic.report import build_report, plot_report, strip_frames, strip_picture
-from elastic.report.strip import MET, NOT_MET, _bars
+from elastic.report.strip import MET, NOT_MET, TileCounts, _bars
+from elastic.tiles import FrameLayout
 from elastic.tokens import BlockTokens, TokenizedClip
 
 
@@ -216,3 +217,22 @@ def test_a_plot_is_drawn_of_every_report_as_read_from_its_file(
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.format == "PNG" and min(picture.size) > 400
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["plot.png", "report.json"]
+
+
+def test_a_map_tints_each_tile_by_what_it_took():
+    """Two tiles side by side, of which the second takes more in the second block; the map is the last picture."""
+    layout = FrameLayout("tile", 128, (256, 128), (0,), (0, 128))
+    counts = np.array([[8, 8], [8, 32]])
+    frames = [np.full((128, 256, 3), 128, np.uint8)] * 2
+    drawn = strip_frames(
+        frames, frames, counts=counts.sum(1), tokens_per_block=64, frames_per_block=1, rate=1.0,
+        tiles=TileCounts(layout, counts),
+    )  # fmt: skip
+    first, second = (picture[60:250].astype(int) for picture in drawn)
+    changed = np.flatnonzero((first != second).any((0, 2)))
+    right = first.shape[1] - 16  # where the map ends; its frame is shown twice as large
+    assert changed.max() == right - 1
+    assert (
+        changed.min() == right - 256
+    )  # the right half of the map alone: the left tile took as much
+    np.testing.assert_allclose(TileCounts(layout, counts).tint(1, 4, 2), [[0, 0, 1, 1]] * 2)
