@@ -28,7 +28,7 @@ from elastic.tiles import FrameLayout, crop_message
 from elastic.tokenizer import array_batch, arrays, hub
 from elastic.tokenizer.array_batch import TokenBatch
 from elastic.tokenizer.block_codec import Codec
-from elastic.tokenizer.clip_source import Clip, ClipLike, open_clip
+from elastic.tokenizer.clip_source import ClipLike, open_clip
 from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import check_batch
@@ -353,7 +353,8 @@ class ElasticTokenizer:
         """
         if options.fit != "tile":
             check_resolution(options.resolution or 0, self.config)
-        check_batch(batch, self.mesh)
+        else:
+            check_batch(batch, self.mesh)
         clip = open_clip(
             source,
             self.config.resolution,
@@ -364,7 +365,10 @@ class ElasticTokenizer:
         if clip.layout.fit == "crop":
             _tell_crop(clip.source, self.config.resolution)
         if clip.layout.num_tiles > 1:
-            self._check_tiles(_name(source), clip)
+            frames = self.config.frames_per_block
+            blocks = None if clip.num_frames is None else -(-clip.num_frames // frames)
+            per_tile = self._check_tiles(_name(source), clip.layout, blocks, batch=batch)
+            _tell_tiles(clip.layout, per_tile)
         try:
             budget = Budget.of(options, self.config, rate=clip.rate, tiles=clip.layout.num_tiles)
         except ValueError as error:
@@ -612,6 +616,8 @@ class ElasticTokenizer:
             frames = header.get("num_frames")  # None where they arrived one by one
             num_blocks = -(-frames // self.config.frames_per_block) if frames else None
         layout = layout_in(header)
+        if layout.num_tiles > 1:
+            self._check_tiles("The clip", layout, num_blocks, batch=batch, decoding=True)
         check_maker(
             header,
             self.config,
@@ -641,20 +647,39 @@ class ElasticTokenizer:
             f"{self.codec.dtype})"
         )
 
-    def _check_tiles(self, name: str, clip: Clip) -> None:
-        """Says once for each layout how many tiles there are and what their caches take; refuses caches that cannot fit."""
-        layout, frames = clip.layout, self.config.frames_per_block
-        num_blocks = None if clip.num_frames is None else -(-clip.num_frames // frames)
+    def _check_tiles(
+        self,
+        name: str,
+        layout: FrameLayout,
+        num_blocks: int | None,
+        *,
+        batch: int,
+        decoding: bool = False,
+    ) -> int:
+        """The bytes of a tile's KV cache. Caches of all tiles that cannot fit are refused before the first one is allocated.
+
+        Args:
+          name: what a message calls the clip.
+          layout: has the tiles.
+          num_blocks: blocks of the clip; None: not known.
+          batch: tiles that go through the model at once.
+          decoding: whether the decoder alone has a cache.
+        """
+        config = self.config
         per_tile = self.codec.cached_blocks(num_blocks) * self.codec.trial_bytes()
+        if decoding:
+            layers = config.num_decoder_layers, config.num_encoder_layers
+            per_tile = per_tile * layers[0] // sum(layers)
+        caches = -(-layout.num_tiles // batch) * batch  # one program takes as many at once
         shards = 1 if meshes.platform_of(self.mesh) == "cpu" else self.codec.cache_shards()
-        needed, limit = layout.num_tiles * per_tile, meshes.memory_limit(self.mesh)
-        if limit is not None and needed // shards > limit:
+        needed, limit = caches * per_tile, meshes.memory_limit(self.mesh)
+        if limit is not None and needed > limit * shards:
             raise MediaError(
                 f"{name} has {layout.num_tiles} tiles, whose caches take {per_tile / 1e6:,.1f} MB each, {needed / 1e9:.1f} GB in all, "
                 f"and there are {limit * shards / 1e9:.1f}; give a smaller resolution=, hold fewer blocks (window_blocks=, on the "
                 "command line --max_blocks_per_chunk), or split them over more devices."
             )
-        _tell_tiles(layout, per_tile)
+        return per_tile
 
     @functools.cached_property
     def _context(self) -> TokenizerContext:

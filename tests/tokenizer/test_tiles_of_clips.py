@@ -238,6 +238,7 @@ def test_a_slice_or_a_list_of_counts_that_fits_no_tiles_is_refused(tokenizer, wi
 
 def test_caches_are_stated_once_and_refused_where_they_cannot_fit(tokenizer, wide, caplog):
     narrow = wide[:, :36]
+    tokens = tokenizer.encode(wide, num_tokens=8, batch=2, **TILE)
     with caplog.at_level(logging.INFO, logger="elastic"):
         for _ in range(2):
             tokenizer.stream(narrow, num_tokens=8, **TILE)
@@ -254,6 +255,8 @@ def test_caches_are_stated_once_and_refused_where_they_cannot_fit(tokenizer, wid
         patch.setattr(module, "meshes", limited)
         with pytest.raises(MediaError, match="The clip has 4 tiles, whose caches take"):
             tokenizer.stream(narrow, num_tokens=8, **TILE)
+        with pytest.raises(MediaError, match="The clip has 4 tiles, whose caches take"):
+            tokenizer.decode(tokens)
 
 
 def test_options_of_tiles_beside_another_fit_are_refused(tokenizer, wide):
