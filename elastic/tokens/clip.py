@@ -12,7 +12,6 @@ float32 [tokens, d] hold the blocks one after the other. `npz_file.py` adds and 
 """
 
 import dataclasses
-import functools
 import math
 import operator
 import os
@@ -234,7 +233,7 @@ class TokenizedClip:
         """How the frames lie in the tiles that the model sees."""
         return layout_in(vars(self))
 
-    @functools.cached_property
+    @property
     def num_tiles(self) -> int:
         """Tiles of a frame; each has an entry of `blocks` in every block."""
         return self.layout.num_tiles

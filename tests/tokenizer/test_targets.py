@@ -24,7 +24,7 @@ MODEL = ElasticTokConfig(min_toks=4, max_toks=32, frames_per_block=2)
 @pytest.mark.parametrize("method", ["encode", "stream"])
 def test_keyword_arguments_are_the_fields_spelled_out(method):
     parameters = dict(inspect.signature(getattr(ElasticTokenizer, method)).parameters)
-    for other in ("self", "source", "record", "value_range", "layout", "progress"):
+    for other in ("self", "source", "record", "value_range", "layout", "progress", "batch"):
         parameters.pop(other, None)
     assert parameters.keys() == FIELDS.keys()
     for name, parameter in parameters.items():
