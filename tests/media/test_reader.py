@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import PIL
 import pytest
 from einops import rearrange
 from hypothesis import given, settings
@@ -75,9 +76,13 @@ def test_resize_and_crop_equal_the_released_ones(golden, released, name):
         stored = np.asarray(image.convert("RGB"))  # the released code drops alpha; see below
     expected = released[1][f"fsq/{name}"]
     expected = rearrange(expected, "(t h w) (p q c) -> t (h p) (w q) c", t=2, h=4, p=8, q=8)
-    np.testing.assert_array_equal(fit_frame(stored, 32), expected[0])
+    # Pillow rounds tall pictures as the released code's did from 13 on.
+    most = 0 if int(PIL.__version__.partition(".")[0]) >= 13 else 1
+    np.testing.assert_allclose(fit_frame(stored, 32).astype(int), expected[0], rtol=0, atol=most)
     if "rgba" not in name:
-        np.testing.assert_array_equal(read_one(golden / "media" / name), expected[0])
+        np.testing.assert_allclose(
+            read_one(golden / "media" / name).astype(int), expected[0], rtol=0, atol=most
+        )
 
 
 # What is delivered, and at which rate
