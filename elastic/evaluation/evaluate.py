@@ -37,7 +37,7 @@ from elastic.evaluation.records import (
 )
 from elastic.io.progress import hide_bar
 from elastic.io.read_options import read_arguments, read_options
-from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, ssim
+from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, squared_error, ssim
 from elastic.metrics.dists import DistsWeights, dists_of_frames, load_dists_weights
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
@@ -154,7 +154,7 @@ class _Clip(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """The quality and the bits of one clip, as sums, so that those of several clips add up."""
+    """The errors and the bits of one clip. They are sums, so that several clips can be added up."""
 
     squares: float  # of errors, pixels in [-1, 1]
     count: int  # errors in that sum: frames x rows x columns x 3
@@ -327,12 +327,8 @@ def _measure_codecs(
         codec = CodecAt(name, frames, rate)
         for key, bits in budgets.items():
             coded = codec.within(bits)
-            squares = sum(
-                int(np.sum(np.square(a.astype(np.int32) - b), dtype=np.int64))
-                for a, b in zip(frames, coded.frames, strict=True)
-            )
             sums = _Sums(
-                squares=squares * (2 / 255) ** 2,
+                squares=squared_error(frames, coded.frames) * (2 / 255) ** 2,
                 count=frames.size,
                 bits=coded.bits,
                 pixels=frames.size // 3,

@@ -92,7 +92,7 @@ def _measured(result: ConditionResult) -> Row:
 def delta_rows(evaluations: Evaluations) -> list[Row]:
     """One row for each model and each other curve: how far its fixed counts are from that curve (Bjontegaard's deltas).
 
-    The other curves are those of the first model and of the codecs.
+    A model is compared with the first model, and with each codec.
     """
     first, *_ = evaluations
     curves = {name: _rate_curve(evaluation.fixed()) for name, evaluation in evaluations.items()}

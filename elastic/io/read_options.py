@@ -6,7 +6,8 @@ from typing import Any
 from elastic.io.options import Check, at_least, option
 
 READERS = ("pyav", "decord")
-FITS = ("crop", "pad", "stretch", "tile")  # those of `elastic.tiles`
+# The same as `elastic.tiles.FITS`, whose module loads numpy, which --help does without.
+FITS = ("crop", "pad", "stretch", "tile")
 # Options of a record and their defaults, which give the frames of the released code.
 READ_DEFAULTS: dict[str, Any] = {
     "reader": "pyav",

@@ -41,13 +41,13 @@ def keep_programs() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps none. Does nothing where jax is imported already.
     Where the file system has no locks, which jax needs for each program, none is kept, and the log says so.
     """
-    from elastic.io.atomic import has_locks  # loads numpy, which --help does without
-
     if "jax" in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     cache = cache_folder()
     if cache is None:
         return
+    from elastic.io.atomic import has_locks  # loads numpy, which --help does without
+
     folder = cache / "programs" / _processor()
     try:
         folder.mkdir(parents=True, exist_ok=True)

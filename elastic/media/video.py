@@ -127,9 +127,8 @@ def video_source(
         reader == "decord"
         and isinstance(path, pathlib.Path)
         and decord_reader.decodes_alike(first)
-        and bool(
-            position_of
-        )  # without times of display, decord jumps to other frames than those it counts to
+        # Without times of display, decord jumps to other frames than those it counts to.
+        and bool(position_of)
         and not (turns or exact_color or track.hdr or len(packets) < len(walk.packets))
     )
     if reader == "decord" and not by_decord:

@@ -1,7 +1,7 @@
 """Measures how different two pictures or clips are."""
 
 from elastic.metrics.distortion import Metric, make_metric
-from elastic.metrics.image import mse_of_psnr, psnr, psnr_of_mse, ssim
+from elastic.metrics.image import mse_of_psnr, psnr, psnr_of_mse, squared_error, ssim
 from elastic.metrics.lpips import lpips
 from elastic.metrics.lpips_weights import load_lpips_weights
 
@@ -13,5 +13,6 @@ __all__ = [
     "mse_of_psnr",
     "psnr",
     "psnr_of_mse",
+    "squared_error",
     "ssim",
 ]

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Curve = Sequence[
-    tuple[float, float]
-]  # (rate, quality in dB); rates in any unit, the same for both curves
+# Points (rate, quality in dB); rates in any unit, the same for both curves.
+Curve = Sequence[tuple[float, float]]
 
 
 def bd_rate(anchor: Curve, test: Curve) -> float | None:

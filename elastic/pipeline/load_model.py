@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from elastic import checkpoints
-from elastic.config import ElasticTokConfig, load_config, update_config
+from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
 from elastic.ops import choose_implementation
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.scheduler import check_batch
@@ -56,6 +56,8 @@ def check_run(
     Raises:
       ValueError: an option does not fit.
     """
+    if options.fit != "tile":  # tiles take any size
+        check_resolution(options.resolution or 0, config)
     check_batch(batch, mesh, has_budget=options.has_budget)
     check_options(options, config, width=width)
 

@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,6 +58,7 @@ def tokenize_file(
     viz: bool = True,
     progress: bool = True,
     batch: int = 1,
+    on_progress: Callable[[float], None] | None = None,
 ) -> FinishedFile:
     """Tokenizes one file and writes tokens, report, picture and plot into `folder`.
 
@@ -76,6 +77,7 @@ def tokenize_file(
       viz: draw the picture or the video.
       progress: show a bar with an estimate.
       batch: tiles that go through the model at once.
+      on_progress: called after each pass of the model with the share of the file that is done.
 
     Raises:
       ValueError: the file cannot be read or the options contradict each other; nothing is left behind.
@@ -97,12 +99,14 @@ def tokenize_file(
             postfix="compiling",  # shown until the first pass is done
         )
 
-        def on_progress(done: float) -> None:
+        def show(done: float) -> None:
+            if on_progress is not None and session.num_blocks:
+                on_progress(min(done / session.num_blocks, 1.0))
             if session.num_done == session.first_block:
                 bar.set_postfix_str("", refresh=False)
             _advance(bar, done)
 
-        session.on_progress = on_progress
+        session.on_progress = show
         with bar:
             for block in session:
                 result_folder.add(block)

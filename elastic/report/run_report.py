@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic.tokens import BlockTokens, TokenizedClip
+from elastic.tokens import BlockTokens, TokenizedClip, tokens_of_tiles
 
 
 def build_report(
@@ -81,14 +81,10 @@ def build_report(
 def _block(clip: TokenizedClip, tiles: Sequence[BlockTokens]) -> dict[str, Any]:
     """The entry of a block, from the tokens of its tiles."""
     if len(tiles) == 1:
-        return {"kept": tiles[0].num_kept, "loss": tiles[0].loss, "met": tiles[0].met_threshold}
-    shares = [clip.layout.share(number) for number in range(len(tiles))]
-    losses = [tile.loss for tile in tiles]
-    return {
-        "kept": sum(tile.num_kept for tile in tiles),
-        "loss": float(np.average(losses, weights=shares)),
-        "met": all(tile.met_threshold for tile in tiles),
-        "tiles": [
-            {"kept": tile.num_kept, "loss": tile.loss, "met": tile.met_threshold} for tile in tiles
-        ],
-    }
+        return _entry(tiles[0])
+    whole = tokens_of_tiles(clip.layout, tiles)
+    return _entry(whole) | {"tiles": [_entry(tile) for tile in tiles]}
+
+
+def _entry(tokens: BlockTokens) -> dict[str, Any]:
+    return {"kept": tokens.num_kept, "loss": tokens.loss, "met": tokens.met_threshold}

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from elastic.metrics import psnr, psnr_of_mse
+from elastic.metrics import psnr
 from elastic.tiles import FrameLayout, ramps
 
 _PAPER, _INK, _MUTED, _GRID = (255, 255, 255), (33, 37, 45), (118, 124, 136), (226, 229, 234)
@@ -25,7 +25,6 @@ _MARGIN, _GAP, _LINE, _CHART, _GUTTER = 16, 12, 26, 96, 46  # pixels
 _MIN_SIDE = 256  # pixels; smaller frames are enlarged
 _MAX_SIDE = 960  # larger ones are reduced
 _GREY_SHARE = 0.35  # of the frame itself in the map of tokens
-_MOST_AT_ONCE = 1 << 24  # numbers of a frame whose PSNR is computed in one go
 _ERROR_GAIN = 4  # without it a picture of errors would be black
 
 
@@ -297,7 +296,7 @@ class _Strip:
         pen = ImageDraw.Draw(canvas)
         if position is not None:
             pen.rectangle((left + x - 1, top - 4, left + x, bottom + 2), fill=_INK)
-        quality = _psnr(original, reconstruction)
+        quality = psnr(original, reconstruction)
         label = "identical" if math.isinf(quality) else f"{quality:.1f} dB"
         self._text(pen, (right, 6), label, _INK, 15, "ra")
         self._text(pen, (_MARGIN, self.text_y[0]), texts[1], _INK, 15)
@@ -314,17 +313,6 @@ class _Strip:
 
     def _text(self, pen, at, text, colour, size, anchor="la") -> None:
         pen.text(at, text, fill=colour, font=self.fonts[size], anchor=anchor)
-
-
-def _psnr(original: np.ndarray, reconstruction: np.ndarray) -> float:
-    """As `psnr`; of a large frame, row by row."""
-    if original.size <= _MOST_AT_ONCE:
-        return psnr(original, reconstruction)
-    total = sum(
-        float(np.sum(np.square(a.astype(np.int32) - b), dtype=np.int64))
-        for a, b in zip(original, reconstruction, strict=True)
-    )
-    return psnr_of_mse(total / original.size * (2 / 255) ** 2)
 
 
 def _bars(counts: np.ndarray, met: np.ndarray, tokens_per_block: int) -> _Bars:

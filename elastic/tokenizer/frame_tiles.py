@@ -1,9 +1,6 @@
 """Frames of a clip <-> the square tiles that the model sees, and the result of a block on the whole frame."""
 
-import math
 import time
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -12,7 +9,7 @@ from elastic import media
 from elastic.patches import round_levels
 from elastic.tiles import Blender, FrameLayout
 from elastic.tokenizer.result import BlockResult, TileResult
-from elastic.tokens import BlockTokens
+from elastic.tokens import tokens_of_tiles
 
 
 def to_tile(
@@ -115,21 +112,6 @@ class BlockGatherer:
             tried={},
             tiles=parts,
         )
-
-
-def tokens_of_tiles(layout: FrameLayout, tiles: Iterable[BlockTokens]) -> BlockTokens:
-    """The tokens of all tiles of a block as one record: one after the other, with the mean of the losses, weighted by the tiles' shares."""
-    parts = list(tiles)
-    shares = [layout.share(number) for number in range(len(parts))]
-    losses = (share * part.loss for share, part in zip(shares, parts, strict=True))
-    name = "vectors" if parts[0].indices is None else "indices"
-    values: dict[str, Any] = {name: np.concatenate([part.values for part in parts])}
-    return BlockTokens(
-        num_kept=sum(part.num_kept for part in parts),
-        loss=math.fsum(losses) / math.fsum(shares),
-        met_threshold=all(part.met_threshold for part in parts),
-        **values,
-    )
 
 
 def _scaled(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

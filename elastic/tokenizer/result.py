@@ -5,9 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from elastic.metrics import squared_error
 from elastic.tokens import BlockTokens
-
-_ROWS = 512  # of a frame whose squares are summed at once: a photograph of 48 megapixels must not need the memory of four
 
 
 class TileResult(NamedTuple):
@@ -42,13 +41,7 @@ class BlockResult(NamedTuple):
     @property
     def squares(self) -> int:
         """Sum of the squared differences of 8-bit levels: what the PSNR of a whole clip is made of."""
-        total = 0
-        for original, decoded in zip(self.frames, self.reconstruction, strict=True):
-            for first in range(0, len(original), _ROWS):
-                rows = slice(first, first + _ROWS)
-                difference = original[rows].astype(np.int32) - decoded[rows]
-                total += int(np.sum(np.square(difference), dtype=np.int64))
-        return total
+        return squared_error(self.frames, self.reconstruction)
 
     @property
     def frame_loss(self) -> float:

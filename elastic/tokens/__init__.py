@@ -6,7 +6,13 @@ Shards are imported when they are first used: only they need pyarrow.
 from typing import TYPE_CHECKING
 
 from elastic.io.lazy import lazy_names
-from elastic.tokens.clip import BlockTokens, TokenizedClip, layout_in, raster_places
+from elastic.tokens.clip import (
+    BlockTokens,
+    TokenizedClip,
+    layout_in,
+    raster_places,
+    tokens_of_tiles,
+)
 from elastic.tokens.npz_file import TokenFileError
 from elastic.tokens.stream_file import read_token_stream
 
@@ -21,6 +27,7 @@ __all__ = [
     "layout_in",
     "raster_places",
     "read_token_stream",
+    "tokens_of_tiles",
     "write_shard",
 ]
 

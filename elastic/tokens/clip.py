@@ -16,7 +16,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex, cast, overload
 
@@ -518,6 +518,21 @@ class TokenizedClip:
             f"{self.num_tokens} tokens in {self.num_blocks} blocks{tiles} of up to "
             f"{self.tokens_per_block}, {met} met)"
         )
+
+
+def tokens_of_tiles(layout: FrameLayout, tiles: Iterable[BlockTokens]) -> BlockTokens:
+    """The tokens of all tiles of a block as one record: one after the other, with the mean of the losses, weighted by the tiles' shares."""
+    parts = list(tiles)
+    shares = [layout.share(number) for number in range(len(parts))]
+    losses = (share * part.loss for share, part in zip(shares, parts, strict=True))
+    name = "vectors" if parts[0].indices is None else "indices"
+    values: dict[str, Any] = {name: np.concatenate([part.values for part in parts])}
+    return BlockTokens(
+        num_kept=sum(part.num_kept for part in parts),
+        loss=math.fsum(losses) / math.fsum(shares),
+        met_threshold=all(part.met_threshold for part in parts),
+        **values,
+    )
 
 
 def layout_in(header: Mapping[str, Any]) -> FrameLayout:

@@ -4,7 +4,9 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 
+from elastic import media
 from elastic.checkpoints import load_params
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
@@ -41,3 +43,9 @@ def load_tokenizer(golden: pathlib.Path, case: str, **options) -> ElasticTokeniz
     params = load_params(f"params::{folder}/ckpt/params_scan_fp32", config)
     mesh = make_mesh("1,1,1,1", jax.devices()[:1])
     return ElasticTokenizer(config, params, mesh=mesh, **options)
+
+
+def read_frames(golden: pathlib.Path, num_frames: int, *, resolution: int) -> np.ndarray:
+    """The first frames of the clip, uint8 [num_frames, resolution, resolution, 3]."""
+    with media.open_clip(golden / "media" / CLIP, resolution=resolution) as reader:
+        return reader.read()[:num_frames]

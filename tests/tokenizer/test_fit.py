@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 from small_models import load_tokenizer as load
+from small_models import read_frames
 
 from elastic import media
 from elastic.tiles import layout_of
@@ -22,8 +23,7 @@ def tokenizer(golden):
 @pytest.fixture(scope="module")
 def wide(golden):
     """5 frames of 48x32, which the last block of two frames does not fill."""
-    with media.open_clip(golden / CLIP, resolution=48) as reader:
-        return reader.read()[:5, 8:40]
+    return read_frames(golden, 5, resolution=48)[:, 8:40]
 
 
 @pytest.mark.parametrize(("fit", "size"), [("pad", (32, 21)), ("stretch", (48, 32))])

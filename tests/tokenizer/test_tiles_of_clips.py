@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import CASES
+from small_models import CASES, read_frames
 from small_models import load_tokenizer as load
 
-from elastic import media
 from elastic.config import ElasticTokConfig
 from elastic.media import MediaError
 from elastic.tokenizer.block_codec import Committed, Trial
@@ -124,8 +123,7 @@ def tokenizer(golden):
 @pytest.fixture(scope="module")
 def wide(golden):
     """5 frames of 48x40, which four tiles of 32x32 cover and the last block of two frames does not fill."""
-    with media.open_clip(golden / CLIP, resolution=48) as reader:
-        return reader.read()[:5, :40]
+    return read_frames(golden, 5, resolution=48)[:, :40]
 
 
 TILE: dict[str, Any] = dict(fit="tile", resolution=0)

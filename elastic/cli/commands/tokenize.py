@@ -12,7 +12,6 @@ def tokenize(flags: app.Values) -> int:
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
     options = app.encode_options(flags)
 
-    from elastic.config import check_resolution
     from elastic.distributed import cpu_devices, mesh
     from elastic.pipeline import load_model
     from elastic.pipeline import tokenize_files as runs
@@ -24,8 +23,6 @@ def tokenize(flags: app.Values) -> int:
         preset=flags["load_elastic_config"],
         changes=flags["update_elastic_config"],
     )
-    if options.fit != "tile":
-        check_resolution(options.resolution or 0, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
     several = len(inputs) > 1 or options.fit == "tile"
     batch = flags["batch"] if several else min(flags["batch"], 1)

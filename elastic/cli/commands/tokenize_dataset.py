@@ -29,7 +29,6 @@ def tokenize(flags: app.Values) -> int:
 
     import jax
 
-    from elastic.config import check_resolution
     from elastic.pipeline import dataset, dataset_summary, load_model, tokenize_files
 
     spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
@@ -37,8 +36,6 @@ def tokenize(flags: app.Values) -> int:
     config = load_model.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
-    if options.fit != "tile":
-        check_resolution(options.resolution or 0, config)
     devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
     load_model.check_run(
         options, config, devices, width=flags["search_width"], batch=flags["batch"]
