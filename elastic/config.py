@@ -80,6 +80,8 @@ class ElasticTokConfig:
     fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
     vae_bottleneck_dim: int = 8
     lpips_loss_ratio: float = 0.1
+    # For whom uses the weights: largest errors of a block that suit them. The first is the usual one.
+    recommended_thresholds: tuple[float, ...] = ()
     # How it is computed; none of these changes a number beyond rounding.
     attention_implementation: str = ""  # '' picks the best for the device
     ring_layout: Literal["balanced", "plain"] = "balanced"  # how a sequence lies on sp
@@ -156,6 +158,10 @@ class ElasticTokConfig:
                 getattr(self, name) in REMAT_POLICIES,
                 f"{name}={getattr(self, name)!r} must be one of {REMAT_POLICIES}.",
             )
+        _require(
+            all(0 < threshold < math.inf for threshold in self.recommended_thresholds),
+            f"recommended_thresholds={self.recommended_thresholds} must be finite numbers above 0.",
+        )
         levels = self.fsq_quant_levels
         _require(
             len(levels) > 0 and min(levels) >= 2,
@@ -337,7 +343,10 @@ def _typed(name: str, value: Any) -> Any:
     hint = ElasticTokConfig.__annotations__[name]
     if typing.get_origin(hint) is tuple:
         value = tuple(value) if isinstance(value, list) else value
-        fits = isinstance(value, tuple) and all(type(item) is int for item in value)
+        kind = typing.get_args(hint)[0]
+        if isinstance(value, tuple) and kind is float:
+            value = tuple(float(item) if type(item) is int else item for item in value)
+        fits = isinstance(value, tuple) and all(type(item) is kind for item in value)
     elif typing.get_origin(hint) is Literal:
         fits = value in typing.get_args(hint)
     else:
@@ -376,12 +385,13 @@ _SMALL = dict(
     theta=1e4, frames_per_block=4, lpips_loss_ratio=0.0,
 )  # fmt: skip
 _RELEASED = dict(
+    recommended_thresholds=(0.003,),
     use_flash_attention=True, scan_attention=True, scan_query_chunk_size=512, scan_key_chunk_size=512, scan_mlp=True,
     scan_mlp_chunk_size=8192, remat_mlp="nothing_saveable",
 )  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     # The released models have this size: 210 M parameters, 256 x 256 pixels. ElasticTok-FSQ has the defaults.
-    "200m": {},
+    "200m": dict(recommended_thresholds=(0.003,)),
     # A model for trying things out, also of the released code.
     "debug": dict(
         hidden_size=256, intermediate_size=256, num_encoder_layers=2, num_decoder_layers=2, num_attention_heads=2, rms_norm_eps=1e-6,
@@ -395,10 +405,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
         **_SMALL, "bottleneck_type": "fsq", "patch_size": (1, 4, 8), "max_toks": 2048, "min_toks": 256, "max_sequence_length": 4096,
-        "fsq_quant_levels": (20, 8, 5, 5, 4, 4),
+        "fsq_quant_levels": (20, 8, 5, 5, 4, 4), "recommended_thresholds": (0.02, 0.01, 0.005),
     },
     "small-vae": {
         **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 1024,
+        "recommended_thresholds": (0.03, 0.015),
     },
 }  # fmt: skip
 

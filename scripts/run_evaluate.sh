@@ -20,8 +20,8 @@ models="${models:-example/fsq}"
 input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
 output_folder="${output_folder:-outputs/evaluation}"
-# Largest errors of a block: mean squares, pixels in [-1, 1]. 0.003 suits the released models.
-thresholds="${thresholds:-0.1,0.05,0.025}"
+# Largest errors of a block: mean squares, pixels in [-1, 1], such as 0.02,0.01; usual: those that the first model recommends.
+thresholds="${thresholds:-usual}"
 # Frames taken of each clip, its first ones; 0: all.
 max_frames="${max_frames:-48}"
 # -------------------------------------------------------------------------------------------------

@@ -13,11 +13,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_paths.sh"
 
 case "${1:-}" in
     fsq)
-        small_threshold=0.02 # of the model in example/fsq: its error at full length is higher than the released model's
         release="dict(mask_type='elastic',min_toks=256,max_toks=4096,frames_per_block=4,patch_size=(1,8,8),bottleneck_type='fsq',fsq_quant_levels=(8,8,8,5,5,5),theta=50000000,max_sequence_length=16384,use_flash_attention=True,scan_attention=True,scan_query_chunk_size=512,scan_key_chunk_size=512,remat_attention='',scan_mlp=True,scan_mlp_chunk_size=8192,remat_mlp='nothing_saveable',remat_block='',scan_layers=True)"
         ;;
     vae)
-        small_threshold=0.03
         release="dict(mask_type='elastic',min_toks=128,max_toks=2048,frames_per_block=4,patch_size=(2,8,8),bottleneck_type='vae',vae_bottleneck_dim=8,theta=5000000,max_sequence_length=8192,use_flash_attention=True,scan_attention=True,scan_query_chunk_size=512,scan_key_chunk_size=512,remat_attention='',scan_mlp=True,scan_mlp_chunk_size=8192,remat_mlp='nothing_saveable',remat_block='',scan_layers=True)"
         ;;
     -h | --help)
@@ -43,7 +41,7 @@ checkpoint_path="${checkpoint_path:-example/$model}"
 input_path="${input_path:-example/video.mp4}"
 # Where the results go; made if need be.
 output_folder="${output_folder:-outputs/$model}"
-# Largest error of a block: mean square, pixels in [-1, 1]; empty: the model's usual one. Another target among the flags,
+# Largest error of a block: mean square, pixels in [-1, 1]; empty: the one that the model recommends. Another target among the flags,
 # such as --psnr=25, takes its place.
 threshold="${threshold:-}"
 # -------------------------------------------------------------------------------------------------
@@ -52,12 +50,6 @@ check_variables run_inference.sh checkpoint_path input_path output_folder thresh
 flags_from_here "$@"
 source scripts/setup_env.sh run
 
-if [[ -z "${threshold:-}" ]]; then
-    threshold=0.003 # suits the released models
-    case "${checkpoint_path%/}" in
-        "example/$model" | "small-$model") threshold="$small_threshold" ;;
-    esac
-fi
 for flag in "$@"; do
     case "$flag" in
         --psnr* | --n_codes* | --avg_tokens* | --bitrate*) threshold="" ;; # the target that is asked for

@@ -20,9 +20,9 @@ checkpoint_path="${checkpoint_path:-example/fsq}"
 input_path="${input_path:-example}"
 # Where the shards go; made if need be.
 output_folder="${output_folder:-outputs/dataset}"
-# Largest error of a block: mean square, pixels in [-1, 1]. 0.003 suits the released models.
-# Another target among the flags, such as --n_codes=256, takes its place.
-threshold="${threshold-0.03}"
+# Largest error of a block: mean square, pixels in [-1, 1]; empty: the one that the model recommends. Another target among
+# the flags, such as --n_codes=256, takes its place.
+threshold="${threshold:-}"
 # How many processes share the files, and which one this is.
 num_processes="${num_processes:-1}"
 process_id="${process_id:-0}"

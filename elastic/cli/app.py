@@ -30,6 +30,7 @@ __all__ = [
     "Values",
     "check_target",
     "encode_options",
+    "has_target",
     "help_text",
     "leave",
     "log",
@@ -93,30 +94,44 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
 
 
 def check_target(values: Values) -> None:
-    """Refuses a command line that does not say how many tokens a block may have, or how good it must be, or says both.
+    """Refuses a command line that says both how many tokens a block may have and how good it must be.
 
     Raises:
-      ValueError: there is no target, or a threshold beside a count.
+      ValueError: there is a threshold beside a count.
     """
-    targets = ("threshold", "psnr", "n_codes", "avg_tokens", "bitrate")
-    if values["threshold"] is None and not any(values[name] for name in targets):
-        raise ValueError(
-            "Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every block reaches, --n_codes=N for a "
-            "fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
-        )
     # Another search with --n_codes is refused where the search is made, in words of its own.
     fixed = bool(values["n_codes"]) and values["search_alg"] in (None, "fixed")
     if fixed and values["threshold"] is not None:
         raise ValueError("--threshold= and --n_codes= are 2 targets; give one.")
 
 
-def encode_options(values: Values) -> EncodeOptions:
+def has_target(values: Values) -> bool:
+    """Whether a command line says how many tokens a block may have, or how good it must be."""
+    targets = ("psnr", "n_codes", "avg_tokens", "bitrate")
+    return values["threshold"] is not None or any(values[name] for name in targets)
+
+
+def encode_options(values: Values, recommended: Sequence[float] = ()) -> EncodeOptions:
     """The flags of inference that say what is read of a clip, and how its tokens are chosen. 0 stands for None where None is allowed.
+
+    Args:
+      values: of the flags.
+      recommended: thresholds that suit the model; without a target the first one is taken, which the log says.
 
     Raises:
       ValueError: a value is out of its range, or there is not one target.
     """
-    return ENCODING.read(values)
+    if has_target(values):
+        return ENCODING.read(values)
+    if not recommended:
+        raise ValueError(
+            "The model recommends no threshold. Give --threshold=ERROR (such as 0.003) or --psnr=DB for a quality that every "
+            "block reaches, --n_codes=N for a fixed length, or --avg_tokens=N or --bitrate=KBIT for a budget that the blocks share."
+        )
+    log.info(
+        "--threshold=%g: the model recommends it, and no other target is given.", recommended[0]
+    )
+    return ENCODING.read(values, threshold=recommended[0])
 
 
 def help_text(script: Script) -> str:

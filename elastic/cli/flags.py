@@ -24,6 +24,7 @@ _OF_CLIP = (
     "resolution",
     "tile_overlap",
 )  # what is read of a clip, not how its tokens are chosen
+USUAL = "usual"  # thresholds that a model recommends
 MESH = dataclasses.replace(RUN.flag("mesh_dim"), default="!1,1,-1,1")
 DTYPE = RUN.flag("dtype")
 PRESET = Flag(
@@ -273,7 +274,12 @@ EVALUATE = Script(
             ),
         ),
         "What is measured": (
-            Flag("thresholds", "0.1,0.05,0.025", "errors to search under; '' searches for none"),
+            Flag(
+                "thresholds",
+                USUAL,
+                "errors to search under; usual: those that the first model with any recommends, else 0.1,0.05,0.025; "
+                "'' searches for none",
+            ),
             Flag(
                 "num_tokens",
                 "",

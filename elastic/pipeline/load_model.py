@@ -1,11 +1,14 @@
 """The config of the model that a command names, and a one-line description of a loaded model."""
 
+import datetime
 import logging
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import elastic
 from elastic import checkpoints
 from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
 from elastic.ops import choose_implementation
@@ -81,6 +84,19 @@ def log_model(tokenizer: ElasticTokenizer, *, name: str = "") -> None:
         config.resolution,
         config.resolution,
     )
+
+
+def run_facts(tokenizer: ElasticTokenizer) -> dict[str, Any]:
+    """What a result was made with: versions, date, devices and dtype, for report.json."""
+    mesh = tokenizer.mesh
+    return {
+        "elastic": elastic.__version__,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "dtype": str(tokenizer.codec.dtype),
+    }
 
 
 def describe(tokenizer: ElasticTokenizer) -> str:

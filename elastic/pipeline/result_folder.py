@@ -19,6 +19,7 @@ from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
 from elastic.io.progress import hide_bar
 from elastic.metrics import psnr_of_mse
+from elastic.pipeline.load_model import run_facts
 from elastic.report.strip import TileCounts
 from elastic.tokenizer import BlockResult, ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.resume import remove_resume_log
@@ -62,7 +63,8 @@ class ResultFolder:
         self._session: EncodeSession | None = None
         self._frames: _Frames | None = None
         self._costs: list[dict[str, Any]] = []
-        self._squares = 0  # sum of squared errors, 8-bit values
+        self._squares: list[int] = []  # of each block: the sum of squared errors, 8-bit values
+        self._about: dict[str, Any] = {}  # what was asked, of which file, with which devices
         self._earlier_seconds = 0.0  # of the run that is resumed
         self._started = time.perf_counter()
 
@@ -109,6 +111,11 @@ class ResultFolder:
                 resume_path, max_snapshot_block=drawable if alone else 0
             )
         self._session = session
+        self._about = {
+            "asked": options.to_json(),
+            "file": {"name": self.source.name, "rate": session.source_rate},
+            "run": run_facts(tokenizer),
+        }
         for about in session.recorded:
             self._add_cost(about["passes"], about["seconds"], about["squares"])
             self._earlier_seconds += about["seconds"]
@@ -134,10 +141,12 @@ class ResultFolder:
         seconds = time.perf_counter() - self._started + self._earlier_seconds
         tokens = self._session.tokens()
         tokens.save(self._work / TOKENS)
-        values = tokens.num_frames * math.prod(tokens.frame) * 3
-        psnr = psnr_of_mse(self._squares / values * (2 / 255) ** 2)
-        totals = {"seconds": seconds, "psnr": psnr}
-        found = report.build_report(tokens, per_block=self._costs, totals=totals)
+        totals = {"seconds": seconds, "psnr": _psnr(sum(self._squares), tokens, tokens.num_frames)}
+        for number, squares in enumerate(self._squares):
+            first = number * tokens.frames_per_block
+            frames = min(tokens.frames_per_block, tokens.num_frames - first)
+            self._costs[number]["psnr"] = _psnr(squares, tokens, frames)
+        found = report.build_report(tokens, per_block=self._costs, totals=totals, **self._about)
         json_file.write_json(self._work / REPORT, found)
         report.plot_report(found, self._work / PLOT)
         if self._frames is not None:
@@ -167,7 +176,7 @@ class ResultFolder:
     def _add_cost(self, passes: int, seconds: float, squares: int) -> None:
         """Adds the passes, seconds and squared errors of one block."""
         self._costs.append({"passes": passes, "seconds": seconds})
-        self._squares += squares
+        self._squares.append(squares)
 
     def _check_folder(self) -> None:
         folder = self._folder
@@ -206,6 +215,12 @@ class ResultFolder:
             raise ValueError(
                 f"Another process is writing into {self._folder}; wait for it, or choose another output_folder."
             )
+
+
+def _psnr(squares: int, tokens: TokenizedClip, num_frames: int) -> float:
+    """PSNR in dB of so many frames, from the sum of their squared errors."""
+    values = num_frames * math.prod(tokens.frame) * 3
+    return psnr_of_mse(squares / values * (2 / 255) ** 2)
 
 
 def _is_ours(path: Path) -> bool:

@@ -5,11 +5,13 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from elastic import media
 from elastic.io.progress import hide_bar
+from elastic.metrics import psnr_of_mse
 from elastic.pipeline.result_folder import FinishedFile, ResultFolder
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.session import EncodeSession
@@ -256,24 +258,29 @@ def _tokenize_side_by_side(
 
 
 def summary(run: FinishedFile) -> str:
-    """The closing table of a run."""
-    clip, totals = run.report["clip"], run.report["totals"]
-    met = f"{totals['blocks_met']} of {totals['blocks']} blocks"
-    threshold = clip["threshold"]
+    """The closing table of a run: what was asked, and what came."""
+    clip, totals, file = run.report["clip"], run.report["totals"], run.report["file"]
     size = "x".join(map(str, clip.get("frame", [clip["resolution"]] * 2)))
     tiles = totals.get("tiles", 1)
     unit = "block" if tiles == 1 else "tile of a block"
     if tiles > 1:
         size += f", {tiles} tiles of {clip['resolution']}x{clip['resolution']}"
     shown = "an image" if clip["is_image"] else f"{totals['frames']} frames"
+    source = "x".join(map(str, clip["source"]))
+    if file["rate"]:
+        source += f" at {file['rate']:.4g} frames/s, read at {clip['rate']:.4g}"
+    spent = f"{totals['bits_per_pixel']:.4g} bits per pixel"
+    if totals["kbit_per_second"] is not None:
+        spent = f"{totals['kbit_per_second']:.4g} kbit/s, {spent}"
+    worst = totals["worst_block_psnr"]
     rows = {
+        "original": source,
         "blocks": f"{totals['blocks']} ({shown}, {size})",
+        "asked": _asked(run.report, unit),
         f"tokens per {unit}": f"mean {totals['mean_tokens']:.1f}, min {totals['min_tokens']}, "
         f"max {totals['max_tokens']} of {clip['tokens_per_block']}",
-        "threshold": "none" if threshold is None else f"{threshold:g}, met by {met}",
-        "PSNR": f"{totals['psnr']:.2f} dB",
-        "bits per pixel": f"{totals['bits_per_pixel']:.4g} "
-        f"({totals['compression_ratio']:.0f} times less than 8-bit RGB)",
+        "PSNR": f"{totals['psnr']:.2f} dB, worst block {worst:.2f} dB (number {totals['worst_block']})",
+        "spent": f"{spent} ({totals['compression_ratio']:.0f} times less than 8-bit RGB)",
         "speed": f"{totals['frames_per_second']:.3g} frames/s, "
         f"{totals['passes_per_block']:.2f} passes per {unit}",
         "files": f"{', '.join(file.name for file in run.files)} in {run.folder}",
@@ -282,3 +289,20 @@ def summary(run: FinishedFile) -> str:
     return "\n".join(
         [f"{run.source}:", *(f"  {name:{width}}  {value}" for name, value in rows.items())]
     )
+
+
+def _asked(report: Mapping[str, Any], unit: str) -> str:
+    """The target of a run in words, and whether it was met."""
+    asked, clip, totals = report["asked"], report["clip"], report["totals"]
+    if asked["avg_tokens"] is not None:
+        return f"{asked['avg_tokens']:g} tokens per {unit} in the mean"
+    if asked["bitrate"] is not None:
+        return f"{asked['bitrate']:g} kbit/s"
+    threshold = clip["threshold"]
+    if threshold is None:
+        return f"{asked['num_tokens']} tokens per {unit}"
+    if asked["metric"] != "mse":
+        wanted = f"{asked['metric']} of at most {threshold:g}"
+    else:
+        wanted = f"{psnr_of_mse(threshold):.2f} dB (threshold {threshold:g})"
+    return f"{wanted}, met by {totals['blocks_met']} of {totals['blocks']} blocks"

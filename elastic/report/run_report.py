@@ -1,4 +1,7 @@
-"""report.json: what was tokenized, with which model, and what it cost."""
+"""report.json: what was asked, what was tokenized, with which model, and what it cost.
+
+`report.schema.json` (JSON Schema) describes every key.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +10,17 @@ import numpy as np
 
 from elastic.tokens import BlockTokens, TokenizedClip, tokens_of_tiles
 
+FORMAT = {"format": "elastictok-report", "version": 1}
+
 
 def build_report(
     clip: TokenizedClip,
     *,
     per_block: Sequence[Mapping[str, Any]],
     totals: Mapping[str, Any],
+    asked: Mapping[str, Any] | None = None,
+    file: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report of one run, ready for `write_json`.
 
@@ -21,11 +29,14 @@ def build_report(
 
     Args:
       clip: the tokens, with counts, losses and `met`.
-      per_block: further values of each block, such as `passes` and `seconds`.
+      per_block: further values of each block, such as `passes`, `seconds` and `psnr` in dB.
       totals: further values of the whole run, such as `seconds` and `psnr` in dB.
+      asked: the options of the run, as `EncodeOptions.to_json` gives them.
+      file: the original: `name`, and `rate` in frames per second.
+      run: what ran: versions, date, devices and dtype.
 
     Returns:
-      `clip` (what was tokenized and how), `totals` and `blocks`.
+      The format mark, `asked`, `file`, `run`, `clip` (what was tokenized and how), `totals` and `blocks`.
 
     Raises:
       ValueError: `per_block` has more or fewer entries than there are blocks.
@@ -52,8 +63,14 @@ def build_report(
         "bits": clip.num_bits,
         "bits_per_pixel": clip.bits_per_pixel,
         "compression_ratio": clip.compression_ratio,
+        "kbit_per_second": clip.num_bits * clip.rate / clip.num_frames / 1000
+        if clip.rate
+        else None,
         "mean_loss": float(np.mean([block["loss"] for block in blocks])),
     }
+    if all("psnr" in block for block in blocks):
+        sums["worst_block"] = int(np.argmin([block["psnr"] for block in blocks]))
+        sums["worst_block_psnr"] = blocks[sums["worst_block"]]["psnr"]
     if all("passes" in block for block in blocks):
         sums["passes"] = sum(block["passes"] for block in blocks)
         sums["passes_per_block"] = sums["passes"] / len(clip.blocks)
@@ -75,7 +92,14 @@ def build_report(
             name: list(getattr(clip, name)) for name in ("frame", "tile_rows", "tile_columns")
         }
         about["fit"] = clip.fit
-    return {"clip": about, "totals": {**totals, **sums}, "blocks": blocks}
+    given = {"asked": asked, "file": file, "run": run}
+    return {
+        **FORMAT,
+        **{name: dict(value) for name, value in given.items() if value is not None},
+        "clip": about,
+        "totals": {**totals, **sums},
+        "blocks": blocks,
+    }
 
 
 def _block(clip: TokenizedClip, tiles: Sequence[BlockTokens]) -> dict[str, Any]:

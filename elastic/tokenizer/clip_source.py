@@ -36,6 +36,7 @@ class Clip:
       layout: the size of the frames, and how they lie in tiles.
       pixel_aspect: width and height of a stored pixel, (32, 27) for instance; (1, 1) if it is square.
       transfer: 'pq' or 'hlg' for a file of high dynamic range, which is tone-mapped; else 'sdr'.
+      source_rate: frames per second of the original; 0 for an image.
     """
 
     is_image: bool
@@ -48,6 +49,7 @@ class Clip:
     pixel_aspect: tuple[int, int] = (1, 1)
     transfer: str = "sdr"
     exact_color: bool = False
+    source_rate: float = 0.0
 
     def blocks(
         self, frames_per_block: int, first_block: int = 0
@@ -177,6 +179,7 @@ def _of_reader(reader: media.ClipReader, *, exact_color: bool) -> Clip:
         pixel_aspect=info.pixel_aspect,
         transfer=info.transfer,
         exact_color=exact_color,
+        source_rate=info.rate,
     )
 
 

@@ -132,6 +132,7 @@ class EncodeSession:
     Attributes:
       num_frames, num_blocks: of the clip; None while frames are still arriving.
       is_image, rate, source, layout: as in `TokenizedClip`.
+      source_rate: frames per second of the original file; 0 for an image, and for frames that come from no file.
       num_done: blocks that are tokenized.
       first_block: the first block that will be handed out. Above 0 in a resumed run: `recorded` has the earlier ones.
       recorded: the numbers `passes`, `seconds` and `squares` of each block before `first_block`.
@@ -154,7 +155,7 @@ class EncodeSession:
         self._search_options = options.search_options(config, width=context.search_width)
         self._metric_name, self.metric = make_metric(options.metric)
         self.is_image, self.rate, self.source = clip.is_image, clip.rate, clip.source
-        self.layout = clip.layout
+        self.source_rate, self.layout = clip.source_rate, clip.layout
         self._batch = batch if clip.layout.num_tiles > 1 else 1
         self.num_frames = clip.num_frames
         self.first_block = 0

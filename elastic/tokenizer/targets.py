@@ -65,7 +65,8 @@ class EncodeOptions:
 
     threshold: float | None = option(
         None,
-        "largest error of a block: mean square, pixels in [-1, 1]; 0.003 suits the released models",
+        "largest error of a block: mean square, pixels in [-1, 1]; without any target the one that the model recommends, "
+        "0.003 for the released models",
         check=Check(
             lambda error: 0 <= error < math.inf,
             "must be a finite number, 0 or above: it is a mean of squared errors",

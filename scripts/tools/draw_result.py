@@ -1,5 +1,7 @@
 """Draws imgs/result.png, the picture of a result: frames, what their tokens decode to, and the tokens of every block.
 
+Also imgs/result.webp: the clip under the smallest threshold, beside its reconstruction and above its tokens, in motion.
+
     python3 scripts/tools/draw_result.py
     python3 scripts/tools/draw_result.py --input_path=clip.mp4 --thresholds=0.05,0.02 --load_checkpoint=example/vae
 
@@ -9,6 +11,7 @@ frames shown are the middles of the longest shots that video.json beside the cli
 
 import argparse
 import io
+import itertools
 import json
 import pathlib
 import sys
@@ -27,7 +30,9 @@ sys.path.insert(0, str(ROOT))
 
 from elastic.media import open_clip  # noqa: E402
 from elastic.metrics import psnr  # noqa: E402
+from elastic.report import strip_frames  # noqa: E402
 from elastic.tokenizer import ElasticTokenizer  # noqa: E402
+from elastic.tokens import TokenizedClip  # noqa: E402
 
 INK, SOFT, LINE = "#1f2933", "#52606d", "#9aa5b1"
 # Of the thresholds, the largest first: bars of their tokens, and the same for the blocks that are shown.
@@ -38,9 +43,10 @@ SIDE, GAP, LEFT, CAPTION, CHART, BELOW = 1.28, 0.08, 0.7, 0.24, 1.1, 0.42
 
 
 class Result(NamedTuple):
-    """One tokenization: its threshold, the tokens of each block, and the decoded uint8 frames."""
+    """One tokenization: its threshold, its tokens, the number of each block, and the decoded uint8 frames."""
 
     threshold: float
+    tokens: TokenizedClip
     counts: np.ndarray
     decoded: np.ndarray
 
@@ -144,20 +150,49 @@ def draw(
     plt.close(figure)
 
 
+def animate(originals: np.ndarray, result: Result, output: pathlib.Path) -> None:
+    """Writes every second frame of the strip picture as a WebP that repeats.
+
+    Args:
+      originals: the clip, uint8 [frames, rows, columns, 3].
+      result: its tokenization.
+      output: the file.
+    """
+    tokens = result.tokens
+    drawn = strip_frames(
+        originals,
+        result.decoded,
+        counts=result.counts,
+        tokens_per_block=tokens.tokens_per_block,
+        frames_per_block=tokens.frames_per_block,
+        losses=[block.loss for block in tokens.blocks],
+        met=[block.met_threshold for block in tokens.blocks],
+        rate=tokens.rate,
+    )
+    first, *others = (Image.fromarray(frame) for frame in itertools.islice(drawn, 0, None, 2))
+    duration = round(2 * 1000 / tokens.rate)  # milliseconds
+    first.save(
+        output, save_all=True, append_images=others, duration=duration, loop=0, quality=60, method=6
+    )
+
+
 def main() -> None:
     """Tokenizes the clip once for each threshold, decodes, draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input_path", type=pathlib.Path, default=ROOT / "example" / "video.mp4")
     parser.add_argument("--load_checkpoint", default=str(ROOT / "example" / "fsq"))
     parser.add_argument("--thresholds", default="0.02,0.005", help="comma-separated, at most 3")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "imgs" / "result.png")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=ROOT / "imgs" / "result.png", help="a PNG file"
+    )
     options = parser.parse_args()
 
     tokenizer = ElasticTokenizer.from_pretrained(options.load_checkpoint)
     results = []
     for threshold in sorted(map(float, options.thresholds.split(",")), reverse=True):
         tokens = tokenizer.encode(options.input_path, threshold=threshold)
-        results.append(Result(threshold, np.asarray(tokens.counts), tokenizer.decode(tokens)))
+        counts = np.asarray(tokens.counts)
+        results.append(Result(threshold, tokens, counts, tokenizer.decode(tokens)))
         met = sum(block.met_threshold for block in tokens.blocks)
         print(
             f"{threshold}: {tokens.mean_tokens:.0f} tokens a block, {met} of {len(tokens.blocks)} met"
@@ -172,6 +207,7 @@ def main() -> None:
         tokens_per_block=tokenizer.config.tokens_per_block,
         output=options.output,
     )
+    animate(originals, results[-1], options.output.with_suffix(".webp"))
 
 
 if __name__ == "__main__":

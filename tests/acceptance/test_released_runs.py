@@ -37,7 +37,11 @@ def test_a_fixed_count_gives_the_tokens_of_the_released_script(
 
 @pytest.mark.parametrize(
     ("case", "file", "rate", "search"),
-    [("fsq", CLIP, 4, "binary"), ("fsq", PHOTO, None, "binary"), ("vae", CLIP, 8, "linear")],
+    [
+        ("fsq", CLIP, 4, "binary"),
+        ("fsq", PHOTO, None, "binary"),
+        pytest.param("vae", CLIP, 8, "linear", marks=pytest.mark.slow),
+    ],
 )
 def test_an_elastic_run_differs_from_the_released_script_only_in_its_counts(
     tokenizers, golden, case, file, rate, search

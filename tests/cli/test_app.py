@@ -185,6 +185,19 @@ def test_a_value_of_another_kind_is_refused_by_its_flag_in_plain_words(flag, mes
         app.parse(INFERENCE, [flag])
 
 
+def test_without_a_target_the_model_recommends_one_and_the_log_says_so(caplog):
+    required = [f"--{flag.name}=a" for flag in INFERENCE.flags if flag.required]
+    values = app.parse(INFERENCE, required)
+    with caplog.at_level("INFO", logger="elastic"):
+        assert app.encode_options(values, (0.02, 0.01)).threshold == 0.02
+    assert "--threshold=0.02: the model recommends it" in caplog.text
+    with pytest.raises(ValueError, match=r"recommends no threshold\. Give --threshold=ERROR"):
+        app.encode_options(values)
+    other = app.parse(INFERENCE, [*required, "--n_codes=300"])
+    options = app.encode_options(other, (0.02,))
+    assert (options.threshold, options.num_tokens) == (None, 300)
+
+
 @pytest.mark.parametrize("script", [INFERENCE, DATASET], ids=lambda s: s.name)
 @pytest.mark.parametrize("other", ["--n_codes=300", "--psnr=28"])
 def test_two_targets_are_refused_by_their_flags(script, other):

@@ -198,6 +198,7 @@ def test_a_worker_that_dies_is_an_error_that_says_so(clips, tmp_path):
         run.assert_nobody_is_left()
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_the_parents_and_its_workers_end_silently(clips, tmp_path):
     with Run(tmp_path, clips, last=10**6, wait=60) as run:
         run.wait_for_first()

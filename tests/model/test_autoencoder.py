@@ -138,9 +138,9 @@ def test_rows_that_see_nothing_disturb_no_other_row(case):
     ("case", "implementation"),
     [
         ("fsq", "blockwise"),
-        ("fsq", "pallas_tpu_interpret"),
+        pytest.param("fsq", "pallas_tpu_interpret", marks=pytest.mark.slow),
         ("vae", "reference"),
-        ("vae", "pallas_gpu_interpret"),
+        pytest.param("vae", "pallas_gpu_interpret", marks=pytest.mark.slow),
     ],
 )
 def test_a_block_does_not_depend_on_later_blocks(case, implementation):

@@ -1,10 +1,10 @@
 """Files tokenized in tiles: their report, their picture, and back from the token file; data sets of mixed sizes."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
+from report_cases import read_report
 from small_models import load_tokenizer
 
 from elastic import media
@@ -42,7 +42,7 @@ def test_the_report_and_the_picture_have_the_tiles_and_the_file_decodes(tokenize
         tokenizer, files / "clip.mp4", tmp_path / "out", EncodeOptions(**OPTIONS), batch=2,
         progress=False,
     )  # fmt: skip
-    report = json.loads((tmp_path / "out/report.json").read_text())
+    report = read_report(tmp_path / "out")
     assert report["totals"]["tiles"] == 4
     assert report["clip"]["frame"] == [48, 40]
     for block in report["blocks"]:

@@ -1,7 +1,6 @@
 """The scripts end to end, with the small models of the released system's golden files."""
 
 import io
-import json
 import pathlib
 import re
 import subprocess
@@ -11,11 +10,13 @@ import numpy as np
 import pytest
 from commands import infer, names
 from PIL import Image
+from report_cases import read_report
 from small_models import CASES, CLIP, PHOTO
 
 from elastic import checkpoints, media
 from elastic.io.atomic import locked
 from elastic.media import folders
+from elastic.metrics import mse_of_psnr, psnr_of_mse
 from elastic.pipeline import decode_files, load_model, result_folder
 from elastic.pipeline import tokenize_files as runs
 from elastic.tokenizer import EncodeOptions, resume
@@ -42,10 +43,20 @@ def test_the_documented_command_writes_its_results(documented):
     tokens = TokenizedClip.load(folder / "tokens.npz")
     assert (tokens.num_frames, len(tokens.blocks), tokens.threshold) == (11, 6, 0.522)
     assert (tokens.window_blocks, tokens.context, tokens.rate) == (4, "carry", 4.0)
-    report = json.loads((folder / "report.json").read_text())
+    report = read_report(folder)
     assert report["totals"]["tokens"] == tokens.num_tokens
     assert [block["kept"] for block in report["blocks"]] == tokens.counts.tolist()
     assert all(block["passes"] >= 1 and block["seconds"] > 0 for block in report["blocks"])
+    # The blocks' PSNR make up the clip's, each by its frames: 2 in all blocks but the last.
+    psnr, frames = np.array([block["psnr"] for block in report["blocks"]]), [2] * 5 + [1]
+    assert report["totals"]["psnr"] == pytest.approx(
+        psnr_of_mse(np.average([mse_of_psnr(one) for one in psnr], weights=frames))
+    )
+    worst = report["totals"]["worst_block"]
+    assert psnr[worst] == psnr.min() == report["totals"]["worst_block_psnr"]
+    seconds = tokens.num_frames / tokens.rate
+    assert report["totals"]["kbit_per_second"] == tokens.num_bits / seconds / 1000
+    assert report["asked"]["threshold"] == 0.522 and report["file"]["rate"] == 30
     with media.open_clip(folder / "viz.mp4", resolution=64, rate=None) as video:
         assert (video.num_frames, video.rate) == (11, 4.0)
     # Neither file tells where on this machine the model lies, and the results are no media to tokenize.
@@ -142,6 +153,7 @@ def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path)
     )
     assert names(tmp_path) == ["notes.txt", "plot.png", "report.json", "tokens.npz", "viz.png"]
     assert "(an image, 32x32)" in runs.summary(run)
+    assert read_report(tmp_path)["totals"]["kbit_per_second"] is None
     tokens = TokenizedClip.load(tmp_path / "tokens.npz")
     assert tokens.is_image and len(tokens.blocks) == 1
     decode_files.decode_to_file(tokenizer, tokens, tmp_path / "again.png", progress=False)
@@ -329,6 +341,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
     assert names(out) == ["plot.png", "report.json", "tokens.npz", "viz.mp4"]
     assert TokenizedClip.load(out / "tokens.npz") == TokenizedClip.load(whole.folder / "tokens.npz")
     for run in (whole, again):  # what took time is not the same
+        run.report["run"].pop("date")
         run.report["totals"].pop("seconds"), run.report["totals"].pop("frames_per_second")
         for block in run.report["blocks"]:
             block.pop("seconds")

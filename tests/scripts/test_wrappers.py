@@ -96,6 +96,9 @@ def test_with_a_checkpoint_the_documented_command_runs(run, tmp_path):
     assert command is not None
     documented = flags_of(shlex.split(command[0].replace("\\\n", " ")))
     (tmp_path / "params").touch()
+    threshold = documented.pop("--threshold")  # the model recommends it
+    recommended = load_config(documented["--load_elastic_config"]).recommended_thresholds
+    assert recommended[0] == float(threshold)
     documented["--load_checkpoint"] = f"params::{tmp_path}/params"
     changes = documented["--update_elastic_config"]  # in the spelling of the release
     documented["--update_elastic_config"] = changes.replace("mask_mode=", "mask_type=")
@@ -133,8 +136,8 @@ def test_a_checkpoint_is_named_as_for_inference_or_by_a_bare_file(
 def test_a_folder_that_says_how_its_model_is_built_gets_no_settings(run, tmp_path, kind):
     (tmp_path / "config.json").touch()
     flags = flags_of(run(f"run_inference_{kind}.sh", checkpoint_path=str(tmp_path)))
-    assert (flags["--load_checkpoint"], flags["--threshold"]) == (str(tmp_path), "0.003")
-    assert not flags.keys() & {"--load_elastic_config", "--update_elastic_config"}
+    assert flags["--load_checkpoint"] == str(tmp_path)
+    assert not flags.keys() & {"--threshold", "--load_elastic_config", "--update_elastic_config"}
     for file in ("params", "streaming_train_state", "best.safetensors"):
         (tmp_path / file).touch()
         for prefix in ("", "params::"):
@@ -196,9 +199,9 @@ def test_further_flags_come_last_and_whole(run):
 @pytest.mark.parametrize("wrapper", ["run_inference_fsq.sh", "run_tokenize_dataset.sh"])
 @pytest.mark.parametrize("target", ["psnr=28", "n_codes=300", "avg_tokens=400", "bitrate=200"])
 def test_a_target_among_the_flags_takes_the_place_of_the_wrapper_s_threshold(run, wrapper, target):
-    assert "--threshold" in flags_of(run(wrapper))
+    assert flags_of(run(wrapper, threshold="0.7"))["--threshold"] == "0.7"
     for flag in ([f"--{target}"], [f"--{target.split('=')[0]}", target.split("=")[1]]):
-        arguments = run(wrapper, *flag)
+        arguments = run(wrapper, *flag, threshold="0.7")
         assert not any(argument.startswith("--threshold") for argument in arguments)
         assert arguments[-len(flag) :] == flag
 
@@ -319,16 +322,18 @@ def test_the_threshold_is_a_variable_too(run):
     assert flags_of(run("run_inference_fsq.sh", threshold="0.7"))["--threshold"] == "0.7"
     for model in ("example/fsq", "small-fsq"):
         found = flags_of(run("run_inference_fsq.sh", checkpoint_path=model))
-        assert found["--threshold"] == "0.02" and "--update_elastic_config" not in found
+        assert not {"--threshold", "--update_elastic_config"} & {*found}  # both are the model's
 
 
 def test_a_data_set_takes_its_share_and_another_target(run):
     flags = flags_of(run("run_tokenize_dataset.sh", num_processes="8", process_id="3"))
     assert flags["--jax_distributed.num_processes"] == "8"
     assert flags["--jax_distributed.process_id"] == "3"
-    assert (flags["--load_checkpoint"], flags["--threshold"]) == ("example/fsq", "0.03")
+    assert flags["--load_checkpoint"] == "example/fsq" and "--threshold" not in flags
+    given = flags_of(run("run_tokenize_dataset.sh", threshold="0.7"))
+    assert given["--threshold"] == "0.7"
     assert "--threshold" not in flags_of(
-        run("run_tokenize_dataset.sh", "--n_codes=9", threshold="")
+        run("run_tokenize_dataset.sh", "--n_codes=9", threshold="0.7")
     )
 
 
@@ -469,6 +474,7 @@ def test_a_ready_environment_is_taken_without_a_word(project, first_two):
     assert finish(start(project)) == (str(project / ".venv/bin/python"), "")
 
 
+@pytest.mark.slow
 def test_an_unfinished_environment_is_made_anew(project, first_two):
     (project / ".venv" / ".elastic-unfinished").touch()
     half = project / ".venv" / "half-installed"

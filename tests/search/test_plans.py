@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic.search import geometric_counts, make_search, run_search, search_names
@@ -83,6 +83,7 @@ def test_what_is_returned_was_measured_and_never_fails_silently(name, problem):
         assert largest(options) in evaluate.seen
 
 
+@settings(max_examples=40)  # each runs the search over thousands of counts
 @given(problem=problems(monotone=False))
 def test_linear_over_every_count_finds_the_smallest_on_any_curve(problem):
     losses, options = problem

@@ -181,7 +181,7 @@ def test_no_flipped_byte_gives_other_tokens(tmp_path, monkeypatch):
     rows, path = make_rows(64_000, clips=12), tmp_path / "a.parquet"
     write_shard(path, rows)
     data, refused = path.read_bytes(), 0
-    places = np.random.default_rng(0).permutation(len(data))[:400]
+    places = np.random.default_rng(0).permutation(len(data))[:250]
     for place in places:
         path.write_bytes(data[:place] + bytes([data[place] ^ (1 << place % 8)]) + data[place + 1 :])
         try:
@@ -192,7 +192,7 @@ def test_no_flipped_byte_gives_other_tokens(tmp_path, monkeypatch):
             refused += 1
         else:
             assert found == rows, f"byte {place}"
-    assert refused > 200
+    assert refused > 125
     path.write_bytes(data[:-100])
     with pytest.raises(TokenFileError, match="not a sound shard"):
         TokenShards(path)

@@ -77,7 +77,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
-@pytest.mark.parametrize("kind", ["fsq", "vae"])
+@pytest.mark.parametrize("kind", ["fsq", pytest.param("vae", marks=pytest.mark.slow)])
 def test_the_loss_falls_and_the_model_is_ready_for_inference(clips, tmp_path, kind):
     config = settings(clips, tmp_path, total_steps=30, save=dict(freq=0))
     state = train(config, MODELS[kind]).state
@@ -416,6 +416,7 @@ def test_the_folder_of_another_model_is_left_alone(clips, tmp_path):
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_older_checkpoints_stay(clips, tmp_path, straight):
     """A limit on the size of files stands for a full disk: writing fails in the middle of a checkpoint."""
     folder = tmp_path / "run"

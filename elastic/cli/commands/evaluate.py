@@ -7,6 +7,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from elastic.cli import app
+from elastic.cli.flags import USUAL
 
 if TYPE_CHECKING:
     from elastic.evaluation.evaluate import EvaluationConfig
@@ -18,7 +19,9 @@ _LADDERS = 2  # clips that ladder.png shows
 def evaluate(flags: app.Values) -> int:
     """Loads one model after the other, measures it, prints the tables."""
     models = parse_models(flags["models"])
-    thresholds, counts = numbers(flags["thresholds"], "thresholds"), numbers(flags["num_tokens"])
+    usual = flags["thresholds"] == USUAL
+    thresholds = [] if usual else numbers(flags["thresholds"], "thresholds")
+    counts = numbers(flags["num_tokens"])
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
 
@@ -30,7 +33,9 @@ def evaluate(flags: app.Values) -> int:
 
     cpu_devices.set_up_cpu()
     config = evaluation.EvaluationConfig(
-        thresholds=tuple(float(threshold) for threshold in thresholds),
+        thresholds=evaluation.EvaluationConfig.thresholds
+        if usual
+        else tuple(float(threshold) for threshold in thresholds),
         num_tokens=tuple(counts),
         searches=tuple(app.words(flags["searches"])),
         num_counts=flags["num_counts"],
@@ -57,6 +62,8 @@ def evaluate(flags: app.Values) -> int:
         preset = "" if own else flags["load_elastic_config"]
         changes = flags["update_elastic_config"]
         shapes[name] = load_model.model_config(spec, preset=preset, changes=changes)
+        if usual and (recommended := shapes[name].recommended_thresholds):
+            config, usual = dataclasses.replace(config, thresholds=recommended), False
         config.conditions(shapes[name])
     config, weights, channels = with_weights(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])

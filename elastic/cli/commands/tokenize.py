@@ -10,7 +10,8 @@ def tokenize(flags: app.Values) -> int:
     app.check_target(flags)
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
-    options = app.encode_options(flags)
+    # Known before anything heavy is imported, where it does not depend on the model.
+    options = app.encode_options(flags) if app.has_target(flags) else None
 
     from elastic.distributed import cpu_devices, mesh
     from elastic.pipeline import load_model
@@ -23,6 +24,7 @@ def tokenize(flags: app.Values) -> int:
         preset=flags["load_elastic_config"],
         changes=flags["update_elastic_config"],
     )
+    options = options or app.encode_options(flags, config.recommended_thresholds)
     devices = mesh.make_mesh(flags["mesh_dim"])
     several = len(inputs) > 1 or options.fit == "tile"
     batch = flags["batch"] if several else min(flags["batch"], 1)

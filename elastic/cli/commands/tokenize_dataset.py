@@ -18,7 +18,8 @@ def tokenize(flags: app.Values) -> int:
         raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
     if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
         raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
-    options = app.encode_options(flags)
+    # Known before anything heavy is imported, where it does not depend on the model.
+    options = app.encode_options(flags) if app.has_target(flags) else None
 
     from elastic.distributed import cpu_devices, mesh
     from elastic.distributed.hosts import Hosts, host_share, join_hosts
@@ -36,6 +37,7 @@ def tokenize(flags: app.Values) -> int:
     config = load_model.model_config(
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
+    options = options or app.encode_options(flags, config.recommended_thresholds)
     devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
     load_model.check_run(
         options, config, devices, width=flags["search_width"], batch=flags["batch"]

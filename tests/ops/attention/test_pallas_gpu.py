@@ -14,6 +14,9 @@ from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_gpu
 from elastic.ops.attention.base import Kernel, MaskArgs, StaticArgs, attend
 
+# Interpreted kernels compile slowly. `test_api.py` compares them with the reference in the default run.
+pytestmark = pytest.mark.slow
+
 # Pieces as a ring passes them: where queries and keys begin, how many there are, how many are filled.
 PIECES = {
     "whole": dict(queries=64, keys=64, dim=32, block=16),

@@ -14,6 +14,9 @@ from elastic.distributed.mesh import make_mesh
 from elastic.ops.attention import blockwise, pallas_tpu
 from elastic.ops.attention.base import MaskArgs, StaticArgs, attend
 
+# Interpreted kernels compile slowly. `test_api.py` compares them with the reference in the default run.
+pytestmark = pytest.mark.slow
+
 KERNELS = (pallas_tpu.INTERPRET_KERNEL, blockwise.KERNEL)
 
 # Pieces as a ring passes them, lengths that fill no tile, odd and even numbers of tiles.

@@ -19,7 +19,7 @@ RING_CASES = {
 }
 RINGS = [
     *(("all at once", "blockwise", layout, "1,1,1,8") for layout in ring.LAYOUTS),
-    ("all at once", "blockwise", "balanced", "2,1,2,2"),
+    pytest.param("all at once", "blockwise", "balanced", "2,1,2,2", marks=pytest.mark.slow),
     # Interpreted kernels compile slowly; what the ring does with a kernel is the same for all.
     pytest.param(
         "all at once", "pallas_tpu_interpret", "balanced", "1,1,1,4", marks=pytest.mark.slow
