@@ -20,11 +20,11 @@ from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
 from elastic.io.read_options import READ_DEFAULTS
-from elastic.pipeline import dataset
+from elastic.pipeline import clip_files, dataset_shards
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
 from elastic.pipeline.dataset_plan import DatasetPlan, FileStamp, write_or_check
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
-from elastic.tokens import TokenShards
+from elastic.tokens import TokenizedClip, TokenShards
 from scripts import tokenize_dataset as script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -125,14 +125,14 @@ class Killed(BaseException):
 
 
 STAGES = {
-    "the first file": ("TokenizedClip.save", 0),
-    "the sixth file": ("TokenizedClip.save", 5),
-    "a file that is not yet noted as done": ("write_json", 3),
-    "packing": ("TokenizedClip.load", 2),
-    "packing the last shard": ("write_shard", 2),
-    "a shard that is not yet noted as finished": ("Tally.save", 1),
-    "clearing up": ("shutil.rmtree", 1),
-    "the summary": ("write_summary", 0),
+    "the first file": (TokenizedClip, "save", 0),
+    "the sixth file": (TokenizedClip, "save", 5),
+    "a file that is not yet noted as done": (clip_files, "write_json", 3),
+    "packing": (TokenizedClip, "load", 2),
+    "packing the last shard": (dataset_shards, "write_shard", 2),
+    "a shard that is not yet noted as finished": (dataset_shards.Tally, "save", 1),
+    "clearing up": (shutil, "rmtree", 1),
+    "the summary": (dataset_shards, "write_summary", 0),
 }
 
 
@@ -140,7 +140,7 @@ STAGES = {
 def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
     undisturbed, tokenizer, clips, tmp_path, monkeypatch, stage
 ):
-    name, calls = STAGES[stage]
+    owner, name, calls = STAGES[stage]
     inputs, encoded = list_inputs(clips, tmp_path), []
     open_session = tokenizer.open_session
 
@@ -151,9 +151,7 @@ def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
 
     monkeypatch.setattr(tokenizer, "open_session", note)
     with monkeypatch.context() as patch:
-        *path, last = name.split(".")
-        owner = getattr(dataset, path[0]) if path else dataset
-        real, left = getattr(owner, last), [calls]
+        real, left = getattr(owner, name), [calls]
 
         def kill(*arguments, **named):
             left[0] -= 1
@@ -161,7 +159,7 @@ def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
                 raise Killed
             return real(*arguments, **named)
 
-        patch.setattr(owner, last, kill)
+        patch.setattr(owner, name, kill)
         with pytest.raises(Killed):
             run(tokenizer, inputs, tmp_path, **OPTIONS)
     half = "summary.json" if stage == "the summary" else "shard-00002.parquet"
@@ -169,7 +167,9 @@ def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
     before = len(encoded)
     outcome = run(tokenizer, inputs, tmp_path, **OPTIONS)
     assert outcome.summary is not None and set(encoded) == set(inputs.values())
-    lost = 1 if name in ("TokenizedClip.save", "write_json") else 0  # the file under way
+    lost = (
+        1 if name in ("save", "write_json") and owner is not dataset_shards.Tally else 0
+    )  # the file under way
     assert len(encoded) == len(inputs) + lost and before > 0
     assert files(tmp_path) == files(undisturbed[0])
 
@@ -179,7 +179,7 @@ def test_a_damaged_token_file_is_made_again(
 ):
     inputs = list_inputs(clips, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(dataset_shards, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(tokenizer, inputs, tmp_path, **OPTIONS)
     (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
@@ -190,7 +190,7 @@ def test_a_damaged_token_file_is_made_again(
 def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
     undisturbed, tokenizer, clips, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(dataset, "_WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(dataset_shards, "_WAIT_SECONDS", 0.02)
     inputs = list_inputs(clips, tmp_path)
     with locked(tmp_path / ".shard-00001.lock") as held:
         assert held
@@ -325,9 +325,9 @@ def test_clips_that_were_replaced_are_tokenized_anew_and_named(
 ):
     folder, inputs = tmp_path / "out", list_inputs(copied, tmp_path / "out")
     with monkeypatch.context() as patch:  # the last shard is not packed yet
-        real = dataset.write_shard
+        real = dataset_shards.write_shard
         patch.setattr(
-            dataset,
+            dataset_shards,
             "write_shard",
             lambda path, rows: real(path, rows) if "2" not in path.name else kill(),
         )
@@ -354,8 +354,8 @@ def test_clips_that_were_replaced_are_tokenized_anew_and_named(
         lambda source, options: encoded.append(source) or open_session(source, options),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "update_stamps", lambda *_: kill())
-        patch.setattr(dataset.Tally, "save", lambda *_: kill())
+        patch.setattr(dataset_shards, "update_stamps", lambda *_: kill())
+        patch.setattr(dataset_shards.Tally, "save", lambda *_: kill())
         with pytest.raises(Killed):  # nothing old is found in between
             run(tokenizer, inputs, folder, **OPTIONS)
     assert not (folder / "shard-00000.json").exists()
@@ -380,7 +380,7 @@ def test_clips_that_were_replaced_are_tokenized_anew_and_named(
 def test_a_file_that_changes_while_it_is_tokenized_is_read_again(
     tokenizer, copied, tmp_path, monkeypatch, caplog
 ):
-    folder, real, left = tmp_path / "out", dataset.content_digest, {"1.png": 1, "2.png": 99}
+    folder, real, left = tmp_path / "out", clip_files.content_digest, {"1.png": 1, "2.png": 99}
 
     def changed(path):
         if left.get(path.name, 0) > 0:
@@ -388,7 +388,7 @@ def test_a_file_that_changes_while_it_is_tokenized_is_read_again(
             os.utime(path, ns=(left[path.name], left[path.name]))
         return real(path)
 
-    monkeypatch.setattr(dataset, "content_digest", changed)
+    monkeypatch.setattr(clip_files, "content_digest", changed)
     inputs = {name: copied / name for name in ("a/1.png", "a/2.png", "a/3.png")}
     run(tokenizer, inputs, folder, **OPTIONS)
     assert caplog.text.count("a/1.png has changed while it was read; it is tokenized again") == 1
