@@ -15,9 +15,7 @@ from elastic.model import Batch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 # For programs of attention and of the model that run once: less than half of the compiler's time, by code that is not optimized.
-# (Programs of many small parts, as a step of the optimizer, take longer without the fusion emitters.)
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick_jit = functools.partial(jax.jit, compiler_options=_QUICK)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 CASES = ("fsq", "vae")
 # Every implementation of attention that a CPU can run: of the Pallas kernels their source, interpreted.
