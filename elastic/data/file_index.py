@@ -19,8 +19,9 @@ from elastic import media
 from elastic.io import json_file
 from elastic.io.atomic import atomic_open
 from elastic.media import MediaError
-from elastic.media.files import Place, is_url
+from elastic.media.files import is_url
 from elastic.media.folders import results_among, tell_results
+from elastic.media.location import Place
 
 log = logging.getLogger(__name__)
 

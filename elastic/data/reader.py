@@ -19,7 +19,7 @@ from PIL import Image
 from elastic import media
 from elastic.data.frame_cache import FrameCache
 from elastic.data.packing import PackingPlan, Piece
-from elastic.media.files import Place
+from elastic.media.location import Place
 from elastic.patches import TokenOrder, pad_block, patchify
 from elastic.tiles import Fit
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from elastic.io.lazy import lazy_names
 from elastic.media.errors import MediaError
 from elastic.media.folders import find_media, is_media
+from elastic.media.location import ClipLocation
 from elastic.media.source import MediaInfo
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from elastic.media.writer import VideoWriter, write_image, write_video
 
 __all__ = [
+    "ClipLocation",
     "ClipReader",
     "MediaError",
     "MediaInfo",

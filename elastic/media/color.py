@@ -10,7 +10,7 @@ from jaxtyping import UInt8, UInt16
 from PIL import Image
 
 from elastic.media.errors import MediaError
-from elastic.media.files import Place
+from elastic.media.location import Place
 
 
 def to_rgb(path: Place, image: Image.Image) -> Image.Image:

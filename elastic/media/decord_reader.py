@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from elastic.media.errors import MediaError, damaged
-from elastic.media.files import Place
+from elastic.media.location import Place, local_path
 from elastic.media.source import Frames
 
 
@@ -44,7 +44,7 @@ def decode(path: Place, positions: np.ndarray, *, num_frames: int, threads: int)
     """
     decord = importlib.import_module("decord")
     try:
-        video = decord.VideoReader(str(path), num_threads=threads)
+        video = decord.VideoReader(str(local_path(path)), num_threads=threads)
         if len(video) != num_frames:
             raise MediaError(
                 f"decord finds {len(video)} frames in {str(path)!r}, which has {num_frames}; use the reader 'pyav'."

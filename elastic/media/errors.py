@@ -2,7 +2,7 @@
 
 import logging
 
-from elastic.media.files import Place
+from elastic.media.location import Place
 
 log = logging.getLogger(__name__)
 

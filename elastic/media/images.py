@@ -10,18 +10,18 @@ import importlib
 import importlib.util
 import logging
 import os
-import pathlib
 import stat
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from elastic.media.color import to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason
-from elastic.media.files import Place, is_url, open_file
+from elastic.media.location import ClipLocation, Place, local_path, open_file, place_of
 from elastic.media.source import Frames, MediaInfo, MediaSource
 from elastic.media.timing import timed_source
 from elastic.media.video import video_source
@@ -82,22 +82,23 @@ def _formats() -> tuple[str, ...]:
     return (*_IMAGE_FORMATS, "HEIF")
 
 
-def open_source(
-    path: str | os.PathLike[str], *, exact_color: bool = False, reader: str = "pyav"
-) -> MediaSource:
+def open_source(source: Any, *, exact_color: bool = False, reader: str = "pyav") -> MediaSource:
     """Probes the file and returns how to read it; at most the first frame of a video is decoded.
 
     Args:
-      path: the file or URL.
+      source: as `location.place_of` takes it.
       exact_color: see `color.FrameConverter`.
       reader: who decodes video.
 
     Raises:
       MediaError: as in `elastic.media.probe`.
     """
-    path = str(path) if is_url(path) else pathlib.Path(path)
+    path = place_of(source)
+    if isinstance(path, ClipLocation) and path.problem:
+        raise MediaError(f"{str(path)!r} cannot be read: {path.problem}.")
     try:
-        if isinstance(path, pathlib.Path) and not stat.S_ISREG(mode := os.stat(path).st_mode):
+        local = local_path(path)
+        if local is not None and not stat.S_ISREG(mode := os.stat(local).st_mode):
             # Opening a pipe would wait for ever.
             what = "a directory" if stat.S_ISDIR(mode) else "a pipe or a device, no regular file"
             raise MediaError(f"{str(path)!r} is {what}; give the file of a picture or a video.")

@@ -10,7 +10,6 @@ middle that cannot be decoded is an error, and so is a missing frame that an ind
 """
 
 import math
-import os
 import weakref
 from collections.abc import Generator, Iterator
 from typing import Self
@@ -21,6 +20,7 @@ from PIL import Image
 
 from elastic.io.read_options import READERS
 from elastic.media.errors import MediaError, warn_once
+from elastic.media.location import ClipFile, ClipLocation
 from elastic.media.source import MediaInfo, MediaSource
 from elastic.tiles import Fit, FrameLayout, layout_of
 
@@ -29,19 +29,22 @@ _HDR = "%s: its high dynamic range (%s) is tone-mapped to SDR: 203 cd/m2 becomes
 _EXTREME_ASPECT = 4
 
 
-def probe(path: str | os.PathLike[str]) -> MediaInfo:
+def probe(source: ClipFile) -> MediaInfo:
     """The facts of a media file. All packets are counted, but only the first frame of a video is decoded.
+
+    Args:
+      source: a path, a URL, a `ClipLocation`, bytes, or a file that is open for reading, which is read into memory.
 
     Raises:
       MediaError: the file is missing, empty, truncated, audio-only, or not media that can be read.
     """
     from elastic.media.images import open_source  # PyAV is loaded with the first file
 
-    return open_source(path).info
+    return open_source(source).info
 
 
 def open_clip(
-    path: str | os.PathLike[str],
+    source: ClipFile,
     *,
     resolution: int,
     fit: Fit = "crop",
@@ -56,7 +59,8 @@ def open_clip(
     """Opens an image or a video for reading as frames of one size, square ones unless `fit` says otherwise.
 
     Args:
-      path: the file; its bytes decide what it is.
+      source: a path, a URL, a `ClipLocation`, bytes, or a file that is open for reading, which is read into memory. Its bytes
+        decide what it is. Of a location with a start and an end, the frames between them are delivered.
       resolution: rows and columns of a square frame, or of a tile.
       fit: 'crop' gives the middle square; the others give whole frames, as `elastic.tiles.layout_of` says.
       short_side: with 'tile', the short side that frames are scaled to; 0: the file's own size; None: that of a tile.
@@ -90,16 +94,35 @@ def open_clip(
         raise ValueError(f"{reader=} must be one of {', '.join(READERS)}.")
     if reader == "decord":
         decord_reader.check_installed()
-    source = open_source(path, exact_color=exact_color, reader=reader)
-    if source.info.transfer != "sdr" and tell_rate:
-        warn_once(source.info.path, _HDR, source.info.transfer.upper())
+    opened = open_source(source, exact_color=exact_color, reader=reader)
+    path = opened.info.path
+    if opened.info.transfer != "sdr" and tell_rate:
+        warn_once(path, _HDR, opened.info.transfer.upper())
     try:
-        shown = (source.info.width, source.info.height)
+        shown = (opened.info.width, opened.info.height)
         layout = layout_of(shown, resolution, fit=fit, resolution=short_side, overlap=overlap)
     except ValueError as error:
         raise MediaError(f"{str(path)!r}: {error}") from error
-    delivered_rate, picks = choose_frames(source, rate, tell_rate=tell_rate)
-    return ClipReader(source, layout=layout, rate=delivered_rate, picks=picks[:max_frames])
+    delivered_rate, picks = choose_frames(opened, rate, tell_rate=tell_rate)
+    if isinstance(path, ClipLocation) and opened.info.kind == "video":
+        picks = _between(path, picks, delivered_rate)
+    return ClipReader(opened, layout=layout, rate=delivered_rate, picks=picks[:max_frames])
+
+
+def _between(location: ClipLocation, picks: np.ndarray, rate: float) -> np.ndarray:
+    """The delivered frames from a location's start to its end; frame k is shown at k / `rate`."""
+    if not location.start and location.end is None:
+        return picks
+    # The tiny subtraction keeps a frame whose time comes out of a division just above its own.
+    first = math.ceil(location.start * rate - 1e-6)
+    stop = len(picks) if location.end is None else math.ceil(location.end * rate - 1e-6)
+    if not len(chosen := picks[first:stop]):
+        end = "its end" if location.end is None else f"{location.end:g} s"
+        raise MediaError(
+            f"{str(location)!r} lasts {len(picks) / rate:.6g} s and has no frame from {location.start:g} s to {end}; "
+            "correct the list."
+        )
+    return chosen
 
 
 def fit_frame(

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from elastic.media.files import Place
+from elastic.media.location import Place
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 from jaxtyping import Int
 
-from elastic.media.files import Place
+from elastic.media.location import Place
 from elastic.media.source import Frames, MediaInfo, MediaSource
 
 log = logging.getLogger(__name__)

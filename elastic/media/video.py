@@ -5,7 +5,6 @@ import collections
 import contextlib
 import dataclasses
 import logging
-import pathlib
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -21,7 +20,7 @@ from PIL import Image
 from elastic.media import decord_reader
 from elastic.media.color import TRANSFERS, FrameConverter, to_rgb
 from elastic.media.errors import MediaError, check_size, damaged, reason, warn_once
-from elastic.media.files import Place, open_file
+from elastic.media.location import Place, local_path, open_file
 from elastic.media.source import Frames, MediaSource
 from elastic.media.timing import nominal_rate, timed_source
 
@@ -63,8 +62,11 @@ _SWAPPING = {Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpo
 @contextlib.contextmanager
 def _open_container(path: Place) -> Iterator[av.container.InputContainer]:
     with contextlib.ExitStack() as stack:
-        if isinstance(path, pathlib.Path):
-            source = f"file:{path}"  # so that a name such as 'concat:x' or 'a:b.mp4' is no protocol
+        local = local_path(path)
+        if local is not None:
+            source = (
+                f"file:{local}"  # so that a name such as 'concat:x' or 'a:b.mp4' is no protocol
+            )
         else:
             source = stack.enter_context(open_file(path))
         yield stack.enter_context(av.open(source, "r", options=_FFMPEG_OPTIONS, **_LENIENT))
@@ -125,7 +127,7 @@ def video_source(
 
     by_decord = (
         reader == "decord"
-        and isinstance(path, pathlib.Path)
+        and local_path(path) is not None
         and decord_reader.decodes_alike(first)
         # Without times of display, decord jumps to other frames than those it counts to.
         and bool(position_of)

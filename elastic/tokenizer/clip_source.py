@@ -5,22 +5,21 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import pathlib
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import UInt8
 
 from elastic import media
+from elastic.media.location import ClipFile, is_place, location_of
 from elastic.tiles import Fit, FrameLayout, layout_of
 from elastic.tokenizer.arrays import ArrayLike, as_frames, as_live_frames, is_array
 
 Frames = Iterable[ArrayLike]
-ClipLike = str | os.PathLike | ArrayLike | media.ClipReader | Frames
+ClipLike = ClipFile | ArrayLike | media.ClipReader | Frames
 _T = TypeVar("_T")
 
 
@@ -81,10 +80,12 @@ class Clip:
             "num_frames": self.num_frames,
         }
         if self._reader is not None:
-            status = os.stat(self._reader.info.path)
+            size, changed = location_of(self._reader.info.path).facts
             if self.exact_color:
                 about["exact_color"] = True
-            return about | {"size": status.st_size, "modified": status.st_mtime_ns}
+            if isinstance(self._reader.info.path, media.ClipLocation):
+                about["identity"] = self._reader.info.path.identity
+            return about | {"size": size, "modified": changed}
         if isinstance(self._frames, np.ndarray):
             return about | {"crc": zlib.crc32(np.ascontiguousarray(self._frames).data)}
         return None
@@ -114,7 +115,7 @@ def open_clip(
     """Opens a clip.
 
     Args:
-      source: a path, frames as `arrays.as_frames` takes them, a reader, or an iterable of frames.
+      source: a file as `media.open_clip` takes it, frames as `arrays.as_frames` takes them, a reader, or an iterable of frames.
       resolution: rows and columns of the model's frames, or of a tile.
       rate: for a file, the frames per second to read, None: its own. For frames, the rate that they have, None: 24.
       max_frames: read the first frames only; None: all.
@@ -128,9 +129,9 @@ def open_clip(
         raise ValueError(f"{max_frames=} must be at least 1, or None for all.")
     if rate is not None and not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"{rate=} must be a positive number of frames/s, or None.")
-    if isinstance(source, (str, os.PathLike)):
+    if is_place(source) and not is_array(source):
         source = media.open_clip(
-            pathlib.Path(source),
+            cast(ClipFile, source),
             resolution=resolution,
             rate=rate,
             max_frames=max_frames,

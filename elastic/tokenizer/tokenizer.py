@@ -14,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from elastic import checkpoints
+from elastic import checkpoints, media
 from elastic.config import ElasticTokConfig, check_resolution, parse_dtype
 from elastic.distributed import mesh as meshes
 from elastic.distributed.sharding import param_shardings
 from elastic.io.names import model_name, suggest_arguments
 from elastic.io.read_options import read_arguments
 from elastic.media import MediaError
+from elastic.media.location import is_place
 from elastic.metrics import Metric
 from elastic.ops import bf16_bits
 from elastic.search import CurvePrior, load_prior
@@ -194,7 +195,7 @@ class ElasticTokenizer:
         batch: int = 1,
         progress: bool = False,
     ) -> TokenizedClip:
-        """Tokens of a clip: a path, a picture of Pillow, or an array of NumPy, jax or torch.
+        """Tokens of a clip: a path, a URL, bytes, a file object, a picture of Pillow, or an array of NumPy, jax or torch.
 
         An array is uint8 [frames, height, width, 3], or a picture [height, width, 3]; floats need `value_range`, other axes `layout`.
         Give one target: `threshold` (the largest mean squared error of a block, pixels in [-1, 1]) or `psnr` (the same in dB),
@@ -701,7 +702,7 @@ def _converted(
         return source
     if arrays.is_array(source):
         return arrays.as_frames(source, value_range=value_range, layout=layout)
-    if isinstance(source, str | os.PathLike) or not isinstance(source, Iterable):
+    if is_place(source) or not isinstance(source, Iterable):
         raise ValueError(
             f"value_range= and layout= are for arrays; {_name(source)} is none. Leave them out."
         )
@@ -748,4 +749,6 @@ def _tell_tiles(layout: FrameLayout, bytes_per_tile: int) -> None:
 
 def _name(source: ClipLike) -> str:
     """What a message calls a clip."""
+    if isinstance(source, media.ClipLocation):
+        return repr(str(source))
     return repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "The clip"
