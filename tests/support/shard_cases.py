@@ -35,3 +35,22 @@ def make_rows(size, *, clips=40, first=0, **changes):
         (f"folder/{number}.mp4", make_clip(number, rng.integers(2, FULL + 1, rng.integers(1, 12)).tolist(), size, rng, **changes))
         for number in range(first, first + clips)
     ]  # fmt: skip
+
+
+def make_tiled_rows(size, *, first=0):
+    """Rows of clips whose frames have several sizes, and lie in one to six tiles."""
+    rng = np.random.default_rng(first)
+    layouts = [
+        ((100, 64), (0,), (0, 36)),
+        ((64, 64), (0,), (0,)),
+        ((150, 120), (0, 56), (0, 43, 86)),
+    ]
+    rows = []
+    for number, (frame, tile_rows, tile_columns) in enumerate(layouts, first):
+        counts = rng.integers(2, FULL + 1, 2 * len(tile_rows) * len(tile_columns)).tolist()
+        clip = make_clip(
+            number, counts, size, rng, is_image=False, rate=24.0, num_frames=7, fit="tile",
+            frame=frame, source=frame, tile_rows=tile_rows, tile_columns=tile_columns,
+        )  # fmt: skip
+        rows.append((f"tiles/{number}.mp4", clip))
+    return rows

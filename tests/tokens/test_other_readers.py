@@ -6,16 +6,18 @@ None of them is a requirement. `bash scripts/run_tests.sh --extras` installs the
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from shard_cases import SIZES, make_rows
+from shard_cases import SIZES, make_rows, make_tiled_rows
 
 from elastic.tokens import write_shard
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=[*SIZES, "tiles"])
 def shard(request, tmp_path_factory):
-    """A shard's path and its columns as lists."""
+    """A shard's path and its columns as lists; 'tiles': of frames of several sizes."""
     path = tmp_path_factory.mktemp("shard") / "a.parquet"
-    write_shard(path, make_rows(SIZES[request.param], clips=7))
+    tiled = request.param == "tiles"
+    rows = make_tiled_rows(64_000) if tiled else make_rows(SIZES[request.param], clips=7)
+    write_shard(path, rows)
     return str(path), pq.read_table(path).to_pydict()
 
 
