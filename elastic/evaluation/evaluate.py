@@ -270,6 +270,7 @@ def _measure(
         rate=clip.rate,
         max_frames=config.max_frames or None,
         num_counts=config.num_counts or _all_counts(tokenizer.config),
+        search_tolerance=config.search_tolerance,
         **read_options(config),
     )
     session = tokenizer.open_session(clip.path, options)

@@ -18,7 +18,7 @@ from elastic.io.read_options import (
 )
 from elastic.metrics import psnr_of_mse
 from elastic.report import strip
-from elastic.search import geometric_counts, search_names
+from elastic.search import TOLERANCE, geometric_counts, search_names
 
 METRICS = ("psnr", "ssim", "lpips", "dists")
 GROUND_TRUTH = "linear"  # assumes nothing about the loss; the other searches are compared with it
@@ -35,6 +35,7 @@ class EvaluationConfig:
         spaced from `min_toks` to all tokens.
       searches: names of searches, each run under every threshold; logs and pictures show the first one.
       num_counts: how many counts the linear search tries; 0: every count.
+      search_tolerance: share of a clip's tokens that the search 'predict' may keep beyond need.
       metrics: 'psnr' (always measured), 'ssim', 'lpips', 'dists'.
       metric_frames: evenly spread frames of a clip on which all metrics but PSNR are measured; they are slow on a CPU.
       max_frames: the first frames of a clip, which are read; None: all.
@@ -53,6 +54,7 @@ class EvaluationConfig:
     num_tokens: tuple[int | float, ...] = ()
     searches: tuple[str, ...] = ("predict",)
     num_counts: int = 100
+    search_tolerance: float = TOLERANCE
     metrics: tuple[str, ...] = ("psnr", "ssim")
     metric_frames: int = 4
     max_frames: int | None = None

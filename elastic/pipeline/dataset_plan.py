@@ -22,6 +22,7 @@ from elastic.io.names import model_name
 from elastic.io.read_options import READ_DEFAULTS
 from elastic.media import MediaError
 from elastic.pipeline.file_stamp import FileStamp, stamps_of
+from elastic.search import TOLERANCE
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ UNFINISHED = ".unfinished"
 LOCK = ".plan.lock"  # held while plan.json or the summary is written
 _FORMAT = {"format": "elastictok-dataset", "version": 2}
 _EARLIER = _FORMAT | {"version": 1}  # knows no files but their sizes, and no appended ones
+# Options that older plans do not have.
+_LATER_OPTIONS = READ_DEFAULTS | {"search_tolerance": TOLERANCE}
 _LIST_SUFFIX = ".txt"
 
 
@@ -110,7 +113,7 @@ class DatasetPlan:
                 {str(name): FileStamp(int(size), *more) for name, size, *more in files}
                 for files in listed
             )
-            for name, usual in READ_DEFAULTS.items():  # which older plans do not have
+            for name, usual in _LATER_OPTIONS.items():
                 values["options"].setdefault(name, usual)
             if "model_id" in values["model"]:  # an absolute path in older plans
                 values["model"]["model_id"] = model_name(values["model"]["model_id"])

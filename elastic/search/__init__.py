@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from elastic.io.lazy import lazy_names
 from elastic.search.base import (
+    TOLERANCE,
     Search,
     SearchOptions,
     SearchResult,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from elastic.search.curve_prior import CurvePrior, load_prior
 
 __all__ = [
+    "TOLERANCE",
     "CurvePrior",
     "Search",
     "SearchOptions",

@@ -18,7 +18,7 @@ from elastic.config import ElasticTokConfig
 from elastic.io.tree import tree_digest
 from elastic.media import MediaError
 from elastic.metrics import make_metric
-from elastic.search import CurvePrior, Search, SearchOptions, make_search
+from elastic.search import TOLERANCE, CurvePrior, Search, SearchOptions, make_search
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
 from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec, CodecCache
@@ -66,7 +66,9 @@ def check_options(options: EncodeOptions, config: ElasticTokConfig, *, width: in
 def _search_arguments(options: SearchOptions) -> dict[str, Any]:
     """The arguments of `make_search` but its name and history; resume files hold them too."""
     arguments = dataclasses.asdict(options)
-    del arguments["full_curve"], arguments["tolerance"]  # left at their defaults
+    del arguments["full_curve"]  # left at its default
+    if arguments["tolerance"] == TOLERANCE:  # which resume files of before do not have
+        del arguments["tolerance"]
     return arguments
 
 

@@ -15,7 +15,7 @@ from elastic.io.read_options import (
     resolution_option,
     tile_overlap_option,
 )
-from elastic.search import SearchOptions, search_names
+from elastic.search import TOLERANCE, SearchOptions, search_names
 
 if TYPE_CHECKING:  # so that the flags are made from this file without loading jax
     from elastic.config import ElasticTokConfig
@@ -49,6 +49,7 @@ class EncodeArguments(TypedDict, total=False):
     max_fraction: float
     fallback_fraction: float
     num_counts: int
+    search_tolerance: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,13 @@ class EncodeOptions:
         "how many counts the linear search spaces over the range",
         check=Check(lambda count: count >= 2, "must be at least 2: both ends"),
     )
+    search_tolerance: float = option(
+        TOLERANCE,
+        "share of a clip's tokens that the search predict may keep beyond need, to save passes; 0: none",
+        check=Check(
+            lambda share: 0 <= share < 1, "must be a share of the tokens, from 0 to below 1"
+        ),
+    )
 
     def __post_init__(self):
         self._check_targets()
@@ -220,6 +228,7 @@ class EncodeOptions:
             fallback_fraction=self.fallback_fraction,
             max_fraction=self.max_fraction,
             num_counts=self.num_counts,
+            tolerance=self.search_tolerance,
             width=width if searched else 1,
         )
 

@@ -190,6 +190,7 @@ class ElasticTokenizer:
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
+        search_tolerance: float = EncodeOptions.search_tolerance,
         value_range: tuple[float, float] | None = None,
         layout: str | None = None,
         batch: int = 1,
@@ -222,6 +223,7 @@ class ElasticTokenizer:
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
+            search_tolerance=search_tolerance,
         )
         session = self.open_session(_converted(source, value_range, layout), options, batch=batch)
         for _ in _shown(session, progress):  # frames of a block are dropped when the next one comes
@@ -269,6 +271,7 @@ class ElasticTokenizer:
         fallback_fraction: float = EncodeOptions.fallback_fraction,
         max_fraction: float = EncodeOptions.max_fraction,
         num_counts: int = EncodeOptions.num_counts,
+        search_tolerance: float = EncodeOptions.search_tolerance,
         record: str | os.PathLike | None = None,
         value_range: tuple[float, float] | None = None,
         layout: str | None = None,
@@ -302,6 +305,7 @@ class ElasticTokenizer:
           fallback_fraction: share of a block's tokens kept where no count meets the threshold.
           max_fraction: share of a block's tokens that may be tried.
           num_counts: counts that the search 'linear' spreads over the range.
+          search_tolerance: share of a clip's tokens that the search 'predict' may keep beyond need, to save passes; 0: none.
           record: a file that holds the tokens of every block as soon as it is tokenized. A second call with the same arguments
             resumes after its last block; it must find the same tokens.
           value_range: what the floats of an array mean, (0, 1) or (-1, 1): it is never guessed. None for uint8.
@@ -333,6 +337,7 @@ class ElasticTokenizer:
             fallback_fraction=fallback_fraction,
             max_fraction=max_fraction,
             num_counts=num_counts,
+            search_tolerance=search_tolerance,
         )
         session = self.open_session(_converted(source, value_range, layout), options, batch=batch)
         if record is not None:

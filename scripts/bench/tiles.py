@@ -9,12 +9,15 @@
 pixel where tiles meet, over the same inside of one tile; and how far the pixels that only one tile covers differ from those of the same
 tile tokenized alone, in levels.
 `fits` tokenizes files with every fit, at the model's short side and at the files' own size: tokens, PSNR on the whole frame, seconds
-without compiling, and the peak memory of a process that does nothing else. What a crop leaves out counts in no PSNR.
+without compiling, and the peak memory of a process that does nothing else. What a crop leaves out counts in no PSNR. With `--random` the
+weights are random, of the shape that --model names, such as 200m: every tile has --num_tokens, and time, with compiling, and memory alone
+mean something.
 `adapt` lets a piece of a still picture move inside of one of four tiles: the tokens of each tile under a threshold, and how many it takes
 where all tiles of all blocks have the same count and the error is the same.
 """
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -137,8 +140,9 @@ def fits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for fit in FITS:
         command = [sys.executable, __file__, "one", *arguments.files, f"--fit={fit}"]
-        names = ("model", "threshold", "max_frames", "batch")
+        names = ("model", "threshold", "num_tokens", "max_frames", "batch", "dtype")
         command += [f"--{name}={getattr(arguments, name)}" for name in names]
+        command += ["--random"] * arguments.random
         rows += json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -146,22 +150,33 @@ def fits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def one(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one fit."""
+    import jax
+
+    from elastic.config import load_config
     from elastic.io.user_cache import keep_programs
+    from elastic.model import init_params
     from elastic.tokenizer import ElasticTokenizer
 
     keep_programs()
-    tokenizer = ElasticTokenizer.from_pretrained(arguments.model)
     fit, _, own = arguments.fit.partition(" ")
     options: dict[str, Any] = {"fit": fit} | ({"resolution": 0} if own else {})
-    side = tokenizer.config.resolution
-    black = np.zeros((tokenizer.config.frames_per_block + 1, side, 2 * side, 3), np.uint8)
-    tokenizer.encode(black, threshold=1.0, batch=arguments.batch, **options)
+    if arguments.random:
+        config = load_config(arguments.model)
+        params = functools.partial(init_params, config, jax.random.key(0))
+        tokenizer = ElasticTokenizer(config, params, dtype=arguments.dtype)
+        options["num_tokens"] = arguments.num_tokens
+    else:
+        tokenizer = ElasticTokenizer.from_pretrained(arguments.model, dtype=arguments.dtype)
+        options["threshold"] = arguments.threshold
+        side, frames = tokenizer.config.resolution, tokenizer.config.frames_per_block + 1
+        black = np.zeros((frames, side, 2 * side, 3), np.uint8)
+        tokenizer.encode(black, batch=arguments.batch, **options | {"threshold": 1.0})
     rows = []
     for file in arguments.files:
         started = time.perf_counter()
         squares, values, passes = 0, 0, 0
         session = tokenizer.stream(
-            file, threshold=arguments.threshold, max_frames=arguments.max_frames, batch=arguments.batch, **options
+            file, max_frames=arguments.max_frames, batch=arguments.batch, **options
         )  # fmt: skip
         for block in session:
             squares += block.squares
@@ -193,8 +208,12 @@ def main() -> None:
     parser.add_argument("what", choices=("seams", "fits", "adapt", "one"))
     parser.add_argument("files", nargs="+")
     parser.add_argument("--model", default="small-fsq")
+    parser.add_argument("--random", action="store_true", help="random weights, for fits")
+    parser.add_argument("--dtype", default="fp32", help="for fits")
     parser.add_argument("--overlaps", default="0,8,16,32")
-    parser.add_argument("--num_tokens", type=int, default=1024, help="of each tile, for seams")
+    parser.add_argument(
+        "--num_tokens", type=int, default=1024, help="of each tile, for seams and --random"
+    )
     parser.add_argument("--threshold", type=float, default=0.02, help="for fits")
     parser.add_argument("--max_frames", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)

@@ -19,10 +19,9 @@ from elastic import media
 from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
-from elastic.io.read_options import READ_DEFAULTS
 from elastic.pipeline import clip_files, dataset_shards
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
-from elastic.pipeline.dataset_plan import DatasetPlan, FileStamp, write_or_check
+from elastic.pipeline.dataset_plan import _LATER_OPTIONS, DatasetPlan, FileStamp, write_or_check
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokens import TokenizedClip, TokenShards
 from scripts import tokenize_dataset as script
@@ -510,7 +509,7 @@ def test_a_plan_of_an_older_run_is_gone_on_with(tmp_path):
     about = dict(parts=({"a.png": FileStamp(9)},), files_per_shard=1)
     options = EncodeOptions(num_tokens=8).to_json()
     now = DatasetPlan(model={"model_id": "fsq"}, options=options, **about)
-    older = {name: value for name, value in options.items() if name not in READ_DEFAULTS}
+    older = {name: value for name, value in options.items() if name not in _LATER_OPTIONS}
     before = DatasetPlan(model={"model_id": "/home/me/fsq"}, options=older, **about)
     (tmp_path / "plan.json").write_bytes(before.to_json())
     checks = dict(append=False, reopen=lambda *_: set())

@@ -83,6 +83,7 @@ def test_every_option_has_a_help_text():
         (dict(num_tokens=8, max_fraction=1.5), "max_fraction=1.5 must be above 0 and at most 1"),
         (dict(threshold=0.1, fallback_fraction=0.0), "fallback_fraction=0.0 must be above 0"),
         (dict(threshold=0.1, num_counts=1), "num_counts=1 must be at least 2"),
+        (dict(threshold=0.1, search_tolerance=1.0), "search_tolerance=1.0 must be a share"),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_before_there_is_a_model(options, message):
@@ -91,11 +92,11 @@ def test_a_value_out_of_its_range_is_refused_before_there_is_a_model(options, me
 
 
 def test_what_a_search_may_try_follows_from_the_options_and_the_model():
-    searched = EncodeOptions(threshold=0.1, max_fraction=0.5)
+    searched = EncodeOptions(threshold=0.1, max_fraction=0.5, search_tolerance=0.3)
     assert searched.search_name == "predict"
     options = searched.search_options(MODEL, width=3)
     assert (options.min_kept, options.largest, options.threshold) == (4, 16, 0.1)
-    assert options.width == 3
+    assert (options.width, options.tolerance) == (3, 0.3)
     fixed = EncodeOptions(num_tokens=2)
     assert fixed.search_name == "fixed"
     options = fixed.search_options(MODEL, width=3)

@@ -39,6 +39,7 @@ def evaluate(flags: app.Values) -> int:
         num_tokens=tuple(counts),
         searches=tuple(app.words(flags["searches"])),
         num_counts=flags["num_counts"],
+        search_tolerance=flags["search_tolerance"],
         metrics=tuple(app.words(flags["metrics"])) or records.METRICS,
         metric_frames=flags["metric_frames"],
         max_frames=flags["max_frames"] or None,
