@@ -170,7 +170,8 @@ def one(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         options["threshold"] = arguments.threshold
         side, frames = tokenizer.config.resolution, tokenizer.config.frames_per_block + 1
         black = np.zeros((frames, side, 2 * side, 3), np.uint8)
-        tokenizer.encode(black, batch=arguments.batch, **options | {"threshold": 1.0})
+        easy: dict[str, Any] = options | {"threshold": 1.0}
+        tokenizer.encode(black, batch=arguments.batch, **easy)
     rows = []
     for file in arguments.files:
         started = time.perf_counter()
