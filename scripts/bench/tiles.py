@@ -12,8 +12,8 @@ tile tokenized alone, in levels.
 without compiling, and the peak memory of a process that does nothing else. What a crop leaves out counts in no PSNR. With `--random` the
 weights are random, of the shape that --model names, such as 200m: every tile has --num_tokens, and time, with compiling, and memory alone
 mean something.
-`adapt` lets a piece of a still picture move inside of one of four tiles: the tokens of each tile under a threshold, and how many it takes
-where all tiles of all blocks have the same count and the error is the same.
+`adapt` lets a piece of a still picture move inside of one of four tiles: the tokens of each tile under a threshold, how many it takes
+where all tiles of all blocks have the same count and the error is the same, and the PSNR where the tiles share so many as a budget.
 """
 
 import argparse
@@ -124,9 +124,12 @@ def adapt(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             good = float(np.mean(np.square(equal.frames.astype(int) - clip))) <= wanted
             low, high = (low, count) if good else (count, high)
         tokens = made.tokens
+        shared = tokenizer.reconstruct(clip, avg_tokens=high, **options)
         rows.append({
             "file": pathlib.Path(file).name,
             "psnr": psnr(wanted, 1),
+            "psnr_of_a_budget_of_equal_counts": psnr(float(np.mean(np.square(shared.frames.astype(int) - clip))), 1),
+            "tokens_of_that_budget": shared.tokens.num_tokens,
             "tokens": tokens.num_tokens,
             "tokens_of_equal_counts": high * len(tokens),
             "tokens_of_each_tile": tokens.counts.reshape(-1, tokens.num_tiles).tolist(),

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Trains a model like those in example/, from the data to the numbers of its card: small pieces first, whole frames last,
+# then the search's first guesses, and the measurements on files that nothing was trained on.
+#
+#   dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
+#   model=vae steps="20000 5000" batch_size=64 dtype=bf16 dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
+#
+# Stopped or killed, the same command goes on from there. Nothing in example/ changes: the model is in
+# output_dir/whole/pretrained, its measurements are in output_dir/evaluation. Paths are relative to where one stands.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../setup_paths.sh"
+
+read_paths dataset_path report_path start
+written_paths output_dir
+# --- Fill in here, or set in the environment -----------------------------------------------------
+# fsq (discrete) or vae (continuous).
+model="${model:-fsq}"
+# Images and videos to train on, and others to measure on.
+dataset_path="${dataset_path:-}"
+report_path="${report_path:-}"
+# Where everything goes.
+output_dir="${output_dir:-outputs/shipped-$model}"
+# The weights to begin with; what the options below add to them begins without effect.
+start="${start:-example/$model}"
+# Options of the model that the released ones do not have.
+spatial="${spatial:-token_order='coarse_to_fine',rope='3d',condition_decoder=True,lapped_output=True}"
+# Steps on pieces of 64 x 64 pixels, where a step costs a quarter, and on whole frames of 128 x 128.
+steps="${steps:-2000 300}"
+# Sequences of two blocks in a step, highest and last rate, and what the model computes in.
+batch_size="${batch_size:-8}"
+lr="${lr:-5e-4}"
+end_lr="${end_lr:-1e-5}"
+dtype="${dtype:-fp32}"
+# Devices along dp, fsdp, tp, sp; processes that decode; the type that the weights are stored in.
+mesh_dim="${mesh_dim:-!1,1,-1,1}"
+workers="${workers:-2}"
+float_dtype="${float_dtype:-bf16}"
+# -------------------------------------------------------------------------------------------------
+
+case "$model" in
+    fsq) pieces="max_toks=512,min_toks=32,max_sequence_length=1024" whole="max_toks=2048,min_toks=128,max_sequence_length=4096" ;;
+    vae) pieces="max_toks=128,min_toks=8,max_sequence_length=256" whole="max_toks=512,min_toks=32,max_sequence_length=1024" ;;
+    *)
+        echo "train_shipped.sh: model='$model' must be fsq or vae." >&2
+        exit 1
+        ;;
+esac
+for name in dataset_path report_path; do
+    if [[ -z "${!name}" ]]; then
+        echo "train_shipped.sh: $name is empty; set it to a folder of images and videos, in the environment." >&2
+        exit 1
+    fi
+done
+read -r steps_of_pieces steps_of_frames <<<"$steps"
+check_variables train_shipped.sh model dataset_path report_path output_dir start spatial steps batch_size lr end_lr dtype mesh_dim workers float_dtype
+
+train() { # FOLDER START STEPS OPTIONS RATE_AT_THE_END
+    echo "train_shipped.sh: $3 steps, $4" >&2
+    dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$lr" end_lr="$5" \
+        update_elastic_config="dict($spatial,$4,lpips_loss_ratio=0.0)" batch_size="$batch_size" dtype="$dtype" \
+        mesh_dim="$mesh_dim" workers="$workers" save_model_freq=100 save_milestone_freq=1000000 \
+        bash scripts/run_train.sh --load_checkpoint="$2" --mask_log_uniform=True --mask_full_fraction=0.2 --log_error=True \
+        --train_dataset.vision_dataset.random_crop=True --train_dataset.vision_dataset.image_blocks=2 \
+        --checkpointer.float_dtype="$6"
+}
+
+train pieces "$start" "$steps_of_pieces" "$pieces" "$lr" fp32
+train whole "$output_dir/pieces/pretrained" "$steps_of_frames" "$whole" "$end_lr" "$float_dtype"
+
+source scripts/setup_env.sh run
+trained="$output_dir/whole/pretrained"
+[[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="$dataset_path"
+env -u output_dir models="$model=$trained,before=example/$model" input_path="$report_path" output_folder="$output_dir/evaluation" max_frames=24 \
+    bash scripts/run_evaluate.sh --codec=x264,jpeg
+echo "train_shipped.sh: the model is in $trained, its measurements are in $output_dir/evaluation." >&2
