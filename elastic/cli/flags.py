@@ -4,6 +4,7 @@ import dataclasses
 
 from elastic.cli.options import RecordFlags
 from elastic.cli.script import Flag, Script
+from elastic.media.inputs import KINDS
 from elastic.tokenizer.targets import EncodeOptions
 from elastic.training.config import TrainConfig
 
@@ -77,7 +78,7 @@ INFERENCE = Script(
     ),
     groups={
         "Input and output": (
-            Flag("input_path", "", "an image, a video, or a folder of them", required=True),
+            Flag("input_path", "", KINDS, required=True),
             Flag(
                 "output_folder",
                 "",
@@ -214,7 +215,7 @@ DATASET = Script(
             Flag(
                 "input_path",
                 "",
-                "a folder of images and videos, or a list of them (.txt, a name a line)",
+                KINDS,
                 required=True,
             ),
             Flag(

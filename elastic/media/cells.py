@@ -212,10 +212,14 @@ def read_hub_cell(place: str, column: str, row: int) -> Cell:
 
 def read_hub_row(place: str, column: str, row: int) -> dict[str, Any]:
     """The values of a row besides one column, as JSON has them."""
-    rows = hub_rows(place)
-    kinds = rows.features.arrow_schema
-    names = [f.name for f in kinds if f.name != column and not holds_bytes(f.type)]
-    return _plain(rows.select_columns(names)[row]) if names else {}
+    names = list(plain_hub_columns(place, column))
+    return _plain(hub_rows(place).select_columns(names)[row]) if names else {}
+
+
+def plain_hub_columns(place: str, column: str) -> tuple[str, ...]:
+    """The columns of a data set besides one and besides those of bytes."""
+    kinds = hub_rows(place).features.arrow_schema
+    return tuple(f.name for f in kinds if f.name != column and not holds_bytes(f.type))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

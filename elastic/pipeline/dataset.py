@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from elastic.io.progress import hide_bar
 from elastic.media.folders import IMAGE_SUFFIXES
+from elastic.media.location import Place
 from elastic.pipeline.clip_files import tokenize_clips
 from elastic.pipeline.dataset_plan import list_inputs
 from elastic.pipeline.dataset_shards import Outcome, Shards, shard_name
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def tokenize_dataset(
     tokenizer: ElasticTokenizer,
-    inputs: Mapping[str, Path],
+    inputs: Mapping[str, Place],
     folder: str | Path,
     options: EncodeOptions,
     *,
@@ -91,7 +92,7 @@ def tokenize_dataset(
 
 
 def identity(
-    tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: EncodeOptions
+    tokenizer: ElasticTokenizer, inputs: Mapping[str, Place], options: EncodeOptions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the tokens of a run depend on, as JSON values: of the model, with a digest of its weights, and of the options.
 
@@ -143,7 +144,7 @@ class Progress:
 
 
 def _check_options(
-    tokenizer: ElasticTokenizer, inputs: Mapping[str, Path], options: EncodeOptions
+    tokenizer: ElasticTokenizer, inputs: Mapping[str, Place], options: EncodeOptions
 ) -> None:
     """Refuses options that would fail for every file, before a plan is written."""
     images = [name for name in inputs if Path(name).suffix.lower() in IMAGE_SUFFIXES]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elastic.io.atomic import locked
+from elastic.media.location import ClipLocation, Place
 from elastic.pipeline.clip_files import MOST_READS, ClipResult, ClipTask, Notes, tokens_path
 from elastic.pipeline.dataset_plan import (
     LOCK,
@@ -67,14 +68,20 @@ class Shards:
       plan: the files of each shard.
     """
 
-    def __init__(self, inputs: Mapping[str, Path], folder: Path, plan: DatasetPlan):
+    def __init__(self, inputs: Mapping[str, Place], folder: Path, plan: DatasetPlan):
         self._inputs, self._folder, self.plan = inputs, folder, plan
         self._reads: Counter[str] = Counter()  # reads of a file during which it has changed
+        # If one clip has any, all shards have the columns: readers take them for one table.
+        located = [place for place in inputs.values() if isinstance(place, ClipLocation)]
+        tables = {(place.place, place.column): place for place in located if place.column}
+        self._has_metadata = any(place.has_more for place in located) or any(
+            place.has_columns for place in tables.values()
+        )
 
     @classmethod
     def open_run(
         cls,
-        inputs: Mapping[str, Path],
+        inputs: Mapping[str, Place],
         folder: Path,
         *,
         files_per_shard: int,
@@ -358,9 +365,18 @@ class Shards:
             update_stamps(self._folder, stamps)
         path = self._parquet_path(shard)
         if readable:
-            write_shard(path, rows())
+            write_shard(path, rows(), metadata=self._metadata if self._has_metadata else None)
         tally.save(self.summary_path(shard), path.name if readable else None)
         return True
+
+    def _metadata(self, name: str) -> Mapping[str, Any]:
+        """What is said of a clip."""
+        place = self._inputs[name]
+        try:
+            return place.metadata() if isinstance(place, ClipLocation) else {}
+        except OSError as error:
+            log.warning("%s is packed without what is said of it: %s.", name, error)
+            return {}
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from elastic.cli import app
 from elastic.distributed.job_share import share_of_job
+from elastic.media.inputs import check_input
 
 if TYPE_CHECKING:
     from elastic.distributed.hosts import Hosts
@@ -16,8 +17,7 @@ def tokenize(flags: app.Values) -> int:
     app.check_target(flags)
     if flags["files_per_shard"] < 1:
         raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
-    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
-        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    check_input(flags["input_path"])  # known before anything heavy is imported
     # Known before anything heavy is imported, where it does not depend on the model.
     options = app.encode_options(flags) if app.has_target(flags) else None
 
