@@ -27,6 +27,7 @@ KINDS = (
 _TAR, _PARQUET = ".tar", ".parquet"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_Listed = Mapping[str, list[ClipLocation]] | None
 _THREADS = 16  # threads that wait for a disk or a bucket use no core
 
 
@@ -36,13 +37,22 @@ def check_input(path: str | os.PathLike[str], *, flag: str = "--input_path") -> 
     Raises:
       MediaError: there is no such file.
     """
-    text = os.fspath(path)
+    if not may_exist(os.fspath(path)):
+        raise MediaError(f"There is no file {os.fspath(path)!r}; check {flag}.")
+
+
+def may_exist(text: str) -> bool:
+    """Whether an input is there, as far as can be told without asking a bucket or the Hub, or trying a pattern."""
     if text.startswith(HUB) or is_url(text) or os.path.exists(text):
-        return
-    if not _BRACES.search(text) and not glob.has_magic(text):
-        text = text.partition("::")[0]
-        if not os.path.exists(text):
-            raise MediaError(f"There is no file {os.fspath(path)!r}; check {flag}.")
+        return True
+    if _BRACES.search(text) or glob.has_magic(text):
+        return True
+    return os.path.exists(text.partition("::")[0])
+
+
+def names_shards(text: str) -> bool:
+    """Whether an input names tar or Parquet files, and not a folder."""
+    return _is_shard(text.partition("::")[0]) or bool(_BRACES.search(text))
 
 
 def find_clips(
@@ -50,6 +60,7 @@ def find_clips(
     *,
     without: str | os.PathLike[str] | None = None,
     flag: str = "--input_path",
+    listed: Mapping[str, list[ClipLocation]] | None = None,
 ) -> dict[str, Place]:
     """{id: place} of the clips of an input, sorted by id.
 
@@ -60,6 +71,7 @@ def find_clips(
       path: what `KINDS` says.
       without: leave out what lies in this folder.
       flag: what an error calls the input.
+      listed: the clips of tar and Parquet files that are known already, by the file.
 
     Raises:
       MediaError: there is nothing.
@@ -73,10 +85,10 @@ def find_clips(
         return _by_id({"": rows_of_hub(name, column)})
     check_input(text, flag=flag)
     if is_url(text):
-        return _of_urls(text)
+        return _of_urls(text, listed)
     local = pathlib.Path(text)
     if local.is_dir():
-        return _of_folder(local, without)
+        return _of_folder(local, without, listed)
     if local.exists() and not _is_shard(text):
         if local.suffix.lower() in clip_lists.SUFFIXES:
             return clip_lists.clips_of_list(local)
@@ -86,7 +98,7 @@ def find_clips(
     files, column = _files_of_pattern(text)
     if not files:
         raise MediaError(f"There is no file {text!r}; check {flag}.")
-    return _of_files(files, column, text)
+    return _of_files(files, column, text, listed)
 
 
 def printable(name: str) -> str:
@@ -131,7 +143,9 @@ def expand_braces(pattern: str) -> Iterator[str]:
             yield f"{before}{part}{rest}"
 
 
-def _of_folder(folder: pathlib.Path, without: str | os.PathLike[str] | None) -> dict[str, Place]:
+def _of_folder(
+    folder: pathlib.Path, without: str | os.PathLike[str] | None, listed: _Listed
+) -> dict[str, Place]:
     media = find_media(folder, without=without)
     if media:
         found: dict[str, Place] = {
@@ -147,7 +161,7 @@ def _of_folder(folder: pathlib.Path, without: str | os.PathLike[str] | None) -> 
             )
         return dict(sorted(found.items()))
     if shards := _shards_below(folder, without):
-        return _of_files([str(file) for file in shards], "", str(folder))
+        return _of_files([str(file) for file in shards], "", str(folder), listed)
     raise MediaError(
         f"There is no image or video in {str(folder)!r} or its folders, and no tar or Parquet file."
     )
@@ -171,7 +185,7 @@ def _shards_below(
     return []
 
 
-def _of_files(files: list[str], column: str, text: str) -> dict[str, Place]:
+def _of_files(files: list[str], column: str, text: str, listed: _Listed) -> dict[str, Place]:
     """The clips of tar files, of Parquet files, or these files themselves."""
     kinds = {posixpath.splitext(file)[1].lower() for file in files}
     shards = kinds & {_TAR, _PARQUET}
@@ -183,7 +197,7 @@ def _of_files(files: list[str], column: str, text: str) -> dict[str, Place]:
         places = {printable(n): _file(f) for n, f in zip(names, files, strict=True)}
         return dict(sorted(places.items()))
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="listing") as pool:
-        parts = pool.map(_reader_of(next(iter(shards)), column), files)
+        parts = pool.map(_reader_of(next(iter(shards)), column, listed or {}), files)
         found = dict(zip(names, parts, strict=True))
     alone = len(files) == 1 and not _names_several(text)
     clips = _by_id({"": found[names[0]]} if alone else found)
@@ -203,14 +217,21 @@ def _file(place: str) -> Place:
     return place if is_url(place) else pathlib.Path(place)
 
 
-def _reader_of(ending: str, column: str) -> Callable[[str], list[ClipLocation]]:
-    if ending == _TAR:
-        from elastic.media.tar_members import members_of
+def _reader_of(
+    ending: str, column: str, listed: Mapping[str, list[ClipLocation]]
+) -> Callable[[str], list[ClipLocation]]:
+    def read(place: str) -> list[ClipLocation]:
+        if place in listed:
+            return listed[place]
+        if ending == _TAR:
+            from elastic.media.tar_members import members_of
 
-        return members_of
-    from elastic.media.table_rows import rows_of_parquet
+            return members_of(place)
+        from elastic.media.table_rows import rows_of_parquet
 
-    return lambda place: rows_of_parquet(place, column)
+        return rows_of_parquet(place, column)
+
+    return read
 
 
 def _by_id(parts: Mapping[str, list[ClipLocation]]) -> dict[str, Place]:
@@ -223,7 +244,7 @@ def _by_id(parts: Mapping[str, list[ClipLocation]]) -> dict[str, Place]:
     return dict(sorted(found.items()))
 
 
-def _of_urls(text: str) -> dict[str, Place]:
+def _of_urls(text: str, listed: _Listed) -> dict[str, Place]:
     """The clips of a URL: of a folder, of one file, or of a pattern of shards."""
     url, _, column = text.partition("::")
     if _BRACES.search(url) or _is_shard(url):
@@ -232,7 +253,7 @@ def _of_urls(text: str) -> dict[str, Place]:
             files = list(itertools.chain.from_iterable(map(_matching, files)))
         if not files:
             raise MediaError(f"There is no file {text!r}.")
-        return _of_files(sorted(files), column, text)
+        return _of_files(sorted(files), column, text, listed)
     if posixpath.splitext(url)[1] and is_media(url):
         return {posixpath.basename(url): url}
     found = find_in_bucket(url)
@@ -242,7 +263,7 @@ def _of_urls(text: str) -> dict[str, Place]:
     names = [path.removeprefix(root).lstrip("/") for path in system.find(root)]
     for ending in (_TAR, _PARQUET):
         if files := sorted(f"{url.rstrip('/')}/{n}" for n in names if n.lower().endswith(ending)):
-            return _of_files(files, column, url)
+            return _of_files(files, column, url, listed)
     raise MediaError(f"There is no image or video in {url!r}, and no tar or Parquet file.")
 
 
