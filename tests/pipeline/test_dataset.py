@@ -178,7 +178,7 @@ def test_a_damaged_token_file_is_made_again(
 ):
     inputs = list_inputs(clips, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(dataset_shards, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(dataset_shards, "write_shard", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(tokenizer, inputs, tmp_path, **OPTIONS)
     (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
@@ -328,7 +328,9 @@ def test_clips_that_were_replaced_are_tokenized_anew_and_named(
         patch.setattr(
             dataset_shards,
             "write_shard",
-            lambda path, rows: real(path, rows) if "2" not in path.name else kill(),
+            lambda path, rows, **named: (
+                real(path, rows, **named) if "2" not in path.name else kill()
+            ),
         )
 
         def kill():
