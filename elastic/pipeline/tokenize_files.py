@@ -41,6 +41,11 @@ def find_inputs(
     only = next(iter(clips.values()))
     if len(clips) == 1 and (local_path(only) == Path(path) or only == os.fspath(path)):
         return {only: ""}
+    if len(set(clips.values())) < len(clips):
+        twice, _ = Counter(clips.values()).most_common(1)[0]
+        raise media.MediaError(
+            f"{os.fspath(path)!r} names {str(twice)!r} several times; each needs one folder of results."
+        )
     names = {name: safe_path(name) for name in clips}
     stems = Counter(_stem(name) for name in names.values())
     whole = Counter(names.values())

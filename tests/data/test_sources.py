@@ -124,6 +124,7 @@ def test_sources_have_the_shares_of_their_weights_and_lose_nothing(kinds, tmp_pa
 
 def test_a_list_s_weights_say_how_often_a_clip_comes(kinds, tmp_path):
     lines = [{"path": "a/0.png", "weight": 3}, {"path": "b/1.png"}]
+    lines.append({"path": "gone.png"})
     lines.append({"path": "a/v0.mp4", "start": 0.0, "end": 2 / 24, "weight": 1.5})
     path = kinds["folder"] / "few.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
@@ -137,6 +138,7 @@ def test_a_list_s_weights_say_how_often_a_clip_comes(kinds, tmp_path):
     assert (counts[:, 0] == 3).all() and (counts[:, 2] == 1).all()
     assert set(counts[:, 1]) == {1, 2}
     assert [file.num_frames for file in data.index.files] == [1, 2, 1]
+    assert [name.rpartition("/")[2] for name in data.bad_files] == ["gone.png"]
 
 
 def test_sources_are_told_apart_by_commas_and_weights(tmp_path):

@@ -9,9 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cachetools import LRUCache
 from data_sets import KIND, add_member, make_clips, write_list, write_parquet, write_tar
 
-from elastic.media import ClipLocation, MediaError, inputs, open_clip, table_rows, tar_members
+from elastic.media import (
+    ClipLocation,
+    MediaError,
+    cells,
+    inputs,
+    open_clip,
+    table_rows,
+    tar_members,
+)
 from elastic.media.inputs import check_input, expand_braces, find_clips
 from elastic.media.location import open_file
 
@@ -188,10 +197,10 @@ def test_what_is_no_tar_is_refused_in_one_line(clips, tmp_path):
 def test_rows_without_a_clip_are_named_and_the_others_read(clips, tmp_path):
     _, data = clips
     (tmp_path / "beside.png").write_bytes(data["a/0.png"])
-    cells = [None, {"bytes": None, "path": None}, {"bytes": data["a/0.png"], "path": "x.png"}]
-    cells += [{"bytes": None, "path": p} for p in ("beside.png", "../up.png", "/etc/passwd")]
-    cells += [{"bytes": data["a/0.png"], "path": "x.png"}]
-    pq.write_table(pa.table({"image": pa.array(cells, KIND)}), tmp_path / "n.parquet")
+    column = [None, {"bytes": None, "path": None}, {"bytes": data["a/0.png"], "path": "x.png"}]
+    column += [{"bytes": None, "path": p} for p in ("beside.png", "../up.png", "/etc/passwd")]
+    column += [{"bytes": data["a/0.png"], "path": "x.png"}]
+    pq.write_table(pa.table({"image": pa.array(column, KIND)}), tmp_path / "n.parquet")
     found = find_clips(tmp_path / "n.parquet")
     assert list(found) == ["00000000", "00000001", "beside.png", "etc/passwd", "up.png", "x.png", "x.png#6"]  # fmt: skip
     assert content({n: found[n] for n in ("x.png", "x.png#6", "beside.png")}) == dict.fromkeys(
@@ -200,6 +209,18 @@ def test_rows_without_a_clip_are_named_and_the_others_read(clips, tmp_path):
     for name, why in {"00000000": "null", "00000001": "null", "up.png": "leads out", "etc/passwd": "leads out"}.items():  # fmt: skip
         with pytest.raises(MediaError, match=why):
             open_clip(found[name], resolution=8)
+
+
+def test_a_row_group_larger_than_what_is_kept_is_kept_alone(clips, tmp_path, monkeypatch):
+    _, data = clips
+    most = max(map(len, data.values()))
+    held = LRUCache(most, getsizeof=lambda column: min(column.nbytes, most))
+    monkeypatch.setattr(cells, "_HELD_BYTES", most)
+    monkeypatch.setattr(cells, "_groups", held)
+    column = pa.array([{"bytes": v, "path": k} for k, v in data.items()], KIND)
+    pq.write_table(pa.table({"video": column}), tmp_path / "c.parquet", row_group_size=2)
+    assert content(find_clips(tmp_path / "c.parquet")) == data
+    assert len(held) == 1
 
 
 def test_the_column_of_clips_is_found_by_its_type_or_named(tmp_path):
