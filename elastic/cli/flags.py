@@ -4,7 +4,7 @@ import dataclasses
 
 from elastic.cli.options import RecordFlags
 from elastic.cli.script import Flag, Script
-from elastic.media.inputs import KINDS
+from elastic.io.read_options import INPUTS
 from elastic.tokenizer.targets import EncodeOptions
 from elastic.training.config import TrainConfig
 
@@ -78,7 +78,7 @@ INFERENCE = Script(
     ),
     groups={
         "Input and output": (
-            Flag("input_path", "", KINDS, required=True),
+            Flag("input_path", "", INPUTS, required=True),
             Flag(
                 "output_folder",
                 "",
@@ -215,7 +215,7 @@ DATASET = Script(
             Flag(
                 "input_path",
                 "",
-                KINDS,
+                INPUTS,
                 required=True,
             ),
             Flag(

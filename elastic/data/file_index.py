@@ -364,7 +364,8 @@ def _find_in(source: str, without: pathlib.Path | None, known: FileIndex | None)
 def _facts(place: str, kind: Any = "file") -> tuple[int, int | str]:
     """Size and version of a file; (-1, why) if it cannot be asked."""
     try:
-        return tuple(ClipLocation(kind=kind, place=place).facts)
+        size, changed = ClipLocation(kind=kind, place=place).facts
+        return size, changed
     except OSError as error:
         return -1, f"error {error.errno}"
 

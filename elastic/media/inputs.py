@@ -20,10 +20,6 @@ from elastic.media.location import ClipLocation, Place
 log = logging.getLogger(__name__)
 
 HUB = "hf_dataset::"
-KINDS = (
-    "an image, a video, a folder or bucket of them; tar shards (clips-{000..009}.tar), Parquet files, "
-    "hf_dataset::OWNER/NAME, or a list (.txt, .csv, .jsonl)"
-)
 _TAR, _PARQUET = ".tar", ".parquet"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -68,7 +64,7 @@ def find_clips(
     cell of a table, else the row's number. Of several tar or Parquet files, their own names stand before it.
 
     Args:
-      path: what `KINDS` says.
+      path: as `elastic.io.read_options.INPUTS` says.
       without: leave out what lies in this folder.
       flag: what an error calls the input.
       listed: the clips of tar and Parquet files that are known already, by the file.

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from elastic.cli import app
 from elastic.cli.flags import USUAL
-from elastic.media.inputs import check_input, find_clips
-from elastic.media.location import is_part
 
 if TYPE_CHECKING:
     from elastic.evaluation.evaluate import EvaluationConfig
@@ -23,6 +21,9 @@ def evaluate(flags: app.Values) -> int:
     usual = flags["thresholds"] == USUAL
     thresholds = [] if usual else numbers(flags["thresholds"], "thresholds")
     counts = numbers(flags["num_tokens"])
+    from elastic.media.inputs import check_input, find_clips
+    from elastic.media.location import is_part
+
     check_input(flags["input_path"])  # known before anything heavy is imported
 
     from elastic import checkpoints, search

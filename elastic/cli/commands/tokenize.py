@@ -1,12 +1,13 @@
 """Tokenizes an image, a video or a folder of them; `--help` lists the flags."""
 
 from elastic.cli import app
-from elastic.media.inputs import check_input
 
 
 def tokenize(flags: app.Values) -> int:
     """Loads the model, tokenizes the input, prints a table for each file."""
     app.check_target(flags)
+    from elastic.media.inputs import check_input
+
     check_input(flags["input_path"])  # known before anything heavy is imported
     # Known before anything heavy is imported, where it does not depend on the model.
     options = app.encode_options(flags) if app.has_target(flags) else None

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from elastic.cli import app
 from elastic.distributed.job_share import share_of_job
-from elastic.media.inputs import check_input
 
 if TYPE_CHECKING:
     from elastic.distributed.hosts import Hosts
@@ -17,6 +16,8 @@ def tokenize(flags: app.Values) -> int:
     app.check_target(flags)
     if flags["files_per_shard"] < 1:
         raise ValueError(f"--files_per_shard={flags['files_per_shard']} must be at least 1.")
+    from elastic.media.inputs import check_input
+
     check_input(flags["input_path"])  # known before anything heavy is imported
     # Known before anything heavy is imported, where it does not depend on the model.
     options = app.encode_options(flags) if app.has_target(flags) else None
