@@ -16,7 +16,9 @@ _written_flags="output_folder output_path logger.output_dir"
 read_path() {
     local prefix="" path="$1"
     [[ "$path" != *::* ]] || prefix="${path%"${path##*::}"}" path="${path##*::}"
-    if [[ "$ELASTIC_HERE" != "$PWD" && -n "$path" && "$path" != /* && -e "$ELASTIC_HERE/$path" ]]; then
+    local seen="$path" # of a pattern such as clips-{000..009}.tar, the folder
+    [[ "$path" != *[{*?[]* ]] || seen="$(dirname "${path%%[{*?[]*}x")"
+    if [[ "$ELASTIC_HERE" != "$PWD" && -n "$path" && "$path" != /* && "$path" != *://* && -e "$ELASTIC_HERE/$seen" ]]; then
         path="$ELASTIC_HERE/$path"
     fi
     printf '%s' "$prefix$path"

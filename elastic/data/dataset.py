@@ -86,15 +86,18 @@ class TrainingData:
         if data.max_frames:
             frames = np.minimum(frames, data.max_frames)
         frames = np.where(is_image, data.image_blocks * model.frames_per_block, frames)
+        num_blocks = -(-frames // model.frames_per_block)
+        copies = index.copies(num_blocks, data.seed)
         self.plan = PackingPlan(
-            -(-frames // model.frames_per_block),
+            num_blocks,
             blocks_per_sequence=self.num_blocks,
             chunk_size=data.chunk_size,
             seed=data.seed,
+            copies=copies,
         )
         self.num_sequences = self.plan.num_sequences
         self.blocks_per_epoch = self.plan.num_blocks
-        self.frames_per_epoch = int(frames.sum())
+        self.frames_per_epoch = int((frames * copies).sum())
         self.bad_files = {str(index.place(name)): bad.reason for name, bad in index.bad.items()}
         self._spec = DecodeSpec(
             places=[index.place(file.name) for file in index.files],
@@ -214,8 +217,8 @@ class DataPosition:
     """How far a run has got in its data, and what that depends on.
 
     A run goes on exactly (the same blocks in the same batches) if these have not changed: the files
-    of the folder, fps, frames per block, sequence length, image_blocks, max_frames, chunk_size, seed
-    and the global batch size. The number of hosts and devices, workers, max_prefetch, cache_gigabytes
+    of the folder (of other sources, their clips and weights), fps, frames per block, sequence length, image_blocks,
+    max_frames, chunk_size, seed and the global batch size. The number of hosts and devices, workers, max_prefetch, cache_gigabytes
     cache_path and reader may change. random_crop, exact_color and fit change the pixels of a block and not the
     order of blocks.
     After any other change training goes on at the same fraction of the epoch, with a warning.

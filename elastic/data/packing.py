@@ -75,6 +75,7 @@ class PackingPlan:
         blocks_per_sequence: int,
         chunk_size: int,
         seed: int,
+        copies: Int[np.ndarray, "files"] | None = None,
     ):
         """Packs files into sequences.
 
@@ -83,11 +84,15 @@ class PackingPlan:
           blocks_per_sequence: blocks of a sequence, at most.
           chunk_size: files that are shuffled among each other.
           seed: seed of all orders.
+          copies: how often each file comes in an epoch; None: once.
         """
+        files = np.arange(len(num_blocks)) if copies is None else np.repeat(np.arange(len(copies)), copies)  # fmt: skip
+        num_blocks = num_blocks[files]
         self.blocks_per_sequence = blocks_per_sequence
         self.num_blocks = int(num_blocks.sum())
         self._seed = seed
         parts = _cut(num_blocks, blocks_per_sequence * max(1, _PART_BLOCKS // blocks_per_sequence))
+        parts[:, 0] = files[parts[:, 0]]
         rng = np.random.default_rng((seed, 0))
         parts = parts[rng.permutation(len(parts))]
         pieces, ends, chunks = [], [], []

@@ -37,6 +37,7 @@ from elastic.evaluation.records import (
 )
 from elastic.io.progress import hide_bar
 from elastic.io.read_options import read_arguments, read_options
+from elastic.media.location import Place, is_part
 from elastic.metrics import load_lpips_weights, psnr, psnr_of_mse, squared_error, ssim
 from elastic.metrics.dists import DistsWeights, dists_of_frames, load_dists_weights
 from elastic.metrics.lpips import lpips_of_frames
@@ -55,7 +56,7 @@ _Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 def evaluate(
     tokenizer: ElasticTokenizer,
-    files: Sequence[Path],
+    files: Sequence[Place] | Mapping[str, Place],
     config: EvaluationConfig,
     *,
     lpips_weights: Any = None,
@@ -69,7 +70,7 @@ def evaluate(
 
     Args:
       tokenizer: the model.
-      files: images and videos. A file that cannot be read is named in the log and in `skipped`, and counts in no number.
+      files: images and videos, or {name: clip}. A file that cannot be read is named in the log and in `skipped`, and counts in no number.
       config: the conditions, the metrics, and which frames are read.
       lpips_weights: weights for the metrics 'lpips' and 'dists', as `load_lpips_weights` returns them. None: they are loaded here.
       dists_weights: weights for the metric 'dists', as `load_dists_weights` returns them. None: likewise.
@@ -148,7 +149,7 @@ class _Clip(NamedTuple):
     """A file that could be opened."""
 
     name: str
-    path: Path
+    path: Place
     rate: float | None  # frames per second to read; None: every frame
     num_frames: int
 
@@ -205,7 +206,7 @@ def _measures(
 
 
 def _open_clips(
-    files: Sequence[Path], config: EvaluationConfig, model: ElasticTokConfig
+    files: Sequence[Place] | Mapping[str, Place], config: EvaluationConfig, model: ElasticTokConfig
 ) -> tuple[dict[str, _Clip], dict[str, str]]:
     """Clips by name, and by name the reason why a file cannot be read."""
     clips: dict[str, _Clip] = {}
@@ -229,9 +230,13 @@ def _open_clips(
     return clips, skipped
 
 
-def _names(files: Sequence[Path]) -> dict[str, Path]:
-    """{path relative to the common folder: file}."""
-    paths = {Path(file).absolute(): Path(file) for file in files}
+def _names(files: Sequence[Place] | Mapping[str, Place]) -> Mapping[str, Place]:
+    """{name: clip}; of local files, the name is the path relative to their common folder."""
+    if isinstance(files, Mapping):
+        return files
+    if any(map(is_part, files)):
+        return {str(file): file for file in files}
+    paths = {Path(str(file)).absolute(): Path(str(file)) for file in files}
     root = os.path.commonpath([path.parent for path in paths]) if paths else ""
     return {str(path.relative_to(root)): file for path, file in paths.items()}
 

@@ -16,9 +16,16 @@ from cachetools import LRUCache
 
 from elastic.media.files import facts_of, open_path
 
-# A column of a row group is kept if it is no larger, so that rows read one after the other cost one read.
-_HELD_BYTES, _HELD_GROUPS = 256 * 2**20, 2
-_groups: LRUCache[tuple[Any, ...], Any] = LRUCache(_HELD_GROUPS)
+# Columns of row groups are kept up to this size, so that rows read one after the other cost one read. A larger one is kept alone: pyarrow
+# writes 1024 rows into a page, and a page is read whole, so that reading a row alone would cost as much memory, and much more time.
+_HELD_BYTES = 256 * 2**20
+_STREAM_BYTES = (
+    2**20
+)  # read at a time; otherwise pyarrow reads a whole column of a row group before its first page
+_groups: LRUCache[tuple[Any, ...], Any] = LRUCache(
+    _HELD_BYTES, getsizeof=lambda column: min(column.nbytes, _HELD_BYTES)
+)
+_rows: LRUCache[tuple[Any, ...], Any] = LRUCache(8)  # columns of metadata, which are small
 _lock = threading.Lock()
 
 
@@ -39,7 +46,7 @@ class Cell:
 
 
 def read_cell(place: str, column: str, group: int, row: int) -> Cell:
-    """A cell of a Parquet file. Memory holds a column of its row group; of a large one, a page and the row.
+    """A cell of a Parquet file. Memory holds a column of its row group.
 
     Args:
       place: path or URL of the file.
@@ -55,9 +62,9 @@ def read_cell(place: str, column: str, group: int, row: int) -> Cell:
         held = _groups.get(key)
     if held is None:
         with opened(place) as file:
-            size = _uncompressed_size(file, column, group)
-            if size > _HELD_BYTES:
-                return _cell(_row_of_batches(file, column, group, row), 0)
+            if _uncompressed_size(file, column, group) > _HELD_BYTES / 2:
+                with _lock:  # before another one is read
+                    _groups.clear()
             held = _read(lambda: file.read_row_group(group, [column])).column(0)
         with _lock:
             _groups[key] = held
@@ -79,15 +86,6 @@ def _cell(column: Any, row: int) -> Cell:
     return Cell(value.as_buffer(), None)
 
 
-def _row_of_batches(file: Any, column: str, group: int, row: int) -> Any:
-    before = 0
-    for batch in file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
-        if row < before + len(batch):
-            return batch.column(0).slice(row - before, 1)
-        before += len(batch)
-    raise OSError(f"row group {group} has {before} rows")
-
-
 def _uncompressed_size(file: Any, column: str, group: int) -> int:
     facts = file.metadata.row_group(group)
     return sum(
@@ -104,12 +102,12 @@ def read_row(place: str, column: str, group: int, row: int) -> dict[str, Any]:
         return {}
     key = (place, *facts_of(place), names, group)
     with _lock:
-        held = _groups.get(key)
+        held = _rows.get(key)
     if held is None:
         with opened(place) as file:
             held = _read(lambda: file.read_row_group(group, list(names)))
         with _lock:
-            _groups[key] = held
+            _rows[key] = held
     return _plain({name: held.column(name)[row].as_py() for name in names})
 
 
@@ -144,7 +142,7 @@ def opened(place: str) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with open_path(place) as file:
-        yield _read(lambda: pq.ParquetFile(file))
+        yield _read(lambda: pq.ParquetFile(file, buffer_size=_STREAM_BYTES))
 
 
 def _read(read: Callable[[], Any]) -> Any:
@@ -212,10 +210,14 @@ def read_hub_cell(place: str, column: str, row: int) -> Cell:
 
 def read_hub_row(place: str, column: str, row: int) -> dict[str, Any]:
     """The values of a row besides one column, as JSON has them."""
-    rows = hub_rows(place)
-    kinds = rows.features.arrow_schema
-    names = [f.name for f in kinds if f.name != column and not holds_bytes(f.type)]
-    return _plain(rows.select_columns(names)[row]) if names else {}
+    names = list(plain_hub_columns(place, column))
+    return _plain(hub_rows(place).select_columns(names)[row]) if names else {}
+
+
+def plain_hub_columns(place: str, column: str) -> tuple[str, ...]:
+    """The columns of a data set besides one and besides those of bytes."""
+    kinds = hub_rows(place).features.arrow_schema
+    return tuple(f.name for f in kinds if f.name != column and not holds_bytes(f.type))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

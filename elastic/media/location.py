@@ -75,9 +75,15 @@ class ClipLocation:
             told = [self.kind]
         if self.kind == "bytes":
             told.append(hashlib.blake2b(self.data, digest_size=16).hexdigest())
-        if self.start or self.end is not None or self.given or self.beside:
-            told.append((self.start, self.end, self.given, self.beside))
+        if self.has_more:
+            told.append((self.start, self.end, self.weight, self.given, self.beside))
         return json.dumps(told)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a range, a weight or metadata are stated, other than the columns of a table."""
+        ranged = self.start > 0 or self.end is not None
+        return bool(ranged or self.weight != 1 or self.given or self.beside)
 
     @property
     def facts(self) -> tuple[int, int | str]:
@@ -140,7 +146,18 @@ class ClipLocation:
         for ending, offset, size in self.beside:
             with open_window(self.place, offset, size) as file:
                 found |= _beside(ending, file.read(_MOST_JSON + 1))
-        return found | (json.loads(self.given) if self.given else {})
+        if self.given:
+            found |= json.loads(self.given)
+        ranged = {"start": self.start or None, "end": self.end}
+        ranged["weight"] = None if self.weight == 1 else self.weight
+        return found | {name: value for name, value in ranged.items() if value is not None}
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the table has columns that say something of its clips."""
+        if self.kind == "parquet":
+            return bool(cells.plain_columns(self.place, self.column))
+        return self.kind == "hf" and bool(cells.plain_hub_columns(self.place, self.column))
 
 
 Place = pathlib.Path | str | ClipLocation  # a string is a URL
@@ -172,6 +189,16 @@ def _beside(ending: str, data: bytes) -> dict[str, Any]:
 def open_file(place: Place) -> BinaryIO:
     """Opens the bytes of a clip for reading: seekable, from the first byte on."""
     return place.open() if isinstance(place, ClipLocation) else open_path(place)
+
+
+def is_part(place: Place) -> bool:
+    """Whether a clip is no whole local file, so that its path does not name it."""
+    return not isinstance(place, pathlib.Path)
+
+
+def name_of(place: Place) -> str:
+    """The last part of a clip's name."""
+    return posixpath.basename(place) if isinstance(place, str) else place.name
 
 
 def local_path(place: Place) -> pathlib.Path | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from elastic.io.json_file import write_json
 from elastic.media import MediaError
+from elastic.media.location import Place
 from elastic.pipeline.dataset_plan import printable
 from elastic.pipeline.file_stamp import FileStamp, content_digest, stamp_of
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
@@ -37,7 +38,7 @@ class ClipTask(NamedTuple):
     folder: Path
     number: int
     name: str
-    source: Path
+    source: Place
     reads: int = 0
 
     @property
@@ -91,7 +92,7 @@ def tokenize_clips(
     under_way: dict[int, tuple[ClipTask, FileStamp]] = {}
     started = time.perf_counter()
 
-    def sources() -> Iterator[Path]:  # a file is opened right after its stamp was taken
+    def sources() -> Iterator[Place]:  # a file is opened right after its stamp was taken
         for which, task in enumerate(tasks):
             under_way[which] = task, stamp_of(task.source)
             yield task.source

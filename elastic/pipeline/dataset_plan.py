@@ -7,7 +7,6 @@ further shards if the caller asks for it. A file that has changed gets its new s
 
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import os
@@ -15,14 +14,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from elastic import media
 from elastic.io import json_file
 from elastic.io.atomic import atomic_open, locked
 from elastic.io.names import model_name
 from elastic.io.read_options import READ_DEFAULTS
-from elastic.media import MediaError
+from elastic.media.inputs import find_clips, printable
+from elastic.media.location import Place
 from elastic.pipeline.file_stamp import FileStamp, stamps_of
 from elastic.search import TOLERANCE
+
+__all__ = [
+    "DatasetPlan",
+    "FileStamp",
+    "clear_unfinished",
+    "list_inputs",
+    "printable",
+    "stamped",
+    "update_stamps",
+    "write_or_check",
+]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +43,6 @@ _FORMAT = {"format": "elastictok-dataset", "version": 2}
 _EARLIER = _FORMAT | {"version": 1}  # knows no files but their sizes, and no appended ones
 # Options that older plans do not have.
 _LATER_OPTIONS = READ_DEFAULTS | {"search_tolerance": TOLERANCE}
-_LIST_SUFFIX = ".txt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,49 +240,20 @@ def _differences(before: DatasetPlan, now: DatasetPlan, *, append: bool) -> list
     return found
 
 
-def list_inputs(input_path: str | os.PathLike, output_folder: str | os.PathLike) -> dict[str, Path]:
-    """{id: file} of a folder, of one file, or of a list (.txt, one name a line), sorted by id.
+def list_inputs(
+    input_path: str | os.PathLike, output_folder: str | os.PathLike
+) -> dict[str, Place]:
+    """{id: place} of the clips of an input, sorted by id, as `elastic.media.inputs.find_clips` gives them.
 
-    In a folder, the id of a file is its path relative to the folder. In a list, the id is the name as listed, and the file is found
-    relative to the list's folder. Files in the output folder are left out.
+    What lies in the output folder is left out.
 
     Raises:
       MediaError: there is nothing to tokenize, or a name is listed twice.
     """
-    path = Path(input_path)
-    if path.is_dir():
-        found = {
-            printable(file.relative_to(path).as_posix()): file
-            for file in media.find_media(path, without=output_folder)
-        }
-        if not found:
-            raise MediaError(f"There is no image or video in {str(path)!r} or its folders.")
-        return dict(sorted(found.items()))
-    if not path.exists():
-        raise MediaError(f"There is no file {str(path)!r}; check --input_path.")
-    if path.suffix.lower() != _LIST_SUFFIX:
-        return {printable(path.name): path}
-    if not path.is_file():  # reading a pipe would block
-        raise MediaError(
-            f"The list {str(path)!r} is no regular file; write the files' names into one."
-        )
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    names = sorted(name for name in names if name and not name.startswith("#"))
-    twice = [name for name, following in itertools.pairwise(names) if name == following]
-    if twice or not names:
-        what = f"names {twice[0]!r} twice" if twice else "names no file"
-        raise MediaError(
-            f"The list {str(path)!r} {what}; write each file's name on a line of its own."
-        )
-    return {name: path.parent / name for name in names}
+    return find_clips(input_path, without=output_folder)
 
 
-def printable(name: str) -> str:
-    """A file's name as valid UTF-8; bytes that are not UTF-8 become \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def stamped(inputs: Mapping[str, Path]) -> dict[str, FileStamp]:
+def stamped(inputs: Mapping[str, Place]) -> dict[str, FileStamp]:
     """{name: stamp} of the files, sorted by name."""
     names = sorted(inputs)
     return dict(zip(names, stamps_of(inputs[name] for name in names), strict=True))

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elastic.io.atomic import locked
+from elastic.media.location import ClipLocation, Place
 from elastic.pipeline.clip_files import MOST_READS, ClipResult, ClipTask, Notes, tokens_path
-from elastic.pipeline.contact_sheet import Draw
 from elastic.pipeline.dataset_plan import (
     LOCK,
     PLAN,
@@ -33,7 +33,7 @@ from elastic.pipeline.dataset_plan import (
     write_or_check,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
-from elastic.pipeline.file_stamp import FileStamp, content_digest, is_unchanged, stamp_of
+from elastic.pipeline.file_stamp import FileStamp, is_unchanged, stamp_of
 from elastic.tokens import TokenFileError, TokenizedClip, TokenShards, write_shard
 
 log = logging.getLogger(__name__)
@@ -68,14 +68,20 @@ class Shards:
       plan: the files of each shard.
     """
 
-    def __init__(self, inputs: Mapping[str, Path], folder: Path, plan: DatasetPlan):
+    def __init__(self, inputs: Mapping[str, Place], folder: Path, plan: DatasetPlan):
         self._inputs, self._folder, self.plan = inputs, folder, plan
         self._reads: Counter[str] = Counter()  # reads of a file during which it has changed
+        # If one clip has any, all shards have the columns: readers take them for one table.
+        located = [place for place in inputs.values() if isinstance(place, ClipLocation)]
+        tables = {(place.place, place.column): place for place in located if place.column}
+        self._has_metadata = any(place.has_more for place in located) or any(
+            place.has_columns for place in tables.values()
+        )
 
     @classmethod
     def open_run(
         cls,
-        inputs: Mapping[str, Path],
+        inputs: Mapping[str, Place],
         folder: Path,
         *,
         files_per_shard: int,
@@ -109,8 +115,8 @@ class Shards:
                     (folder / name).unlink(missing_ok=True)
         return shards
 
-    def close_run(self, draw: Draw | None = None) -> Outcome:
-        """Writes the summary if all shards are finished, of every process. `draw` gives pictures of clips for it."""
+    def close_run(self) -> Outcome:
+        """Writes the summary if all shards are finished, of every process."""
         # Another process may have appended files.
         self.plan = DatasetPlan.load(self._folder / PLAN)
         if left := self.unfinished():
@@ -131,8 +137,7 @@ class Shards:
                 (shard_name(k), Tally.load(self.summary_path(k)))
                 for k in range(self.plan.num_shards)
             ]
-            summary = write_summary(self._folder, self.plan, tallies, draw=draw)
-            return Outcome(summary, ())
+            return Outcome(write_summary(self._folder, self.plan, tallies), ())
 
     def summary_path(self, shard: int) -> Path:
         """The JSON file that marks a shard as finished."""
@@ -219,12 +224,6 @@ class Shards:
         if result.reason is not None:
             log.warning("Left out: %s", result.reason)
         return True
-
-    def give_up(self, task: ClipTask, reason: str) -> None:
-        """Notes a file as bad that cannot be tokenized for another reason than its own error."""
-        content = content_digest(task.source)
-        Notes(reason, 0.0, stamp_of(task.source), content).save(task.folder, task.number)
-        log.warning("Left out: %s", reason)
 
     def reopen(self, plan: DatasetPlan, others: Mapping[str, FileStamp]) -> set[str]:
         """Makes finished shards unfinished where a file has changed: their other rows become token files again.
@@ -366,9 +365,18 @@ class Shards:
             update_stamps(self._folder, stamps)
         path = self._parquet_path(shard)
         if readable:
-            write_shard(path, rows())
+            write_shard(path, rows(), metadata=self._metadata if self._has_metadata else None)
         tally.save(self.summary_path(shard), path.name if readable else None)
         return True
+
+    def _metadata(self, name: str) -> Mapping[str, Any]:
+        """What is said of a clip."""
+        place = self._inputs[name]
+        try:
+            return place.metadata() if isinstance(place, ClipLocation) else {}
+        except OSError as error:
+            log.warning("%s is packed without what is said of it: %s.", name, error)
+            return {}
 
 
 def _check_folder(folder: Path) -> None:

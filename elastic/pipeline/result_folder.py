@@ -18,6 +18,7 @@ from elastic import media, report
 from elastic.io import json_file
 from elastic.io.atomic import locked, move_files
 from elastic.io.progress import hide_bar
+from elastic.media.location import Place, local_path, name_of
 from elastic.metrics import psnr_of_mse
 from elastic.pipeline.load_model import run_facts
 from elastic.report.strip import TileCounts
@@ -37,7 +38,7 @@ UNFINISHED, PART = "unfinished", "tokens.part"
 class FinishedFile(NamedTuple):
     """A tokenized file: its folder, the paths of its results, and the content of report.json."""
 
-    source: Path
+    source: Place
     folder: Path
     files: tuple[Path, ...]
     report: dict[str, Any]
@@ -54,7 +55,7 @@ class ResultFolder:
       viz: draw the picture or the video. All frames are kept on disk until it is drawn.
     """
 
-    def __init__(self, source: Path, folder: Path, *, overwrite: bool, resume: bool, viz: bool):
+    def __init__(self, source: Place, folder: Path, *, overwrite: bool, resume: bool, viz: bool):
         self.source, self._folder, self._work = source, folder, folder / UNFINISHED
         self._overwrite, self._resume, self._viz = overwrite, resume, viz
         self._stack = contextlib.ExitStack()
@@ -113,7 +114,7 @@ class ResultFolder:
         self._session = session
         self._about = {
             "asked": options.to_json(),
-            "file": {"name": self.source.name, "rate": session.source_rate},
+            "file": {"name": name_of(self.source), "rate": session.source_rate},
             "run": run_facts(tokenizer),
         }
         for about in session.recorded:
@@ -183,9 +184,11 @@ class ResultFolder:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder for the results.")
         present = [name for name in RESULTS if (folder / name).exists()]
-        source = self.source.resolve()
-        if source in [(folder / name).resolve() for name in present] or (
-            self._work.resolve() in source.parents
+        path = local_path(self.source)
+        source = None if path is None else path.resolve()
+        if source is not None and (
+            source in [(folder / name).resolve() for name in present]
+            or self._work.resolve() in source.parents
         ):
             raise ValueError(
                 f"The results would take the place of {self.source} itself; name another folder."

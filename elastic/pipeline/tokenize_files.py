@@ -3,14 +3,18 @@
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
 from elastic import media
 from elastic.io.progress import hide_bar
+from elastic.media.inputs import find_clips
+from elastic.media.location import Place, local_path, name_of, place_of
+from elastic.media.tar_members import safe_path
 from elastic.metrics import psnr_of_mse
 from elastic.pipeline.result_folder import FinishedFile, ResultFolder
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
@@ -23,35 +27,51 @@ _BAR = "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix
 
 def find_inputs(
     path: str | os.PathLike, *, output_folder: str | os.PathLike | None = None
-) -> dict[Path, str]:
-    """The files to tokenize, each with the name of its folder under the output folder.
+) -> dict[Place, str]:
+    """The clips to tokenize, each with the name of its folder under the output folder.
 
     One file gives the name '': its results go to the output folder itself. Files of a folder keep
-    their place in it, without their ending where no other file then has the same name. What lies
+    their place in it, without their ending where no other file then has the same name, and clips of shards and lists likewise. What lies
     in the output folder, results of earlier runs, is no input.
 
     Raises:
       ValueError: nothing is there, or a folder has no image or video.
     """
-    path = Path(path)
-    if not path.exists():
-        raise media.MediaError(f"There is no file {str(path)!r}; check --input_path.")
-    if not path.is_dir():
-        return {path: ""}
-    files = media.find_media(path, without=output_folder)
-    if not files:
-        raise media.MediaError(f"There is no image or video in {str(path)!r} or its folders.")
-    names = [file.relative_to(path) for file in files]
-    stems = [str(name.with_suffix("")) for name in names]
-    return {
-        file: stem if stems.count(stem) == 1 else str(name)
-        for file, name, stem in zip(files, names, stems, strict=True)
-    }
+    clips = find_clips(path, without=output_folder)
+    only = next(iter(clips.values()))
+    if len(clips) == 1 and (local_path(only) == Path(path) or only == os.fspath(path)):
+        return {only: ""}
+    if len(set(clips.values())) < len(clips):
+        twice, _ = Counter(clips.values()).most_common(1)[0]
+        raise media.MediaError(
+            f"{os.fspath(path)!r} names {str(twice)!r} several times; each needs one folder of results."
+        )
+    names = {name: safe_path(name) for name in clips}
+    stems = Counter(_stem(name) for name in names.values())
+    whole = Counter(names.values())
+    found: dict[Place, str] = {}
+    for name, place in clips.items():
+        stem, safe = _stem(names[name]), names[name]
+        if (
+            isinstance(place, Path) and Path(path).is_dir()
+        ):  # its own bytes, where they are no UTF-8
+            relative = place.relative_to(path)
+            stem_of_file, safe = str(relative.with_suffix("")), str(relative)
+            found[place] = stem_of_file if stems[stem] == 1 else safe
+            continue
+        if whole[safe] > 1:  # of a list, '../a.mp4' and 'a.mp4'
+            safe = f"{safe}#{len(found)}"
+        found[place] = stem if stems[stem] == 1 else safe
+    return found
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix("")) if name else name
 
 
 def tokenize_file(
     tokenizer: ElasticTokenizer,
-    source: str | os.PathLike,
+    source: str | os.PathLike | media.ClipLocation,
     folder: str | os.PathLike,
     options: EncodeOptions,
     *,
@@ -86,14 +106,14 @@ def tokenize_file(
       OSError: the folder cannot be written to. The blocks so far of a longer clip stay in `unfinished`.
     """
     result_folder = ResultFolder(
-        Path(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz
+        place_of(source), Path(folder), overwrite=overwrite, resume=resume, viz=viz
     )
     try:
         session = result_folder.open(tokenizer, options, batch=batch)
         bar = tqdm(
             total=session.num_blocks,
             initial=session.first_block,
-            desc=result_folder.source.name,
+            desc=name_of(result_folder.source),
             unit="block",
             disable=hide_bar(progress),
             bar_format=_BAR,
@@ -134,7 +154,7 @@ def _advance(bar: tqdm, done: float) -> None:
 
 def tokenize_files(
     tokenizer: ElasticTokenizer,
-    inputs: Mapping[Path, str],
+    inputs: Mapping[Place, str],
     folder: str | os.PathLike,
     options: EncodeOptions,
     *,
@@ -143,7 +163,7 @@ def tokenize_files(
     resume: bool = True,
     viz: bool = True,
     progress: bool = True,
-) -> tuple[list[FinishedFile], list[Path]]:
+) -> tuple[list[FinishedFile], list[Place]]:
     """Calls `tokenize_file` for each file. If there are several, an unreadable one is named in the log and left out.
 
     Args:
@@ -168,7 +188,7 @@ def tokenize_files(
         ) as bar:
             return _tokenize_side_by_side(tokenizer, result_folders, options, batch, bar)
     finished: list[FinishedFile] = []
-    unreadable: list[Path] = []
+    unreadable: list[Place] = []
     for number, (file, name) in enumerate(inputs.items()):
         if len(inputs) > 1:
             log.info("%s (%d of %d)", file, number + 1, len(inputs))
@@ -201,7 +221,7 @@ def _tokenize_side_by_side(
     options: EncodeOptions,
     batch: int,
     bar: tqdm,
-) -> tuple[list[FinishedFile], list[Path]]:
+) -> tuple[list[FinishedFile], list[Place]]:
     """The finished files, and those that could not be read.
 
     Args:
@@ -214,7 +234,7 @@ def _tokenize_side_by_side(
     open_folders: dict[EncodeSession, ResultFolder] = {}
     shares: dict[EncodeSession, float] = {}  # of each open file that is done
     finished: list[FinishedFile] = []
-    unreadable: list[Path] = []
+    unreadable: list[Place] = []
 
     def leave_out(result_folder: ResultFolder, error: Exception) -> None:
         log.warning("Left out: %s", error)

@@ -12,7 +12,6 @@ from elastic import checkpoints
 from elastic.config import ElasticTokConfig
 from elastic.io import json_file
 from elastic.io.atomic import atomic_write
-from elastic.io.names import check_repository
 from elastic.search import CurvePrior, curve_prior
 
 CARD = "README.md"
@@ -64,7 +63,8 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    check_repository(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id={repo_id!r} must be 'owner/name', such as 'me/my-tokenizer'.")
     text = model_card(model, repo_id, run=run) if card is None else card
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:

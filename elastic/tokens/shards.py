@@ -11,6 +11,8 @@ per token.
 Where frames are not cropped, the header has `fit`, and a row has `frame_width` and `frame_height` of the decoded frames and the lists
 `tile_rows` and `tile_columns`, with the first row of each row of tiles and the first column of each column of tiles in them. Lists
 with one entry per block then have one for each tile of a block: a block's tiles one after the other, row after row.
+Where the data set says something of its clips, rows have `caption` and `metadata`, a JSON object with everything else; null where nothing
+is said. The header then has `"metadata": true`.
 Fields that all rows share are JSON in the file's metadata, under the key `elastictok`. Any Parquet reader works:
 
     table = pyarrow.parquet.read_table("shard-00000.parquet")
@@ -34,7 +36,7 @@ import json
 import operator
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +72,9 @@ _NEWER_COLUMNS: dict[str, pa.DataType] = {
     "pixel_aspect": pa.list_(pa.int32()),
     "transfer": pa.string(),
 }
+# Columns of data sets that say something of their clips.
+_METADATA_COLUMNS = ("caption", "metadata")
+_CAPTIONS = ("caption", "text", "txt")  # what a caption may be called; the first one wins
 _ROW_NUMBERS = (
     1 << 27
 )  # the most in the tokens of a row, 512 MiB of float32; one block may have more
@@ -80,10 +85,20 @@ _HELD_GROUPS = (
 _ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError)
 
 
-def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip]]) -> int:
+def write_shard(
+    path: str | os.PathLike,
+    rows: Iterable[tuple[str, TokenizedClip]],
+    *,
+    metadata: Callable[[str], Mapping[str, Any]] | None = None,
+) -> int:
     """Writes a shard of (id, clip) atomically: `path` is replaced as a whole or not touched.
 
     Memory holds one row group at a time. Equal clips give equal bytes.
+
+    Args:
+      path: the file.
+      rows: ids and clips.
+      metadata: gives what is said of the clip with an id, as JSON has it; None: the shard has no columns for it.
 
     Returns:
       The number of clips.
@@ -97,7 +112,10 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
     if first is None:
         raise ValueError(f"{path}: a shard needs at least one clip.")
     header = _header_of(first[1])
-    schema = _schema_with_header(header)
+    told = header if metadata is None else header | {"metadata": True}
+    text = json.dumps(told, allow_nan=False).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    schema = _schema(told).with_metadata({KEY: text, DIGEST_KEY: digest})
     seen: set[str] = set()
     group: list[tuple[str, TokenizedClip]] = []
     waiting, num_rows = 0, 0
@@ -116,7 +134,7 @@ def write_shard(path: str | os.PathLike, rows: Iterable[tuple[str, TokenizedClip
         def write_group() -> None:
             nonlocal waiting
             if group:
-                writer.write_table(_table(group, schema))
+                writer.write_table(_table(group, schema, metadata))
             group.clear()
             waiting = 0
 
@@ -168,26 +186,6 @@ def _part(clip: TokenizedClip, start: int, stop: int) -> TokenizedClip:
     return dataclasses.replace(
         clip, blocks=clip.blocks[start:stop], num_frames=frames[1] - frames[0]
     )
-
-
-class ClipFacts(NamedTuple):
-    """What a shard says of a clip, without its tokens.
-
-    Attributes:
-      id: of the clip.
-      path: the shard.
-      num_frames, rate, is_image: of the clip; the rate is in frames per second.
-      counts, losses, met: of each block, or of each tile of a block.
-    """
-
-    id: str
-    path: Path
-    num_frames: int
-    rate: float
-    is_image: bool
-    counts: np.ndarray
-    losses: np.ndarray
-    met: np.ndarray
 
 
 class _Shard(NamedTuple):
@@ -313,24 +311,6 @@ class TokenShards:
             ]
         return found
 
-    def facts(self) -> Iterator[ClipFacts]:
-        """What the shards say of each clip; the tokens themselves are not read, and memory holds one shard's facts."""
-        lists = ("counts", "losses", "met")
-        for shard, table in self._columns(["id", "num_frames", "rate", "is_image", *lists]):
-            with _named(shard.path):
-                columns = {name: table[name].combine_chunks() for name in table.column_names}
-                for start, stop in itertools.pairwise(shard.clips.tolist()):
-                    first, last = (int(columns["counts"].offsets[n].as_py()) for n in (start, stop))
-                    blocks = {
-                        name: columns[name].values[first:last].to_numpy(zero_copy_only=False)
-                        for name in lists
-                    }
-                    frames = columns["num_frames"][start:stop].to_numpy().sum()
-                    one = {
-                        name: columns[name][start].as_py() for name in ("id", "rate", "is_image")
-                    }
-                    yield ClipFacts(path=shard.path, num_frames=int(frames), **one, **blocks)
-
     def __iter__(self) -> Iterator[TokenizedClip]:
         return (self[number] for number in range(len(self)))
 
@@ -366,6 +346,25 @@ class TokenShards:
             rows, columns = (table[name].to_pylist() for name in names)
             found += [(tuple(r), tuple(c)) for r, c in zip(rows, columns, strict=True)]
         return found
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """What the data set said of a clip, the caption under 'caption'; {} if nothing. The tokens are not read.
+
+        Raises:
+          TokenFileError: the shard is damaged.
+        """
+        shard, _, rows = self._locate(number)
+        if not shard.header.get("metadata"):
+            return {}
+        group = int(np.searchsorted(shard.starts, rows.start, side="right")) - 1
+        with _named(shard.path), _parquet(shard.path) as file:
+            _check_same_rows(file, shard)
+            table = file.read_row_group(group, list(_METADATA_COLUMNS), use_threads=False)
+            caption, text = (
+                column[rows.start - int(shard.starts[group])].as_py() for column in table.columns
+            )
+        found = json.loads(text) if text else {}
+        return found if caption is None else found | {"caption": caption}
 
     def blocks(self, number: int, first: int, stop: int) -> tuple[BlockTokens, ...]:
         """Blocks `first` to `stop` (not included) of a clip. Of a clip of several rows, only those with these blocks are read.
@@ -481,60 +480,49 @@ def _schema(header: dict[str, Any], *, old: bool = False) -> pa.Schema:
     if header.get("fit", "crop") != "crop":
         kinds = (pa.int32(), pa.int32(), pa.list_(pa.int32()), pa.list_(pa.int32()))
         types |= dict(zip(_LAYOUT_COLUMNS, kinds, strict=True))
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
+    if header.get("metadata"):
+        fields += [pa.field(name, pa.string()) for name in _METADATA_COLUMNS]
+    return pa.schema(fields)
 
 
-def row_of(name: str, clip: TokenizedClip) -> dict[str, Any]:
-    """The row of a clip in a shard: a value or an array for each column. A clip of several rows would have all its tokens here."""
-    counts = clip.counts
-    row = dict(
-        id=name,
-        num_frames=clip.num_frames,
-        is_image=clip.is_image,
-        rate=clip.rate,
-        width=clip.source[0],
-        height=clip.source[1],
-        counts=counts,
-        offsets=np.cumsum(counts, dtype=np.int64) - counts,
-        losses=np.array([block.loss for block in clip.blocks]),
-        met=np.array([block.met_threshold for block in clip.blocks]),
-        tokens=np.concatenate([block.values.reshape(-1) for block in clip.blocks]),
-        bits=clip.num_bits,
-        pixel_aspect=clip.pixel_aspect,
-        transfer=clip.transfer,
-    )
-    if clip.fit != "crop":
-        shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
-        row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
-    return row
+def _said(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """The columns of what is said of a clip."""
+    rest = dict(values)
+    name = next((name for name in _CAPTIONS if isinstance(rest.get(name), str)), None)
+    caption = None if name is None else rest.pop(name)
+    text = json.dumps(rest, sort_keys=True, ensure_ascii=False) if rest else None
+    return dict(zip(_METADATA_COLUMNS, (caption, text), strict=True))
 
 
-def shard_table(rows: Sequence[tuple[str, TokenizedClip]]) -> pa.Table:
-    """A shard's table of (id, clip), with its header in the schema's metadata: what writers of other libraries need for a shard.
-
-    Raises:
-      ValueError: there is no row, or the clips are of several models or searches.
-    """
-    if not rows:
-        raise ValueError("A table of tokens needs at least one clip.")
-    header = _header_of(rows[0][1])
-    for name, clip in rows:
-        own = _header_of(clip)
-        _check_same(header, own, tuple({**header, **own}), f"clip {name!r}")
-    return _table(rows, _schema_with_header(header))
-
-
-def _schema_with_header(header: dict[str, Any]) -> pa.Schema:
-    text = json.dumps(header, allow_nan=False).encode()
-    digest = hashlib.sha256(text).hexdigest().encode()
-    return _schema(header).with_metadata({KEY: text, DIGEST_KEY: digest})
-
-
-def _table(rows: Sequence[tuple[str, TokenizedClip]], schema: pa.Schema) -> pa.Table:
+def _table(
+    rows: Sequence[tuple[str, TokenizedClip]],
+    schema: pa.Schema,
+    metadata: Callable[[str], Mapping[str, Any]] | None = None,
+) -> pa.Table:
     """One row group of (id, clip)."""
     columns: dict[str, list[Any]] = {name: [] for name in schema.names if name != "tokens"}
     for name, clip in rows:
-        row = row_of(name, clip)
+        counts = clip.counts
+        row = dict(
+            id=name,
+            num_frames=clip.num_frames,
+            is_image=clip.is_image,
+            rate=clip.rate,
+            width=clip.source[0],
+            height=clip.source[1],
+            counts=counts,
+            offsets=np.cumsum(counts, dtype=np.int64) - counts,
+            losses=np.array([block.loss for block in clip.blocks]),
+            met=np.array([block.met_threshold for block in clip.blocks]),
+            bits=clip.num_bits,
+            pixel_aspect=clip.pixel_aspect,
+            transfer=clip.transfer,
+        )
+        shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
+        row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
+        if metadata is not None:
+            row |= _said(metadata(name))
         for key in columns:
             columns[key].append(row[key])
     kind = schema.field("tokens").type

@@ -1,5 +1,6 @@
 """Evaluation during training, on held-out files: tokens under thresholds, quality at fixed counts, and pictures."""
 
+import itertools
 import logging
 import pathlib
 from typing import Any
@@ -11,6 +12,8 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.hosts import is_first_host, wait_for_hosts
 from elastic.distributed.mesh import make_mesh
 from elastic.evaluation import evaluate as evaluation
+from elastic.media.inputs import find_clips
+from elastic.media.location import Place, is_part
 from elastic.tokenizer import ElasticTokenizer
 from elastic.training.config import TrainConfig
 from elastic.training.state import to_host, used_params
@@ -22,21 +25,21 @@ log = logging.getLogger(__name__)
 FOLDER = "eval"
 
 
-def _readable(files: list[pathlib.Path]) -> list[pathlib.Path]:
-    """The files that can be opened. A bad file must not end a run after thousands of steps."""
-    good = []
-    for file in files:
+def _readable(files: dict[str, Place]) -> list[Place] | dict[str, Place]:
+    """The files that can be opened, by name where a path is none. A bad file must not end a run after thousands of steps."""
+    good = {}
+    for name, file in files.items():
         try:
             media.probe(file)
-            good.append(file)
+            good[name] = file
         except media.MediaError as error:
             if is_first_host():
                 log.warning("Not evaluated on: %s", error)
     if not good:
         raise ValueError(
-            f"None of the {len(files)} files to evaluate on can be read, such as {files[0]}; the log says why."
+            f"None of the {len(files)} files to evaluate on can be read, such as {next(iter(files.values()))}; the log says why."
         )
-    return good
+    return good if any(map(is_part, good.values())) else list(good.values())
 
 
 class Evaluator:
@@ -51,10 +54,8 @@ class Evaluator:
         self._save = config.save
         self._folder = pathlib.Path(config.output_dir) / FOLDER
         wanted = config.evaluation
-        found = media.find_media(wanted.path)
-        if not found:
-            raise ValueError(f"There is no image or video in {wanted.path!r} to evaluate on.")
-        self._files = _readable(found[: wanted.max_files])
+        found = find_clips(wanted.path, flag="--eval_dataset.path")
+        self._files = _readable(dict(itertools.islice(found.items(), wanted.max_files)))
         self._config = evaluation.EvaluationConfig(
             thresholds=wanted.thresholds,
             num_tokens=wanted.num_tokens,

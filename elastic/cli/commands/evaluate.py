@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 from elastic.cli import app
@@ -22,8 +21,10 @@ def evaluate(flags: app.Values) -> int:
     usual = flags["thresholds"] == USUAL
     thresholds = [] if usual else numbers(flags["thresholds"], "thresholds")
     counts = numbers(flags["num_tokens"])
-    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
-        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    from elastic.media.inputs import check_input, find_clips
+    from elastic.media.location import is_part
+
+    check_input(flags["input_path"])  # known before anything heavy is imported
 
     from elastic import checkpoints, search
     from elastic.distributed import cpu_devices, mesh
@@ -53,9 +54,8 @@ def evaluate(flags: app.Values) -> int:
         codecs=tuple(app.words(flags["codec"])),
     )
     # What cannot work is refused before the first model is measured, which may take an hour.
-    files = list(
-        tokenize_files.find_inputs(flags["input_path"], output_folder=flags["output_folder"])
-    )
+    clips = find_clips(flags["input_path"], without=flags["output_folder"])
+    files = clips if any(map(is_part, clips.values())) else list(clips.values())
     tables.check_folder(flags["output_folder"])
     shapes = {}
     for name, spec in models.items():

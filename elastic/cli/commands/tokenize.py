@@ -1,15 +1,14 @@
 """Tokenizes an image, a video or a folder of them; `--help` lists the flags."""
 
-import pathlib
-
 from elastic.cli import app
 
 
 def tokenize(flags: app.Values) -> int:
     """Loads the model, tokenizes the input, prints a table for each file."""
     app.check_target(flags)
-    if not pathlib.Path(flags["input_path"]).exists():  # known before anything heavy is imported
-        raise ValueError(f"There is no file {flags['input_path']!r}; check --input_path.")
+    from elastic.media.inputs import check_input
+
+    check_input(flags["input_path"])  # known before anything heavy is imported
     # Known before anything heavy is imported, where it does not depend on the model.
     options = app.encode_options(flags) if app.has_target(flags) else None
 
