@@ -19,7 +19,7 @@ export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version
 
 install_extras() {
-    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars' 2>/dev/null && return
+    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars, ray' 2>/dev/null && return
     echo "elastic: installing requirements-extras.txt ..." >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt ||
         echo "elastic: they could not be installed; the tests that need them say so and are left out." >&2
@@ -33,7 +33,7 @@ quick=(
     tests/model/test_bottleneck.py tests/model/test_token_masks.py
 )
 
-apart=(tests/cli/test_demo.py tests/acceptance/test_notebook.py)
+apart=(tests/cli/test_demo.py tests/acceptance/test_notebook.py tests/pipeline/test_ray.py)
 
 if [[ $# -gt 0 && "$1" != --quick && "$1" != --extras ]]; then
     exec "$PYTHON" -m pytest "$@"
@@ -46,7 +46,7 @@ fi
 "$PYTHON" -m pyright --pythonpath "$PYTHON"
 if [[ "${1:-}" == --extras ]]; then
     install_extras
-    # Browser and notebook have a process of their own: their libraries leave sockets open, which here is an error.
+    # Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
     "$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}"
     exec "$PYTHON" -m pytest -W default "${apart[@]}"
 fi

@@ -5,6 +5,7 @@ import dataclasses
 from elastic.cli.options import RecordFlags
 from elastic.cli.script import Flag, Script
 from elastic.io.read_options import INPUTS
+from elastic.pipeline.engine_options import EngineOptions
 from elastic.tokenizer.targets import EncodeOptions
 from elastic.training.config import TrainConfig
 
@@ -13,6 +14,7 @@ OTHER = (
     Flag("debug", False, "show the traceback of an error"),
 )
 RUN = RecordFlags(TrainConfig)
+ENGINE = RecordFlags(EngineOptions)
 ENCODING = RecordFlags(
     EncodeOptions, zero_is_none=("num_tokens", "avg_tokens", "bitrate", "rate", "max_frames")
 )
@@ -205,7 +207,7 @@ DATASET = Script(
         "Tokenizes a data set: every image and video becomes a row of a shard (Parquet, one row a clip). Writes into the "
         "output folder: shard-00000.parquet and so on, the numbers of each (.json), plan.json (files, model and options, which "
         "every process and every restart must share; files that have changed since are tokenized anew), and when all is done "
-        "summary.json, summary.png (tokens per block) and "
+        "summary.json, summary.png (histograms, worst and best clips) and "
         "bad.jsonl (files that could not be read: they are listed, and change no exit code unless all are bad). Ctrl-C "
         "and SIGTERM leave with exit code 130 and 143; the same command goes on from there, also after a crash, and with "
         "another number of processes."
@@ -227,6 +229,12 @@ DATASET = Script(
                 False,
                 "tokenize the files that the folder has gained since the run began, as further shards; False: refuse them",
             ),
+            Flag(
+                "push",
+                "",
+                "when all is done, upload shards, summary and a card made from it as the data set OWNER/NAME of the Hugging Face Hub",
+            ),
+            Flag("push_private", False, "with push, whether a new repository is private"),
             *_shared(
                 "fps", "max_frames", "reader", "exact_color", "fit", "resolution", "tile_overlap"
             ),
@@ -238,6 +246,7 @@ DATASET = Script(
             dataclasses.replace(MESH, help=f"{MESH.help}; of this process alone"),
             DTYPE,
             _BATCH,
+            *ENGINE.flags(),
             *(
                 dataclasses.replace(flag, help=_SHARING.get(flag.name.split(".")[1], flag.help))
                 for flag in DISTRIBUTED

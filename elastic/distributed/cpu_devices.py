@@ -41,8 +41,13 @@ def set_up_cpu() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
+    with contextlib.suppress(RuntimeError):  # the backends have started: keep their devices
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices())
+
+
+def num_cpu_devices() -> int:
+    """The CPU devices that `set_up_cpu` gives a process: one per core, a power of 2, at most 8."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    with contextlib.suppress(RuntimeError):  # the backends have started: keep their devices
-        jax.config.update("jax_num_cpu_devices", min(8, 1 << (cores.bit_length() - 1)))
+    return min(8, 1 << (cores.bit_length() - 1))

@@ -68,3 +68,14 @@ def _keyword_arguments(function: Callable[..., Any]) -> tuple[str, ...]:
         else:
             known.append(parameter.name)
     return tuple(known)
+
+
+def check_repository(repo_id: str, *, argument: str = "repo_id") -> None:
+    """Refuses a name that no repository of the Hugging Face Hub has.
+
+    Raises:
+      ValueError: the name is not 'owner/name'.
+    """
+    owner, _, name = repo_id.partition("/")
+    if not owner or not name or "/" in name:
+        raise ValueError(f"{argument}={repo_id!r} must be 'owner/name', such as 'me/mine'.")

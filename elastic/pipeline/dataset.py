@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,20 @@ from elastic.io.progress import hide_bar
 from elastic.media.folders import IMAGE_SUFFIXES
 from elastic.media.location import Place
 from elastic.pipeline.clip_files import tokenize_clips
+from elastic.pipeline.contact_sheet import sample_clips
 from elastic.pipeline.dataset_plan import list_inputs
 from elastic.pipeline.dataset_shards import Outcome, Shards, shard_name
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 
-__all__ = ["Outcome", "Progress", "identity", "list_inputs", "shard_name", "tokenize_dataset"]
+__all__ = [
+    "Outcome",
+    "Progress",
+    "check_inputs",
+    "identity",
+    "list_inputs",
+    "shard_name",
+    "tokenize_dataset",
+]
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +71,8 @@ def tokenize_dataset(
       ValueError: the options contradict each other, or the folder holds another run's shards.
       OSError: the folder cannot be written to.
     """
-    model, settings = identity(tokenizer, inputs, options)
+    check_inputs(inputs, options)
+    model, settings = identity(tokenizer, options)
     shards = Shards.open_run(
         inputs,
         Path(folder),
@@ -88,18 +99,18 @@ def tokenize_dataset(
             raise
     if wait:
         shards.wait()
-    return shards.close_run()
+    return shards.close_run(functools.partial(sample_clips, tokenizer, inputs, options))
 
 
 def identity(
-    tokenizer: ElasticTokenizer, inputs: Mapping[str, Place], options: EncodeOptions
+    tokenizer: ElasticTokenizer, options: EncodeOptions
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the tokens of a run depend on, as JSON values: of the model, with a digest of its weights, and of the options.
 
     Raises:
       ValueError: the options would fail for every file.
     """
-    _check_options(tokenizer, inputs, options)
+    _check_options(tokenizer, options)
     model = {
         "model_id": tokenizer.model_id,
         "config_hash": tokenizer.config.config_hash(),
@@ -143,16 +154,22 @@ class Progress:
         self._bar.update()
 
 
-def _check_options(
-    tokenizer: ElasticTokenizer, inputs: Mapping[str, Place], options: EncodeOptions
-) -> None:
-    """Refuses options that would fail for every file, before a plan is written."""
+def check_inputs(inputs: Mapping[str, Place], options: EncodeOptions) -> None:
+    """Refuses options that do not fit some files, before a plan is written.
+
+    Raises:
+      ValueError: a bitrate is asked for, and there are images.
+    """
     images = [name for name in inputs if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if options.bitrate is not None and images:
         raise ValueError(
             f"bitrate={options.bitrate} needs videos, but {len(images)} files are images, such as {images[0]!r}; "
             "give another target, or leave the images out."
         )
+
+
+def _check_options(tokenizer: ElasticTokenizer, options: EncodeOptions) -> None:
+    """Refuses options that would fail for every file."""
     trial = options
     if options.bitrate is not None:
         # A bitrate becomes a token count with the frame rate of each clip. Here any valid count will do.

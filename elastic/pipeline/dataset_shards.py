@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from elastic.io.atomic import locked
 from elastic.media.location import ClipLocation, Place
 from elastic.pipeline.clip_files import MOST_READS, ClipResult, ClipTask, Notes, tokens_path
+from elastic.pipeline.contact_sheet import Draw
 from elastic.pipeline.dataset_plan import (
     LOCK,
     PLAN,
@@ -33,7 +34,7 @@ from elastic.pipeline.dataset_plan import (
     write_or_check,
 )
 from elastic.pipeline.dataset_summary import BAD, PLOT, SUMMARY, Tally, write_summary
-from elastic.pipeline.file_stamp import FileStamp, is_unchanged, stamp_of
+from elastic.pipeline.file_stamp import FileStamp, content_digest, is_unchanged, stamp_of
 from elastic.tokens import TokenFileError, TokenizedClip, TokenShards, write_shard
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,8 @@ class Shards:
                     (folder / name).unlink(missing_ok=True)
         return shards
 
-    def close_run(self) -> Outcome:
-        """Writes the summary if all shards are finished, of every process."""
+    def close_run(self, draw: Draw | None = None) -> Outcome:
+        """Writes the summary if all shards are finished, of every process. `draw` gives pictures of clips for it."""
         # Another process may have appended files.
         self.plan = DatasetPlan.load(self._folder / PLAN)
         if left := self.unfinished():
@@ -137,7 +138,8 @@ class Shards:
                 (shard_name(k), Tally.load(self.summary_path(k)))
                 for k in range(self.plan.num_shards)
             ]
-            return Outcome(write_summary(self._folder, self.plan, tallies), ())
+            summary = write_summary(self._folder, self.plan, tallies, draw=draw)
+            return Outcome(summary, ())
 
     def summary_path(self, shard: int) -> Path:
         """The JSON file that marks a shard as finished."""
@@ -224,6 +226,12 @@ class Shards:
         if result.reason is not None:
             log.warning("Left out: %s", result.reason)
         return True
+
+    def give_up(self, task: ClipTask, reason: str) -> None:
+        """Notes a file as bad that cannot be tokenized for another reason than its own error."""
+        content = content_digest(task.source)
+        Notes(reason, 0.0, stamp_of(task.source), content).save(task.folder, task.number)
+        log.warning("Left out: %s", reason)
 
     def reopen(self, plan: DatasetPlan, others: Mapping[str, FileStamp]) -> set[str]:
         """Makes finished shards unfinished where a file has changed: their other rows become token files again.

@@ -12,9 +12,11 @@ import numpy as np
 
 from elastic.io.atomic import atomic_write
 from elastic.io.json_file import read_marked, write_json
+from elastic.pipeline.contact_sheet import Draw, Sample, draw_samples, num_rows
 from elastic.pipeline.dataset_plan import DatasetPlan, clear_unfinished
+from elastic.pipeline.shard_numbers import count_clips
 from elastic.report.figures import new_figure, write_figure
-from elastic.tokens import TokenizedClip
+from elastic.tokens import TokenizedClip, TokenShards
 
 SUMMARY, PLOT, BAD = "summary.json", "summary.png", "bad.jsonl"
 _FORMAT = {"format": "elastictok-shard-summary", "version": 1}
@@ -100,11 +102,21 @@ def bars(histogram: Mapping[int, int], tokens_per_block: int) -> dict[str, list[
 
 
 def write_summary(
-    folder: Path, plan: DatasetPlan, shards: Sequence[tuple[str, Tally]]
+    folder: Path,
+    plan: DatasetPlan,
+    shards: Sequence[tuple[str, Tally]],
+    *,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Writes summary.json, summary.png and bad.jsonl, and returns the content of summary.json.
 
     The files depend on the finished shards alone, so that every process writes the same bytes.
+
+    Args:
+      folder: the folder of the run.
+      plan: of the run.
+      shards: name and numbers of each shard.
+      draw: gives pictures of the worst and the best clips; None: there are none.
     """
     total = Tally()
     for _, tally in shards:
@@ -112,6 +124,10 @@ def write_summary(
     sums = dataclasses.asdict(total)
     del sums["histogram"], sums["bad"], sums["contents"]
     blocks = total.blocks or math.nan
+    paths = [folder / f"{name}.parquet" for name, tally in shards if tally.clips]
+    mean_square = plan.options.get("metric", "mse") == "mse"
+    facts = TokenShards(paths).facts() if paths else iter(())
+    numbers = count_clips(facts, mean_square=mean_square)
     found = {
         "model": plan.model,
         "options": {name: value for name, value in plan.options.items() if value is not None},
@@ -125,7 +141,7 @@ def write_summary(
             "frames_per_second": total.frames / total.seconds if total.seconds else 0.0,
         },
         "tokens_per_block": bars(total.histogram, plan.model["tokens_per_block"]),
-    }
+    } | numbers.to_json()
     lines = [
         json.dumps({"id": name, "reason": reason, "shard": shard}) + "\n"
         for shard, tally in shards
@@ -135,7 +151,8 @@ def write_summary(
         clear_unfinished(folder, name)
     atomic_write(folder / BAD, "".join(lines).encode())
     if total.blocks:
-        _plot(found, folder / PLOT)
+        listed = [*numbers.worst, *numbers.best]
+        plot_numbers(found, folder / PLOT, draw(folder, listed) if draw is not None else [])
     write_json(folder / SUMMARY, found)
     return found
 
@@ -155,18 +172,36 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join([f"{folder}:", *(f"  {name:{width}}  {text}" for name, text in rows.items())])
 
 
-def _plot(summary: Mapping[str, Any], path: Path) -> None:
-    """The histogram of tokens per block as PNG."""
-    totals, histogram = summary["totals"], summary["tokens_per_block"]
-    figure = new_figure(8, 4.2)
-    axes = figure.subplots()
-    axes.stairs(histogram["blocks"], histogram["edges"], fill=True, color="#266cbc", alpha=0.75)
-    label = f"mean {totals['mean_tokens']:.1f}"
-    axes.axvline(totals["mean_tokens"], color="0.25", linestyle=":", label=label)
-    axes.set_xlim(0, histogram["edges"][-1])
-    axes.set_xlabel("tokens per block")
-    axes.set_ylabel("blocks")
-    title = f"{totals['tokens']} tokens in {totals['blocks']} blocks of {totals['clips']} clips"
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False)
+def plot_numbers(summary: Mapping[str, Any], path: Path, samples: Sequence[Sample] = ()) -> None:
+    """Draws the histograms of summary.json, and clips under them, as PNG."""
+    totals, rates = summary["totals"], summary["tokens_per_second"]
+    rows = num_rows(samples)
+    figure = new_figure(11, 3.4 + 1.7 * rows)
+    upper, lower = figure, None
+    if rows:
+        upper, lower = figure.subfigures(2, 1, height_ratios=(3.4, 1.7 * rows))
+        draw_samples(lower, samples)
+    panels = [
+        ("tokens per block", "blocks", summary["tokens_per_block"], totals["mean_tokens"]),
+        ("PSNR of a block, dB", "blocks", summary["psnr_per_block"], None),
+        ("tokens per second of video", "clips", rates, rates["mean"]),
+    ]
+    panels = [panel for panel in panels if panel[2]["edges"]]
+    all_axes = upper.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, unit, histogram, mean) in zip(all_axes, panels, strict=True):
+        edges = histogram["edges"]
+        axes.stairs(histogram[unit], edges, fill=True, color="#266cbc", alpha=0.75)
+        if mean is not None:
+            axes.axvline(mean, color="0.25", linestyle=":", label=f"mean {mean:.1f}")
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_xlim(edges[0], edges[-1])
+        if unit == "clips":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        axes.set_xlabel(title)
+        axes.set_ylabel(unit)
+        axes.spines[["top", "right"]].set_visible(False)
+    text = f"{totals['tokens']} tokens in {totals['blocks']} blocks of {totals['clips']} clips"
+    all_axes[0].set_title(text, loc="left", fontsize=10)
     write_figure(figure, path)

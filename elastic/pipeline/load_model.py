@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 import elastic
 from elastic import checkpoints
 from elastic.config import ElasticTokConfig, check_resolution, load_config, update_config
+from elastic.distributed.cpu_devices import set_up_cpu
+from elastic.distributed.mesh import make_mesh
 from elastic.ops import choose_implementation
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokenizer.scheduler import check_batch
@@ -37,6 +39,38 @@ def model_config(checkpoint_spec: str, *, preset: str = "", changes: str = "") -
             "--load_elastic_config (200m for the released ones) and --update_elastic_config."
         )
     return update_config(config, changes)
+
+
+def load_tokenizer(
+    spec: str,
+    config: ElasticTokConfig,
+    options: EncodeOptions,
+    *,
+    mesh_dim: str,
+    batch: int,
+    search_width: int,
+    **arguments: Any,
+) -> ElasticTokenizer:
+    """The model of a run on all devices of this process, whose options are checked before the weights are loaded.
+
+    Args:
+      spec: names the checkpoint, as `--load_checkpoint` does.
+      config: the model.
+      options: how the token counts are chosen.
+      mesh_dim: how the devices are laid out.
+      batch: clips that go through the model at once.
+      search_width: counts tried in one call of the model.
+      arguments: further ones of `ElasticTokenizer`.
+
+    Raises:
+      ValueError: an option does not fit, or the weights cannot be read.
+    """
+    set_up_cpu()
+    mesh = make_mesh(mesh_dim, jax.local_devices())
+    check_run(options, config, mesh, width=search_width, batch=batch)
+    return ElasticTokenizer.from_pretrained(
+        spec, config=config, mesh=mesh, search_width=search_width, **arguments
+    )
 
 
 def check_run(

@@ -12,6 +12,7 @@ from elastic import checkpoints
 from elastic.config import ElasticTokConfig
 from elastic.io import json_file
 from elastic.io.atomic import atomic_write
+from elastic.io.names import check_repository
 from elastic.search import CurvePrior, curve_prior
 
 CARD = "README.md"
@@ -63,8 +64,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id={repo_id!r} must be 'owner/name', such as 'me/my-tokenizer'.")
+    check_repository(repo_id)
     text = model_card(model, repo_id, run=run) if card is None else card
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:

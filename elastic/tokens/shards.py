@@ -113,9 +113,7 @@ def write_shard(
         raise ValueError(f"{path}: a shard needs at least one clip.")
     header = _header_of(first[1])
     told = header if metadata is None else header | {"metadata": True}
-    text = json.dumps(told, allow_nan=False).encode()
-    digest = hashlib.sha256(text).hexdigest().encode()
-    schema = _schema(told).with_metadata({KEY: text, DIGEST_KEY: digest})
+    schema = _schema_with_header(told)
     seen: set[str] = set()
     group: list[tuple[str, TokenizedClip]] = []
     waiting, num_rows = 0, 0
@@ -186,6 +184,26 @@ def _part(clip: TokenizedClip, start: int, stop: int) -> TokenizedClip:
     return dataclasses.replace(
         clip, blocks=clip.blocks[start:stop], num_frames=frames[1] - frames[0]
     )
+
+
+class ClipFacts(NamedTuple):
+    """What a shard says of a clip, without its tokens.
+
+    Attributes:
+      id: of the clip.
+      path: the shard.
+      num_frames, rate, is_image: of the clip; the rate is in frames per second.
+      counts, losses, met: of each block, or of each tile of a block.
+    """
+
+    id: str
+    path: Path
+    num_frames: int
+    rate: float
+    is_image: bool
+    counts: np.ndarray
+    losses: np.ndarray
+    met: np.ndarray
 
 
 class _Shard(NamedTuple):
@@ -310,6 +328,24 @@ class TokenShards:
                 for start, end in itertools.pairwise(shard.clips)
             ]
         return found
+
+    def facts(self) -> Iterator[ClipFacts]:
+        """What the shards say of each clip; the tokens themselves are not read, and memory holds one shard's facts."""
+        lists = ("counts", "losses", "met")
+        for shard, table in self._columns(["id", "num_frames", "rate", "is_image", *lists]):
+            with _named(shard.path):
+                columns = {name: table[name].combine_chunks() for name in table.column_names}
+                for start, stop in itertools.pairwise(shard.clips.tolist()):
+                    first, last = (int(columns["counts"].offsets[n].as_py()) for n in (start, stop))
+                    blocks = {
+                        name: columns[name].values[first:last].to_numpy(zero_copy_only=False)
+                        for name in lists
+                    }
+                    frames = columns["num_frames"][start:stop].to_numpy().sum()
+                    one = {
+                        name: columns[name][start].as_py() for name in ("id", "rate", "is_image")
+                    }
+                    yield ClipFacts(path=shard.path, num_frames=int(frames), **one, **blocks)
 
     def __iter__(self) -> Iterator[TokenizedClip]:
         return (self[number] for number in range(len(self)))
@@ -495,6 +531,52 @@ def _said(values: Mapping[str, Any]) -> dict[str, str | None]:
     return dict(zip(_METADATA_COLUMNS, (caption, text), strict=True))
 
 
+def row_of(name: str, clip: TokenizedClip) -> dict[str, Any]:
+    """The row of a clip in a shard: a value or an array for each column. A clip of several rows would have all its tokens here."""
+    counts = clip.counts
+    row = dict(
+        id=name,
+        num_frames=clip.num_frames,
+        is_image=clip.is_image,
+        rate=clip.rate,
+        width=clip.source[0],
+        height=clip.source[1],
+        counts=counts,
+        offsets=np.cumsum(counts, dtype=np.int64) - counts,
+        losses=np.array([block.loss for block in clip.blocks]),
+        met=np.array([block.met_threshold for block in clip.blocks]),
+        tokens=np.concatenate([block.values.reshape(-1) for block in clip.blocks]),
+        bits=clip.num_bits,
+        pixel_aspect=clip.pixel_aspect,
+        transfer=clip.transfer,
+    )
+    if clip.fit != "crop":
+        shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
+        row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
+    return row
+
+
+def shard_table(rows: Sequence[tuple[str, TokenizedClip]]) -> pa.Table:
+    """A shard's table of (id, clip), with its header in the schema's metadata: what writers of other libraries need for a shard.
+
+    Raises:
+      ValueError: there is no row, or the clips are of several models or searches.
+    """
+    if not rows:
+        raise ValueError("A table of tokens needs at least one clip.")
+    header = _header_of(rows[0][1])
+    for name, clip in rows:
+        own = _header_of(clip)
+        _check_same(header, own, tuple({**header, **own}), f"clip {name!r}")
+    return _table(rows, _schema_with_header(header))
+
+
+def _schema_with_header(header: dict[str, Any]) -> pa.Schema:
+    text = json.dumps(header, allow_nan=False).encode()
+    digest = hashlib.sha256(text).hexdigest().encode()
+    return _schema(header).with_metadata({KEY: text, DIGEST_KEY: digest})
+
+
 def _table(
     rows: Sequence[tuple[str, TokenizedClip]],
     schema: pa.Schema,
@@ -503,24 +585,7 @@ def _table(
     """One row group of (id, clip)."""
     columns: dict[str, list[Any]] = {name: [] for name in schema.names if name != "tokens"}
     for name, clip in rows:
-        counts = clip.counts
-        row = dict(
-            id=name,
-            num_frames=clip.num_frames,
-            is_image=clip.is_image,
-            rate=clip.rate,
-            width=clip.source[0],
-            height=clip.source[1],
-            counts=counts,
-            offsets=np.cumsum(counts, dtype=np.int64) - counts,
-            losses=np.array([block.loss for block in clip.blocks]),
-            met=np.array([block.met_threshold for block in clip.blocks]),
-            bits=clip.num_bits,
-            pixel_aspect=clip.pixel_aspect,
-            transfer=clip.transfer,
-        )
-        shape = (*clip.frame, clip.tile_rows, clip.tile_columns)
-        row |= dict(zip(_LAYOUT_COLUMNS, shape, strict=True))
+        row = row_of(name, clip)
         if metadata is not None:
             row |= _said(metadata(name))
         for key in columns:

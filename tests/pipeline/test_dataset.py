@@ -1,6 +1,7 @@
 """Data sets: files to shards, each once, whatever stops a process on the way."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,7 +12,10 @@ import sys
 import threading
 import time
 
+import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -20,8 +24,12 @@ from elastic.cli import app
 from elastic.config import ElasticTokConfig
 from elastic.io.atomic import locked
 from elastic.pipeline import clip_files, dataset_shards
+from elastic.pipeline.contact_sheet import sample_clips
 from elastic.pipeline.dataset import list_inputs, tokenize_dataset
 from elastic.pipeline.dataset_plan import _LATER_OPTIONS, DatasetPlan, FileStamp, write_or_check
+from elastic.pipeline.push import push_dataset
+from elastic.pipeline.rows import clip_row, clip_table
+from elastic.pipeline.shard_numbers import ListedClip
 from elastic.tokenizer import ElasticTokenizer, EncodeOptions
 from elastic.tokens import TokenizedClip, TokenShards
 from scripts import tokenize_dataset as script
@@ -33,7 +41,8 @@ MODEL = dict(
     rms_norm_eps=1e-5, min_toks=4, max_toks=32, max_sequence_length=128, bottleneck_type="fsq", patch_size=(1, 8, 8),
     frames_per_block=2, theta=5e7,
 )  # fmt: skip
-OPTIONS = dict(files_per_shard=4, progress=False, num_tokens=12, rate=4.0, max_frames=5)
+ENCODING = dict(num_tokens=12, rate=4.0, max_frames=5)
+OPTIONS = dict(files_per_shard=4, progress=False) | ENCODING
 BAD = ["b/broken.mp4", "b/empty.png"]
 
 
@@ -117,6 +126,109 @@ def test_every_good_file_is_a_row_and_every_bad_one_is_listed(undisturbed, token
     assert sum(histogram["blocks"]) == totals["blocks"] == 14
     assert histogram["blocks"][histogram["edges"].index(12) - 1] == 14
     assert json.loads((folder / "shard-00000.json").read_text())["histogram"] == {"12": 4}
+
+
+def test_the_summary_tells_quality_rate_and_the_clips_at_both_ends(undisturbed, tokenizer, clips):
+    folder, outcome = undisturbed
+    summary, shards = outcome.summary, TokenShards(folder)
+    losses = [block.loss for clip in shards for block in clip.blocks]
+    levels = [int(np.floor(10 * np.log10(4 / loss))) for loss in losses]
+    psnr = summary["psnr_per_block"]
+    assert psnr["edges"][0] == min(levels) and psnr["edges"][-1] == max(levels) + 1
+    assert psnr["blocks"] == [levels.count(level) for level in psnr["edges"][:-1]]
+    # Two videos of 5 frames, 4 a second, in 3 blocks of 12 tokens.
+    rates = summary["tokens_per_second"]
+    assert rates["mean"] == 36 / (5 / 4) and rates["clips"] == [2]
+    assert rates["edges"][0] <= rates["mean"] < rates["edges"][1]
+    worst, best = summary["worst_clips"], summary["best_clips"]
+    quality = {
+        name: 10 * np.log10(4 / np.mean([block.loss for block in shards[shards.find(name)].blocks]))
+        for name in shards.ids
+    }
+    listed = [entry["id"] for entry in worst + best[::-1]]
+    assert len(worst) == len(best) == 4 and listed[0] == min(quality, key=quality.__getitem__)
+    assert [quality[name] for name in listed] == sorted(quality[name] for name in listed)
+    # Each is drawn as far as its original is there.
+    inputs = list_inputs(clips, folder)
+    del inputs[worst[0]["id"]]
+    given = [ListedClip(**entry) for entry in worst[:2]]
+    (sample,) = sample_clips(tokenizer, inputs, EncodeOptions(**ENCODING), folder, given)
+    tokens = shards[shards.find(worst[1]["id"])]
+    assert np.array_equal(sample.reconstruction, tokenizer.decode(tokens)[0])
+    with media.open_clip(inputs[worst[1]["id"]], resolution=32) as reader:
+        assert np.array_equal(sample.original, reader.read()[0])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder."""
+    folder = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, *, repo_type, private, exist_ok):
+            assert repo_type == "dataset" and private
+            (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+        def file_exists(self, repo_id, name, *, repo_type, revision):
+            return (folder / repo_id / name).is_file()
+
+        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **_):
+            (folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+            return "the last commit"
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, **_):
+            paths = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")]
+            kept = huggingface_hub.utils.filter_repo_objects(
+                paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+            for name in kept:
+                shutil.copy(folder_path / name, folder / repo_id / name)
+            return "a commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return folder
+
+
+def test_a_data_set_is_pushed_with_a_card_and_is_read_from_there(undisturbed, hub, tmp_path):
+    folder, _ = undisturbed
+    assert push_dataset(folder, "me/mine", private=True) == "the last commit"
+    pushed = hub / "me" / "mine"
+    assert {path.name for path in pushed.iterdir()} == {
+        path.name for path in folder.iterdir() if path.suffix and path.name != "plan.json"
+    } - {".plan.lock"} | {"README.md"}
+    assert TokenShards(pushed).ids == TokenShards(folder).ids
+    card = huggingface_hub.DatasetCard.load(pushed / "README.md")
+    assert card.data.size_categories == ["n<1K"] and "elastictok" in card.data.tags
+    for words in (
+        'load_dataset("me/mine"',
+        "| Clips | 10, of which 8 images; 18 frames |",
+        "| `num_tokens` | 12 |",
+        "| Files that could not be read | 2, listed in bad.jsonl |",
+    ):
+        assert words in card.text
+    (pushed / "README.md").write_text("by hand")
+    push_dataset(folder, "me/mine", private=True)
+    assert (pushed / "README.md").read_text() == "by hand"
+    with pytest.raises(ValueError, match=r"has no summary\.json: the run is not finished"):
+        push_dataset(tmp_path, "me/mine")
+
+
+def test_the_row_function_gives_the_rows_of_the_shards(undisturbed, tokenizer, clips, tmp_path):
+    folder, _ = undisturbed
+    options = EncodeOptions(**ENCODING)
+    expected = pq.read_table(folder / "shard-00002.parquet")
+    row = clip_row(tokenizer, clips / "b/clip.mp4", options, name="b/clip.mp4")
+    assert pa.Table.from_pylist([row], schema=expected.schema).equals(expected.slice(1))
+    names = ["a/clip.mp4", "b/broken.mp4", "b/clip.mp4"]
+    made = clip_table(tokenizer, [(name, clips / name) for name in names], options)
+    assert made.table is not None and made.table.equals(expected)
+    assert made.table.schema.metadata == expected.schema.metadata
+    assert [name for name, _ in made.bad] == names[1:2]
+    with pytest.raises(media.MediaError, match="is empty"):
+        clip_row(tokenizer, clips / "b/empty.png", options)
 
 
 class Killed(BaseException):
@@ -497,6 +609,8 @@ def test_sigterm_leaves_with_143_and_says_how_to_go_on(golden, clips, tmp_path):
             "must lie in 0 to 1",
         ),
         (["--jax_distributed.coordinator_address=a:1"], "only share work need num_processes"),
+        (["--push=mine"], "--push='mine' must be 'owner/name'"),
+        (["--ray_actors=2"], "ray_actors=2 is for engine=ray"),
         (["--resolution=64"], "resolution=64, but the frames of this model have 32 rows"),
     ],
 )
@@ -504,6 +618,15 @@ def test_flags_that_cannot_be_served_are_refused(golden, clips, tmp_path, capsys
     out = tmp_path / "out"
     assert app.run(script.DATASET, script.tokenize, [*command(golden, clips, out), *flags]) == 1
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_without_ray_its_engine_is_refused_with_the_way_out(
+    golden, clips, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = [*command(golden, clips, tmp_path / "out"), "--engine=ray"]
+    assert app.run(script.DATASET, script.tokenize, arguments) == 1
+    assert "pip install 'elastictok[ray]'" in capsys.readouterr().err
 
 
 def test_a_plan_of_an_older_run_is_gone_on_with(tmp_path):

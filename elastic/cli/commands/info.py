@@ -174,20 +174,53 @@ def _part(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _shards(path: pathlib.Path) -> dict[str, Any]:
+    from elastic.pipeline.dataset_plan import PLAN, DatasetPlan
+    from elastic.pipeline.dataset_summary import PLOT, bars
+    from elastic.pipeline.shard_numbers import count_clips
     from elastic.tokens import TokenShards
 
     shards = TokenShards(path)
     header, counts = shards.header, shards.counts()
     total = sum(int(count.sum()) for count in counts)
     blocks = sum(map(len, counts))
-    return {
+    histogram = collections.Counter(int(count) for clip in counts for count in clip)
+    plan = path / PLAN
+    options = DatasetPlan.load(plan).options if plan.is_file() else {}
+    numbers = count_clips(shards.facts(), mean_square=options.get("metric", "mse") == "mse")
+    found = numbers.to_json()
+    about = {
         "kind": f"{len(shards.paths)} shard{'s' * (len(shards.paths) > 1)} of tokens",
         "clips": len(shards),
         "model": f"{header['model_id']} ({header['bottleneck_type']}, config {header['config_hash']})",
         "tokens": f"{total} in {blocks} blocks: mean {total / blocks:.1f} of {header['tokens_per_block']}",
         "threshold": f"{header['threshold']} ({header['search']})",
-        "files": f"{sum(file.stat().st_size for file in shards.paths) / 1e6:.2f} MB",
+        "tokens per block": _bars(bars(histogram, header["tokens_per_block"]), "blocks"),
     }
+    if numbers.psnr:
+        about["PSNR per block"] = _bars(found["psnr_per_block"], "blocks", " dB")
+    if numbers.seconds:
+        rates = found["tokens_per_second"]
+        about["tokens per second"] = f"{_bars(rates, 'clips')}, mean {rates['mean']:.1f}"
+    for name in ("worst", "best"):
+        for number, clip in enumerate(getattr(numbers, name), 1):
+            about[f"{name} {number}"] = (
+                f"{clip.psnr:.1f} dB, {clip.mean_tokens:g} tokens a block: {clip.id}"
+            )
+    about["files"] = f"{sum(file.stat().st_size for file in shards.paths) / 1e6:.2f} MB"
+    if (path / PLOT).is_file():
+        about["picture"] = str(path / PLOT)
+    return about
+
+
+def _bars(histogram: dict[str, list[Any]], unit: str, scale: str = "") -> str:
+    """A histogram as one line of text: its bars, and where they begin and end."""
+    heights, edges = histogram[unit], histogram["edges"]
+    levels = "▁▂▃▄▅▆▇█"
+    most = max(heights)
+    bars = "".join(
+        levels[(len(levels) - 1) * height // most] if height else " " for height in heights
+    )
+    return f"{edges[0]:g} |{bars}| {edges[-1]:g}{scale}"
 
 
 def _run(path: pathlib.Path) -> dict[str, Any]:

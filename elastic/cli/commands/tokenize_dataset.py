@@ -1,11 +1,14 @@
 """Tokenizes a data set into shards, in one process or many; `--help` lists the flags."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import TYPE_CHECKING
 
 from elastic.cli import app
+from elastic.cli.flags import ENGINE
 from elastic.distributed.job_share import share_of_job
+from elastic.io.names import check_repository
 
 if TYPE_CHECKING:
     from elastic.distributed.hosts import Hosts
@@ -19,19 +22,24 @@ def tokenize(flags: app.Values) -> int:
     from elastic.media.inputs import check_input
 
     check_input(flags["input_path"])  # known before anything heavy is imported
+    if flags["push"]:
+        check_repository(flags["push"], argument="--push")
     # Known before anything heavy is imported, where it does not depend on the model.
+    engine = ENGINE.read(flags)
     options = app.encode_options(flags) if app.has_target(flags) else None
 
-    from elastic.distributed import cpu_devices, mesh
+    from elastic.distributed import cpu_devices
     from elastic.distributed.hosts import Hosts, host_share, join_hosts
 
-    hosts = _with_share_of_job(Hosts(**flags.under("jax_distributed"), independent=True))
+    hosts = Hosts(**flags.under("jax_distributed"), independent=True)
+    if engine.engine == "ray":
+        _check_alone(hosts)
+    else:
+        hosts = _with_share_of_job(hosts)
     cpu_devices.set_up_cpu()
     join_hosts(hosts)
 
-    import jax
-
-    from elastic.pipeline import dataset, dataset_summary, load_model, tokenize_files
+    from elastic.pipeline import dataset, dataset_summary, load_model
 
     spec, folder = flags["load_checkpoint"], pathlib.Path(flags["output_folder"])
     inputs = dataset.list_inputs(flags["input_path"], folder)
@@ -39,42 +47,62 @@ def tokenize(flags: app.Values) -> int:
         spec, preset=flags["load_elastic_config"], changes=flags["update_elastic_config"]
     )
     options = options or app.encode_options(flags, config.recommended_thresholds)
-    devices = mesh.make_mesh(flags["mesh_dim"], jax.local_devices())
-    load_model.check_run(
-        options, config, devices, width=flags["search_width"], batch=flags["batch"]
-    )
-    index, count = host_share(hosts)
-    tokenizer = tokenize_files.ElasticTokenizer.from_pretrained(
+    load = functools.partial(
+        load_model.load_tokenizer,
         spec,
-        config=config,
+        config,
+        options,
+        mesh_dim=flags["mesh_dim"],
+        batch=flags["batch"],
+        search_width=flags["search_width"],
         dtype=flags["dtype"],
-        mesh=devices,
         window_blocks=flags["max_blocks_per_chunk"] or None,
         context=flags["context"],
-        search_width=flags["search_width"],
     )
-    load_model.log_model(tokenizer)
-    app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
-    outcome = dataset.tokenize_dataset(
-        tokenizer,
-        inputs,
-        folder,
-        options,
-        files_per_shard=flags["files_per_shard"],
-        append=flags["append"],
-        batch=flags["batch"],
-        process_index=index,
-        process_count=count,
-        # The others are lost when the first one goes, whom they have joined.
-        wait=hosts.initialize_jax_distributed,
+    shared = dict(
+        files_per_shard=flags["files_per_shard"], append=flags["append"], batch=flags["batch"]
     )
+    if engine.engine == "ray":
+        from elastic.pipeline import ray_engine
+
+        outcome = ray_engine.tokenize_dataset(
+            load, inputs, folder, options, engine=engine, verbose=flags["verbose"], **shared
+        )
+    else:
+        index, count = host_share(hosts)
+        tokenizer = load()
+        load_model.log_model(tokenizer)
+        app.log.info("%d files; this is process %d of %d.", len(inputs), index, count)
+        outcome = dataset.tokenize_dataset(
+            tokenizer,
+            inputs,
+            folder,
+            options,
+            process_index=index,
+            process_count=count,
+            # The others are lost when the first one goes, whom they have joined.
+            wait=hosts.initialize_jax_distributed,
+            **shared,
+        )
     if outcome.summary is not None:
         print(dataset_summary.describe(outcome.summary, folder))
         if not outcome.summary["totals"]["clips"]:
             raise ValueError(
                 f"None of the {len(inputs)} files could be read; {folder / dataset_summary.BAD} says why."
             )
+        if flags["push"] and host_share(hosts)[0] == 0:
+            from elastic.pipeline.push import push_dataset
+
+            print(push_dataset(folder, flags["push"], private=flags["push_private"]))
     return 0
+
+
+def _check_alone(hosts: "Hosts") -> None:
+    """Refuses a share of the files beside Ray, whose actors share them."""
+    if hosts.initialize_jax_distributed or (hosts.num_processes, hosts.process_id) != (1, 0):
+        raise ValueError(
+            "--engine=ray shares the files among its actors, which --ray_actors= counts; leave out --jax_distributed."
+        )
 
 
 def _with_share_of_job(hosts: "Hosts") -> "Hosts":
