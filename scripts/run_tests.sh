@@ -19,7 +19,7 @@ export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version
 
 install_extras() {
-    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars, ray' 2>/dev/null && return
+    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars' 2>/dev/null && return
     echo "elastic: installing requirements-extras.txt ..." >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt ||
         echo "elastic: they could not be installed; the tests that need them say so and are left out." >&2

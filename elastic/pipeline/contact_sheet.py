@@ -53,7 +53,7 @@ def sample_clips(
         if clip.id not in inputs:
             continue
         shards = TokenShards(folder / f"{clip.shard}.parquet")
-        tokens = shards[shards.find(clip.id)][:1]
+        tokens = shards[shards.find(clip.id)]
         try:
             opened = open_clip(
                 inputs[clip.id],
@@ -66,7 +66,8 @@ def sample_clips(
         except (MediaError, StopIteration) as error:
             log.debug("%s is not drawn: %s", clip.id, error)
             continue
-        found.append(Sample(clip, original, tokenizer.decode(tokens)[0]))
+        first_block = tokens[: tokens.num_tiles]
+        found.append(Sample(clip, original, tokenizer.decode(first_block)[0]))
     return found
 
 

@@ -610,7 +610,7 @@ def test_sigterm_leaves_with_143_and_says_how_to_go_on(golden, clips, tmp_path):
         ),
         (["--jax_distributed.coordinator_address=a:1"], "only share work need num_processes"),
         (["--push=mine"], "--push='mine' must be 'owner/name'"),
-        (["--ray_actors=2"], "ray_actors=2 is for engine=ray"),
+        (["--ray_actors=2"], "--ray_actors=2 is for --engine=ray"),
         (["--resolution=64"], "resolution=64, but the frames of this model have 32 rows"),
     ],
 )

@@ -1,5 +1,6 @@
 """The engine Ray: the rows of the default engine, whatever dies on the way."""
 
+import contextlib
 import functools
 import json
 import os
@@ -102,7 +103,7 @@ def test_the_files_are_those_of_the_default_engine_also_where_one_begins_and_an_
     class Stop(BaseException):
         pass
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -166,8 +167,15 @@ def start(golden, clips, folder):
 
 
 def wait_for_tokens(process, folder):
-    while not list(folder.glob(".unfinished/*/*.npz")) and process.poll() is None:
+    """Returns when the process has tokenized a file: one of an earlier process does not count."""
+    earlier = {path.stat().st_mtime_ns for path in folder.glob(".unfinished/*/*.npz")}
+    while process.poll() is None:
+        for path in folder.glob(".unfinished/*/*.npz"):
+            with contextlib.suppress(FileNotFoundError):  # packed meanwhile
+                if path.stat().st_mtime_ns not in earlier:
+                    return
         time.sleep(0.02)
+    raise AssertionError(process.communicate())
 
 
 @pytest.mark.slow
