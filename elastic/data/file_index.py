@@ -44,7 +44,7 @@ class MediaFile(NamedTuple):
       stamp: its size and time of change; a file whose stamp has changed is measured again.
       transfer: 'pq' or 'hlg' for high dynamic range, which is tone-mapped; else 'sdr', also in older indexes.
       source: which of several sources it is of.
-      weight: how often it is taken compared with others of its source, where a list says so.
+      weight: how often it is taken compared with others of its source; 1 unless a list gives another.
     """
 
     name: str

@@ -118,7 +118,7 @@ def _schema(place: str, *_: Any) -> Any:
 
 
 def plain_columns(place: str, column: str) -> tuple[str, ...]:
-    """The columns of a Parquet file besides one and besides those of bytes."""
+    """The columns of a Parquet file that hold metadata: all but the given one and those of bytes."""
     schema = _schema(place, *facts_of(place))
     return tuple(f.name for f in schema if f.name != column and not holds_bytes(f.type))
 
@@ -215,7 +215,7 @@ def read_hub_row(place: str, column: str, row: int) -> dict[str, Any]:
 
 
 def plain_hub_columns(place: str, column: str) -> tuple[str, ...]:
-    """The columns of a data set besides one and besides those of bytes."""
+    """The columns of a data set that hold metadata: all but the given one and those of bytes."""
     kinds = hub_rows(place).features.arrow_schema
     return tuple(f.name for f in kinds if f.name != column and not holds_bytes(f.type))
 

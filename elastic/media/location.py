@@ -133,7 +133,7 @@ class ClipLocation:
         return open_path(f"{os.path.dirname(self.place) or '.'}/{whole}")
 
     def metadata(self) -> dict[str, Any]:
-        """What is said of the clip: the columns of its row, the files beside it in a tar, what its list says. {} if nothing is.
+        """The clip's metadata: other columns of its row, files beside it in a tar, columns of its list. {} if there is none.
 
         Raises:
           OSError: it cannot be read.

@@ -3,11 +3,10 @@
 import importlib.util
 
 import pytest
-from data_sets import make_clips
+from data_sets import content, make_clips
 
 from elastic.media import MediaError, open_clip
 from elastic.media.inputs import find_clips
-from elastic.media.location import open_file
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch):
@@ -36,14 +35,6 @@ def made(tmp_path_factory):
         (folder / "files").mkdir()
         images.to_parquet(folder / "files" / "train-00000.parquet")
         yield folder, clips
-
-
-def content(found):
-    result = {}
-    for name, place in found.items():
-        with open_file(place) as file:
-            result[name] = file.read()
-    return result
 
 
 def test_splits_of_a_data_set_are_its_clips_with_their_captions(made):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cachetools import LRUCache
-from data_sets import KIND, add_member, make_clips, write_list, write_parquet, write_tar
+from data_sets import KIND, add_member, content, make_clips, write_list, write_parquet, write_tar
 
 from elastic.media import (
     ClipLocation,
@@ -21,22 +21,12 @@ from elastic.media import (
     tar_members,
 )
 from elastic.media.inputs import check_input, expand_braces, find_clips
-from elastic.media.location import open_file
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     return folder, make_clips(folder, images=3, videos=1)
-
-
-def content(found):
-    """{id: bytes}"""
-    result = {}
-    for name, place in found.items():
-        with open_file(place) as file:
-            result[name] = file.read()
-    return result
 
 
 def test_a_folder_a_tar_a_parquet_file_and_lists_give_the_same_clips_under_the_same_ids(

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from elastic.media import write_video
+from elastic.media.location import open_file
 
 KIND = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -78,3 +79,12 @@ def write_list(path: pathlib.Path, folder: pathlib.Path, clips, captions=None) -
         text = "\n".join(clips)
     path.write_text(text + "\n")
     return path
+
+
+def content(found):
+    """{id: bytes} of the clips that `find_clips` gives."""
+    result = {}
+    for name, place in found.items():
+        with open_file(place) as file:
+            result[name] = file.read()
+    return result
