@@ -20,7 +20,7 @@ from elastic.metrics import psnr_of_mse
 from elastic.report import strip
 from elastic.search import TOLERANCE, geometric_counts, search_names
 
-METRICS = ("psnr", "ssim", "lpips", "dists")
+METRICS = ("psnr", "ssim", "lpips", "dists", "fvd", "fid")
 GROUND_TRUTH = "linear"  # assumes nothing about the loss; the other searches are compared with it
 _NUM_COUNTS = 6  # fixed counts, if the config names none
 
@@ -36,8 +36,8 @@ class EvaluationConfig:
       searches: names of searches, each run under every threshold; logs and pictures show the first one.
       num_counts: how many counts the linear search tries; 0: every count.
       search_tolerance: share of a clip's tokens that the search 'predict' may keep beyond need.
-      metrics: 'psnr' (always measured), 'ssim', 'lpips', 'dists'.
-      metric_frames: evenly spread frames of a clip on which all metrics but PSNR are measured; they are slow on a CPU.
+      metrics: 'psnr' (always measured), 'ssim', 'lpips', 'dists', 'fvd', 'fid'.
+      metric_frames: evenly spread frames of a clip on which all metrics but PSNR and FVD are measured; they are slow on a CPU.
       max_frames: the first frames of a clip, which are read; None: all.
       fps: frames per second read from a video, at most its own rate; None: all frames.
       reader: who decodes video.
@@ -179,6 +179,8 @@ class Quality:
       psnr_of_clips: the mean of the clips' PSNRs in dB. `psnr` is computed from `mse` instead, where poor clips weigh more.
       bits_per_pixel: bits of all clips over frames x rows x columns of all clips.
       ssim, lpips, dists: means over the measured frames (`metric_frames` of each clip); None: not measured.
+      fvd: Fréchet's distance of all windows of 16 frames; None: not measured, or fewer than two.
+      fid: likewise of the measured frames.
     """
 
     mse: float
@@ -187,6 +189,8 @@ class Quality:
     ssim: float | None = None
     lpips: float | None = None
     dists: float | None = None
+    fvd: float | None = None
+    fid: float | None = None
 
     @property
     def psnr(self) -> float:

@@ -76,7 +76,7 @@ def summary_rows(evaluations: Evaluations) -> list[Row]:
 
 
 def _quality(result: Quality) -> Row:
-    names = "bits_per_pixel psnr psnr_of_clips ssim lpips dists"
+    names = "bits_per_pixel psnr psnr_of_clips ssim lpips dists fvd fid"
     return {name: getattr(result, name) for name in names.split()}
 
 
@@ -268,7 +268,7 @@ def describe(evaluations: Evaluations) -> str:
     """The tables that the script prints."""
     rows = condition_rows(evaluations)
     met = [name for name in rows[0] if name.startswith("met ")]
-    columns = "model asked mean_tokens bits_per_pixel psnr ssim lpips dists".split()
+    columns = "model asked mean_tokens bits_per_pixel psnr ssim lpips dists fvd fid".split()
     parts = [table(rows, [*columns, *met, "passes_per_block", "seconds_per_block"])]
     if rows := delta_rows(evaluations):
         parts.append(

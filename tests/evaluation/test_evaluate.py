@@ -21,6 +21,7 @@ from elastic.evaluation.codecs import CodecAt
 from elastic.evaluation.evaluate import EvaluationConfig, _all_counts, evaluate
 from elastic.evaluation.records import Block, Condition, ConditionResult, Evaluation
 from elastic.io.tree import unflatten
+from elastic.metrics.frechet import frechet_distance
 from elastic.metrics.lpips import lpips_of_frames
 from elastic.metrics.lpips_weights import SHAPES
 from elastic.model import token_masks
@@ -159,6 +160,34 @@ def test_ssim_and_lpips_are_means_over_frames_spread_over_each_clip(tokenizer, c
     assert found.under(THRESHOLD, "binary").lpips is not None
     assert found.under(THRESHOLD, "linear").lpips is None  # run to be timed
     assert found.scalars()["eval/lpips@16"] == fixed.lpips
+
+
+def test_frechet_distances_are_those_of_all_windows_and_of_the_measured_frames(tokenizer, golden):
+    file = golden / "media" / "clip_160x120_30fps_97f.mp4"
+    config = EvaluationConfig(
+        thresholds=(), num_tokens=(16,), metrics=("fvd", "fid"), metric_frames=3, max_frames=37, codecs=("x264",), fps=None,
+    )  # fmt: skip
+    calls = []
+
+    def seen(clips):  # a network of its own: brightness by column
+        calls.append(clips.shape)
+        return clips.mean(axis=tuple(k for k in range(1, clips.ndim) if k != clips.ndim - 2))
+
+    with pytest.raises(
+        ValueError, match=r"networks=\{'fvd': load_network\('fvd', FILE\)\}, or --fvd_weights=FILE"
+    ):
+        evaluate(tokenizer, [file], config, progress=False)
+    found = evaluate(tokenizer, [file], config, networks={"fvd": seen, "fid": seen}, progress=False)
+    with media.open_clip(file, resolution=CONFIG.resolution, rate=None, max_frames=37) as reader:
+        original = reader.read()
+    frames = tokenizer.reconstruct(file, num_tokens=16, rate=None, max_frames=37).frames
+    windows = [clip[:32].reshape(2, 16, *clip.shape[1:]) for clip in (original, frames)]
+    (fixed,) = found.fixed()
+    assert fixed.fvd == pytest.approx(frechet_distance(*map(seen, windows))) and fixed.fvd > 0
+    assert fixed.fid == pytest.approx(frechet_distance(*(seen(clip[[0, 18, 36]]) for clip in (original, frames))))  # fmt: skip
+    assert found.codecs[0].fvd is not None and found.codecs[0].fvd != fixed.fvd
+    # Two windows of the originals are looked at once, and those of the model and of the codec.
+    assert calls.count((1, 16, 32, 32, 3)) == 6
 
 
 def test_logs_get_thresholds_by_value_and_counts_by_number(measured):
@@ -348,7 +377,7 @@ def test_a_clip_that_breaks_midway_is_left_out_whole(tokenizer, clips, monkeypat
         (dict(num_tokens=(1.5,)), "num_tokens=1.5 must be a count of 1 or more, or a share"),
         (dict(searches=("fixed",)), "fixed counts are num_tokens="),
         (dict(searches=("binery",)), r"searches=\['binery'\] must be among"),
-        (dict(metrics=("fid",)), r"metrics=\['fid'\] must be among"),
+        (dict(metrics=("vmaf",)), r"metrics=\['vmaf'\] must be among"),
         (dict(codecs=("mpeg2",)), r"codecs=\['mpeg2'\] must be among"),
         (dict(num_counts=1), "num_counts=1 must be 2 or more, or 0 for all"),
         (dict(num_tokens=(64,)), "must be at most the 32 tokens of a block"),
@@ -405,7 +434,7 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
     assert {row["kept"] for row in blocks if row["model"] == "baseline"} == {"16"}
     assert list(summary[0]) == (
         "model mask_type search threshold num_tokens blocks share_met mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips dists "
-        "passes_per_block seconds_per_block".split()
+        "fvd fid passes_per_block seconds_per_block".split()
     )
     coded = [row for row in summary if row["search"] == "jpeg"]
     assert [row["num_tokens"] for row in coded] == ["8", "32", "16"]

@@ -15,6 +15,13 @@ from scripts import evaluate as script
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def test_a_frechet_distance_without_its_network_is_refused_by_name():
+    command = ["--input_path=a", "--output_folder=b", "--models=c", "--metrics=psnr,fvd"]
+    config = EvaluationConfig(metrics=("psnr", "fvd"))
+    with pytest.raises(ValueError, match=r"--metrics names fvd, which needs --fvd_weights=FILE"):
+        body.with_weights(app.parse(script.EVALUATE, command), config)
+
+
 def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, caplog):
     def missing(path):
         raise ValueError("there are no weights")
@@ -22,8 +29,8 @@ def test_lpips_without_weights_is_left_out_unless_it_was_asked_for(monkeypatch, 
     monkeypatch.setattr(metrics, "load_lpips_weights", missing)
     command = ["--input_path=a", "--output_folder=b", "--models=c"]
     config = EvaluationConfig(metrics=("psnr", "ssim", "lpips"))
-    found, *weights = body.with_weights(app.parse(script.EVALUATE, command), config)
-    assert found.metrics == ("psnr", "ssim") and weights == [None, None]
+    found, weights = body.with_weights(app.parse(script.EVALUATE, command), config)
+    assert found.metrics == ("psnr", "ssim") and not any(weights.values())
     assert "there are no weights" in caplog.text
     for flag in ("--metrics=psnr,ssim,lpips", "--lpips_weights=file"):
         with pytest.raises(ValueError, match="there are no weights"):

@@ -66,7 +66,7 @@ def evaluate(flags: app.Values) -> int:
         if usual and (recommended := shapes[name].recommended_thresholds):
             config, usual = dataclasses.replace(config, thresholds=recommended), False
         config.conditions(shapes[name])
-    config, weights, channels = with_weights(flags, config)
+    config, weights = with_weights(flags, config)
     devices = mesh.make_mesh(flags["mesh_dim"])
     results = {}
     tokenizer: ElasticTokenizer | None = None
@@ -91,9 +91,7 @@ def evaluate(flags: app.Values) -> int:
                 **about,
             )
         load_model.log_model(tokenizer, name=name)
-        results[name] = evaluation.evaluate(
-            tokenizer, files, config, lpips_weights=weights, dists_weights=channels
-        )
+        results[name] = evaluation.evaluate(tokenizer, files, config, **weights)
     # Shown first: should the folder be full by now, the numbers are not lost.
     print(tables.describe(results))
     written = tables.write(flags["output_folder"], results)
@@ -108,12 +106,26 @@ def evaluate(flags: app.Values) -> int:
 
 def with_weights(
     flags: app.Values, config: "EvaluationConfig"
-) -> tuple["EvaluationConfig", Any, Any]:
-    """The weights of LPIPS and DISTS. A metric whose weights are missing is left out, if nobody asked for it by name."""
-    from elastic.metrics import load_lpips_weights
+) -> tuple["EvaluationConfig", dict[str, Any]]:
+    """The metrics that can be measured, and their weights as arguments of `evaluate`.
+
+    A metric whose weights are missing is left out, if nobody asked for it by name.
+    """
+    from elastic.metrics import frechet, load_lpips_weights
     from elastic.metrics.dists import load_dists_weights
 
-    wanted, vgg, channels = list(config.metrics), None, None
+    wanted, vgg, channels, networks = list(config.metrics), None, None, {}
+    for name in ("fvd", "fid"):
+        if path := flags[f"{name}_weights"]:
+            networks[name] = frechet.load_network(name, path)
+            wanted.append(name)
+        elif name in wanted:
+            if flags["metrics"]:
+                raise ValueError(
+                    f"--metrics names {name}, which needs --{name}_weights=FILE: the TorchScript file of "
+                    f"{frechet.NETWORKS[name]}."
+                )
+            wanted.remove(name)
     if "dists" in wanted:
         try:
             channels = load_dists_weights(flags["dists_weights"] or None)
@@ -129,7 +141,8 @@ def with_weights(
                 raise
             app.log.warning("LPIPS is not measured: %s", error)
             wanted = [name for name in wanted if name not in ("lpips", "dists")]
-    return dataclasses.replace(config, metrics=tuple(wanted)), vgg, channels
+    weights = {"lpips_weights": vgg, "dists_weights": channels, "networks": networks}
+    return dataclasses.replace(config, metrics=tuple(wanted)), weights
 
 
 def numbers(text: str, flag: str = "num_tokens") -> list[int | float]:
