@@ -17,8 +17,8 @@ class DataConfig:
     path: str = option(
         REQUIRED,
         "the folder of images and videos, with the folders in it; a bucket (gs://...) where its fsspec package is installed; tar shards "
-        "(clips-{000..009}.tar), Parquet files, hf_dataset::OWNER/NAME, a list (.txt, .csv, .jsonl); several, also mixed by weights: "
-        "A=0.7,B=0.3",
+        "(clips-{000..009}.tar), Parquet files, hf_dataset::OWNER/NAME or hf_stream::OWNER/NAME, a list (.txt, .csv, .jsonl); several, "
+        "also mixed by weights: A=0.7,B=0.3",
     )
     ext: str = option("", "endings to take, such as mp4 or jpg,png; '' takes all")
     batch_size: int = option(

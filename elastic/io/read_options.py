@@ -8,7 +8,7 @@ from elastic.io.options import Check, at_least, option
 # What may be given as input, in the help of its flag; `elastic.media.inputs` reads it.
 INPUTS = (
     "an image, a video, a folder or bucket of them; tar shards (clips-{000..009}.tar), Parquet files, "
-    "hf_dataset::OWNER/NAME, or a list (.txt, .csv, .jsonl)"
+    "hf_dataset::OWNER/NAME (hf_stream:: does not download it first), or a list (.txt, .csv, .jsonl)"
 )
 READERS = ("pyav", "decord")
 # The same as `elastic.tiles.FITS`, whose module loads numpy, which --help does without.

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachetools import LRUCache
 
@@ -164,7 +164,7 @@ def require_datasets() -> Any:
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            "hf_dataset:: needs the package datasets: pip install datasets, or give the Parquet files themselves."
+            "hf_dataset:: and hf_stream:: need the package datasets: pip install datasets, or give the Parquet files themselves."
         )
     return importlib.import_module("datasets")
 
@@ -178,23 +178,64 @@ def hub_rows(place: str) -> Any:
     """
     datasets = require_datasets()
     name, _, split = place.partition("::")
-    try:
+    with _loading("hf_dataset::", place):
         try:
             rows = datasets.load_from_disk(name)
             if isinstance(rows, dict):
                 rows = rows[split or "train"]
         except FileNotFoundError:
             rows = datasets.load_dataset(name, split=split or "train")
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"hf_dataset::{place} cannot be loaded: {type(error).__name__}: {text}. Check the name, or name a split: "
-            f"hf_dataset::{name}::SPLIT."
-        ) from error
     for column, feature in rows.features.items():
         if type(feature).__name__ in ("Video", "Image", "Audio"):
             rows = rows.cast_column(column, type(feature)(decode=False))
     return rows
+
+
+@contextlib.contextmanager
+def _loading(prefix: str, place: str) -> Iterator[None]:
+    """Errors of `datasets` become one line that names the data set."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        name = place.partition("::")[0]
+        raise ValueError(
+            f"{prefix}{place} cannot be loaded: {type(error).__name__}: {text}. Check the name, or name a split: "
+            f"{prefix}{name}::SPLIT."
+        ) from error
+
+
+class HubFiles(NamedTuple):
+    """The files of a split of a data set.
+
+    Attributes:
+      files: their paths or URLs, in the order of the rows; on the Hub, those of one commit.
+      schema: pyarrow's schema of the rows, where the data set's card tells it.
+    """
+
+    files: list[str]
+    schema: Any
+
+
+def hub_files(place: str) -> HubFiles:
+    """The files that hold a data set, `NAME` or `NAME::SPLIT`, as `datasets` finds them. Nothing is downloaded.
+
+    Raises:
+      ValueError: `datasets` is missing, or does not find them.
+    """
+    datasets = require_datasets()
+    name, _, split = place.partition("::")
+    with _loading("hf_stream::", place):
+        builder = datasets.load_dataset_builder(name)
+        files = builder.config.data_files or {}
+        if (split or "train") not in files:
+            raise ValueError(
+                f"it has no split {split or 'train'!r} among {sorted(map(str, files))}"
+            )
+        features = builder.info.features
+        return HubFiles(
+            list(files[split or "train"]), None if features is None else features.arrow_schema
+        )
 
 
 def read_hub_cell(place: str, column: str, row: int) -> Cell:

@@ -7,7 +7,16 @@ from typing import BinaryIO, NamedTuple, cast
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://")
 # What the file systems of fsspec call the version of a file, the most exact one first.
-_VERSIONS = ("etag", "ETag", "mtime", "updated", "LastModified", "last_modified", "created")
+_VERSIONS = (
+    "etag",
+    "ETag",
+    "blob_id",  # of the Hugging Face Hub
+    "mtime",
+    "updated",
+    "LastModified",
+    "last_modified",
+    "created",
+)
 _BUFFER = 64 * 1024
 
 

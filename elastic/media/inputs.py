@@ -20,6 +20,7 @@ from elastic.media.location import ClipLocation, Place
 log = logging.getLogger(__name__)
 
 HUB = "hf_dataset::"
+HUB_STREAM = "hf_stream::"  # the same, read where its files lie
 _TAR, _PARQUET = ".tar", ".parquet"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -39,7 +40,7 @@ def check_input(path: str | os.PathLike[str], *, flag: str = "--input_path") -> 
 
 def may_exist(text: str) -> bool:
     """Whether an input is there, as far as can be told without asking a bucket or the Hub, or trying a pattern."""
-    if text.startswith(HUB) or is_url(text) or os.path.exists(text):
+    if text.startswith((HUB, HUB_STREAM)) or is_url(text) or os.path.exists(text):
         return True
     if _BRACES.search(text) or glob.has_magic(text):
         return True
@@ -74,11 +75,13 @@ def find_clips(
       ValueError: a package is missing.
     """
     text = os.fspath(path)
-    if text.startswith(HUB):
-        from elastic.media.table_rows import rows_of_hub
+    if text.startswith((HUB, HUB_STREAM)):
+        from elastic.media.table_rows import rows_of_hub, rows_of_hub_files
 
-        name, _, column = text.removeprefix(HUB).partition("@")
-        return _by_id({"": rows_of_hub(name, column)})
+        prefix = HUB if text.startswith(HUB) else HUB_STREAM
+        name, _, column = text.removeprefix(prefix).partition("@")
+        rows = rows_of_hub if prefix == HUB else rows_of_hub_files
+        return _by_id({"": rows(name, column)})
     check_input(text, flag=flag)
     if is_url(text):
         return _of_urls(text, listed)

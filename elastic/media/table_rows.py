@@ -1,19 +1,24 @@
 """The rows of Parquet files and of Hugging Face data sets as clips. The bytes are read when a clip is opened, not here."""
 
+import dataclasses
+import itertools
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from elastic.media import cells
 from elastic.media.errors import MediaError, reason
 from elastic.media.location import ClipLocation
-from elastic.media.tar_members import safe_path
+from elastic.media.tar_members import members_of, safe_path
 
 # Where several columns hold bytes, the first of these names is the clips'.
 _USUAL = (
     "video videos mp4 webm image images jpg jpeg png webp clip media bytes content data".split()
 )
+_THREADS = 16  # threads that wait for a disk or the Hub use no core
 
 
 def rows_of_parquet(place: str, column: str = "") -> list[ClipLocation]:
@@ -26,16 +31,36 @@ def rows_of_parquet(place: str, column: str = "") -> list[ClipLocation]:
     Raises:
       MediaError: the file cannot be read, or it is not clear which column holds the clips.
     """
+    return _locations("parquet", _read_rows(place, column))
+
+
+class _Row(NamedTuple):
+    """A row: its file or data set, the column of the clip, where it stands, and the path beside the bytes."""
+
+    place: str
+    column: str
+    group: int
+    row: int
+    path: str | None
+
+
+def _read_rows(place: str, column: str, schema: Any = None) -> list[_Row]:
+    """The rows of a Parquet file. The schema that the data set's card tells, if any, says which column holds the clips."""
     try:
         with cells.opened(place) as file:
-            schema = file.schema_arrow
-            column = _media_column(place, schema, column)
-            named = _has_path(schema.field(column).type)
+            own = file.schema_arrow
+            column = _media_column(place, own if schema is None else schema, column)
+            if column not in own.names:
+                raise MediaError(f"{place!r} has no column {column!r}, which its data set has.")
+            named = _has_path(own.field(column).type)
             groups = list(cells.paths_of(file, column, has_path=named))
     except OSError as error:
         raise MediaError(f"Cannot read {place!r}: {reason(error)}.") from error
-    rows = ((group, row, path) for group, paths in enumerate(groups) for row, path in enumerate(paths))  # fmt: skip
-    return _locations("parquet", place, column, rows)
+    return [
+        _Row(place, column, group, row, path)
+        for group, paths in enumerate(groups)
+        for row, path in enumerate(paths)
+    ]
 
 
 def rows_of_hub(place: str, column: str = "") -> list[ClipLocation]:
@@ -52,22 +77,50 @@ def rows_of_hub(place: str, column: str = "") -> list[ClipLocation]:
     if _has_path(kinds.field(column).type):
         table = rows.data.table if rows._indices is None else rows.select_columns(column).with_format("arrow")[:]  # fmt: skip
         paths = [value for chunk in table[column].chunks for value in chunk.field("path").to_pylist()]  # fmt: skip
-    return _locations("hf", place, column, ((0, row, path) for row, path in enumerate(paths)))
+    return _locations("hf", (_Row(place, column, 0, row, path) for row, path in enumerate(paths)))
 
 
-def _locations(
-    kind: Any, place: str, column: str, rows: Iterable[tuple[int, int, str | None]]
-) -> list[ClipLocation]:
-    found: list[ClipLocation] = []
-    seen: Counter[str] = Counter()
-    for number, (group, row, path) in enumerate(rows):
-        name = safe_path(path.partition("::")[0]) if path else f"{number:08d}"
-        seen[name] += 1
-        if seen[name] > 1:
-            name = f"{name}#{number}"
-        found.append(
-            ClipLocation(kind=kind, place=place, member=name, at=(group, row), column=column)
+def rows_of_hub_files(place: str, column: str = "") -> list[ClipLocation]:
+    """The same clips, with the same names, where the data set's files lie: a cell is fetched when its clip is opened.
+
+    The files are Parquet, or tar shards, whose clips have their members' names.
+
+    Raises:
+      MediaError: a file cannot be read, or it is not clear which column holds the clips.
+      ValueError: the data set's files are not found, or are of another kind.
+    """
+    files, schema = cells.hub_files(place)
+    endings = {posixpath.splitext(file)[1].lower() for file in files}
+    if endings not in ({".parquet"}, {".tar"}):
+        raise ValueError(
+            f"hf_stream::{place} has {', '.join(sorted(endings)) or 'no'} files; it reads Parquet and tar files where they lie. "
+            f"Use hf_dataset::{place}, which reads every data set through a cache on the disk; a folder of videos or images is read "
+            "as hf://datasets/OWNER/NAME."
         )
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="listing") as pool:
+        if endings == {".parquet"}:
+            parts = pool.map(lambda file: _read_rows(file, column, schema), files)
+            return _locations("parquet", itertools.chain.from_iterable(parts))
+        members = itertools.chain.from_iterable(pool.map(members_of, files))
+        seen: Counter[str] = Counter()
+        return [_renamed(seen, number, member) for number, member in enumerate(members)]
+
+
+def _renamed(seen: Counter[str], number: int, location: ClipLocation) -> ClipLocation:
+    """The clip under its name, or, where an earlier one has it, under one with its number."""
+    seen[location.member] += 1
+    if seen[location.member] == 1:
+        return location
+    return dataclasses.replace(location, member=f"{location.member}#{number}")
+
+
+def _locations(kind: Any, rows: Iterable[_Row]) -> list[ClipLocation]:
+    seen: Counter[str] = Counter()
+    found: list[ClipLocation] = []
+    for number, (place, column, group, row, path) in enumerate(rows):
+        name = safe_path(path.partition("::")[0]) if path else f"{number:08d}"
+        location = ClipLocation(kind=kind, place=place, member=name, at=(group, row), column=column)
+        found.append(_renamed(seen, number, location))
     return found
 
 

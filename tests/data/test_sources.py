@@ -31,10 +31,13 @@ def kinds(tmp_path_factory):
     (folder / "b" / "broken.mp4").write_text("no film")
     data |= {"b/broken.mp4": b"no film"}
     data = dict(sorted(data.items()))
+    (place / "hub").mkdir()
+    write_parquet(place / "hub" / "train-00000.parquet", data)
     return {
         "folder": folder,
         "tar": write_tar(place / "c.tar", data),
         "parquet": write_parquet(place / "c.parquet", data),
+        "hub": f"hf_stream::{place / 'hub'}",
         "csv": write_list(place / "list" / "c.csv", folder, data),
         "jsonl": write_list(place / "list" / "c.jsonl", folder, data),
     }
@@ -56,8 +59,10 @@ def plain(kinds):
     return data, take(data, 0, 6)
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["tar", "parquet", "csv", "jsonl", "hub"])
 def test_every_kind_gives_the_batches_of_the_folder_and_the_same_position(kinds, plain, kind):
+    if kind == "hub":
+        pytest.importorskip("datasets", reason="datasets is not installed")
     data = open_data(kinds[kind], random_crop=True)
     assert data.position(3) == plain[0].position(3)
     assert len(data.bad_files) == 1 and "broken.mp4" in next(iter(data.bad_files))
