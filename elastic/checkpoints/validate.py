@@ -1,7 +1,7 @@
 """Compares the tensors in a file with the model's: names, shapes, and whether the file is complete."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from elastic.io.tensors import Tensor, is_float
 from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name
 from elastic.model import param_shapes
 
+_KINDS = "inner_states"  # in the path of the moments, where kinds of parameters have optimizers of their own
 STATE_PARAMS = ("params", "params")  # where a train state keeps the parameters
 
 
@@ -145,7 +146,8 @@ def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
 
     The format stores no number of records, so this follows from the structure of AdamW: each of its
     moments covers all parameters; the count of the schedule comes after them, then the gradients of
-    the steps that make one update.
+    the steps that make one update. Where kinds of parameters have optimizers of their own (Muon), each parameter needs
+    moments of one kind.
     """
     found = set(paths)
     params = [path[2:] for path in paths if path[:2] == STATE_PARAMS]
@@ -155,6 +157,8 @@ def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
     for path in paths:
         if path[0] == "opt_state" and "params" in path:
             moments[path[: path.index("params") + 1]] = None
+    if any(_KINDS in prefix for prefix in moments):
+        return _missing_of_kinds(found, params, list(moments))
     several = any(path[:2] == ("opt_state", "inner_opt_state") for path in paths)
     several = several or ("opt_state", "mini_step") in found
     needed: list[KeyPath] = [("step",)]
@@ -171,4 +175,18 @@ def missing_parts(paths: Collection[KeyPath]) -> list[KeyPath]:
     needed += [(*prefix, *path) for prefix in moments for path in params]
     # In AdamW's chain the moments come first and the learning rate last.
     needed += [(*adam[:-1], "2", "count") for adam in adams if adam[-1] == "0"]
+    return [path for path in needed if path not in found]
+
+
+def _missing_of_kinds(
+    found: Collection[KeyPath], params: Sequence[KeyPath], moments: Sequence[KeyPath]
+) -> list[KeyPath]:
+    """As `missing_parts`, of a state in which each kind of parameters has an optimizer of its own."""
+    kinds = [prefix for prefix in moments if _KINDS in prefix]
+    needed: list[KeyPath] = [("step",), *((*prefix[:-2], "count") for prefix in kinds)]
+    for path in params:
+        its = [prefix for prefix in kinds if (*prefix, *path) in found] or kinds
+        both = [prefix for prefix in kinds if prefix[:-2] == its[0][:-2]]
+        of_all = [prefix for prefix in moments if prefix not in kinds]  # accumulated gradients
+        needed += [(*prefix, *path) for prefix in both + of_all]
     return [path for path in needed if path not in found]

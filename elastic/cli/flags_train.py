@@ -49,10 +49,7 @@ TRAIN = Script(
             "lpips_weights",
         ),
         "Evaluation in training": EVALUATION.flags(),
-        "Optimizer": (
-            Flag("optimizer.type", "adamw", "the optimizer", choices=("adamw",)),
-            *OPTIMIZER.flags(),
-        ),
+        "Optimizer": OPTIMIZER.flags(),
         "Checkpoints": (*SAVE.flags(), *RUN.flags("autoresume")),
         "Output": (
             Flag(

@@ -40,6 +40,8 @@ _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "post_quant": (None, "embed"),
     "out_proj": ("embed", None),
 }
+# Numbers of an optimizer that belong to no parameter, besides counters.
+_OF_OPTIMIZERS = {"ns_coeffs"}
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
@@ -86,7 +88,7 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         known = [name for name in names if name in _PARAMETERS]
         if not known:
-            if leaf.ndim == 0:  # a counter of the optimizer
+            if leaf.ndim == 0 or names[-1] in _OF_OPTIMIZERS:
                 return NamedSharding(mesh, P())
             raise ValueError(
                 f"No sharding rule for the parameter {'/'.join(names)}; known names are {sorted(_PARAMETERS)}."

@@ -26,12 +26,24 @@ _LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, in which a step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule: flags `--optimizer.adamw_optimizer.*`. The defaults are those of the released scripts.
+    """The optimizer and its schedule: flags `--optimizer.*`. The defaults are those of the released scripts.
 
     Raises:
       ValueError: an option is out of its range.
     """
 
+    type: str = option(
+        "adamw",
+        "the optimizer; muon orthogonalizes the updates of the layers' matrices and leaves the rest to adamw",
+        choices=("adamw", "muon"),
+        flag="optimizer.type",
+    )
+    matrix_lr: float = option(
+        5e-3,
+        "muon: learning rate of the layers' matrices after the warm-up; the schedule is that of lr",
+        check=finite_above(0, _LARGEST_FLOAT, "5e-3"),
+        flag="optimizer.matrix_lr",
+    )
     init_lr: float = option(
         0.0, "learning rate at the start of the warm-up", check=finite_at_least(0, _LARGEST_FLOAT)
     )

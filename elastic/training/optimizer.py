@@ -1,4 +1,4 @@
-"""The optimizer of the released scripts: clipped AdamW with a warm-up and a cosine."""
+"""The optimizer of the released scripts, clipped AdamW with a warm-up and a cosine; and Muon for the matrices of layers."""
 
 from typing import Any, cast
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
+from optax import contrib
 
 from elastic.training.config import OptimizerConfig
 
@@ -24,25 +25,61 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Clipping by the global norm, then AdamW. The state has the tree of the released `opt_state`.
+    """Clipping by the global norm, then AdamW, or Muon and AdamW. AdamW's state has the tree of the released `opt_state`.
 
-    Its `update` takes `good`: where it is False the moments and their count stay as they were; for the rest of the state
-    call `where_good`.
+    Its `update` takes `good`: where it is False Adam's moments and their count stay as they were; for the rest of the
+    state call `where_good`.
     """
-    optimizer = optax.chain(
-        _clip_by_global_norm(config.clip_gradient),
-        optax.chain(  # as optax.adamw, which is a chain too: a level in the tree of the state
-            _scale_by_adam(config),
-            optax.add_decayed_weights(
-                config.weight_decay, mask=None if config.decay_norms else _is_matrix
-            ),
-            optax.scale_by_learning_rate(learning_rate(config)),
+    schedule = learning_rate(config)
+    update = optax.chain(  # as optax.adamw, which is a chain too: a level in the tree of the state
+        _scale_by_adam(config),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=None if config.decay_norms else _is_matrix
         ),
+        optax.scale_by_learning_rate(schedule),
     )
+    if config.type == "muon":
+        update = optax.partition({"matrices": _muon(config), "rest": update}, _kinds)
+    optimizer = optax.chain(_clip_by_global_norm(config.clip_gradient), update)
     if config.accumulate_gradient_steps == 1:
         return optimizer
     several = optax.MultiSteps(optimizer, config.accumulate_gradient_steps)
     return optax.GradientTransformationExtraArgs(several.init, cast(Any, several.update))
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for matrices, or stacks of them: momentum whose singular values are made equal.
+
+    The update of a matrix grows with the root of how much taller than wide it is, so that one rate suits all shapes.
+    """
+    schedule = learning_rate(config)
+
+    def last_two(tree: Any) -> Any:
+        return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), tree)
+
+    def suit_shapes(updates: Any, params: Any) -> Any:
+        del params
+        return jax.tree.map(lambda x: x * max(1.0, x.shape[-1] / x.shape[-2]) ** 0.5, updates)
+
+    return optax.chain(
+        contrib.scale_by_muon(
+            mu_dtype=jnp.bfloat16 if config.bf16_momentum else jnp.float32,
+            weight_dimension_numbers=last_two,
+        ),
+        optax.stateless(suit_shapes),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(lambda n: schedule(n) * (config.matrix_lr / config.lr)),
+    )
+
+
+def _kinds(params: Any) -> Any:
+    """'matrices' for the products in layers, 'rest' for norms, embeddings and the model's ends."""
+
+    def kind(path: tuple[Any, ...], _: jax.Array) -> str:
+        names = {str(getattr(key, "key", key)) for key in path}
+        return "matrices" if names & {"attention", "feed_forward"} else "rest"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
 
 
 def where_good(good: Bool[Array, ""], new: Any, old: Any) -> Any:

@@ -36,8 +36,13 @@ CONFIG_FILE = "config.json"
 STATE_FILE = "streaming_train_state"
 PARAMS_FILE = "params"
 _START_PATCHES = 40_000  # what a linear start is computed from
-# Options that decide what a state consists of.
-_OF_STATE = ("ema_decay", "accumulate_gradient_steps", "bf16_momentum")
+# Options that decide what a state consists of, and their values in runs that did not know them.
+_OF_STATE = {
+    "type": "adamw",
+    "ema_decay": False,
+    "accumulate_gradient_steps": 1,
+    "bf16_momentum": False,
+}
 
 
 # The released format
@@ -139,7 +144,7 @@ def check_resumable(config: TrainConfig, notes: dict[str, Any]) -> None:
 
     def parts(training: dict[str, Any]) -> list[Any]:
         values = training["optimizer"] | {"ema_decay": training["ema_decay"] > 0}
-        return [values[name] for name in _OF_STATE]
+        return [values.get(name, default) for name, default in _OF_STATE.items()]
 
     now, then = parts(dataclasses.asdict(config)), parts(notes["training"])
     changed = [

@@ -468,6 +468,30 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_many_stop_the_run(clip
 
 
 @pytest.mark.slow
+def test_a_run_with_muon_goes_on_bit_for_bit_under_a_mesh_too(clips, tmp_path):
+    muon = OptimizerConfig(type="muon", lr=3e-3, end_lr=1e-3, lr_warmup_steps=2, lr_decay_steps=30)
+    config = settings(clips, tmp_path / "whole", optimizer=muon)
+    whole = train(config, MODELS["vae"]).state
+    train(settings(clips, tmp_path / "parts", optimizer=muon, total_steps=3), MODELS["vae"])
+    assert_equal_states(train(settings(clips, tmp_path / "parts", optimizer=muon), MODELS["vae"]).state, whole)  # fmt: skip
+    with pytest.raises(ValueError, match=r"other type \(was muon, is adamw\)"):
+        train(settings(clips, tmp_path / "parts", total_steps=7), MODELS["vae"])
+    tree = train_state.state_tree(jax.device_get(whole))
+    rest = tree["opt_state"]["1"]["inner_states"]["rest"]["inner_state"]["0"]
+    del rest["nu"]["params"]["encoder"]["in_proj"]["kernel"]
+    with pytest.raises(
+        checkpoints.CheckpointError, match="nu/params/encoder/in_proj/kernel' is missing"
+    ):
+        checkpoints.save_train_state(tmp_path / "state", tree)
+    like, shardings = train_state.state_layout(
+        config, MODELS["vae"], make_optimizer(muon), make_mesh("1,2,2,2", jax.devices())
+    )
+    jax.tree.map(lambda x, place: place.shard_shape(x.shape), like, shardings)
+    moments = [place.spec for place in jax.tree.leaves(shardings.opt_state)]
+    assert any("tp" in (axis or ()) for spec in moments for axis in spec)
+
+
+@pytest.mark.slow
 def test_a_running_mean_of_the_parameters_is_what_comes_out(clips, tmp_path):
     state = train(settings(clips, tmp_path, ema_decay=0.5, total_steps=3), MODELS["vae"]).state
     params = checkpoints.load_params(tmp_path / "pretrained", MODELS["vae"])

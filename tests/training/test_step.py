@@ -16,7 +16,7 @@ from elastic.distributed.sharding import param_shardings
 from elastic.model import ElasticTok
 from elastic.training.config import OptimizerConfig
 from elastic.training.loss import training_loss
-from elastic.training.optimizer import learning_rate, make_optimizer
+from elastic.training.optimizer import learning_rate, make_optimizer, where_good
 from elastic.training.state import restore_state, state_tree
 from elastic.training.step import new_state, train_step
 
@@ -232,6 +232,37 @@ def test_momentum_is_kept_in_bfloat16_when_asked_to():
     assert types == {"bfloat16", "float32"}
 
 
+def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest():
+    draw = np.random.default_rng(0)
+
+    def random(*shape):
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    layer = {"attention": {"wq": {"kernel": random(2, 4, 6)}}, "ffn_norm": {"kernel": random(2, 4)}}
+    params = {"encoder_blocks": {"scan_decoder": layer}, "in_proj": {"kernel": random(5, 4)}}
+    rates = dict(init_lr=0.1, lr=0.1, end_lr=0.1, lr_warmup_steps=0, weight_decay=0.5, clip_gradient=np.inf)  # fmt: skip
+    mixed = make_optimizer(OptimizerConfig(type="muon", matrix_lr=0.02, **rates))
+    adamw = make_optimizer(OptimizerConfig(**rates))
+    muon = optax.contrib.muon(0.02, weight_decay=0.5)  # of one matrix
+    states = [optimizer.init(params) for optimizer in (mixed, adamw)]
+    one = muon.init(params["encoder_blocks"]["scan_decoder"]["attention"]["wq"]["kernel"][1])
+    for _ in range(3):
+        gradients = jax.tree.map(lambda x: random(*x.shape), params)
+        updates, states[0] = mixed.update(gradients, states[0], params)
+        expected, states[1] = adamw.update(gradients, states[1], params)
+        found, expected, flat, before = (flatten_dict(tree, sep="/") for tree in (updates, expected, gradients, params))  # fmt: skip
+        for name in found:
+            if "wq" in name:
+                alone, one = muon.update(flat[name][1], one, before[name][1])
+                np.testing.assert_allclose(found[name][1], alone, atol=1e-6)
+            else:
+                np.testing.assert_array_equal(found[name], expected[name])
+    # A step without a finite gradient leaves the state as it was.
+    _, bad = mixed.update(jax.tree.map(lambda x: x * jnp.nan, gradients), states[0], params, good=jnp.asarray(False))  # fmt: skip
+    kept = where_good(jnp.asarray(False), bad, states[0])
+    jax.tree.map(np.testing.assert_array_equal, kept, states[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -241,6 +272,8 @@ def test_momentum_is_kept_in_bfloat16_when_asked_to():
         ),
         (dict(lr_warmup_steps=-1), "lr_warmup_steps=-1 must be 0 or more"),
         (dict(accumulate_gradient_steps=0), "must be 1 or more"),
+        (dict(type="sgd"), "type='sgd' must be one of"),
+        (dict(matrix_lr=0.0), "matrix_lr=0.0 must be"),
     ],
 )
 def test_an_optimizer_that_cannot_be_is_refused(options, message):
