@@ -15,6 +15,9 @@ from elastic.config import ElasticTokConfig
 
 _EPS = 1e-3  # shrinks the range a little, so that tanh reaches the outermost FSQ level
 _KL_WEIGHT = 1e-8
+_LARGE_CODEBOOK = (
+    1 << 20
+)  # from here on an array with a number for each code takes more than the tokens
 
 
 class Bottlenecked(NamedTuple):
@@ -99,6 +102,8 @@ class FSQ:
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
     ) -> dict[str, Float[Array, ""]]:
         """Perplexity of the codes of kept tokens, and the fraction of the codebook that they use; no one-hot array is made."""
+        if self.codebook_size > _LARGE_CODEBOOK:
+            return self._statistics_of_large(self.codes_to_indices(codes), kept)
         counts = (
             jnp.zeros(self.codebook_size, jnp.float32)
             .at[self.codes_to_indices(codes)]
@@ -109,6 +114,22 @@ class FSQ:
         return {
             "perplexity": jnp.exp(entropy),
             "codebook_usage": jnp.mean((counts > 0).astype(jnp.float32)),
+        }
+
+    def _statistics_of_large(
+        self, indices: Int[Array, "*b"], kept: Bool[Array, "*b"]
+    ) -> dict[str, Float[Array, ""]]:
+        """The same without a number for each code: every kept token finds its code's count in the sorted indices."""
+        none = jnp.iinfo(jnp.int32).max  # no index is as large
+        indices, kept = jnp.where(kept, indices, none).reshape(-1), kept.reshape(-1)
+        ordered = jnp.sort(indices)
+        first, last = (jnp.searchsorted(ordered, indices, side=side) for side in ("left", "right"))
+        counts, total = (last - first).astype(jnp.float32), jnp.maximum(jnp.sum(kept), 1)
+        entropy = -jnp.sum(jnp.where(kept, jnp.log(counts / total), 0.0)) / total
+        distinct = jnp.sum(jnp.where(kept, 1 / counts, 0.0))
+        return {
+            "perplexity": jnp.exp(entropy),
+            "codebook_usage": distinct / self.codebook_size,
         }
 
 

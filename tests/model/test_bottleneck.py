@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import released
 
-from elastic.model import make_bottleneck
+from elastic.model import bottleneck, make_bottleneck
 from elastic.model.bottleneck import FSQ, VAE
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -86,8 +86,12 @@ def test_rounding_lets_the_gradient_of_the_squashing_through():
     assert np.abs(np.asarray(ours - smooth)).max() < 1e-6
 
 
-def test_statistics_count_kept_tokens_only():
+@pytest.mark.parametrize(
+    "large", [1 << 20, 4]
+)  # from how many codes on no array has a number for each
+def test_statistics_count_kept_tokens_only(monkeypatch, large):
     """Differences 4 and 11: counted without a one-hot array, and without the dropped tokens."""
+    monkeypatch.setattr(bottleneck, "_LARGE_CODEBOOK", large)
     rng = np.random.default_rng(0)
     fsq = FSQ((3, 3))
     indices, kept = rng.integers(0, 7, (2, 50)), rng.random((2, 50)) < 0.4
@@ -108,10 +112,11 @@ def test_statistics_of_all_tokens_are_the_released_ones(table):
     assert float(ours["codebook_usage"]) == pytest.approx(usage, rel=2e-5)
 
 
-def test_statistics_make_no_array_of_tokens_by_codebook():
-    """Difference 4 in elastic/README.md."""
-    shapes = jax.ShapeDtypeStruct((4096, 6), jnp.float32), jax.ShapeDtypeStruct((4096,), bool)
-    jaxpr = jax.make_jaxpr(FSQ(LEVELS).statistics)(*shapes)
+@pytest.mark.parametrize("levels", [LEVELS, (67, 19, 11, 9, 7, 7, 5, 5, 3, 3)], ids=len)
+def test_statistics_make_no_array_of_tokens_by_codebook(levels):
+    """Difference 4 in elastic/README.md. Of the 10^9 codes that an index has room for there is none for each code either."""
+    shapes = jax.ShapeDtypeStruct((4096, len(levels)), jnp.float32), jax.ShapeDtypeStruct((4096,), bool)  # fmt: skip
+    jaxpr = jax.make_jaxpr(FSQ(levels).statistics)(*shapes)
     largest = max(var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars)
     assert largest <= 64_000
 
