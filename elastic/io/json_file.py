@@ -28,8 +28,17 @@ def read_marked(path: str | os.PathLike, *marks: Mapping[str, Any]) -> dict[str,
       ValueError: the file holds no JSON object, or one with none of the marks.
       OSError: the file cannot be read.
     """
+    return parse_marked(pathlib.Path(path).read_bytes(), *marks)
+
+
+def parse_marked(data: bytes, *marks: Mapping[str, Any]) -> dict[str, Any]:
+    """As `read_marked`, of the bytes of such a file.
+
+    Raises:
+      ValueError: as there.
+    """
     try:
-        values = json.loads(pathlib.Path(path).read_bytes())
+        values = json.loads(data)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):

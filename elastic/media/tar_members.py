@@ -8,19 +8,22 @@ import logging
 import os
 import posixpath
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from elastic.media.errors import MediaError, reason
-from elastic.media.files import open_path
+from elastic.media.files import facts_of, open_path
 from elastic.media.folders import is_media
+from elastic.media.kept_members import load_members, save_members
 from elastic.media.location import ClipLocation
 
 log = logging.getLogger(__name__)
 
 METADATA = ("json", "txt")  # endings of files that say something of the clip with the same key
 _MOST_HEADER = 2**20  # bytes of a long name or of extended headers
+_LEAST_SECONDS = 1.0  # of reading headers, from which on the list is kept
 _BLOCK, _STEP = 512, 2**20
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -49,12 +52,30 @@ class _Damage(NamedTuple):
 def members_of(place: str) -> list[ClipLocation]:
     """The images and videos in a tar file, in its order. Names that begin with a dot are left out.
 
+    Where reading the headers takes a while, the list is kept in the user's cache until the file changes.
+
     A member that cannot be read (cut off, sparse, a link) has its `problem`, and so has the place of a damaged header. Names are made
     safe: they lead nowhere, and each occurs once.
 
     Raises:
       MediaError: the file is missing, compressed, or no tar file.
     """
+    try:
+        facts = facts_of(place)
+    except OSError as error:
+        raise MediaError(f"Cannot read {place!r}: {reason(error)}.") from error
+    kept = load_members(place, facts)
+    if kept is not None:
+        return kept
+    started = time.perf_counter()
+    found = _read_members(place)
+    if time.perf_counter() - started >= _LEAST_SECONDS:
+        save_members(place, facts, found)
+    return found
+
+
+def _read_members(place: str) -> list[ClipLocation]:
+    """The same, from the headers."""
     found: list[tuple[str, ClipLocation]] = []
     beside: dict[str, list[tuple[str, int, int]]] = {}
     seen: Counter[str] = Counter()

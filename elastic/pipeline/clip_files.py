@@ -59,11 +59,13 @@ class ClipResult(NamedTuple):
       num_frames: of the clip; 0: it could not be read.
       reason: why it could not be read; None: it could.
       changed: whether the file has changed while it was read. Without a reason it is not done and shall be read again.
+      model_seconds: how long the model has worked since the result before.
     """
 
     num_frames: int
     reason: str | None = None
     changed: bool = False
+    model_seconds: float = 0.0
 
 
 def tokens_path(folder: Path, number: int) -> Path:
@@ -82,7 +84,7 @@ def tokenize_clips(
 
     Args:
       tokenizer: the model.
-      tasks: the files. The next one is taken when there is room for it.
+      tasks: the files. The next one is taken, opened and read in a thread while the model is at those before.
       options: which frames are read, and how the token counts are chosen.
       batch: clips that go through the model together.
 
@@ -90,7 +92,7 @@ def tokenize_clips(
       OSError: a token file cannot be written.
     """
     under_way: dict[int, tuple[ClipTask, FileStamp]] = {}
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), tokenizer.codec.model_seconds
 
     def sources() -> Iterator[Place]:  # a file is opened right after its stamp was taken
         for which, task in enumerate(tasks):
@@ -98,25 +100,31 @@ def tokenize_clips(
             yield task.source
 
     for which, found in tokenizer.encode_each(
-        sources(), options, batch=batch, record=lambda which: under_way[which][0].resume_path
+        sources(),
+        options,
+        batch=batch,
+        record=lambda which: under_way[which][0].resume_path,
+        early=True,
     ):
         task, stamp = under_way.pop(which)
+        model_seconds = tokenizer.codec.model_seconds - worked
+        worked += model_seconds
         content = content_digest(task.source)
         changed = stamp_of(task.source) != stamp
         if changed:
             remove_resume_log(task.resume_path)
             if task.reads + 1 < MOST_READS:
-                yield task, ClipResult(0, changed=True)
+                yield task, ClipResult(0, changed=True, model_seconds=model_seconds)
                 continue
             found = MediaError(
                 f"{str(task.source)!r} has changed {MOST_READS} times while it was read; start again when it is complete."
             )
             stamp = stamp._replace(ends=None)  # like no later one: a later run reads it again
         if isinstance(found, MediaError):
-            result = ClipResult(0, printable(str(found)), changed)
+            result = ClipResult(0, printable(str(found)), changed, model_seconds)
         else:
             found.save(task.tokens_path)
-            result = ClipResult(found.num_frames, None, changed)
+            result = ClipResult(found.num_frames, None, changed, model_seconds)
         seconds = time.perf_counter() - started
         # Written last, because it marks the file as done.
         Notes(result.reason, seconds, stamp, content).save(task.folder, task.number)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from elastic.io.progress import hide_bar
 from elastic.media.folders import IMAGE_SUFFIXES
 from elastic.media.location import Place
-from elastic.pipeline.clip_files import tokenize_clips
+from elastic.pipeline.clip_files import ClipResult, tokenize_clips
 from elastic.pipeline.contact_sheet import sample_clips
 from elastic.pipeline.dataset_plan import list_inputs
 from elastic.pipeline.dataset_shards import Outcome, Shards, shard_name
@@ -92,7 +92,7 @@ def tokenize_dataset(
                         todo = shards.todo(shard)
                         for done in tokenize_clips(tokenizer, todo, options, batch=batch):
                             if shards.take(*done):
-                                bar.add(done[1].num_frames)
+                                bar.add(done[1])
                         shards.pack(shard)
         except (KeyboardInterrupt, SystemExit):
             log.warning("Stopped; the same command goes on from here.")
@@ -126,9 +126,16 @@ def identity(
 
 
 class Progress:
-    """The progress bar of this process: files, frames per second, remaining time."""
+    """The progress bar of this process: files, clips and frames per second, how long the model waits, remaining time.
 
-    def __init__(self, shards: Shards, mine: Sequence[int], *, shown: bool):
+    Args:
+      shards: the shards of the run.
+      mine: those of this process.
+      shown: show the bar; at the end the log has its last figures in any case.
+      models: how many models work at once.
+    """
+
+    def __init__(self, shards: Shards, mine: Sequence[int], *, shown: bool, models: int = 1):
         total = sum(len(shards.plan.names(shard)) for shard in mine)
         done = sum(shards.num_done(shard) for shard in mine)
         self._bar = tqdm(
@@ -137,21 +144,32 @@ class Progress:
             unit="file",
             disable=hide_bar(shown),
             dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
-        self._frames, self._started = 0, time.perf_counter()
+        self._models = models
+        self._clips = self._frames = 0
+        self._model_seconds, self._started = 0.0, time.perf_counter()
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._clips:
+            log.info("Files of this process: %d, %s.", self._clips, self._rates())
 
-    def add(self, num_frames: int) -> None:
-        """Counts one finished file and its frames."""
-        self._frames += num_frames
-        rate = self._frames / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{rate:.1f} frames/s", refresh=False)
+    def add(self, result: ClipResult) -> None:
+        """Counts one finished file."""
+        self._clips += 1
+        self._frames += result.num_frames
+        self._model_seconds += result.model_seconds
+        self._bar.set_postfix_str(self._rates(), refresh=False)
         self._bar.update()
+
+    def _rates(self) -> str:
+        seconds = time.perf_counter() - self._started
+        waits = max(0.0, 1 - self._model_seconds / (seconds * self._models))
+        return f"{self._clips / seconds:.3g} clips/s, {self._frames / seconds:.1f} frames/s, model waits {waits:.0%}"
 
 
 def check_inputs(inputs: Mapping[str, Place], options: EncodeOptions) -> None:

@@ -96,7 +96,7 @@ def tokenize_dataset(
                 append=append,
             )
             numbers = range(shards.plan.num_shards)
-            with Progress(shards, numbers, shown=progress) as bar:
+            with Progress(shards, numbers, shown=progress, models=actors.number) as bar:
                 # Once more at the end, as in the default engine.
                 for _ in range(2):
                     _Driver(shards, actors, bar, batch).run(numbers)
@@ -477,7 +477,7 @@ class _Driver:
         self._given_up = 0
         for task, result in results:
             if self._shards.take(task, result):
-                self._bar.add(result.num_frames)
+                self._bar.add(result)
             self._end(task)
 
     def _note_crash(self, tasks: Sequence[ClipTask]) -> None:
@@ -485,7 +485,7 @@ class _Driver:
         unfinished = [task for task in tasks if Notes.load(task.folder, task.number) is None]
         for task in tasks:
             if task not in unfinished:
-                self._bar.add(0)
+                self._bar.add(ClipResult(0))
                 self._end(task)
         if len(tasks) > 1:
             self._alone.extend(unfinished)
@@ -506,7 +506,7 @@ class _Driver:
                 task,
                 f"{str(task.source)!r} ended the process that tokenizes it, {_MOST_CRASHES} times; convert it or leave it out.",
             )
-            self._bar.add(0)
+            self._bar.add(ClipResult(0))
             self._end(task)
 
     def _end(self, task: ClipTask) -> None:

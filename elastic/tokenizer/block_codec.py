@@ -79,6 +79,10 @@ class Codec:
       dtype: type of products' operands and of the cache.
       mesh: where the arrays lie; None: the default device.
       window_blocks: blocks in one context, the current one included. The cache holds one less.
+
+    Attributes:
+      model_seconds: how long the calls of `BatchScheduler` have taken so far. At any other time the model waits: for frames, or for
+        what becomes of its tokens.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Codec:
             window_blocks,
         )
         # No gradients are taken here, and rematerialization serves them alone.
+        self.model_seconds = 0.0
         self.model = ElasticTok(
             config.replace(remat_attention="", remat_mlp="", remat_block=""),
             dtype=self.dtype,

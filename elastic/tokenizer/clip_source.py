@@ -72,6 +72,11 @@ class Clip:
         ]:
             yield np.stack(block)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether frames are decoded, so that reading them early takes them from nobody."""
+        return self._reader is not None
+
     def identity(self) -> dict[str, Any] | None:
         """Values by which a later run recognizes the same clip; None: an iterator cannot be recognized."""
         about: dict[str, Any] = {
@@ -214,20 +219,47 @@ def _of_live_frames(
     return Clip(False, rate, None, size, lay_out(size), None, frames)
 
 
-def ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
-    """The items, produced up to `count` in advance by a thread, so that decoding continues while the model runs."""
-    end: Any = object()
-    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
-        futures = deque(pool.submit(next, items, end) for _ in range(count))
+class Ahead(Iterator[_T]):
+    """The items, produced up to `count` in advance by a thread, from now on: decoding continues while the model runs."""
+
+    def __init__(self, items: Iterator[_T], count: int):
+        self._items, self._end = items, object()
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = (
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        )
+        self._futures: deque[concurrent.futures.Future[Any]] = deque()
+        for _ in range(count):
+            self._submit()
+
+    def _submit(self) -> None:
+        assert self._pool is not None
+        self._futures.append(self._pool.submit(next, self._items, self._end))
+
+    def __next__(self) -> _T:
+        if not self._futures:
+            raise StopIteration
         try:
-            while (item := futures.popleft().result()) is not end:
-                futures.append(pool.submit(next, items, end))
-                yield item
-        finally:
-            for future in futures:
-                future.cancel()
-            if isinstance(items, Generator):
-                pool.submit(items.close)
+            item = self._futures.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        if item is self._end:
+            self.close()
+            raise StopIteration
+        self._submit()
+        return item
+
+    def close(self) -> None:
+        """Ends the thread, and the generator that it reads."""
+        if self._pool is None:
+            return
+        for future in self._futures:
+            future.cancel()
+        self._futures.clear()
+        if isinstance(self._items, Generator):
+            self._pool.submit(self._items.close)
+        self._pool.shutdown()
+        self._pool = None
 
 
 def _check(frame: np.ndarray, shape: tuple[int, ...] | None = None) -> None:

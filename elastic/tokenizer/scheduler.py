@@ -4,6 +4,7 @@ A clip, or each tile of its frames, has a slot of the batch. A slot whose search
 one while other slots still search, so that no run of the model waits for the slowest search.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,6 +177,10 @@ class BatchScheduler:
 
     def step(self) -> list[tuple[int, BlockResult]]:
         """Calls the model once for all slots that have a block; gives the blocks that are finished now, each with its slot."""
+        with self._counted():
+            return self._step()
+
+    def _step(self) -> list[tuple[int, BlockResult]]:
         groups: dict[int, list[int]] = {}
         for slot, work in self._busy():
             again = work.again
@@ -205,9 +210,19 @@ class BatchScheduler:
         found: dict[int, float] = {}
         for start in range(0, len(counts), self.width):
             group = list(counts[start : start + self.width])
-            _, losses = self._call({slot: group}, keep=False)
+            with self._counted():
+                _, losses = self._call({slot: group}, keep=False)
             found |= zip(group, losses[slot], strict=True)
         return found
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Adds the time to the codec's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.codec.model_seconds += time.perf_counter() - started
 
     def _busy(self) -> list[tuple[int, _Work]]:
         return [(slot, work) for slot, work in enumerate(self._work) if work is not None]

@@ -22,7 +22,7 @@ from elastic.search import TOLERANCE, CurvePrior, Search, SearchOptions, make_se
 from elastic.search.rate_curve import Curve, SearchHistory, history_from_json, history_to_json
 from elastic.tiles import FrameLayout
 from elastic.tokenizer.block_codec import Codec, CodecCache
-from elastic.tokenizer.clip_source import Clip, ahead
+from elastic.tokenizer.clip_source import Ahead, Clip
 from elastic.tokenizer.frame_tiles import BlockGatherer, to_tile
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.resume import ResumeError, ResumeLog, remove_resume_log
@@ -163,6 +163,7 @@ class EncodeSession:
         self.first_block = 0
         self.recorded: list[dict[str, Any]] = []
         self._resume_log: ResumeLog | None = None
+        self._coming: Ahead[PendingBlock] | None = None  # what was read ahead, until `start`
         self._cache: CodecCache | None = None  # of an earlier run, until `start` hands it on
         self._histories: list[SearchHistory | None] = [None] * clip.layout.num_tiles
         self.num_done = 0
@@ -199,7 +200,7 @@ class EncodeSession:
                     yield result
             return
         self._reset()
-        blocks = ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD)
+        blocks = Ahead(self._clip.blocks(self._context.codec.config.frames_per_block), _AHEAD)
         results = spend(
             self._context.codec,
             self._context.weights,
@@ -288,9 +289,18 @@ class EncodeSession:
                 "Clips of several fits cannot share a batch; give all the same options."
             )
 
-    def start(self) -> Iterator[PendingBlock]:
+    def read_ahead(self) -> None:
+        """Reads the first blocks of a file now, in a thread, so that `start` need not wait for them."""
+        if self._clip.is_file and self._budget is None:
+            self._coming = self._read()
+
+    def start(self) -> Ahead[PendingBlock]:
         """The blocks that are to be tokenized. They are read in a thread while the model runs; single tiles are prepared there too."""
         self._reset()
+        blocks, self._coming = self._coming or self._read(), None
+        return blocks
+
+    def _read(self) -> Ahead[PendingBlock]:
         frames_per_block = self._context.codec.config.frames_per_block
         alone = self.layout.num_tiles == 1
 
@@ -298,7 +308,7 @@ class EncodeSession:
             for frames in self._clip.blocks(frames_per_block, self.first_block):
                 yield PendingBlock(frames, {0: self.prepared(frames, 0)} if alone else {})
 
-        return ahead(blocks(), _AHEAD)
+        return Ahead(blocks(), _AHEAD)
 
     def prepare(self, scheduler: BatchScheduler) -> None:
         """Makes a scheduler ready that has a slot for the clip: with the cache of an earlier run, and space for all blocks."""
@@ -410,7 +420,9 @@ class EncodeSession:
         self._end()
 
     def close(self) -> None:
-        """Closes an unfinished resume log, which a later run may resume from."""
+        """Ends reading ahead, and closes an unfinished resume log, which a later run may resume from."""
+        if self._coming is not None:
+            self._coming.close()
         if self._resume_log is not None:
             self._resume_log.close()
 
@@ -664,7 +676,7 @@ class _ClipRun:
 
     def close(self) -> None:
         """Ends reading, and frees the slots."""
-        self._blocks.close()  # type: ignore[attr-defined]
+        self._blocks.close()
         self.session.close()
         for slot in self.slots:
             self._pool.give_back(slot)

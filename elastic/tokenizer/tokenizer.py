@@ -6,7 +6,8 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack, cast
 
 import jax
@@ -29,7 +30,7 @@ from elastic.tiles import FrameLayout, crop_message
 from elastic.tokenizer import array_batch, arrays, hub
 from elastic.tokenizer.array_batch import TokenBatch
 from elastic.tokenizer.block_codec import Codec
-from elastic.tokenizer.clip_source import ClipLike, open_clip
+from elastic.tokenizer.clip_source import Ahead, ClipLike, open_clip
 from elastic.tokenizer.decoder import blocks_of, check_maker, decode_blocks
 from elastic.tokenizer.result import BlockResult
 from elastic.tokenizer.scheduler import check_batch
@@ -416,12 +417,16 @@ class ElasticTokenizer:
         *,
         batch: int = 1,
         record: Callable[[int], str | os.PathLike] | None = None,
+        early: bool = False,
     ) -> Iterator[tuple[int, TokenizedClip | MediaError]]:
-        """As `encode_many`, with the options as one record."""
-        numbers: dict[EncodeSession, int] = {}
-        unreadable: list[tuple[int, MediaError]] = []
+        """As `encode_many`, with the options as one record.
 
-        def opened() -> Iterator[EncodeSession]:
+        With `early`, the next source is taken, opened and read in a thread while the model is still at those before.
+        """
+        numbers: dict[EncodeSession, int] = {}
+        unreadable: deque[tuple[int, MediaError]] = deque()
+
+        def opened() -> Generator[EncodeSession]:
             for number, source in enumerate(sources):
                 try:
                     session = self.open_session(source, options)
@@ -433,16 +438,24 @@ class ElasticTokenizer:
                     unreadable.append((number, error))
                     continue
                 numbers[session] = number
+                if early:
+                    session.read_ahead()
                 yield session
 
-        for session, result in self.stream_many(opened(), batch=batch):
+        sessions = Ahead(opened(), 1) if early else opened()
+        try:
+            for session, result in self.stream_many(sessions, batch=batch):
+                while unreadable:
+                    yield unreadable.popleft()
+                if isinstance(result, MediaError):
+                    yield numbers.pop(session), result
+                elif result is None:
+                    yield numbers.pop(session), session.tokens()
             yield from unreadable
-            unreadable.clear()
-            if isinstance(result, MediaError):
-                yield numbers.pop(session), result
-            elif result is None:
-                yield numbers.pop(session), session.tokens()
-        yield from unreadable
+        finally:
+            sessions.close()
+            for session in numbers:  # opened early, and not begun
+                session.close()
 
     def stream_many(
         self, sessions: Iterable[EncodeSession], *, batch: int = 1

@@ -16,6 +16,7 @@ from elastic.media import (
     ClipLocation,
     MediaError,
     cells,
+    kept_members,
     open_clip,
     table_rows,
     tar_members,
@@ -292,3 +293,40 @@ def test_a_thousand_members_are_listed_without_reading_them(tmp_path, monkeypatc
     found = find_clips(path)
     assert len(found) == 1000 and sum(read) < 3 * 512 * 1000
     assert isinstance(found["0999.mp4"], ClipLocation)
+
+
+def test_a_tar_that_took_long_to_list_is_not_listed_again_until_it_changes(
+    clips, tmp_path, monkeypatch
+):
+    tar = write_tar(tmp_path / "c.tar", clips[1], dict.fromkeys(clips[1], "é"))
+    with tarfile.open(tar, "a") as file:
+        add_member(file, "link.mp4", b"", type=tarfile.LNKTYPE, linkname="a/v0.mp4")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    first = find_clips(tar)
+    assert not cache.exists()  # it took no time
+    monkeypatch.setattr(tar_members, "_LEAST_SECONDS", 0.0)
+    assert find_clips(tar) == first
+    (kept,) = (cache / "elastic" / "tar_members").iterdir()
+
+    class Listed(Exception):
+        pass
+
+    def refuse(*_):
+        raise Listed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_members, "_entries", refuse)
+        assert find_clips(tar) == first and first["link.mp4"].problem
+        patch.chdir(tmp_path)
+        assert next(iter(find_clips("c.tar").values())).place == "c.tar"
+        os.utime(tar, (1, 1))
+        with pytest.raises(Listed):
+            find_clips(tar)
+    assert find_clips(tar) == first
+    for file in kept.parent.iterdir():
+        file.write_bytes(b"damaged")
+    assert find_clips(tar) == first
+    monkeypatch.setattr(kept_members, "_MOST_BYTES", 0)
+    os.utime(tar, (2, 2))
+    assert find_clips(tar) == first and not list(kept.parent.iterdir())

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -256,9 +257,14 @@ def test_a_run_killed_at_any_stage_goes_on_and_does_each_file_once(
     open_session = tokenizer.open_session
 
     def note(source, options):
-        if not isinstance(source, np.ndarray):  # the options are tried on one
+        try:
+            session = open_session(source, options)
+        except media.MediaError:
             encoded.append(source)
-        return open_session(source, options)
+            raise
+        start = session.start  # one that is opened early, and not begun, is nothing lost
+        session.start = lambda: encoded.append(source) or start()
+        return session
 
     monkeypatch.setattr(tokenizer, "open_session", note)
     with monkeypatch.context() as patch:
@@ -294,8 +300,14 @@ def test_a_damaged_token_file_is_made_again(
         with pytest.raises(Killed):
             run(tokenizer, inputs, tmp_path, **OPTIONS)
     (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
+    caplog.set_level("INFO")
     run(tokenizer, inputs, tmp_path, **OPTIONS)
     assert "Tokenized again" in caplog.text and files(tmp_path) == files(undisturbed[0])
+    told = re.search(
+        r"Files of this process: \d+, (\S+) clips/s, (\S+) frames/s, model waits (\d+)%",
+        caplog.text,
+    )
+    assert told is not None and float(told[2]) > float(told[1]) > 0 and 0 < int(told[3]) < 100
 
 
 def test_a_shard_in_other_hands_is_left_and_taken_up_when_these_are_gone(
