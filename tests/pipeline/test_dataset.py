@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from folder_hub import use_folder_as_hub
 from PIL import Image
 
 from elastic import media
@@ -162,41 +163,15 @@ def test_the_summary_tells_quality_rate_and_the_clips_at_both_ends(undisturbed, 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub in a folder."""
-    folder = tmp_path / "hub"
-
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-            assert repo_type == "dataset" and private
-            (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-
-        def file_exists(self, repo_id, name, *, repo_type, revision):
-            return (folder / repo_id / name).is_file()
-
-        def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, **_):
-            (folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
-            return "the last commit"
-
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, **_):
-            paths = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")]
-            kept = huggingface_hub.utils.filter_repo_objects(
-                paths, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
-            )
-            for name in kept:
-                shutil.copy(folder_path / name, folder / repo_id / name)
-            return "a commit"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    return folder
+    return use_folder_as_hub(monkeypatch, tmp_path / "hub")
 
 
 def test_a_data_set_is_pushed_with_a_card_and_is_read_from_there(undisturbed, hub, tmp_path):
     folder, _ = undisturbed
-    assert push_dataset(folder, "me/mine", private=True) == "the last commit"
+    made = push_dataset(folder, "me/mine", private=True)
+    assert made == "commit: Card made from the summary"
     pushed = hub / "me" / "mine"
+    assert (hub / "me" / "mine.kind").read_text() == "private dataset"
     assert {path.name for path in pushed.iterdir()} == {
         path.name for path in folder.iterdir() if path.suffix and path.name != "plan.json"
     } - {".plan.lock"} | {"README.md"}

@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 
 import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folder_hub import use_folder_as_hub
 from PIL import Image
 from small_models import load_tokenizer
 
@@ -169,31 +169,7 @@ def test_a_saved_tokenizer_loads_again_to_the_bit(tokenizer, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub in a folder: what is uploaded can be downloaded."""
-    folder = tmp_path / "hub"
-
-    class Api:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-
-        def file_exists(self, repo_id, name, *, revision):
-            return (folder / repo_id / name).is_file()
-
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
-            shutil.copytree(folder_path, folder / repo_id, dirs_exist_ok=True)
-            return f"commit: {commit_message}"
-
-    def download(repo, name, *, revision, local_files_only):
-        if not (folder / repo / name).is_file():
-            raise huggingface_hub.errors.LocalEntryNotFoundError(name)
-        return str(folder / repo / name)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return folder
+    return use_folder_as_hub(monkeypatch, tmp_path / "hub")
 
 
 def test_a_pushed_tokenizer_has_a_card_and_loads_from_the_hub(tokenizer, hub, tmp_path):
