@@ -19,7 +19,7 @@ export JAX_PLATFORMS=cpu
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1 # do not ask the network for a newer version
 
 install_extras() {
-    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars' 2>/dev/null && return
+    "$PYTHON" -c 'import datasets, decord, duckdb, gradio, ipykernel, nbclient, nbformat, playwright, polars, ray' 2>/dev/null && return
     echo "elastic: installing requirements-extras.txt ..." >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt ||
         echo "elastic: they could not be installed; the tests that need them say so and are left out." >&2
@@ -43,11 +43,19 @@ fi
 if [[ "${1:-}" == --quick ]]; then
     exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow" "${quick[@]}" "${@:2}"
 fi
-"$PYTHON" -m pyright --pythonpath "$PYTHON"
-if [[ "${1:-}" == --extras ]]; then
-    install_extras
-    # Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
-    "$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}"
-    exec "$PYTHON" -m pytest -W default "${apart[@]}"
+types=("$PYTHON" -m pyright --pythonpath "$PYTHON")
+if [[ "${1:-}" != --extras ]]; then
+    "${types[@]}"
+    exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow"
 fi
-exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow"
+# Types are checked while packages are installed, and beside those tests that leave a core free.
+found="$(mktemp)"
+"${types[@]}" >"$found" 2>&1 &
+checked=$! failed=0
+install_extras
+# Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
+"$PYTHON" -m pytest -W default "${apart[@]}" || failed=1
+wait "$checked" || failed=1
+cat "$found" && rm "$found"
+"$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}" || failed=1
+exit "$failed"
