@@ -38,6 +38,14 @@ _MOST_FAILED_STARTS = 3  # in a row
 _GROUP_BATCHES = 4  # batches in a task; fewer where few clips are left
 _PATIENCE_SECONDS = 60.0  # until the log says that no actor has started
 _STORE_BYTES = 100_000_000  # of an embedded cluster; tasks and results are small
+_MOST_STARTS = 3  # of an embedded cluster whose processes are late; Ray gives them 30 seconds
+# How long an embedded cluster waits for its own processes. Ray's usual waits end a start on a machine with other work.
+_WAITS = {
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_failure_threshold": "20",
+}
 
 
 class _Place(NamedTuple):
@@ -176,23 +184,31 @@ def _cluster(engine: EngineOptions, *, verbose: bool) -> Iterator[bool]:
         return
     address = engine.ray_address or os.environ.get("RAY_ADDRESS") or "local"
     embedded = address == "local"
+    if embedded:
+        for name, value in _WAITS.items():
+            os.environ.setdefault(name, value)
     own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
     handler = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(
-                address=address,
-                log_to_driver=verbose,
-                logging_level=logging.INFO if verbose else logging.ERROR,
-                **own if embedded else {},
-            )
-        except Exception as error:
-            # Where a process of Ray is late, Ray raises an `Exception`, of no class of its own.
-            if not isinstance(error, OSError | RuntimeError | ValueError) and (
-                type(error) is not Exception
-            ):
-                raise
-            raise ValueError(_not_started(address, error)) from error
+            for left in reversed(range(_MOST_STARTS if embedded else 1)):
+                try:
+                    ray.init(
+                        address=address,
+                        log_to_driver=verbose,
+                        logging_level=logging.INFO if verbose else logging.ERROR,
+                        **own if embedded else {},
+                    )
+                    break
+                except Exception as error:
+                    # Where a process of Ray is late, Ray raises an `Exception`, of no class of its own.
+                    is_late = type(error) is Exception
+                    if not is_late and not isinstance(error, OSError | RuntimeError | ValueError):
+                        raise
+                    if not (is_late and left):
+                        raise ValueError(_not_started(address, error)) from error
+                    log.info("Ray is started again: %s", " ".join(str(error).split())[:200])
+                    ray.shutdown()
         finally:
             with contextlib.suppress(ValueError):  # not in the main thread
                 signal.signal(signal.SIGTERM, handler)  # which Ray has replaced by its own
