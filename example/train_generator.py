@@ -133,10 +133,10 @@ def train(generator, shards, *, length, steps):
     return params
 
 
-def continue_clip(generator, params, vocabulary, prompt, *, num_tokens, length, temperature):
+def continue_clip(generator, params, vocabulary, prompt, *, num_tokens, temperature):
     """The ids of the prompt and of one more block. Its count is given, so that the block is whole."""
     known = [*prompt.tolist(), vocabulary.first_code - vocabulary.tokens_per_block + num_tokens - 1]
-    ids = np.zeros((1, length), np.int32)
+    ids = np.zeros((1, len(known) + num_tokens), np.int32)
     ids[0, : len(known)] = known
     next_id = jax.jit(lambda ids, at, key: generator.apply(
         params, ids, jnp.ones_like(ids), at, key, temperature, method="sample"
@@ -144,7 +144,7 @@ def continue_clip(generator, params, vocabulary, prompt, *, num_tokens, length, 
     for at in range(len(known) - 1, len(known) - 1 + num_tokens):
         found = int(next_id(ids, at, jax.random.key(at)))
         ids[0, at + 1] = max(found, vocabulary.first_code)  # a sign within a block would break it
-    return ids[0, : len(known) + num_tokens]
+    return ids[0]
 
 
 def main() -> None:
@@ -180,7 +180,7 @@ def main() -> None:
     prompt = vocabulary.piece(clip, 0, flags.prompt_blocks)
     ids = continue_clip(
         generator, params, vocabulary, prompt,
-        num_tokens=flags.num_tokens, length=length, temperature=flags.temperature,
+        num_tokens=flags.num_tokens, temperature=flags.temperature,
     )  # fmt: skip
     blocks = vocabulary.blocks(ids)
     frames = len(blocks) * clip.frames_per_block
