@@ -141,11 +141,18 @@ def prepare(target: Target) -> None:
         os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"
         os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing runs: several may compile at once
-    elif target.chip.kind == "cuda" and importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    elif target.chip.kind == "cuda" and not _has_cuda_plugin():
         raise ValueError(
             f"target={str(target)!r} needs the CUDA compiler; install it with: "
             "pip install -r gpu_requirements.txt (Linux; no GPU is needed)."
         )
+
+
+def _has_cuda_plugin() -> bool:
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    except ModuleNotFoundError:  # its parent package is missing too where jax has no plugin at all
+        return False
 
 
 def devices(target: Target) -> list[Any]:

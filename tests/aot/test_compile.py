@@ -282,6 +282,14 @@ def test_a_missing_compiler_is_named(monkeypatch):
             targets.prepare(targets.parse_target(name))
 
 
+def test_the_gpu_compiler_is_asked_for_where_jax_has_no_plugin_at_all(monkeypatch):
+    """There even the package above the plugin is missing, and looking it up raises."""
+    monkeypatch.setitem(sys.modules, "jax_plugins", None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(ValueError, match="needs the CUDA compiler; install it with"):
+        targets.prepare(targets.parse_target("h100"))
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="the TPU compiler is not installed: pip install -r requirements-ci.txt",

@@ -81,6 +81,7 @@ def check_compile(flags: app.Values) -> int:
         with open(flags["json"], "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     print(layout(rows))
+    print("args, out, temp, total, limit: GiB of each device; s: seconds of compiling.")
     return DOES_NOT_FIT if any(row["memory"]["fits"] is False for row in rows) else 0
 
 
