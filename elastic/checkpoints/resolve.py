@@ -95,7 +95,7 @@ def resolve(
         way = f"it holds {', '.join(inside)}" if inside else f"it holds none of {', '.join(names)}"
         raise CheckpointError(f"{path} is a folder, not a checkpoint file; {way}.")
     if not path.exists():
-        raise CheckpointError(f"There is no checkpoint {str(path)!r}.{_nearby(path)}")
+        raise CheckpointError(f"There is no checkpoint {str(path)!r}.{nearby(path)}")
     if not path.is_file() or not os.access(path, os.R_OK):
         raise CheckpointError(f"{path} is not a file that can be read.")
     return path, PREFIXES[kind] if kind else None
@@ -116,7 +116,8 @@ def _of_model(name: str) -> str:
     return RELEASED.get(name) or str(shipped_folder(name) or name)
 
 
-def _nearby(path: Path) -> str:
+def nearby(path: Path) -> str:
+    """What a path that is not there may have been meant to be, as a sentence; '' if nothing is near."""
     folder = path.parent
     if folder == Path() and (close := difflib.get_close_matches(path.name, NAMES, n=1)):
         return f" Did you mean the model {close[0]!r}?"

@@ -5,6 +5,7 @@ flags are in `elastic.cli.flags` and `elastic.cli.flags_train`.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import os
@@ -23,6 +24,7 @@ from absl import flags
 from elastic.cli.flags import ENCODING
 from elastic.cli.options import name_flags, words
 from elastic.cli.script import Flag, Script, Values
+from elastic.config import ElasticTokConfig
 from elastic.io.user_cache import keep_programs
 from elastic.tokenizer.targets import EncodeOptions
 
@@ -72,7 +74,7 @@ def parse(script: Script, arguments: Sequence[str]) -> Values:
     except flags.UnrecognizedFlagError as error:
         known = [flag.name for flag in script.flags]
         raise ValueError(
-            f"There is no flag --{error.flagname}.{_nearest(error.flagname, known)} "
+            f"There is no flag --{error.flagname}.{_way_to(error.flagname, known)} "
             "--help lists them all."
         ) from error
     except flags.IllegalFlagValueError as error:
@@ -288,6 +290,14 @@ def _refuse_unbuilt(flag: Flag, value: Any, *, given: bool) -> None:
         raise ValueError(f"--{flag.name}={value}: {flag.unbuilt}")
     if flag.idle and given:
         log.warning("--%s has no effect: %s", flag.name, flag.idle)
+
+
+def _way_to(name: str, known: list[str]) -> str:
+    """How an unknown flag is meant: as an option of the model's, or as the flag that is nearly called that."""
+    changes = "update_elastic_config"
+    if changes in known and name in {field.name for field in dataclasses.fields(ElasticTokConfig)}:
+        return f' It is an option of the model: --{changes}="dict({name}=...)".'
+    return _nearest(name, known)
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -144,6 +144,12 @@ def test_an_unknown_search_is_refused_by_the_flag():
         app.parse(INFERENCE, ["--search_alg=binery"])
 
 
+def test_an_option_of_the_model_is_sent_to_the_flag_that_takes_it():
+    way = re.escape('option of the model: --update_elastic_config="dict(lpips_loss_ratio=...)".')
+    with pytest.raises(ValueError, match=f"no flag --lpips_loss_ratio.*{way}"):
+        app.parse(TRAIN, ["--lpips_loss_ratio=0.0"])
+
+
 def test_the_last_value_of_a_flag_counts():
     values = app.parse(SMALL, ["--path=a", "--model.hidden_size=16", "--path", "b"])
     assert values["path"] == "b"

@@ -81,7 +81,11 @@ def test_a_program_reads_it_as_json(shown):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nothing-here"], "There is no checkpoint 'nothing-here'."),
+        (
+            ["nothing-here"],
+            "'nothing-here' is no file, no folder and no name of a model (small-fsq, ",
+        ),
+        ([str(ROOT / "pyproject.tml")], f"Did you mean '{ROOT / 'pyproject.toml'}'?"),
         ([], "Give --path: what to look at"),
         (["one", "two"], "'one' belongs to no flag"),
         ([str(ROOT / "pyproject.toml")], "is neither media ("),

@@ -54,7 +54,18 @@ def describe(spec: str) -> dict[str, Any]:
         return _folder(path)
     if path.is_file():
         return _file(path)
-    return _model(spec)
+    from elastic.checkpoints.named_models import NAMES
+    from elastic.checkpoints.resolve import nearby
+
+    try:
+        return _model(spec)
+    except ValueError as error:
+        repository = spec.count("/") == 1 and not path.parent.is_dir()
+        if repository or "::" in spec or "://" in spec:  # the error says what is wrong with it
+            raise
+        raise ValueError(
+            f"{spec!r} is no file, no folder and no name of a model ({', '.join(NAMES)}).{nearby(path)}"
+        ) from error
 
 
 def _folder(path: pathlib.Path) -> dict[str, Any]:
