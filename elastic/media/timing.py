@@ -1,5 +1,6 @@
 """When the frames of a video are shown, and which of them a frame rate picks."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -84,6 +85,12 @@ def frame_indices(
     return np.linspace(0, num_frames - 1, picked).astype(np.int64)
 
 
+@functools.lru_cache(maxsize=4096)
+def log_once(level: int, message: str, *values: str | float) -> None:
+    """Logs a line the first time only: an evaluation opens each clip once for each of its conditions."""
+    log.log(level, message, *values)
+
+
 def choose_frames(
     source: MediaSource, rate: float | int | None, *, tell_rate: bool
 ) -> tuple[float, np.ndarray]:
@@ -110,15 +117,16 @@ def choose_frames(
             logging.WARNING if tell_rate and rate > 1.01 * limit else logging.DEBUG
         )  # 23.976 for 24 is no news
         message = "%s has %.6g frames/s, fewer than the %.6g asked for; it is read at its own rate."
-        log.log(level, message, info.path, limit, rate)
+        log_once(level, message, str(info.path), limit, rate)
         rate = limit
     if rate < 0.99 * info.rate and source.times is None:
         level = logging.INFO if tell_rate else logging.DEBUG
-        log.log(level, "%s has %.6g frames/s and is read at %.6g.", info.path, info.rate, rate)
+        message = "%s has %.6g frames/s and is read at %.6g."
+        log_once(level, message, str(info.path), info.rate, rate)
     if source.times is not None:
         level = logging.INFO if tell_rate else logging.DEBUG
         message = "%s has frames at varying times, %.6g/s in the mean; it is read at %.6g."
-        log.log(level, message, info.path, info.rate, rate)
+        log_once(level, message, str(info.path), info.rate, rate)
         steps = np.arange(max(1, int(source.duration * rate + 1e-9)))
         shown = np.searchsorted(source.times, steps / rate + 1e-6, side="right") - 1
         return float(rate), shown
