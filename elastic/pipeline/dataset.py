@@ -93,7 +93,9 @@ def tokenize_dataset(
                         for done in tokenize_clips(tokenizer, todo, options, batch=batch):
                             if shards.take(*done):
                                 bar.add(done[1])
-                        shards.pack(shard)
+                        if shards.pack(shard):
+                            place = mine.index(shard) + 1, len(mine)
+                            log.info("%s is finished (%d of %d).", shard_name(shard), *place)
         except (KeyboardInterrupt, SystemExit):
             log.warning("Stopped; the same command goes on from here.")
             raise
@@ -149,6 +151,8 @@ class Progress:
         self._models = models
         self._clips = self._frames = 0
         self._model_seconds, self._started = 0.0, time.perf_counter()
+        if done:
+            log.info("%d of %d files have been tokenized before.", done, total)
 
     def __enter__(self) -> "Progress":
         return self

@@ -277,6 +277,8 @@ def test_a_damaged_token_file_is_made_again(
     (tmp_path / ".unfinished/shard-00000/00001.npz").write_bytes(b"half")
     caplog.set_level("INFO")
     run(tokenizer, inputs, tmp_path, **OPTIONS)
+    assert "4 of 12 files have been tokenized before" in caplog.text
+    assert all(f"shard-0000{n} is finished ({n + 1} of 3)" in caplog.text for n in range(3))
     assert "Tokenized again" in caplog.text and files(tmp_path) == files(undisturbed[0])
     told = re.search(
         r"Files of this process: \d+, (\S+) clips/s, (\S+) frames/s, model waits (\d+)%",
