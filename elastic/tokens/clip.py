@@ -114,6 +114,8 @@ class BlockTokens:
         )
 
     def __repr__(self) -> str:
+        if math.isnan(self.loss):  # tokens of a generator: nothing was measured
+            return f"BlockTokens({self.num_kept} tokens)"
         met = "met" if self.met_threshold else "not met"
         return f"BlockTokens({self.num_kept} tokens, loss {self.loss:.6g}, {met})"
 
@@ -372,18 +374,31 @@ class TokenizedClip:
         """The tokens of all blocks, one after the other."""
         return np.concatenate([block.values for block in self.blocks])
 
-    def padded(self, fill: float = -1) -> tuple[np.ndarray, np.ndarray]:
+    def padded(
+        self, fill: float = -1, *, blocks: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All blocks at full length, and which of their tokens are real.
 
         Args:
           fill: stands where a block has no token.
+          blocks: entries of the arrays, for clips of several lengths in one batch; those after the clip's last one have no
+            token. None: as many as the clip has.
 
         Returns:
           The ids, int32 [blocks, tokens_per_block], or vectors, float32 [blocks, tokens_per_block, d]; and a mask, bool
           [blocks, tokens_per_block].
+
+        Raises:
+          ValueError: the clip has more blocks.
         """
         tokens = self._values
-        mask = np.arange(self.tokens_per_block) < self.counts[:, None]
+        missing = 0 if blocks is None else blocks - len(self)
+        if missing < 0:
+            raise ValueError(
+                f"blocks={blocks} is less than the {len(self)} of this clip; shorten it first: tokens[:{blocks}].padded(...)."
+            )
+        counts = np.pad(self.counts, (0, missing))
+        mask = np.arange(self.tokens_per_block) < counts[:, None]
         values = np.full((*mask.shape, *tokens.shape[1:]), fill, tokens.dtype)
         values[mask] = tokens
         return values, mask

@@ -83,6 +83,13 @@ def test_flat_and_padded_tokens_are_the_blocks(record):
     assert padded.dtype == values.dtype and (padded[~mask] == -7).all()
     np.testing.assert_array_equal(padded[mask], values)
     np.testing.assert_array_equal(mask.sum(1), record.counts)
+    longer, mask = record.padded(fill=-7, blocks=len(record) + 2)
+    np.testing.assert_array_equal(longer[: len(record)], padded)
+    assert (longer[len(record) :] == -7).all() and not mask[len(record) :].any()
+    with pytest.raises(
+        ValueError, match=rf"blocks={len(record) - 1} is less than the {len(record)}"
+    ):
+        record.padded(blocks=len(record) - 1)
     found = record.to_numpy()
     name = "ids" if record.bottleneck_type == "fsq" else "vectors"
     assert list(found) == [name, "counts", "losses", "met"]
