@@ -20,10 +20,10 @@ written_paths output_path
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # The token file, as scripts/run_inference_fsq.sh writes it.
 input_path="${input_path:-outputs/fsq/tokens.npz}"
-# The video to write.
-output_path="${output_path:-outputs/fsq/decoded.mp4}"
-# The model that made the tokens; another one is refused.
-checkpoint_path="${checkpoint_path:-example/fsq}"
+# The video, or the picture, to write; empty: decoded.mp4 or decoded.png beside the token file.
+output_path="${output_path:-}"
+# The model that made the tokens, another one is refused; empty: the one that the token file names.
+checkpoint_path="${checkpoint_path:-}"
 # -------------------------------------------------------------------------------------------------
 
 check_variables run_decode.sh input_path tokens_path output_path checkpoint_path
@@ -32,6 +32,6 @@ source scripts/setup_env.sh run
 
 exec "$PYTHON" -u scripts/decode.py \
     --input_path="$input_path" \
-    --output_path="$output_path" \
-    --load_checkpoint="$checkpoint_path" \
+    ${output_path:+--output_path="$output_path"} \
+    ${checkpoint_path:+--load_checkpoint="$checkpoint_path"} \
     "${flags[@]+"${flags[@]}"}"

@@ -146,22 +146,22 @@ INFERENCE = Script(
 
 DECODE = Script(
     name="scripts/decode.py",
-    usage="--input_path=tokens.npz --output_path=FILE.mp4|FILE.png",
+    usage="--input_path=tokens.npz [--output_path=FILE.mp4|FILE.png]",
     description="Turns a token file back into video or a picture, without the original.",
     groups={
         "Input and output": (
             Flag(
                 "input_path",
                 "",
-                "the token file; also unfinished/tokens.part of a run that is under way or was interrupted",
+                "the token file; also unfinished/tokens.part of a run that is under way or was interrupted, or a shard of one clip",
                 required=True,
             ),
             Flag("follow", False, "of tokens.part: decode as it grows, to its end"),
             Flag(
                 "output_path",
                 "",
-                "the video (.mp4, .mov, .mkv) or picture (.png, .jpg) to write",
-                required=True,
+                "the video (.mp4, .mov, .mkv) or picture (.png, .jpg) to write; without it, decoded.mp4 or "
+                "decoded.png beside the token file",
             ),
         ),
         "Model": (

@@ -11,8 +11,10 @@ from elastic.checkpoints.named_models import shipped_folder
 from elastic.config import ElasticTokConfig
 from elastic.io.progress import hide_bar
 from elastic.media.writer import WRITABLE_VIDEO_SUFFIXES
+from elastic.pipeline.result_folder import PART, UNFINISHED
 from elastic.tokenizer import ElasticTokenizer
 from elastic.tokens import TokenFileError, TokenizedClip, read_token_stream
+from elastic.tokens.any_file import load_clip
 
 
 class TokenPart:
@@ -41,13 +43,26 @@ class TokenPart:
 
 
 def open_tokens(path: str | os.PathLike) -> TokenizedClip | TokenPart:
-    """Opens a finished token file (.npz), or the file of an unfinished run (.part).
+    """Opens a finished token file (.npz), a shard of one clip (.parquet), or the file of an unfinished run (.part).
 
     Raises:
-      TokenFileError: the file is neither.
+      TokenFileError: the file is none of these, or a shard has several clips.
       OSError: the file cannot be read.
     """
-    return TokenPart(path) if Path(path).suffix == ".part" else TokenizedClip.load(path)
+    clip = None if Path(path).suffix == ".part" else load_clip(path)
+    return TokenPart(path) if clip is None else clip
+
+
+def default_output(path: str | os.PathLike, tokens: TokenizedClip | TokenPart) -> Path:
+    """Where a token file is decoded to when no file is named: `decoded.mp4` or `decoded.png` beside it.
+
+    A name that runs do not give stays in the output's: `cat.npz` becomes `cat.decoded.mp4`. The folder of unfinished files goes when its
+    run ends, so the output is written beside that folder.
+    """
+    path = Path(path)
+    named = "" if path.stem == Path(PART).stem else f"{path.stem}."
+    folder = path.parent.parent if path.parent.name == UNFINISHED else path.parent
+    return folder / f"{named}decoded{'.png' if tokens.is_image else '.mp4'}"
 
 
 def model_of(tokens: TokenizedClip | TokenPart) -> str:

@@ -1,16 +1,20 @@
 """Decoding token files: by the model that made them alone, to the frames that the report measured."""
 
 import json
+import pathlib
+import types
 
+import numpy as np
 import pytest
 from commands import decode, names
+from PIL import Image
 from small_models import CASES, CLIP, PHOTO
 
 from elastic import media, metrics
 from elastic.config import ElasticTokConfig
 from elastic.pipeline import decode_files
 from elastic.tokenizer import ElasticTokenizer
-from elastic.tokens import TokenizedClip
+from elastic.tokens import TokenizedClip, write_shard
 
 
 def test_the_token_file_decodes_to_the_frames_that_the_report_measured(documented, golden):
@@ -30,6 +34,34 @@ def test_the_token_file_decodes_to_the_frames_that_the_report_measured(documente
     with media.open_clip(golden / "media" / CLIP, resolution=32, rate=4, max_frames=11) as clip:
         psnr = metrics.psnr(clip.read(), tokenizer.decode(tokens))
     assert psnr == json.loads((folder / "report.json").read_text())["totals"]["psnr"]
+
+
+@pytest.mark.parametrize(
+    ("path", "is_image", "output"),
+    [
+        ("out/tokens.npz", False, "out/decoded.mp4"),
+        ("out/tokens.npz", True, "out/decoded.png"),
+        ("out/unfinished/tokens.part", False, "out/decoded.mp4"),
+        ("cat.npz", False, "cat.decoded.mp4"),
+        ("shards/shard-00000.parquet", True, "shards/shard-00000.decoded.png"),
+    ],
+)
+def test_without_a_name_the_output_lies_beside_the_tokens(path, is_image, output):
+    clip = types.SimpleNamespace(is_image=is_image)
+    assert decode_files.default_output(path, clip) == pathlib.Path(output)
+
+
+def test_a_shard_of_one_clip_is_decoded_like_a_token_file(tokenizers, golden, tmp_path, capsys):
+    tokenizer = tokenizers["fsq"]
+    clip = tokenizer.encode(golden / "media" / PHOTO, num_tokens=8)
+    shard = tmp_path / "one.parquet"
+    write_shard(shard, [("photo", clip)])
+    decode_files.decode_to_file(tokenizer, decode_files.open_tokens(shard), tmp_path / "a.png")
+    found = np.asarray(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(found, tokenizer.decode(clip)[0])
+    write_shard(tmp_path / "two.parquet", [("a", clip), ("b", clip)])
+    assert decode(f"--input_path={tmp_path}/two.parquet") == 1
+    assert "holds 2 clips; choose one" in capsys.readouterr().err
 
 
 def test_another_model_is_refused_for_decoding(documented, tmp_path, capsys):

@@ -218,6 +218,8 @@ def test_results_are_written_where_no_default_command_reads(run):
             for name in ("--output_folder", "--output_path", "--logger.output_dir")
             if name in flags
         ]
+        if wrapper == "run_decode.sh":  # it writes beside what it reads
+            written = [flags["--input_path"]]
         assert written and all(path.startswith("outputs/") for path in written), wrapper
         read = flags.get("--input_path", flags.get("--train_dataset.vision_dataset.path"))
         assert read.startswith("example") or wrapper == "run_decode.sh"
@@ -252,13 +254,16 @@ def test_a_model_that_is_not_named_is_asked_for(run, arguments):
 
 def test_decoding_needs_only_the_tokens_and_the_model(run):
     for name in ("input_path", "tokens_path"):  # the second is its older name
-        arguments = run("run_decode.sh", output_path="gs://b/v.mp4", **{name: "t.npz"})
+        named = {"checkpoint_path": "example/fsq", "output_path": "gs://b/v.mp4"}
+        arguments = run("run_decode.sh", **named, **{name: "t.npz"})
         assert arguments[1:] == [
             "scripts/decode.py",
             "--input_path=t.npz",
             "--output_path=gs://b/v.mp4",
             "--load_checkpoint=example/fsq",
         ]
+        # The token file names its model, and the output lies beside it.
+        assert run("run_decode.sh", **{name: "t.npz"})[1:] == arguments[1:3]
     assert "outputs/fsq/tokens.npz" in flags_of(run("run_decode.sh"))["--input_path"]
 
 

@@ -9,7 +9,8 @@ def decode(flags: app.Values) -> int:
     from elastic.pipeline import decode_files, load_model, tokenize_files
 
     tokens = decode_files.open_tokens(flags["input_path"])
-    decode_files.check_decoded_name(flags["output_path"], tokens)
+    output = flags["output_path"] or decode_files.default_output(flags["input_path"], tokens)
+    decode_files.check_decoded_name(output, tokens)
     cpu_devices.set_up_cpu()
     spec = flags["load_checkpoint"] or decode_files.model_of(tokens)
     config = load_model.model_config(
@@ -22,10 +23,11 @@ def decode(flags: app.Values) -> int:
         dtype=flags["dtype"],
         mesh_dim=flags["mesh_dim"],
         window_blocks=tokens.window_blocks,
+        model_id=flags["load_checkpoint"] or tokens.model_id,
     )
     load_model.log_model(tokenizer)
     decode_files.decode_to_file(
-        tokenizer, tokens, flags["output_path"], follow=flags["follow"], batch=flags["batch"]
+        tokenizer, tokens, output, follow=flags["follow"], batch=flags["batch"]
     )
-    app.log.info("%s -> %s", tokens, flags["output_path"])
+    app.log.info("%s -> %s", tokens, output)
     return 0
