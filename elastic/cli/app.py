@@ -204,7 +204,9 @@ def _run_body(
                 _show_all()
             keep_programs()
             return body(values) or 0
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupted:
+            if isinstance(interrupted, _Signal):
+                interrupted.has_arrived = True
             print(f"{script.name}: interrupted.", file=sys.stderr)
             return _INTERRUPTED
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -390,33 +392,64 @@ def _show_all() -> None:
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
 
 
+class _Signal(BaseException):
+    """A signal on its way to the end of the program. One that is dropped on the way is sent anew.
+
+    Whoever drops it frees it: a callback from which nothing can be raised, a garbage collector's for instance, or an
+    `except:` that names nothing. JAX has one of those behind every compilation, which is when a signal that came
+    meanwhile is raised.
+    """
+
+    number = signal.SIGTERM
+    has_arrived = False
+
+    def __del__(self) -> None:
+        if not self.has_arrived:
+            again = threading.Timer(0.05, os.kill, (os.getpid(), self.number))
+            again.daemon = True
+            again.start()
+
+
+class _Terminated(_Signal, SystemExit):
+    """SIGTERM."""
+
+
+class _Interrupted(_Signal, KeyboardInterrupt):
+    """Ctrl-C."""
+
+    number = signal.SIGINT
+
+
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind.
-
-    Either may come while Python runs a callback from which nothing can be raised, a garbage collector's for instance. It is sent anew then.
-    """
+    """SIGTERM unwinds the stack like Ctrl-C does, so that nothing half-written stays behind; neither is lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(*_: Any) -> None:
-        raise SystemExit(_TERMINATED)
+    def terminate(*_: Any) -> None:
+        raise _Terminated(_TERMINATED)
 
-    def lost(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, SystemExit | KeyboardInterrupt):
+    def interrupt(*_: Any) -> None:
+        raise _Interrupted
+
+    def show(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, _Signal):
             hook(unraisable)
-            return
-        ended = isinstance(unraisable.exc_value, SystemExit)
-        number = signal.SIGTERM if ended else signal.SIGINT
-        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
-        again.daemon = True
-        again.start()
 
-    before, hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
-    sys.unraisablehook = lost
+    handlers: dict[int, Any] = {signal.SIGTERM: terminate}
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # else somebody took or ignores it
+        handlers[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    hook, sys.unraisablehook = sys.unraisablehook, show
     try:
         yield
+    except _Signal as arrived:
+        arrived.has_arrived = True
+        raise
     finally:
         sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The command line: names and values of flags, --help, and how errors end."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -360,23 +361,54 @@ def test_a_signal_unwinds_the_stack(number, code):
     assert left == [True]
 
 
-def test_a_signal_that_comes_where_nothing_can_be_raised_is_not_lost():
+def come(number):
+    os.kill(os.getpid(), number)
+    for _ in range(1000):  # the handler runs in here
+        pass
+
+
+def drop_in_a_callback(number):
     class Dying:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(1000):  # the handler runs in here, and what it raises is dropped
-                pass
+            come(number)
 
+    Dying()
+
+
+def drop_as_an_except_that_names_nothing_does(number):
+    with contextlib.suppress(BaseException):
+        come(number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("drop", [drop_in_a_callback, drop_as_an_except_that_names_nothing_does])
+def test_a_signal_that_is_dropped_comes_again(drop, number, code):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     reached = []
 
     def body(values):
-        Dying()
+        drop(number)
         reached.append(True)
         time.sleep(20)
 
-    with pytest.raises(SystemExit) as ended:
+    try:
+        ended = app.run(SMALL, body, ["--path=a"])
+    except SystemExit as left:
+        ended = left.code
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended == code and reached == [True]
+
+
+def test_a_signal_that_arrives_is_sent_once():
+    """The handlers of before are back by then; another signal would end this process."""
+
+    def body(values):
+        come(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
         app.run(SMALL, body, ["--path=a"])
-    assert ended.value.code == 143 and reached == [True]
+    time.sleep(0.2)
 
 
 def test_defaults_of_training_are_those_of_the_rooms():

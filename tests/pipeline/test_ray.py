@@ -178,6 +178,17 @@ def wait_for_tokens(process, folder):
     raise AssertionError(process.communicate())
 
 
+def wait_for_the_end_of_actors():
+    """Actors outlive a killed driver by seconds, and would write tokens in the name of the next one."""
+    alive = True
+    while alive:
+        time.sleep(0.1)
+        alive = False
+        for process in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                alive = alive or b"ray::ClipActor" in (process / "cmdline").read_bytes()
+
+
 @pytest.mark.slow
 def test_a_killed_driver_is_started_again_and_sigterm_leaves_with_143(golden, clips, tmp_path):
     folder = tmp_path / "out"
@@ -185,6 +196,7 @@ def test_a_killed_driver_is_started_again_and_sigterm_leaves_with_143(golden, cl
     wait_for_tokens(process, folder)
     process.kill()
     process.communicate()
+    wait_for_the_end_of_actors()
     process = start(golden, clips, folder)
     wait_for_tokens(process, folder)
     process.terminate()
