@@ -54,7 +54,7 @@ def main(clips: str, folder: str, model: str = "small-fsq") -> None:
     rows = ray.data.read_parquet(folder, columns=["id", "counts", "tokens"])
     for batch in rows.iter_batches(batch_size=4, batch_format="numpy"):
         for name, counts, ids in zip(batch["id"], batch["counts"], batch["tokens"], strict=True):
-            print(f"{name}: {len(counts)} blocks of {list(counts)} tokens, first ids {ids[:4]}")
+            print(f"{name}: {len(counts)} blocks of {counts.tolist()} tokens, first ids {ids[:4]}")
         break
 
 
