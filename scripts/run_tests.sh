@@ -43,19 +43,24 @@ fi
 if [[ "${1:-}" == --quick ]]; then
     exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow" "${quick[@]}" "${@:2}"
 fi
-types=("$PYTHON" -m pyright --pythonpath "$PYTHON")
+check_types=("$PYTHON" -m pyright --pythonpath "$PYTHON")
 if [[ "${1:-}" != --extras ]]; then
-    "${types[@]}"
+    "${check_types[@]}"
     exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow"
 fi
-# Types are checked while packages are installed, and beside those tests that leave a core free.
-found="$(mktemp)"
-"${types[@]}" >"$found" 2>&1 &
-checked=$! failed=0
+# Types are checked while packages are installed.
+said="$(mktemp -d)" failed=0
+"${check_types[@]}" >"$said/types" 2>&1 &
+types=$!
 install_extras
-# Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
-"$PYTHON" -m pytest -W default "${apart[@]}" || failed=1
-wait "$checked" || failed=1
-cat "$found" && rm "$found"
+wait "$types" || failed=1
+cat "$said/types"
+# Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error. They
+# run beside the others, as they wait for much; what they say comes last.
+"$PYTHON" -m pytest -W default "${apart[@]}" >"$said/apart" 2>&1 &
+apart_tests=$!
 "$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}" || failed=1
+wait "$apart_tests" || failed=1
+cat "$said/apart"
+rm -r "$said"
 exit "$failed"

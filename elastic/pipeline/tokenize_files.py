@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from elastic import media
-from elastic.io.progress import hide_bar
+from elastic.io.progress import Pace, hide_bar
 from elastic.media.inputs import find_clips
 from elastic.media.location import Place, local_path, name_of, place_of
 from elastic.media.tar_members import safe_path
@@ -121,7 +121,16 @@ def tokenize_file(
             postfix="compiling",  # shown until the first pass is done
         )
 
+        pace = Pace()
+
+        def tell(done: float) -> None:
+            # Where there is no bar: a log is not to be silent for hours.
+            if progress and bar.disable and pace.is_due():
+                whole = f" of {session.num_blocks}" if session.num_blocks else ""
+                log.info("%s: %d%s blocks are done.", name_of(result_folder.source), done, whole)
+
         def show(done: float) -> None:
+            tell(done)
             if on_progress is not None and session.num_blocks:
                 on_progress(min(done / session.num_blocks, 1.0))
             if session.num_done == session.first_block:
@@ -132,6 +141,7 @@ def tokenize_file(
         with bar:
             for block in session:
                 result_folder.add(block)
+                tell(session.num_done)
                 bar.set_postfix_str(f"{block.tokens.num_kept} tokens", refresh=False)
                 _advance(bar, session.num_done)
         return result_folder.finish(progress=progress)

@@ -14,6 +14,7 @@ from report_cases import read_report
 from small_models import CASES, CLIP, PHOTO
 
 from elastic import checkpoints, media
+from elastic.io import progress
 from elastic.io.atomic import locked
 from elastic.media import folders
 from elastic.metrics import mse_of_psnr, psnr_of_mse
@@ -141,6 +142,21 @@ def test_a_bar_moves_within_a_block_and_never_back():
     shown = re.findall(r"[0-9.]+/6", text.getvalue())
     assert shown[-1] == "2.0/6" and {"0.2/6", "0.8/6", "1.0/6"} <= {*shown}
     assert shown == sorted(shown)
+
+
+def test_where_no_bar_is_shown_the_log_says_how_far_it_is(
+    tokenizers, golden, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    options = EncodeOptions(num_tokens=8, rate=4.0, max_frames=4)
+    with caplog.at_level("INFO", logger="elastic"):
+        runs.tokenize_file(tokenizers["fsq"], golden / "media" / CLIP, tmp_path / "a", options)
+        runs.tokenize_file(
+            tokenizers["fsq"], golden / "media" / CLIP, tmp_path / "b", options, progress=False
+        )
+    told = [line for line in caplog.messages if line.endswith("blocks are done.")]
+    assert told[-1] == f"{CLIP}: 2 of 2 blocks are done."
+    assert len(told) == len(set(told))  # the second run said nothing
 
 
 def test_an_image_is_one_block_and_gives_a_picture(tokenizers, golden, tmp_path):

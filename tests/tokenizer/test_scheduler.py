@@ -28,7 +28,7 @@ class Cache(NamedTuple):
 class ModelCodec:
     """Arithmetic in place of a model: a block's loss is its first pixel, over the count; its pixels say the count."""
 
-    config, mesh = CONFIG, None
+    config, mesh, model_seconds = CONFIG, None, 0.0
 
     def __init__(self, trial_bytes=0):
         self.bytes, self.calls = trial_bytes, []
