@@ -55,12 +55,8 @@ types=$!
 install_extras
 wait "$types" || failed=1
 cat "$said/types"
-# Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error. They
-# run beside the others, as they wait for much; what they say comes last.
-"$PYTHON" -m pytest -W default "${apart[@]}" >"$said/apart" 2>&1 &
-apart_tests=$!
-"$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}" || failed=1
-wait "$apart_tests" || failed=1
-cat "$said/apart"
 rm -r "$said"
+"$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}" || failed=1
+# Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
+"$PYTHON" -m pytest -W default "${apart[@]}" || failed=1
 exit "$failed"
