@@ -49,13 +49,13 @@ if [[ "${1:-}" != --extras ]]; then
     exec "$PYTHON" -m pytest "${processes[@]}" -m "not slow"
 fi
 # Types are checked while packages are installed.
-said="$(mktemp -d)" failed=0
-"${check_types[@]}" >"$said/types" 2>&1 &
+said="$(mktemp)" failed=0
+"${check_types[@]}" >"$said" 2>&1 &
 types=$!
 install_extras
 wait "$types" || failed=1
-cat "$said/types"
-rm -r "$said"
+cat "$said"
+rm "$said"
 "$PYTHON" -m pytest "${processes[@]}" "${apart[@]/#/--ignore=}" "${@:2}" || failed=1
 # Browser, notebook and Ray have a process of their own: their libraries leave sockets open, which here is an error.
 "$PYTHON" -m pytest -W default "${apart[@]}" || failed=1
