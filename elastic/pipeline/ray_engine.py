@@ -282,7 +282,7 @@ class _Actors:
     ):
         import ray  # pyright: ignore[reportMissingImports]
 
-        self._ray = ray
+        self._ray: Any = ray
         resources = ray.cluster_resources()
         self.number, self._takes = _resources(resources, engine.ray_actors, embedded=embedded)
         # One task at a time; a task is not repeated by Ray, because the driver counts what has crashed.
