@@ -5,7 +5,6 @@ flags are in `elastic.cli.flags` and `elastic.cli.flags_train`.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import logging
 import os
@@ -24,7 +23,6 @@ from absl import flags
 from elastic.cli.flags import ENCODING
 from elastic.cli.options import name_flags, words
 from elastic.cli.script import Flag, Script, Values
-from elastic.config import ElasticTokConfig
 from elastic.io.user_cache import keep_programs
 from elastic.tokenizer.targets import EncodeOptions
 
@@ -194,19 +192,18 @@ def _run_body(
 ) -> int:
     """As `run`, but a write to a pipe whose reader has left raises BrokenPipeError."""
     debug = False
-    with _logging(script), _termination():
+    with _logging(script):
         try:
-            values = parse(script, arguments)
-            debug = values["debug"]
-            if any(flag.name == "verbose" for flag in script.flags) and values["verbose"]:
-                logging.getLogger("elastic").setLevel(logging.DEBUG)
-            if debug:
-                _show_all()
-            keep_programs()
-            return body(values) or 0
-        except KeyboardInterrupt as interrupted:
-            if isinstance(interrupted, _Signal):
-                interrupted.has_arrived = True
+            with _termination():
+                values = parse(script, arguments)
+                debug = values["debug"]
+                if any(flag.name == "verbose" for flag in script.flags) and values["verbose"]:
+                    logging.getLogger("elastic").setLevel(logging.DEBUG)
+                if debug:
+                    _show_all()
+                keep_programs()
+                return body(values) or 0
+        except KeyboardInterrupt:
             print(f"{script.name}: interrupted.", file=sys.stderr)
             return _INTERRUPTED
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -296,8 +293,10 @@ def _refuse_unbuilt(flag: Flag, value: Any, *, given: bool) -> None:
 
 def _way_to(name: str, known: list[str]) -> str:
     """How an unknown flag is meant: as an option of the model's, or as the flag that is nearly called that."""
+    from elastic.config import option_names  # only here: `--help` needs none of them
+
     changes = "update_elastic_config"
-    if changes in known and name in {field.name for field in dataclasses.fields(ElasticTokConfig)}:
+    if changes in known and name in option_names():
         return f' It is an option of the model: --{changes}="dict({name}=...)".'
     return _nearest(name, known)
 
@@ -438,9 +437,8 @@ def _termination() -> Iterator[None]:
             hook(unraisable)
 
     handlers: dict[int, Any] = {signal.SIGTERM: terminate}
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else somebody took or ignores it
+    # Where somebody else takes Ctrl-C, or ignores it, it stays theirs.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     hook, sys.unraisablehook = sys.unraisablehook, show
