@@ -118,7 +118,7 @@ def _schema(place: str, *_: Any) -> Any:
 
 
 def plain_columns(place: str, column: str) -> tuple[str, ...]:
-    """The columns of a Parquet file that hold metadata: all but the given one and those of bytes."""
+    """The metadata columns of a Parquet file. The given column and the columns of bytes are left out."""
     schema = _schema(place, *facts_of(place))
     return tuple(f.name for f in schema if f.name != column and not holds_bytes(f.type))
 
@@ -209,7 +209,7 @@ class HubFiles(NamedTuple):
     """The files of a split of a data set.
 
     Attributes:
-      files: their paths or URLs, in the order of the rows; on the Hub, those of one commit.
+      files: paths or URLs, in the order of the rows. URLs of the Hub name one commit.
       schema: pyarrow's schema of the rows, where the data set's card tells it.
     """
 
@@ -256,7 +256,7 @@ def read_hub_row(place: str, column: str, row: int) -> dict[str, Any]:
 
 
 def plain_hub_columns(place: str, column: str) -> tuple[str, ...]:
-    """The columns of a data set that hold metadata: all but the given one and those of bytes."""
+    """The metadata columns of a data set. The given column and the columns of bytes are left out."""
     kinds = hub_rows(place).features.arrow_schema
     return tuple(f.name for f in kinds if f.name != column and not holds_bytes(f.type))
 

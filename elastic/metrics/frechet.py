@@ -41,10 +41,7 @@ def load_network(name: Literal["fvd", "fid"], path: str | os.PathLike) -> Networ
     Raises:
       ValueError: PyTorch is not installed, there is no such file, or it is no TorchScript of this network.
     """
-    flag, what = (
-        f"--{name}_weights",
-        f"the TorchScript file of {'I3D' if name == 'fvd' else 'Inception'}",
-    )
+    flag, what = f"--{name}_weights", f"the TorchScript file of {NETWORKS[name]}"
     try:
         torch = importlib.import_module("torch")
     except ImportError:
@@ -54,6 +51,7 @@ def load_network(name: Literal["fvd", "fid"], path: str | os.PathLike) -> Networ
     if not os.path.isfile(path):
         raise ValueError(f"{flag}={os.fspath(path)!r} is no file; name {what}.")
     try:
+        # No unpickling: PyTorch reads TorchScript with an interpreter of its own, which runs no Python.
         network: Any = torch.jit.load(os.fspath(path), map_location="cpu").eval()
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

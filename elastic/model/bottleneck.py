@@ -15,9 +15,8 @@ from elastic.config import ElasticTokConfig
 
 _EPS = 1e-3  # shrinks the range a little, so that tanh reaches the outermost FSQ level
 _KL_WEIGHT = 1e-8
-_LARGE_CODEBOOK = (
-    1 << 20
-)  # from here on an array with a number for each code takes more than the tokens
+# From here on an array with a number for each code takes more than the tokens.
+_LARGE_CODEBOOK = 1 << 20
 
 
 class Bottlenecked(NamedTuple):

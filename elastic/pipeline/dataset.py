@@ -132,7 +132,7 @@ class Progress:
 
     Args:
       shards: the shards of the run.
-      mine: those of this process.
+      mine: the shards of this process.
       shown: show the bar; at the end the log has its last figures in any case.
       models: how many models work at once.
     """

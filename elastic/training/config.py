@@ -26,7 +26,7 @@ _LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, in which a step
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and its schedule: flags `--optimizer.*`. The defaults are those of the released scripts.
+    """The optimizer and its schedule: flags `--optimizer.*`. The released scripts have the same defaults.
 
     Raises:
       ValueError: an option is out of its range.
