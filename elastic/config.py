@@ -75,6 +75,7 @@ class ElasticTokConfig:
     ] = ()  # '3d': channel pairs for time, rows, columns; (): 1/4, 3/8, 3/8
     rope_bases: tuple[int, ...] = (1000, 100, 100)  # '3d': takes the place of theta
     lapped_output: bool = False  # every token paints twice its patch; neighbours blend
+    patch_group: int = 1  # tokens of a square of patches that code it together, one after another
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
     fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -118,7 +119,7 @@ class ElasticTokConfig:
     def _check(self) -> None:
         positive = (
             "hidden_size intermediate_size num_encoder_layers num_decoder_layers num_attention_heads rms_norm_eps theta "
-            "max_sequence_length frames_per_block min_toks max_toks vae_bottleneck_dim scan_query_chunk_size "
+            "max_sequence_length frames_per_block min_toks max_toks patch_group vae_bottleneck_dim scan_query_chunk_size "
             "scan_key_chunk_size scan_mlp_chunk_size"
         )
         for name in positive.split():
@@ -188,6 +189,12 @@ class ElasticTokConfig:
             f"lapped_output=True needs patches of even rows and columns, not patch_size={self.patch_size}: "
             "half of a neighbour's patch is painted.",
         )
+        _ = self.group_shape
+        _require(
+            self.patch_group == 1
+            or (self.token_order == "coarse_to_fine" and self.condition_decoder),
+            f"patch_group={self.patch_group} needs token_order='coarse_to_fine' and condition_decoder=True.",
+        )
 
     @property
     def resolution(self) -> int:
@@ -220,6 +227,32 @@ class ElasticTokConfig:
     def slice_shape(self) -> tuple[int, int]:
         """Rows and columns of patches in a slice."""
         return self.resolution // self.patch_size[1], self.resolution // self.patch_size[2]
+
+    @property
+    def group_shape(self) -> tuple[int, int]:
+        """Rows and columns of patches in a group of `patch_group` patches; a group is square in pixels."""
+        _, ph, pw = self.patch_size
+        side = math.isqrt(self.patch_group * ph * pw)
+        shape = side // ph, side // pw
+        fits = self.patch_group == 1 or (
+            shape[0] * ph == shape[1] * pw == side
+            and math.prod(shape) == self.patch_group
+            and all(size & (size - 1) == 0 for size in shape)
+            and self.resolution % side == 0
+        )
+        _require(
+            fits,
+            f"patch_group={self.patch_group} patches of patch_size={self.patch_size} are no square whose sides have a "
+            f"power of two of patches and divide the frame's {self.resolution} pixels.",
+        )
+        return (1, 1) if self.patch_group == 1 else shape
+
+    @property
+    def group_size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a group of patches in pixels; without groups the patch size."""
+        frames, rows, columns = self.patch_size
+        down, right = self.group_shape
+        return frames, down * rows, right * columns
 
     @property
     def rope_pairs(self) -> tuple[int, ...]:
@@ -377,7 +410,7 @@ _SHAPE_OPTIONS = frozenset(
     patch_size max_toks bottleneck_type fsq_quant_levels vae_bottleneck_dim""".split()
 )
 _LATER_SHAPE_OPTIONS = (
-    "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output",
+    "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output", "patch_group",
 )  # fmt: skip
 
 _SMALL = dict(

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -180,16 +181,26 @@ class TrainingData:
         self._started.append(batches)
         return batches
 
-    def sample_patches(self, count: int) -> UInt8[np.ndarray, "n p"]:
+    def sample_patches(
+        self, count: int, patch_size: tuple[int, int, int] | None = None
+    ) -> UInt8[np.ndarray, "n p"]:
         """At least `count` patches of randomly drawn sequences, the same in every call.
+
+        Args:
+          count: how many.
+          patch_size: frames, rows and columns that divide those of a block; None: the model's patches.
 
         Raises:
           ValueError: nothing can be decoded.
         """
+        spec = self._spec
+        if patch_size is not None:
+            spec = dataclasses.replace(spec, patch_size=patch_size, token_order="raster")
         rng = np.random.default_rng((self.data.seed, 3))
         # The sequences are scattered: the rest of a span would be decoded in vain.
-        reader = SequenceReader(self._spec, self.plan, whole_spans=False)
-        per_sequence = min(count, 160)  # so that they come from many files
+        reader = SequenceReader(spec, self.plan, whole_spans=False)
+        per_block = spec.frames_per_block * spec.resolution**2 // math.prod(spec.patch_size)
+        per_sequence = min(count, 160, per_block)  # so that they come from many files
         found: list[np.ndarray] = []
         with concurrent.futures.ThreadPoolExecutor(max(1, self.data.workers)) as pool:
             for _ in range(20):  # one round is enough unless files are damaged

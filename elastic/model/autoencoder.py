@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from elastic import ops
 from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
-from elastic.model import lapped, token_masks
+from elastic.model import groups, lapped, token_masks
 from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
 from elastic.model.layers import KVPair, LayerStack, Linear, Module, RMSNorm
 
@@ -52,6 +52,38 @@ class Coder(Module):
         )
         return jnp.where(kept[..., None], is_kept, is_masked)
 
+    def add_stage(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """The tokens plus a learned vector of their stage in their group of patches."""
+        shape = (self.config.patch_group, self.config.hidden_size)
+        init = nn.initializers.normal(self.config.initializer_range)
+        stages = self.stored_param("stage_embed", init, shape).astype(jnp.float32)
+        return (groups.by_stage(x, self.config) + stages[None, None, :, None]).reshape(x.shape)
+
+    def project(self, x: Float[Array, "b l i"], features: int, name: str) -> Float[Array, "b l o"]:
+        """A matrix product; with groups of patches each stage has its own matrix."""
+        if self.config.patch_group == 1:
+            return Linear(features=features, name=name, **self.common())(x)
+        return StageLinear(features=features, name=name, **self.common())(x)
+
+
+class StageLinear(Module):
+    """A matrix product without a bias, with one matrix for each stage of a group of patches."""
+
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l i"]) -> Float[Array, "b l o"]:
+        """The product, in float32."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        shape = (self.config.patch_group, x.shape[-1], self.features)
+        kernel = self.stored_param("kernel", init, shape)
+        staged = groups.by_stage(x, self.config)
+        products = [
+            ops.dense(staged[:, :, stage], kernel[stage], self.dtype)
+            for stage in range(self.config.patch_group)
+        ]
+        return jnp.stack(products, axis=2).reshape(*x.shape[:-1], self.features)
+
 
 class Encoder(Coder):
     """Patches -> latents of the bottleneck. With `condition_encoder` it sees which tokens will be kept."""
@@ -64,14 +96,24 @@ class Encoder(Coder):
     ) -> tuple[Float[Array, "b l z"], KVPair | None]:
         """The latents before the bottleneck, and with a cache the new keys and values of every layer."""
         common, config = self.common(), self.config
-        x = Linear(features=config.hidden_size, name="in_proj", **common)(batch.patches)
+        grouped = config.patch_group > 1
+        patches = groups.join(batch.patches, config) if grouped else batch.patches
+        x = Linear(features=config.hidden_size, name="in_proj", **common)(patches)
+        if grouped:
+            x = self.add_stage(groups.spread(x, config))
         if config.condition_encoder:
             x = x + self.kept_embedding(batch.kept)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_encoder_layers, name="encoder_blocks", **common)
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
-        return Linear(features=self.num_latents, name="pre_quant", **common)(x), new_kv
+        latents = self.project(x, self.num_latents, "pre_quant")
+        bottleneck = make_bottleneck(config)
+        if grouped and isinstance(bottleneck, FSQ):  # nothing is lost in the other one's codes
+            shape = (config.patch_group, config.patch_group * config.code_dim, config.code_dim)
+            weights = self.stored_param("correction", nn.initializers.zeros, shape)
+            latents = groups.correct(latents, weights.astype(jnp.float32), bottleneck, config)
+        return latents, new_kv
 
 
 class Decoder(Coder):
@@ -86,17 +128,30 @@ class Decoder(Coder):
         Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
         """
         common, config = self.common(), self.config
-        x = Linear(features=config.hidden_size, name="post_quant", **common)(codes)
+        x = self.project(codes, config.hidden_size, "post_quant")
+        if config.patch_group > 1:
+            x = self.add_stage(x)
         if config.condition_decoder:
             x = x + self.kept_embedding(batch.kept)
         x = constrain(x, self.mesh, "batch", "sequence", None)
         layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **common)
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
-        features = lapped.WINDOW * config.patch_dim if config.lapped_output else config.patch_dim
+        features = config.patch_group * config.patch_dim
+        if config.patch_group > 1:
+            shape = (config.patch_group, config.hidden_size)
+            scale = self.stored_param("stage_scale", nn.initializers.ones, shape)
+            x = (
+                groups.by_stage(x, config) * scale.astype(jnp.float32)[None, None, :, None]
+            ).reshape(x.shape)
+            x = groups.total(x, batch.kept, config)
+        if config.lapped_output:
+            features *= lapped.WINDOW
         x = Linear(features=features, name="out_proj", **common)(x)
         if config.lapped_output:
             x = lapped.overlap_add(x, config)
+        if config.patch_group > 1:
+            x = groups.split(x, config)
         return jnp.tanh(x), new_kv
 
 

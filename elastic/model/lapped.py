@@ -1,7 +1,8 @@
 """Lapped output: every token paints a window of twice its patch, and the windows of neighbours blend.
 
 The window is a raised cosine, as in lapped transforms (Malvar and Staelin 1989): shifted by a patch, its values sum to
-one. At the edge of the frame, where no neighbour is, the sum is divided by what the windows sum to.
+one. At the edge of the frame, where no neighbour is, the part of a window beyond the edge is folded back, as a mirror
+shows it; so the weights sum to one there too.
 """
 
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Arr
     """Windows of whole blocks -> patches, linear in the windows.
 
     Args:
-      x: a window of each token, float32 [batch, tokens, frames * 2 rows * 2 columns * 3] of a patch, in that order.
+      x: a window of each token, float32 [batch, tokens, frames * 2 rows * 2 columns * 3] of a patch, in that order; with
+        `patch_group` of each group of patches.
       config: the model; gives the patch size and the order of tokens.
     """
-    frames, rows, columns = config.patch_size
-    down, right = config.slice_shape
+    frames, rows, columns = config.group_size
+    down, right = config.resolution // rows, config.resolution // columns
     x = reorder(x, token_numbers(down, right, config.token_order))
     x = rearrange(
         x,
@@ -58,16 +60,14 @@ def raised_cosine(size: int) -> Float[np.ndarray, "w"]:
 def _blend(x: Array, *, place_axis: int, window_axis: int) -> Array:
     """Adds the windows along one direction; the window's axis shrinks to the patch."""
     x = jnp.moveaxis(x, (place_axis, window_axis), (-2, -1))
-    count, size = x.shape[-2], x.shape[-1] // 2
+    size = x.shape[-1] // 2
     ones = (1,) * (x.ndim - 2)
     weight = raised_cosine(size).astype(np.float32)
     # Quarters of a window: the neighbour before, both halves of the patch itself, the neighbour after.
     before, first, second, after = jnp.split(x * weight.reshape(*ones, 1, -1), 4, axis=-1)
-    none = jnp.zeros_like(before[..., :1, :])
-    first = first + jnp.concatenate([none, after[..., :-1, :]], axis=-2)
-    second = second + jnp.concatenate([before[..., 1:, :], none], axis=-2)
-    half = size // 2
-    total = np.ones((count, size), np.float32)
-    total[0, :half], total[-1, half:] = weight[half:size], weight[size : size + half]
-    x = jnp.concatenate([first, second], axis=-1) / total.reshape(*ones, count, size)
-    return jnp.moveaxis(x, (-2, -1), (place_axis, window_axis))
+    # At the edge of the frame the neighbour is the window's own part beyond the edge, mirrored.
+    first = first + jnp.concatenate([before[..., :1, ::-1], after[..., :-1, :]], axis=-2)
+    second = second + jnp.concatenate([before[..., 1:, :], after[..., -1:, ::-1]], axis=-2)
+    return jnp.moveaxis(
+        jnp.concatenate([first, second], axis=-1), (-2, -1), (place_axis, window_axis)
+    )

@@ -13,6 +13,7 @@ Where a block has several slices in time, one head of the decoder's last layer a
 values of the token at the same place in the last earlier slice that kept it. A still shot then needs one slice only.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -23,15 +24,29 @@ from jaxtyping import Float, UInt8
 from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.model.lapped import repeat_border
+from elastic.model.linear_groups import write_groups
+from elastic.model.linear_parts import (
+    CONSTANT,
+    LOGVAR,
+    MASKED,
+    encoder_scale,
+    principal_components,
+    silence,
+    write_encoder_layers,
+    write_interpolating,
+    write_kept_marks,
+)
 from elastic.patches import to_unit_range
 
-_CONSTANT = 16.0  # the constant channel's value
 _SIGNAL = 0.04  # energy of the other channels, as a fraction of the constant's energy
-_MASKED = 4.0  # the value that marks the encoder's kept tokens (+) and dropped tokens (-)
-_IN_TIME, _IN_SPACE = 0.4, 1.0  # logits per pair of channels of the interpolating head
 _SHARP = 4.0  # logits of a kept token's query, as a multiple of a dropped token's
 _COPIED = 3.0  # what the interpolating head adds, as a multiple of what a token holds
-_LOGVAR = -5.0  # log variance of the VAE's samples; its means have variance 1
+
+
+def sample_size(config: ElasticTokConfig) -> tuple[int, int, int]:
+    """Frames, rows and columns of the patches that `linear_init` takes: with groups of patches, two by two groups."""
+    frames, rows, columns = config.group_size
+    return (frames, 2 * rows, 2 * columns) if config.patch_group > 1 else config.patch_size
 
 
 def linear_init(
@@ -42,7 +57,7 @@ def linear_init(
     Args:
       params: randomly initialized parameters with stacked layers.
       config: the model.
-      patches: a sample of training patches [n, p], uint8 pixels; some ten thousand.
+      patches: a sample of training patches of `sample_size` [n, p], uint8 pixels; some ten thousand.
 
     Raises:
       ValueError: the layers are numbered, the model is too narrow, or there are too few patches.
@@ -59,20 +74,22 @@ def linear_init(
             f"A linear start of {code_dim} code channels needs hidden_size of {code_dim + 2} and intermediate_size of "
             f"{2 * code_dim} or more, not {width} and {config.intermediate_size}."
         )
-    if len(patches) < 4 * config.patch_dim:
+    # A square of two by two groups holds four samples of as many numbers as a quarter of it.
+    enough = (1 if config.patch_group > 1 else 4) * math.prod(config.group_size) * 3
+    if len(patches) < enough:
         raise ValueError(
-            f"{len(patches)} patches are too few for components of {config.patch_dim} numbers; "
-            f"use {4 * config.patch_dim} or more."
+            f"{len(patches)} patches are too few for components of {math.prod(config.group_size) * 3} numbers; "
+            f"use {enough} or more."
         )
     params = jax.tree.map(lambda x: np.array(x, np.float32), params)
     pixels = to_unit_range(patches)
-    mean = pixels.mean(axis=0)
-    variance, basis = np.linalg.eigh(np.cov((pixels - mean).T))
-    variance, basis = variance[::-1].clip(1e-8), basis[:, ::-1]
+    if config.patch_group > 1:
+        write_groups(params, config, pixels)
+        return params
+    mean, variance, basis = principal_components(pixels, pixels.shape[1])
     components = (pixels - mean) @ basis[:, :code_dim]
     gain, codes = _codes_of(config, components)
-    scale = float(_CONSTANT * np.sqrt(_SIGNAL / variance.sum()))
-    _write_encoder(params["encoder"], config, mean, variance, basis, gain, scale)
+    _write_encoder(params["encoder"], config, mean, variance, basis, gain)
     _write_decoder(params["decoder"], config, pixels, codes)
     return params
 
@@ -105,32 +122,16 @@ def _write_encoder(
     variance: np.ndarray,
     basis: np.ndarray,
     gain: np.ndarray,
-    scale: float,
 ) -> None:
-    width = config.hidden_size
-    constant, masked, signals = width - 1, width - 2, min(width - 2, config.patch_dim)
-    projection = np.zeros((config.patch_dim, width), np.float32)
-    projection[:, :signals] = scale * basis[:, :signals]
-    encoder["in_proj"]["kernel"] = projection
-    for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
-        embedding = -mean @ projection
-        embedding[constant], embedding[masked] = _CONSTANT, sign * _MASKED
-        encoder[name] = embedding[None].astype(np.float32)
-    # The mean square of the residual stream, by whose root a norm divides; tokens differ from it a little.
-    square = (_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / width
-    deviation = scale * np.sqrt(variance[:signals] / square)
-    layers = encoder["encoder_blocks"]["scan_decoder"]
-    for name in ("attention_norm", "ffn_norm"):
-        # Layers see every component. The weights reduce the dominance of the strong components.
-        weight = layers[name]["kernel"]
-        weight[:, :signals] = (deviation / deviation[0]) ** 0.5 / deviation
-        weight[:, constant] = np.sqrt(square) / _CONSTANT
-        weight[:, masked] = np.sqrt(square) / _MASKED
-    _silence(layers)
+    scale = encoder_scale(_SIGNAL, variance)
+    signals = min(config.hidden_size - 2, config.patch_dim)
+    square = write_encoder_layers(encoder, config, mean, variance, basis[:, :signals], scale)
     latents = np.zeros_like(encoder["pre_quant"]["kernel"])
     channel = np.arange(len(gain))
     latents[channel, channel] = gain * np.sqrt(square) / scale
-    latents[constant, len(gain) :] = _LOGVAR * np.sqrt(square) / _CONSTANT  # an empty slice for FSQ
+    latents[config.hidden_size - 1, len(gain) :] = (
+        LOGVAR * np.sqrt(square) / CONSTANT
+    )  # an empty slice for FSQ
     encoder["pre_quant"]["kernel"] = latents
 
 
@@ -140,30 +141,35 @@ def _write_decoder(
     width, num_codes = config.hidden_size, codes.shape[1]
     constant = width - 1
     energy = float(np.sum(codes**2, axis=1).mean())
-    scale = float(_CONSTANT * np.sqrt(_SIGNAL / energy))
+    scale = float(CONSTANT * np.sqrt(_SIGNAL / energy))
     projection = np.zeros((num_codes, width), np.float32)
     channel = np.arange(num_codes)
     projection[channel, channel] = scale
     decoder["post_quant"]["kernel"] = projection
     layers = decoder["decoder_blocks"]["scan_decoder"]
-    _silence(layers)
-    square = _CONSTANT**2 * (1 + _SIGNAL) / width
+    silence(layers)
+    square = CONSTANT**2 * (1 + _SIGNAL) / width
     if config.condition_decoder:
-        for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
-            decoder[name][:] = 0.0
-            decoder[name][0, constant], decoder[name][0, constant - 1] = _CONSTANT, sign * _MASKED
-        mark = _MASKED
+        square = write_kept_marks(decoder, config, _SIGNAL)
         if config.rope == "3d" and config.head_dim > num_codes:
-            _write_interpolating(layers["attention"], config, num_codes)
-            mark /= 1 + _COPIED  # all else has grown by this factor
-        square += mark**2 / width
+            write_interpolating(
+                layers["attention"],
+                config,
+                channel,
+                square=square,
+                copied=_COPIED,
+                sharp=_SHARP,
+                constant_too=True,
+            )
+            # All but the mark has grown by the same factor.
+            square -= MASKED**2 * (1 - (1 + _COPIED) ** -2) / width
     else:
         _write_constant(layers["feed_forward"], num_codes)
         slices = config.slices_per_block
         has_layers = config.num_decoder_layers > 2 and config.head_dim > num_codes
         if slices > 1 and has_layers and config.rope == "1d":
             _write_copying(layers["attention"], config, slices, num_codes)
-    seen = np.concatenate([codes * scale, np.full((len(codes), 1), _CONSTANT)], axis=1)
+    seen = np.concatenate([codes * scale, np.full((len(codes), 1), CONSTANT)], axis=1)
     solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
     if config.lapped_output:
         solution = repeat_border(solution, config.patch_size)
@@ -180,36 +186,7 @@ def _write_constant(weights: dict[str, Any], num_codes: int) -> None:
         kernel[:, : 2 * num_codes] = 0.0
         kernel[channel, 2 * channel], kernel[channel, 2 * channel + 1] = 1.0, -1.0
     kernel = weights["w2"]["kernel"][0]
-    kernel[: 2 * num_codes, -1] = _CONSTANT / kernel.shape[1]
-
-
-def _write_interpolating(
-    attention: dict[str, Any], config: ElasticTokConfig, num_codes: int
-) -> None:
-    """Writes the first head of the decoder's last layer: dropped tokens become a mean of kept ones, by distance.
-
-    The logit of a query and a key that are `d` apart along an axis is the sum of cos(frequency * d) over the pairs of
-    the axis. Frequencies are a geometric sequence, so the sum falls as -log d: the weights of the mean are powers of
-    distance, as in inverse distance weighting (Shepard 1968), whatever the density of kept tokens. The keys of dropped
-    tokens have the opposite sign, which hides them. The queries of kept tokens are larger, so that these attend to
-    themselves.
-    """
-    dim, constant, masked = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
-    # After a norm the constant and the mark are these.
-    root = np.sqrt((_CONSTANT**2 * (1 + _SIGNAL) + _MASKED**2) / config.hidden_size)
-    one, mark = root / _CONSTANT, root / _MASKED
-    query, key, value, out = (attention[name]["kernel"][-1] for name in ("wq", "wk", "wv", "wo"))
-    query[:, :dim] = key[:, :dim] = value[:, :dim] = out[:dim] = 0.0
-    time, rows, columns = config.rope_pairs
-    # The logit's weight of each pair, before the division by the root of head_dim.
-    weight = np.repeat([_IN_TIME, _IN_SPACE, _IN_SPACE], [time, rows, columns]) * np.sqrt(dim)
-    key[masked, 0:dim:2] = mark
-    query[constant, 0:dim:2] = weight * one * (_SHARP + 1) / 2
-    query[masked, 0:dim:2] = weight * mark * (_SHARP - 1) / 2
-    channel = np.arange(num_codes)
-    value[channel, channel] = 1.0
-    out[channel, channel] = _COPIED * root
-    value[constant, num_codes], out[num_codes, constant] = 1.0, _COPIED * root
+    kernel[: 2 * num_codes, -1] = CONSTANT / kernel.shape[1]
 
 
 def _write_copying(
@@ -242,12 +219,6 @@ def _write_copying(
     channel = np.arange(num_codes)
     value[-1, channel, channel] = out[-1, channel, channel] = 1.0
     value[-1, constant, num_codes] = out[-1, num_codes, constant] = 1.0
-
-
-def _silence(layers: dict[str, Any]) -> None:
-    """Makes layers add nothing to the residual stream: random ones cost 5 dB, and hundreds of steps to regain it."""
-    for part, name in (("attention", "wo"), ("feed_forward", "w2")):
-        layers[part][name]["kernel"][:] = 0.0
 
 
 def _fit_through_tanh(

@@ -22,7 +22,7 @@ from elastic.distributed.sharding import param_shardings
 from elastic.io.atomic import atomic_open
 from elastic.model import init_params
 from elastic.model.add_options import add_options, added_options, before_options
-from elastic.model.linear_init import linear_init
+from elastic.model.linear_init import linear_init, sample_size
 from elastic.training.checkpoints import Checkpoints, absolute
 from elastic.training.config import SaveConfig, TrainConfig
 from elastic.training.step import TrainState, new_state
@@ -35,7 +35,7 @@ PRETRAINED = "pretrained"  # at the end: config.json and model.safetensors, for 
 CONFIG_FILE = "config.json"
 STATE_FILE = "streaming_train_state"
 PARAMS_FILE = "params"
-_START_PATCHES = 40_000  # what a linear start is computed from
+_START_PATCHES, _START_GROUPS = 40_000, 6_000  # what a linear start is computed from
 # Options that decide what a state consists of, and their values in runs that did not know them.
 _OF_STATE = {
     "type": "adamw",
@@ -243,13 +243,13 @@ def first_state(
     model_config: ElasticTokConfig,
     optimizer: optax.GradientTransformation,
     layout: tuple[TrainState, TrainState],
-    sample_patches: Callable[[int], np.ndarray],
+    sample_patches: Callable[[int, tuple[int, int, int]], np.ndarray],
 ) -> TrainState:
     """The state of a new run: new moments around loaded or fresh parameters, or a released state.
 
     Args:
       layout: of `state_layout`.
-      sample_patches: gives training patches, which a linear start is computed from.
+      sample_patches: gives training patches, this many of this size, which a linear start is computed from.
     """
     like, shardings = layout
     if config.load_checkpoint.startswith("trainstate::"):
@@ -266,8 +266,12 @@ def first_state(
             loaded = add_options(loaded, before, model_config)
     elif config.init == "linear":
         # On all hosts alike: NumPy and the seed alone decide.
+        size = sample_size(model_config)
+        # Groups of patches are larger and their codec takes minutes.
+        count = _START_PATCHES if size == model_config.patch_size else _START_GROUPS
+        log.info("Computing a linear codec of %d samples of %s pixels.", count, size)
         loaded = linear_init(
-            _drawn(config, model_config), model_config, sample_patches(_START_PATCHES)
+            _drawn(config, model_config), model_config, sample_patches(count, size)
         )
     else:
         start = jax.jit(

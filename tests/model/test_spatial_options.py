@@ -23,6 +23,7 @@ OPTIONS = dict(
     rope_split=(4, 6, 6),
     condition_decoder=True,
     lapped_output=True,
+    patch_group=4,
 )
 
 
@@ -89,7 +90,7 @@ def test_raster_order_is_no_order_at_all():
 
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
 def test_logits_depend_on_the_distance_in_time_rows_and_columns_alone(token_order):
-    config = released.config("vae", **OPTIONS | dict(token_order=token_order))
+    config = released.config("vae", **OPTIONS | dict(token_order=token_order, patch_group=1))
     rows, columns = config.slice_shape
     numbers = token_numbers(rows, columns, token_order)
 
@@ -144,7 +145,7 @@ def test_options_added_to_trained_parameters_begin_with_what_the_model_computed(
 
 def test_added_options_give_the_tree_of_the_new_model_and_none_is_taken_away():
     old = released.config("vae", condition_encoder=False)
-    new = old.replace(**OPTIONS, condition_encoder=True)
+    new = old.replace(**OPTIONS | dict(patch_group=1), condition_encoder=True)
     before = jax.device_get(init_params(old, jax.random.key(2)))
     after = add_options(before, old, new)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(new))
@@ -164,7 +165,7 @@ def test_added_options_give_the_tree_of_the_new_model_and_none_is_taken_away():
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
 @pytest.mark.parametrize("patch_size", [(2, 8, 8), (1, 4, 8)], ids=str)
 def test_windows_cut_from_a_picture_blend_to_that_picture(patch_size, token_order):
-    """The windows sum to one everywhere, at the edges too, and every token stands at its place."""
+    """The windows sum to one everywhere, and every token stands at its place; beyond the edges is a mirror."""
     config = ElasticTokConfig(
         patch_size=patch_size, max_toks=(64 if patch_size[0] == 2 else 256) // 2, min_toks=1,
         frames_per_block=4, max_sequence_length=1024, token_order=token_order, lapped_output=True,
@@ -172,9 +173,11 @@ def test_windows_cut_from_a_picture_blend_to_that_picture(patch_size, token_orde
     frames, rows, columns = patch_size
     down, right = config.slice_shape
     blocks, side = 2, config.resolution
-    picture = np.random.default_rng(0).normal(
-        size=(blocks * config.slices_per_block, frames, side + rows, side + columns, 3)
+    inside = np.random.default_rng(0).normal(
+        size=(blocks * config.slices_per_block, frames, side, side, 3)
     )
+    beyond = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
+    picture = np.pad(inside, beyond, mode="symmetric")
     windows = np.stack(
         [
             picture[:, :, i * rows : (i + 2) * rows, j * columns : (j + 2) * columns]
@@ -186,7 +189,6 @@ def test_windows_cut_from_a_picture_blend_to_that_picture(patch_size, token_orde
     windows = reorder(windows, token_places(down, right, token_order))
     blended = lapped.overlap_add(jnp.asarray(windows, jnp.float32), config)
     ours = unpatchify(np.asarray(blended), patch_size, side, side, token_order)[0]
-    inside = picture[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
     np.testing.assert_allclose(ours, inside.reshape(ours.shape), atol=1e-5)
 
 
@@ -203,8 +205,10 @@ def test_a_dropped_token_has_a_voice_only_with_a_conditioned_decoder():
 
 def test_the_options_are_part_of_the_models_identity_and_their_absence_is_not():
     plain = released.config("vae")
-    hashes = {plain.replace(**{name: value}).config_hash() for name, value in OPTIONS.items()}
-    assert len(hashes) == len(OPTIONS) and plain.config_hash() not in hashes
+    alone = OPTIONS | dict(patch_group=1)
+    hashes = {plain.replace(**{name: value}).config_hash() for name, value in alone.items()}
+    hashes.add(plain.replace(**OPTIONS).config_hash())
+    assert len(hashes) == len(OPTIONS) + 1 and plain.config_hash() in hashes
     assert ElasticTokConfig().config_hash() == "b93a4635ccfd1c51"
 
 

@@ -91,7 +91,7 @@ def test_a_model_with_every_spatial_option_gives_block_by_block_what_one_shot_gi
     config = ElasticTokConfig.from_json_dict(
         released
         | dict(bottleneck_type="vae", token_order="coarse_to_fine", rope="3d")
-        | dict(condition_decoder=True, lapped_output=True, condition_encoder=False)
+        | dict(condition_decoder=True, lapped_output=True, patch_group=4, condition_encoder=False)
     )
     params = jax.device_get(init_params(config, jax.random.key(0)))
     patches = np.load(golden / "vae" / "inputs.npz")["vision"].reshape(2, 4, 32, -1)[:, :3]

@@ -1,0 +1,252 @@
+"""The linear start of a model with groups of patches: each stage codes components of the whole group.
+
+The components are those of groups. Stage 0 takes the strongest; every later stage takes those in which most is left to
+say, which are new ones, or earlier ones where the levels of FSQ have left an error.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from einops import rearrange
+from jaxtyping import Float, Int
+
+from elastic.config import ElasticTokConfig
+from elastic.model import linear_parts as parts
+from elastic.model.bottleneck import FSQ, make_bottleneck
+from elastic.model.lapped import raised_cosine
+
+_SIGNAL = 0.01  # as in linear_init; smaller, because the weak components of a group are coded too
+_FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
+_STAGE = 0.25  # the deviation of those
+_SHARP = (
+    8.0  # as in linear_init; larger, because neighbours are other stages, which hold other numbers
+)
+_COPIED = 8.0  # likewise; only what stage 0 holds is copied
+_LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
+_STEPS = 12  # of the fit through tanh
+_RIDGE = 3e-3  # of that fit, for numbers of variance 1
+
+
+class Stage(NamedTuple):
+    """What one stage codes: for each channel of its code a component, the gain before FSQ, and the slope after it."""
+
+    component: Int[np.ndarray, "c"]
+    gain: Float[np.ndarray, "c"]
+    slope: Float[np.ndarray, "c"]
+
+
+def write_groups(
+    params: dict[str, Any], config: ElasticTokConfig, squares: Float[np.ndarray, "n w"]
+) -> None:
+    """Writes the linear codec of groups of patches into `params`.
+
+    Args:
+      params: float32 NumPy arrays with stacked layers.
+      config: the model.
+      squares: of two by two groups, pixels in [-1, 1] in the order of one large patch.
+    """
+    width = config.hidden_size
+    pixels = rearrange(
+        squares,
+        "n (t a h b w c) -> (n a b) (t h w c)",
+        a=2, b=2, c=3, t=config.group_size[0], h=config.group_size[1], w=config.group_size[2],
+    )  # fmt: skip
+    signals = min(width - 2 - _FOR_STAGES, pixels.shape[1])
+    mean, variance, basis = parts.principal_components(pixels, signals)
+    components = (pixels - mean) @ basis
+    stages, rebuilt = _plan(config, components)
+    rng = np.random.default_rng(0)
+    marks = np.zeros((config.patch_group, width), np.float32)
+    marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
+    energy = _STAGE**2 * (width - 2 - signals)
+    _write_encoder(params["encoder"], config, mean, variance, basis, stages, marks, energy)
+    _write_decoder(params["decoder"], config, pixels, rebuilt, stages, marks, energy)
+
+
+def _plan(
+    config: ElasticTokConfig, components: Float[np.ndarray, "n s"]
+) -> tuple[list[Stage], Float[np.ndarray, "n s"]]:
+    """The stages, and what they make of the components together."""
+    bottleneck = make_bottleneck(config)
+    rebuilt, stages = np.zeros_like(components), []
+    for _ in range(config.patch_group):
+        left = components - rebuilt
+        chosen = np.argsort(-left.var(axis=0))[: config.code_dim]
+        if isinstance(bottleneck, FSQ):
+            gain, slope, codes = _levels(bottleneck, left[:, chosen])
+        else:
+            slope = left[:, chosen].std(axis=0).clip(_LEAST)
+            gain, codes = 1 / slope, left[:, chosen] / slope
+        rebuilt[:, chosen] += slope * codes
+        stages.append(Stage(chosen, gain, slope))
+    return stages, rebuilt
+
+
+def _levels(
+    fsq: FSQ, values: Float[np.ndarray, "n c"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each channel the gain before FSQ and the slope after it with the least squared error, and the codes."""
+    deviation, channels = values.std(axis=0).clip(_LEAST), range(values.shape[1])
+    scaled = (values / deviation).astype(np.float32)
+    tried = np.geomspace(0.1, 2.5, 30)
+    codes = np.stack([np.asarray(fsq.quantize(jnp.asarray(gain * scaled))) for gain in tried])
+    slopes = (codes * values).sum(axis=1) / (codes**2).sum(axis=1).clip(1e-9)
+    best = ((slopes[:, None] * codes - values) ** 2).mean(axis=1).argmin(axis=0)
+    return tried[best] / deviation, slopes[best, channels], codes[best, :, channels].T
+
+
+def _write_encoder(
+    encoder: dict[str, Any],
+    config: ElasticTokConfig,
+    mean: np.ndarray,
+    variance: np.ndarray,
+    basis: np.ndarray,
+    stages: list[Stage],
+    marks: np.ndarray,
+    energy: float,
+) -> None:
+    scale = parts.encoder_scale(_SIGNAL, variance)
+    square = parts.write_encoder_layers(encoder, config, mean, variance, basis, scale, energy)
+    encoder["stage_embed"] = marks
+    code_dim, constant = config.code_dim, config.hidden_size - 1
+    kernel = np.zeros_like(encoder["pre_quant"]["kernel"])
+    channel = np.arange(code_dim)
+    for number, stage in enumerate(stages):
+        kernel[number, stage.component, channel] = stage.gain * np.sqrt(square) / scale
+        kernel[number, constant, code_dim:] = parts.LOGVAR * np.sqrt(square) / parts.CONSTANT
+    encoder["pre_quant"]["kernel"] = kernel
+    if "correction" in encoder:
+        correction = np.zeros_like(encoder["correction"])
+        for number, stage in enumerate(stages):
+            for before, earlier in enumerate(stages[:number]):
+                same = earlier.component[:, None] == stage.component[None]
+                rows = slice(before * code_dim, (before + 1) * code_dim)
+                correction[number, rows] = np.where(same, -earlier.slope[:, None] * stage.gain, 0.0)
+        encoder["correction"] = correction
+
+
+def _write_decoder(
+    decoder: dict[str, Any],
+    config: ElasticTokConfig,
+    pixels: np.ndarray,
+    rebuilt: np.ndarray,
+    stages: list[Stage],
+    marks: np.ndarray,
+    energy: float,
+) -> None:
+    width, signals = config.hidden_size, rebuilt.shape[1]
+    constant = width - 1
+    scale = float(parts.CONSTANT * np.sqrt(_SIGNAL / np.sum(rebuilt**2, axis=1).mean()))
+    layers = decoder["decoder_blocks"]["scan_decoder"]
+    parts.silence(layers)
+    square = parts.write_kept_marks(decoder, config, _SIGNAL, energy)
+    # Channels whose numbers the interpolating head makes larger begin that much smaller.
+    before = np.ones(signals)
+    groups = config.tokens_per_block // config.patch_group
+    if config.min_toks < groups and config.rope == "3d" and config.head_dim > config.code_dim:
+        first = stages[0].component
+        parts.write_interpolating(
+            layers["attention"],
+            config,
+            first,
+            square=square,
+            copied=_COPIED,
+            sharp=_SHARP,
+            constant_too=False,
+        )
+        before[first] = 1 / (1 + _COPIED)
+    kernel = np.zeros_like(decoder["post_quant"]["kernel"])
+    for number, stage in enumerate(stages):
+        size = scale * stage.slope * before[stage.component]
+        kernel[number, np.arange(config.code_dim), stage.component] = size
+    decoder["post_quant"]["kernel"] = kernel
+    decoder["stage_embed"] = marks
+    # The constant is counted once in the sum over stages.
+    decoder["stage_scale"][:] = 1.0
+    decoder["stage_scale"][1:, constant] = 0.0
+    used = np.unique(np.concatenate([stage.component for stage in stages]))
+    constants = np.full((len(rebuilt), 1), parts.CONSTANT)
+    seen = np.concatenate([rebuilt[:, used] * scale, constants], axis=1) / np.sqrt(square)
+    solution = _fit_windows(config, seen, pixels)
+    out = np.zeros_like(decoder["out_proj"]["kernel"])
+    out[used], out[constant] = solution[:-1], solution[-1]
+    decoder["out_proj"]["kernel"] = out
+
+
+def _fit_windows(
+    config: ElasticTokConfig, seen: Float[np.ndarray, "g c"], pixels: Float[np.ndarray, "g w"]
+) -> Float[np.ndarray, "c w"]:
+    """The matrix from a group's numbers to its pixels, or to its window, with which the picture is nearest.
+
+    A pixel between four groups is the tanh of a sum over them of weight * numbers @ column of the window. The four
+    columns are fitted together: least squares before the tanh, then steps that take the tanh into account.
+
+    Args:
+      config: the model.
+      seen: the numbers of groups; the last one is constant. Four after one another meet in a corner.
+      pixels: of the same groups.
+    """
+    frames, rows, columns = config.group_size
+    meeting = (
+        2 if config.lapped_output else 1
+    )  # groups along rows, and along columns, that share a pixel
+    constant, seen = float(seen[0, -1]), seen[:, :-1]
+    count, deviation = seen.shape[1], seen.std(axis=0).clip(1e-6)
+    numbers = (seen / deviation).astype(np.float32).reshape(-1, meeting**2, count)
+    middle = rearrange(
+        pixels,
+        "(n a b) (t h w c) -> n t (a h) (b w) c",
+        a=meeting, b=meeting, t=frames, h=rows, w=columns,
+    )  # fmt: skip
+    down, right = np.ones(rows), np.ones(columns)
+    if config.lapped_output:
+        middle = middle[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
+        down, right = raised_cosine(rows), raised_cosine(columns)
+    base = np.arctanh(middle.clip(-0.95, 0.95)).mean(axis=(0, 1, 2, 3))
+    window = np.zeros((count + 1, frames, len(down), len(right), 3), np.float32)
+    window[-1] = base / constant
+    gram = np.einsum("nic,njd->icjd", numbers, numbers, optimize=True)
+    flat = numbers.reshape(len(numbers), -1)
+    for row, column in np.ndindex(rows, columns):
+        places = [
+            (row + a * rows, column + b * columns)
+            for a in reversed(range(meeting))
+            for b in reversed(range(meeting))
+        ]
+        weight = np.array([down[i] * right[j] for i, j in places], np.float32)
+        normal = (gram * weight[:, None, None, None] * weight[:, None]).reshape(flat.shape[1], -1)
+        target = middle[:, :, row, column].reshape(len(numbers), -1)  # frames and colours
+        solution = _fit_pixel(flat, np.repeat(weight, count), normal, target, np.tile(base, frames))
+        for number, (i, j) in enumerate(places):
+            part = solution[number * count : (number + 1) * count]
+            window[:-1, :, i, j] = (part / deviation[:, None]).reshape(count, frames, 3)
+    return window.reshape(count + 1, -1)
+
+
+def _fit_pixel(
+    numbers: Float[np.ndarray, "n c"],
+    weight: Float[np.ndarray, "c"],
+    normal: Float[np.ndarray, "c c"],
+    target: Float[np.ndarray, "n t"],
+    base: Float[np.ndarray, "t"],
+) -> Float[np.ndarray, "c t"]:
+    """The matrix B, by ridge regression, for which tanh((weight * numbers) @ B + base) is near `target`.
+
+    Args:
+      numbers: of variance 1.
+      weight: of each number.
+      normal: (weight * numbers)^T (weight * numbers).
+      target: pixels of one place, of several frames and colours.
+      base: before the tanh, for numbers that are zero.
+    """
+    ridge = _RIDGE * len(numbers)
+    factor = scipy.linalg.cho_factor(normal + ridge * np.eye(len(normal), dtype=normal.dtype))
+    error = np.arctanh(target.clip(-0.95, 0.95)) - base
+    solution = scipy.linalg.cho_solve(factor, weight[:, None] * (numbers.T @ error))
+    for _ in range(_STEPS):
+        out = np.tanh(numbers @ (weight[:, None] * solution) + base)
+        gradient = weight[:, None] * (numbers.T @ ((target - out) * (1 - out**2)))
+        solution += scipy.linalg.cho_solve(factor, gradient - ridge * solution)
+    return solution
