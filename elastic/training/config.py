@@ -34,7 +34,8 @@ class OptimizerConfig:
 
     type: str = option(
         "adamw",
-        "the optimizer; muon orthogonalizes the updates of the layers' matrices and leaves the rest to adamw",
+        "the optimizer; muon orthogonalizes the updates of the layers' matrices and leaves the rest to adamw, "
+        "in_proj at a rate relative to its numbers",
         choices=("adamw", "muon"),
         flag="optimizer.type",
     )

@@ -11,6 +11,10 @@ from optax import contrib
 from elastic.training.config import OptimizerConfig
 
 _EPS = 1e-8  # of AdamW
+# Muon: the rate of `in_proj` is relative to the size of its numbers. Patches have thousands of numbers, so its own are
+# small, a thousandth after a linear start with groups of patches, and a rate that suits the rest destroys them.
+_INPUT_RATE = 10.0  # per root mean square and rate of the rest
+_SMALLEST_RMS = 1e-4
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -31,15 +35,22 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     state call `where_good`.
     """
     schedule = learning_rate(config)
+    decay = optax.add_decayed_weights(
+        config.weight_decay, mask=None if config.decay_norms else _is_matrix
+    )
     update = optax.chain(  # as optax.adamw, which is a chain too: a level in the tree of the state
-        _scale_by_adam(config),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=None if config.decay_norms else _is_matrix
-        ),
-        optax.scale_by_learning_rate(schedule),
+        _scale_by_adam(config), decay, optax.scale_by_learning_rate(schedule)
     )
     if config.type == "muon":
-        update = optax.partition({"matrices": _muon(config), "rest": update}, _kinds)
+        of_input = optax.chain(
+            _scale_by_adam(config),
+            optax.scale_by_param_block_rms(_SMALLEST_RMS),
+            optax.scale(_INPUT_RATE),
+            decay,
+            optax.scale_by_learning_rate(schedule),
+        )
+        parts = {"matrices": _muon(config), "input": of_input, "rest": update}
+        update = optax.partition(parts, _kinds)
     optimizer = optax.chain(_clip_by_global_norm(config.clip_gradient), update)
     if config.accumulate_gradient_steps == 1:
         return optimizer
@@ -73,11 +84,13 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _kinds(params: Any) -> Any:
-    """'matrices' for the products in layers, 'rest' for norms, embeddings and the model's ends."""
+    """'matrices' for the products in layers, 'input' for the first projection, 'rest' for all else."""
 
     def kind(path: tuple[Any, ...], _: jax.Array) -> str:
         names = {str(getattr(key, "key", key)) for key in path}
-        return "matrices" if names & {"attention", "feed_forward"} else "rest"
+        if names & {"attention", "feed_forward"}:
+            return "matrices"
+        return "input" if "in_proj" in names else "rest"
 
     return jax.tree_util.tree_map_with_path(kind, params)
 

@@ -478,9 +478,9 @@ def test_a_run_with_muon_goes_on_bit_for_bit_under_a_mesh_too(clips, tmp_path):
         train(settings(clips, tmp_path / "parts", total_steps=7), MODELS["vae"])
     tree = train_state.state_tree(jax.device_get(whole))
     rest = tree["opt_state"]["1"]["inner_states"]["rest"]["inner_state"]["0"]
-    del rest["nu"]["params"]["encoder"]["in_proj"]["kernel"]
+    del rest["nu"]["params"]["decoder"]["out_proj"]["kernel"]
     with pytest.raises(
-        checkpoints.CheckpointError, match="nu/params/encoder/in_proj/kernel' is missing"
+        checkpoints.CheckpointError, match="nu/params/decoder/out_proj/kernel' is missing"
     ):
         checkpoints.save_train_state(tmp_path / "state", tree)
     like, shardings = train_state.state_layout(

@@ -233,6 +233,7 @@ def test_momentum_is_kept_in_bfloat16_when_asked_to():
 
 
 def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest():
+    """The first projection at ten times its root mean square."""
     draw = np.random.default_rng(0)
 
     def random(*shape):
@@ -255,6 +256,11 @@ def test_muon_updates_the_matrices_of_layers_and_adamw_the_rest():
             if "wq" in name:
                 alone, one = muon.update(flat[name][1], one, before[name][1])
                 np.testing.assert_allclose(found[name][1], alone, atol=1e-6)
+            elif "in_proj" in name:
+                rate = 10 * jnp.sqrt(jnp.mean(jnp.square(before[name])))
+                decay = 0.1 * 0.5 * before[name]
+                scaled = rate * (expected[name] + decay) - decay
+                np.testing.assert_allclose(found[name], scaled, rtol=1e-5, atol=1e-6)
             else:
                 np.testing.assert_array_equal(found[name], expected[name])
     # A step without a finite gradient leaves the state as it was.
