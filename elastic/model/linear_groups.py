@@ -20,10 +20,6 @@ from elastic.model.lapped import raised_cosine
 _SIGNAL = 0.01  # as in linear_init; smaller, because the weak components of a group are coded too
 _FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
 _STAGE = 0.25  # the deviation of those
-_SHARP = (
-    8.0  # as in linear_init; larger, because neighbours are other stages, which hold other numbers
-)
-_COPIED = 8.0  # likewise; only what stage 0 holds is copied
 _LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
 _STEPS = 12  # of the fit through tanh
 _RIDGE = 3e-3  # of that fit, for numbers of variance 1
@@ -136,31 +132,14 @@ def _write_decoder(
     marks: np.ndarray,
     energy: float,
 ) -> None:
-    width, signals = config.hidden_size, rebuilt.shape[1]
-    constant = width - 1
+    constant = config.hidden_size - 1
     scale = float(parts.CONSTANT * np.sqrt(_SIGNAL / np.sum(rebuilt**2, axis=1).mean()))
     layers = decoder["decoder_blocks"]["scan_decoder"]
     parts.silence(layers)
     square = parts.write_kept_marks(decoder, config, _SIGNAL, energy)
-    # Channels whose numbers the interpolating head makes larger begin that much smaller.
-    before = np.ones(signals)
-    groups = config.tokens_per_block // config.patch_group
-    if config.min_toks < groups and config.rope == "3d" and config.head_dim > config.code_dim:
-        first = stages[0].component
-        parts.write_interpolating(
-            layers["attention"],
-            config,
-            first,
-            square=square,
-            copied=_COPIED,
-            sharp=_SHARP,
-            constant_too=False,
-        )
-        before[first] = 1 / (1 + _COPIED)
     kernel = np.zeros_like(decoder["post_quant"]["kernel"])
     for number, stage in enumerate(stages):
-        size = scale * stage.slope * before[stage.component]
-        kernel[number, np.arange(config.code_dim), stage.component] = size
+        kernel[number, np.arange(config.code_dim), stage.component] = scale * stage.slope
     decoder["post_quant"]["kernel"] = kernel
     decoder["stage_embed"] = marks
     # The constant is counted once in the sum over stages.

@@ -33,12 +33,12 @@ from elastic.model.linear_parts import (
     principal_components,
     silence,
     write_encoder_layers,
-    write_interpolating,
     write_kept_marks,
 )
 from elastic.patches import to_unit_range
 
 _SIGNAL = 0.04  # energy of the other channels, as a fraction of the constant's energy
+_IN_TIME, _IN_SPACE = 0.4, 1.0  # logits per pair of channels of the interpolating head
 _SHARP = 4.0  # logits of a kept token's query, as a multiple of a dropped token's
 _COPIED = 3.0  # what the interpolating head adds, as a multiple of what a token holds
 
@@ -152,15 +152,7 @@ def _write_decoder(
     if config.condition_decoder:
         square = write_kept_marks(decoder, config, _SIGNAL)
         if config.rope == "3d" and config.head_dim > num_codes:
-            write_interpolating(
-                layers["attention"],
-                config,
-                channel,
-                square=square,
-                copied=_COPIED,
-                sharp=_SHARP,
-                constant_too=True,
-            )
+            _write_interpolating(layers["attention"], config, num_codes, square)
             # All but the mark has grown by the same factor.
             square -= MASKED**2 * (1 - (1 + _COPIED) ** -2) / width
     else:
@@ -187,6 +179,38 @@ def _write_constant(weights: dict[str, Any], num_codes: int) -> None:
         kernel[channel, 2 * channel], kernel[channel, 2 * channel + 1] = 1.0, -1.0
     kernel = weights["w2"]["kernel"][0]
     kernel[: 2 * num_codes, -1] = CONSTANT / kernel.shape[1]
+
+
+def _write_interpolating(
+    attention: dict[str, Any],
+    config: ElasticTokConfig,
+    num_codes: int,
+    square: float,
+) -> None:
+    """Writes the first head of the decoder's last layer: dropped tokens become a mean of kept ones, by distance.
+
+    The logit of a query and a key that are `d` apart along an axis is the sum of cos(frequency * d) over the pairs of
+    the axis. Frequencies are a geometric sequence, so the sum falls as -log d: the weights of the mean are powers of
+    distance, as in inverse distance weighting (Shepard 1968), whatever the density of kept tokens. The keys of dropped
+    tokens have the opposite sign, which hides them. The queries of kept tokens are larger, so that these attend to
+    themselves.
+    """
+    dim, constant, masked = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
+    # After a norm the constant and the mark are these.
+    root = np.sqrt(square)
+    one, mark = root / CONSTANT, root / MASKED
+    query, key, value, out = (attention[name]["kernel"][-1] for name in ("wq", "wk", "wv", "wo"))
+    query[:, :dim] = key[:, :dim] = value[:, :dim] = out[:dim] = 0.0
+    time, rows, columns = config.rope_pairs
+    # The logit's weight of each pair, before the division by the root of head_dim.
+    weight = np.repeat([_IN_TIME, _IN_SPACE, _IN_SPACE], [time, rows, columns]) * np.sqrt(dim)
+    key[masked, 0:dim:2] = mark
+    query[constant, 0:dim:2] = weight * one * (_SHARP + 1) / 2
+    query[masked, 0:dim:2] = weight * mark * (_SHARP - 1) / 2
+    channel = np.arange(num_codes)
+    value[channel, channel] = 1.0
+    out[channel, channel] = _COPIED * root
+    value[constant, num_codes], out[num_codes, constant] = 1.0, _COPIED * root
 
 
 def _write_copying(

@@ -4,14 +4,13 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from elastic.config import ElasticTokConfig
 
 CONSTANT = 16.0  # the constant channel's value
 MASKED = 4.0  # the value that marks the encoder's kept tokens (+) and dropped tokens (-)
 LOGVAR = -5.0  # log variance of the VAE's samples; its means have variance 1
-_IN_TIME, _IN_SPACE = 0.4, 1.0  # logits per pair of channels of the interpolating head
 
 
 def principal_components(
@@ -86,52 +85,6 @@ def write_kept_marks(
         decoder[name][:] = 0.0
         decoder[name][0, constant], decoder[name][0, constant - 1] = CONSTANT, sign * MASKED
     return (CONSTANT**2 * (1 + signal) + MASKED**2 + energy) / config.hidden_size
-
-
-def write_interpolating(
-    attention: dict[str, Any],
-    config: ElasticTokConfig,
-    channel: Int[np.ndarray, "c"],
-    *,
-    square: float,
-    copied: float,
-    sharp: float,
-    constant_too: bool,
-) -> None:
-    """Writes the first head of the decoder's last layer: dropped tokens become a mean of kept ones, by distance.
-
-    The logit of a query and a key that are `d` apart along an axis is the sum of cos(frequency * d) over the pairs of
-    the axis. Frequencies are a geometric sequence, so the sum falls as -log d: the weights of the mean are powers of
-    distance, as in inverse distance weighting (Shepard 1968), whatever the density of kept tokens. The keys of dropped
-    tokens have the opposite sign, which hides them. The queries of kept tokens are larger, so that these attend to
-    themselves.
-
-    Args:
-      attention: the parameters of the layers' attention.
-      config: the model.
-      channel: those of the residual stream that are copied.
-      square: the mean square of the residual stream.
-      copied: what the head adds, as a multiple of what a token holds.
-      sharp: the logits of a kept token's query, as a multiple of a dropped token's.
-      constant_too: copies the constant like the channels.
-    """
-    dim, constant, masked = config.head_dim, config.hidden_size - 1, config.hidden_size - 2
-    # After a norm the constant and the mark are these.
-    root = np.sqrt(square)
-    one, mark = root / CONSTANT, root / MASKED
-    query, key, value, out = (attention[name]["kernel"][-1] for name in ("wq", "wk", "wv", "wo"))
-    query[:, :dim] = key[:, :dim] = value[:, :dim] = out[:dim] = 0.0
-    time, rows, columns = config.rope_pairs
-    # The logit's weight of each pair, before the division by the root of head_dim.
-    weight = np.repeat([_IN_TIME, _IN_SPACE, _IN_SPACE], [time, rows, columns]) * np.sqrt(dim)
-    key[masked, 0:dim:2] = mark
-    query[constant, 0:dim:2] = weight * one * (sharp + 1) / 2
-    query[masked, 0:dim:2] = weight * mark * (sharp - 1) / 2
-    number = np.arange(len(channel))
-    value[channel, number] = 1.0
-    out[number, channel] = copied * root
-    if constant_too:
-        value[constant, len(channel)], out[len(channel), constant] = 1.0, copied * root
 
 
 def silence(layers: dict[str, Any]) -> None:
