@@ -123,7 +123,7 @@ class Decoder(Coder):
     def __call__(
         self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
-        """Reconstructed pixels in (-1, 1), and with a cache the new keys and values of every layer.
+        """Reconstructed pixels, in (-1, 1) with `bounded_output`, and with a cache the new keys and values of every layer.
 
         Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
         """
@@ -152,7 +152,7 @@ class Decoder(Coder):
             x = lapped.overlap_add(x, config)
         if config.patch_group > 1:
             x = groups.split(x, config)
-        return jnp.tanh(x), new_kv
+        return jnp.tanh(x) if config.bounded_output else x, new_kv
 
 
 class ElasticTok(Module):

@@ -159,8 +159,8 @@ def _fit_windows(
 ) -> Float[np.ndarray, "c w"]:
     """The matrix from a group's numbers to its pixels, or to its window, with which the picture is nearest.
 
-    A pixel between four groups is the tanh of a sum over them of weight * numbers @ column of the window. The four
-    columns are fitted together: least squares before the tanh, then steps that take the tanh into account.
+    A pixel between four groups is a sum over them of weight * numbers @ column of the window, or the tanh of that sum.
+    The four columns are fitted together by least squares; then come steps that take a tanh into account.
 
     Args:
       config: the model.
@@ -183,7 +183,8 @@ def _fit_windows(
     if config.lapped_output:
         middle = middle[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
         down, right = raised_cosine(rows), raised_cosine(columns)
-    base = np.arctanh(middle.clip(-0.95, 0.95)).mean(axis=(0, 1, 2, 3))
+    bounded = config.bounded_output
+    base = (np.arctanh(middle.clip(-0.95, 0.95)) if bounded else middle).mean(axis=(0, 1, 2, 3))
     window = np.zeros((count + 1, frames, len(down), len(right), 3), np.float32)
     window[-1] = base / constant
     gram = np.einsum("nic,njd->icjd", numbers, numbers, optimize=True)
@@ -197,7 +198,9 @@ def _fit_windows(
         weight = np.array([down[i] * right[j] for i, j in places], np.float32)
         normal = (gram * weight[:, None, None, None] * weight[:, None]).reshape(flat.shape[1], -1)
         target = middle[:, :, row, column].reshape(len(numbers), -1)  # frames and colours
-        solution = _fit_pixel(flat, np.repeat(weight, count), normal, target, np.tile(base, frames))
+        solution = _fit_pixel(
+            flat, np.repeat(weight, count), normal, target, np.tile(base, frames), bounded=bounded
+        )
         for number, (i, j) in enumerate(places):
             part = solution[number * count : (number + 1) * count]
             window[:-1, :, i, j] = (part / deviation[:, None]).reshape(count, frames, 3)
@@ -210,21 +213,24 @@ def _fit_pixel(
     normal: Float[np.ndarray, "c c"],
     target: Float[np.ndarray, "n t"],
     base: Float[np.ndarray, "t"],
+    *,
+    bounded: bool,
 ) -> Float[np.ndarray, "c t"]:
-    """The matrix B, by ridge regression, for which tanh((weight * numbers) @ B + base) is near `target`.
+    """The matrix B, by ridge regression, for which (weight * numbers) @ B + base, or its tanh, is near `target`.
 
     Args:
       numbers: of variance 1.
       weight: of each number.
       normal: (weight * numbers)^T (weight * numbers).
       target: pixels of one place, of several frames and colours.
-      base: before the tanh, for numbers that are zero.
+      base: for numbers that are zero.
+      bounded: fit through the tanh.
     """
     ridge = _RIDGE * len(numbers)
     factor = scipy.linalg.cho_factor(normal + ridge * np.eye(len(normal), dtype=normal.dtype))
-    error = np.arctanh(target.clip(-0.95, 0.95)) - base
+    error = (np.arctanh(target.clip(-0.95, 0.95)) if bounded else target) - base
     solution = scipy.linalg.cho_solve(factor, weight[:, None] * (numbers.T @ error))
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if bounded else 0):
         out = np.tanh(numbers @ (weight[:, None] * solution) + base)
         gradient = weight[:, None] * (numbers.T @ ((target - out) * (1 - out**2)))
         solution += scipy.linalg.cho_solve(factor, gradient - ridge * solution)

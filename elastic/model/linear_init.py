@@ -162,7 +162,11 @@ def _write_decoder(
         if slices > 1 and has_layers and config.rope == "1d":
             _write_copying(layers["attention"], config, slices, num_codes)
     seen = np.concatenate([codes * scale, np.full((len(codes), 1), CONSTANT)], axis=1)
-    solution = _fit_through_tanh((seen / np.sqrt(square)).astype(np.float32), pixels)
+    seen = (seen / np.sqrt(square)).astype(np.float32)
+    if config.bounded_output:
+        solution = _fit_through_tanh(seen, pixels)
+    else:
+        solution = np.linalg.lstsq(seen, pixels, rcond=None)[0]
     if config.lapped_output:
         solution = repeat_border(solution, config.patch_size)
     out = np.zeros_like(decoder["out_proj"]["kernel"])

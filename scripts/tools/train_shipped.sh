@@ -20,16 +20,16 @@ dataset_path="${dataset_path:-}"
 report_path="${report_path:-}"
 # Where everything goes.
 output_dir="${output_dir:-outputs/shipped-$model}"
-# The weights to begin with; what the options below add to them begins without effect.
-start="${start:-example/$model}"
-# Options of the model that the released ones do not have.
-spatial="${spatial:-token_order='coarse_to_fine',rope='3d',condition_decoder=True,lapped_output=True}"
+# The weights to begin with; empty: a linear transform codec of the data.
+start="${start:-}"
 # Steps on pieces of 64 x 64 pixels, where a step costs a quarter, and on whole frames of 128 x 128.
-steps="${steps:-2000 300}"
-# Sequences of two blocks in a step, highest and last rate, and what the model computes in.
-batch_size="${batch_size:-8}"
-lr="${lr:-5e-4}"
-end_lr="${end_lr:-1e-5}"
+steps="${steps:-4000 300}"
+# Sequences of two blocks in a step; the highest and the last rate, and the highest of the layers' matrices; what the
+# model computes in.
+batch_size="${batch_size:-4}"
+lr="${lr:-4e-4}"
+end_lr="${end_lr:-4e-6}"
+matrix_lr="${matrix_lr:-4e-3}"
 dtype="${dtype:-fp32}"
 # Devices along dp, fsdp, tp, sp; processes that decode; the type that the weights are stored in.
 mesh_dim="${mesh_dim:-!1,1,-1,1}"
@@ -38,7 +38,7 @@ float_dtype="${float_dtype:-bf16}"
 # -------------------------------------------------------------------------------------------------
 
 case "$model" in
-    fsq) pieces="max_toks=512,min_toks=32,max_sequence_length=1024" whole="max_toks=2048,min_toks=128,max_sequence_length=4096" ;;
+    fsq) pieces="max_toks=256,min_toks=16,max_sequence_length=512" whole="max_toks=1024,min_toks=64,max_sequence_length=2048" ;;
     vae) pieces="max_toks=128,min_toks=8,max_sequence_length=256" whole="max_toks=512,min_toks=32,max_sequence_length=1024" ;;
     *)
         echo "train_shipped.sh: model='$model' must be fsq or vae." >&2
@@ -52,20 +52,23 @@ for name in dataset_path report_path; do
     fi
 done
 read -r steps_of_pieces steps_of_frames <<<"$steps"
-check_variables train_shipped.sh model dataset_path report_path output_dir start spatial steps batch_size lr end_lr dtype mesh_dim workers float_dtype
+check_variables train_shipped.sh model dataset_path report_path output_dir start steps batch_size lr end_lr matrix_lr dtype mesh_dim workers float_dtype
 
-train() { # FOLDER START STEPS OPTIONS RATE_AT_THE_END
+train() { # FOLDER START STEPS OPTIONS RATE RATE_OF_MATRICES FLOAT_DTYPE
     echo "train_shipped.sh: $3 steps, $4" >&2
-    dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$lr" end_lr="$5" \
-        update_elastic_config="dict($spatial,$4,lpips_loss_ratio=0.0)" batch_size="$batch_size" dtype="$dtype" \
+    dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$5" end_lr="$end_lr" \
+        update_elastic_config="dict($4)" batch_size="$batch_size" dtype="$dtype" \
         mesh_dim="$mesh_dim" workers="$workers" save_model_freq=100 save_milestone_freq=1000000 \
-        bash scripts/run_train.sh --load_checkpoint="$2" --mask_log_uniform=True --mask_full_fraction=0.2 --log_error=True \
+        bash scripts/run_train.sh --load_checkpoint="$2" --init=linear --optimizer.type=muon --optimizer.matrix_lr="$6" \
+        --mask_log_uniform=True --mask_full_fraction=0.2 --log_error=True \
         --train_dataset.vision_dataset.random_crop=True --train_dataset.vision_dataset.image_blocks=2 \
-        --checkpointer.float_dtype="$6"
+        --checkpointer.float_dtype="$7"
 }
 
-train pieces "$start" "$steps_of_pieces" "$pieces" "$lr" fp32
-train whole "$output_dir/pieces/pretrained" "$steps_of_frames" "$whole" "$end_lr" "$float_dtype"
+train pieces "$start" "$steps_of_pieces" "$pieces" "$lr" "$matrix_lr" fp32
+# The rates of the whole frames begin at a quarter: what the pieces have learned is to stay.
+quarter() { awk -v rate="$1" 'BEGIN { printf "%.3g", rate / 4 }'; }
+train whole "$output_dir/pieces/pretrained" "$steps_of_frames" "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
 
 source scripts/setup_env.sh run
 trained="$output_dir/whole/pretrained"
