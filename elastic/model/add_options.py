@@ -16,7 +16,7 @@ from elastic.model.lapped import repeat_border
 # Options that add parameters or change their shapes. A model that has one cannot go back.
 _ADDING = ("condition_encoder", "condition_decoder", "lapped_output")
 # Options that change what the same parameters compute.
-_CHANGING = ("token_order", "rope", "rope_split", "rope_bases")
+_CHANGING = ("token_order", "rope", "rope_split", "rope_bases", "bounded_output")
 
 
 def before_options(config: ElasticTokConfig, stored: ElasticTokConfig | None) -> ElasticTokConfig:

@@ -139,12 +139,9 @@ class Decoder(Coder):
         x = RMSNorm(name="ln_f", **common)(x)
         features = config.patch_group * config.patch_dim
         if config.patch_group > 1:
-            shape = (config.patch_group, config.hidden_size)
+            shape = (config.patch_group + 1, config.hidden_size)
             scale = self.stored_param("stage_scale", nn.initializers.ones, shape)
-            x = (
-                groups.by_stage(x, config) * scale.astype(jnp.float32)[None, None, :, None]
-            ).reshape(x.shape)
-            x = groups.total(x, batch.kept, config)
+            x = groups.total(x, batch.kept, scale.astype(jnp.float32), config)
         if config.lapped_output:
             features *= lapped.WINDOW
         x = Linear(features=features, name="out_proj", **common)(x)

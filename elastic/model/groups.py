@@ -6,6 +6,8 @@ strongest components of the whole group, and each later stage codes more of it a
 residual quantization (Juang and Gray 1982). So any prefix of a block's tokens has the whole picture.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ
-from elastic.patches import token_numbers
+from elastic.patches import token_numbers, token_places
 
 
 def by_stage(x: Shaped[Array, "b l c"], config: ElasticTokConfig) -> Shaped[Array, "b s k n c"]:
@@ -62,12 +64,35 @@ def spread(groups: Float[Array, "b g d"], config: ElasticTokConfig) -> Float[Arr
 
 
 def total(
-    x: Float[Array, "b l d"], kept: Bool[Array, "b l"], config: ElasticTokConfig
+    x: Float[Array, "b l d"],
+    kept: Bool[Array, "b l"],
+    scale: Float[Array, "k+1 d"],
+    config: ElasticTokConfig,
 ) -> Float[Array, "b g d"]:
-    """For each group the sum over its kept tokens and its stage 0, which stands in for a group without tokens."""
-    counts = by_stage(kept[..., None], config).at[:, :, 0].set(True)
-    x = jnp.where(counts, by_stage(x, config), 0.0)
-    return rearrange(jnp.sum(x, axis=2), "b s n d -> b (s n) d")
+    """For each group the sum over its kept tokens.
+
+    A group without any gets its stage 0, which has seen the others, plus the mean of the groups that have some, by the
+    inverse fourth power of their distance (Shepard 1968).
+
+    Args:
+      x: the tokens of whole blocks.
+      kept: which of them are kept.
+      scale: factors of the tokens' numbers, for every stage; the last are for the stage 0 of a group without tokens.
+      config: the model.
+    """
+    blocks = kept.shape[1] // config.tokens_per_block
+    staged, marks = by_stage(x, config), by_stage(kept[..., None], config)
+    known = jnp.any(marks, axis=2)
+    scaled = staged * scale[None, None, :-1, None]
+    sums = jnp.sum(jnp.where(marks, scaled, 0.0), axis=2)
+    sums, known = (rearrange(a, "b (k s) n d -> (b k) (s n) d", k=blocks) for a in (sums, known))
+    weights = jnp.asarray(_nearness(config))
+    around, among = (
+        jnp.einsum("gh,bhd->bgd", weights, a.astype(jnp.float32)) for a in (sums, known)
+    )
+    first = rearrange(staged[:, :, 0], "b (k s) n d -> (b k) (s n) d", k=blocks)
+    guess = first * scale[None, None, -1] + around / jnp.maximum(among, jnp.finfo(jnp.float32).tiny)
+    return rearrange(jnp.where(known, sums, guess), "(b k) g d -> b (k g) d", k=blocks)
 
 
 def correct(
@@ -95,6 +120,20 @@ def correct(
         )
         corrected.append(staged[:, :, stage] + change)
     return jnp.stack(corrected, axis=2).reshape(latents.shape)
+
+
+@functools.cache
+def _nearness(config: ElasticTokConfig) -> Float[np.ndarray, "g g"]:
+    """The weights of the groups of a block for each other; 0 for themselves. A slice counts as half a group's side."""
+    _, rows, columns = config.group_size
+    down, right = config.resolution // rows, config.resolution // columns
+    places = token_places(down, right, config.token_order)
+    assert places is not None, "A config with groups has the order coarse_to_fine."
+    time = np.repeat(np.arange(config.slices_per_block) * 0.5, down * right)
+    place = np.tile(places, config.slices_per_block)
+    where = np.stack([time, place // right, place % right], axis=1)
+    square = ((where[:, None] - where[None]) ** 2).sum(axis=-1)
+    return np.where(square > 0, 1 / np.maximum(square, 1e-6) ** 2, 0.0).astype(np.float32)
 
 
 def _stage_of_place(config: ElasticTokConfig) -> Int[np.ndarray, "k"]:

@@ -142,7 +142,7 @@ def _write_decoder(
         kernel[number, np.arange(config.code_dim), stage.component] = scale * stage.slope
     decoder["post_quant"]["kernel"] = kernel
     decoder["stage_embed"] = marks
-    # The constant is counted once in the sum over stages.
+    # The constant is counted once in the sum over stages; the mean of other groups has it too.
     decoder["stage_scale"][:] = 1.0
     decoder["stage_scale"][1:, constant] = 0.0
     used = np.unique(np.concatenate([stage.component for stage in stages]))

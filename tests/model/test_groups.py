@@ -108,7 +108,7 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case):
     """And a better one with every stage."""
     made = config(
         (4, 2, 2), 256, 16, bottleneck_type=case, fsq_quant_levels=(15, 7, 5), vae_bottleneck_dim=3,
-        lapped_output=True, min_toks=16,
+        lapped_output=True, bounded_output=case == "fsq", min_toks=8,
     )  # fmt: skip
     size = sample_size(made)
     assert size == (4, 16, 16)
@@ -128,8 +128,9 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case):
         return jnp.mean(jnp.square(recon - x))
 
     spread = float(x.var())
-    errors = [float(error(started, count)) for count in (16, 32, 64, 256)]
-    assert errors[0] < spread / 20
+    errors = [float(error(started, count)) for count in (8, 16, 32, 64, 256)]
+    assert errors[0] < spread / 8  # half of the groups are guessed from their neighbours
+    assert errors[1] < spread / 20
     # What is left in the end are the colours that leave the range of a pixel.
     assert all(after < 1.01 * before for before, after in itertools.pairwise(errors))
     assert errors[-1] < spread / 100

@@ -24,6 +24,7 @@ OPTIONS = dict(
     condition_decoder=True,
     lapped_output=True,
     patch_group=4,
+    bounded_output=False,
 )
 
 
@@ -201,6 +202,16 @@ def test_a_dropped_token_has_a_voice_only_with_a_conditioned_decoder():
         codes = jnp.zeros((1, 32, config.code_dim))
         out, _ = ElasticTok(config).apply({"params": tree}, codes, batch, method="decode")
         assert bool(jnp.any(out != 0)) == condition
+
+
+def test_an_output_without_bounds_is_what_the_tanh_would_bound():
+    config = released.config("vae")
+    batch, tree = released.batch("vae"), released.params("vae")
+    bounded, free = (
+        ElasticTok(config.replace(bounded_output=on)).apply({"params": tree}, batch)[0]
+        for on in (True, False)
+    )
+    np.testing.assert_array_equal(bounded, jnp.tanh(free))
 
 
 def test_the_options_are_part_of_the_models_identity_and_their_absence_is_not():
