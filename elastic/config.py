@@ -448,8 +448,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, **_SPATIAL, "bottleneck_type": "fsq", "patch_size": (4, 4, 4), "patch_group": 16, "max_toks": 1024, "min_toks": 64,
-        "max_sequence_length": 2048, "fsq_quant_levels": (33, 17, 11, 9, 7, 7, 7, 5, 5, 3),
+        **_SMALL, **_SPATIAL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16,
+        "max_toks": 4096, "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (33, 17, 11, 9, 7, 7, 7, 5, 5, 3),
         "recommended_thresholds": (0.02, 0.01, 0.005),
     },
     "small-vae": {

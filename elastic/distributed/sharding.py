@@ -29,6 +29,7 @@ _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "stage_embed": (None, None),
     "stage_scale": (None, None),
     "correction": (None, None),
+    "gain": (None, None),
     "wq": ("embed", "heads"),
     "wk": ("embed", "heads"),
     "wv": ("embed", "heads"),

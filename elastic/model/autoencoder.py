@@ -59,6 +59,12 @@ class Coder(Module):
         stages = self.stored_param("stage_embed", init, shape).astype(jnp.float32)
         return (groups.by_stage(x, self.config) + stages[None, None, :, None]).reshape(x.shape)
 
+    def gain_weights(self) -> Float[Array, "k f c"]:
+        """Of `groups.gains`. Encoder and decoder have their own, as both have their own linear projections."""
+        group, code_dim = self.config.patch_group, self.config.code_dim
+        shape = (group, group * code_dim + 1, code_dim)
+        return self.stored_param("gain", nn.initializers.zeros, shape).astype(jnp.float32)
+
     def project(self, x: Float[Array, "b l i"], features: int, name: str) -> Float[Array, "b l o"]:
         """A matrix product; with groups of patches each stage has its own matrix."""
         if self.config.patch_group == 1:
@@ -112,7 +118,9 @@ class Encoder(Coder):
         if grouped and isinstance(bottleneck, FSQ):  # nothing is lost in the other one's codes
             shape = (config.patch_group, config.patch_group * config.code_dim, config.code_dim)
             weights = self.stored_param("correction", nn.initializers.zeros, shape)
-            latents = groups.correct(latents, weights.astype(jnp.float32), bottleneck, config)
+            latents = groups.correct(
+                latents, weights.astype(jnp.float32), self.gain_weights(), bottleneck, config
+            )
         return latents, new_kv
 
 
@@ -128,6 +136,8 @@ class Decoder(Coder):
         Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
         """
         common, config = self.common(), self.config
+        if config.patch_group > 1 and config.bottleneck_type == "fsq":
+            codes = codes * groups.gains(codes, self.gain_weights(), config)
         x = self.project(codes, config.hidden_size, "post_quant")
         if config.patch_group > 1:
             x = self.add_stage(x)

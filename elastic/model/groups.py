@@ -18,6 +18,8 @@ from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ
 from elastic.patches import token_numbers, token_places
 
+_LARGEST_LOG_GAIN = 5.0
+
 
 def by_stage(x: Shaped[Array, "b l c"], config: ElasticTokConfig) -> Shaped[Array, "b s k n c"]:
     """Tokens of whole blocks as slices, stages and groups."""
@@ -66,7 +68,7 @@ def spread(groups: Float[Array, "b g d"], config: ElasticTokConfig) -> Float[Arr
 def total(
     x: Float[Array, "b l d"],
     kept: Bool[Array, "b l"],
-    scale: Float[Array, "k+1 d"],
+    scale: Float[Array, "m d"],
     config: ElasticTokConfig,
 ) -> Float[Array, "b g d"]:
     """For each group the sum over its kept tokens.
@@ -98,28 +100,66 @@ def total(
 def correct(
     latents: Float[Array, "b l c"],
     weights: Float[Array, "k e c"],
+    gain_weights: Float[Array, "k f c"],
     fsq: FSQ,
     config: ElasticTokConfig,
 ) -> Float[Array, "b l c"]:
-    """Latents of FSQ, where each stage's are corrected for the codes of the stages before it.
+    """Latents of FSQ, where each stage's are corrected for the stages before it, and divided by its gain.
 
     Args:
       latents: before quantization.
-      weights: for each stage a matrix from the codes of all stages, one after another, to its latents. The rows of its
-        own stage and of later ones are not used.
+      weights: for each stage a matrix to its latents from what all stages give, one after another: codes times gains.
+        The rows of its own stage and of later ones are not used.
+      gain_weights: as in `gains`.
       fsq: quantizes.
       config: the model.
     """
     staged = by_stage(latents, config).astype(jnp.float32)
-    corrected = [staged[:, :, 0]]
-    codes = jnp.zeros((*corrected[0].shape[:-1], 0), jnp.float32)
-    for stage in range(1, config.patch_group):
-        codes = jnp.concatenate([codes, fsq.quantize(corrected[-1])], axis=-1)
-        change = jnp.dot(
-            codes, weights[stage, : codes.shape[-1]], precision=jax.lax.Precision.HIGHEST
-        )
-        corrected.append(staged[:, :, stage] + change)
+    corrected, given = [], jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
+    codes = given
+    for stage in range(config.patch_group):
+        change = _product(given, weights[stage, : given.shape[-1]])
+        gain = _gain(codes, gain_weights[stage])
+        corrected.append((staged[:, :, stage] + change) / gain)
+        code = fsq.quantize(corrected[-1])
+        codes = jnp.concatenate([codes, code], axis=-1)
+        given = jnp.concatenate([given, code * gain], axis=-1)
     return jnp.stack(corrected, axis=2).reshape(latents.shape)
+
+
+def gains(
+    codes: Float[Array, "b l c"],
+    gain_weights: Float[Array, "k f c"],
+    config: ElasticTokConfig,
+) -> Float[Array, "b l c"]:
+    """What the codes of each stage are multiplied by.
+
+    Where the codes of the stages before are large, there is much to say: the steps of a stage become larger there, and
+    finer elsewhere, without a bit that says so. This is backward adaptive quantization (Jayant 1973).
+
+    Args:
+      codes: zero where tokens are dropped.
+      gain_weights: for each stage a matrix from the absolute codes of all stages, one after another, to the logarithms
+        of its gains, and as its last row what these are added to. The rows of its own stage and of later ones are not used.
+      config: the model.
+    """
+    staged = by_stage(codes, config).astype(jnp.float32)
+    before = jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
+    found = []
+    for stage in range(config.patch_group):
+        found.append(_gain(before, gain_weights[stage]))
+        before = jnp.concatenate([before, staged[:, :, stage]], axis=-1)
+    return jnp.stack(found, axis=2).reshape(codes.shape)
+
+
+def _gain(codes: Float[Array, "b s n e"], weights: Float[Array, "f c"]) -> Float[Array, "b s n c"]:
+    logarithm = _product(jnp.abs(codes), weights[: codes.shape[-1]]) + weights[None, None, None, -1]
+    return jnp.exp(jnp.clip(logarithm, -_LARGEST_LOG_GAIN, _LARGEST_LOG_GAIN))
+
+
+def _product(x: Float[Array, "b s n e"], weights: Float[Array, "e c"]) -> Float[Array, "b s n c"]:
+    """In float32 on every device: encoder and decoder must find the same."""
+    return jnp.dot(x, weights, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.cache

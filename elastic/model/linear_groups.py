@@ -26,11 +26,19 @@ _RIDGE = 3e-3  # of that fit, for numbers of variance 1
 
 
 class Stage(NamedTuple):
-    """What one stage codes: for each channel of its code a component, the gain before FSQ, and the slope after it."""
+    """What one stage codes, for each channel of its code.
+
+    Attributes:
+      component: the number of a component.
+      gain: what that is multiplied by before the bottleneck.
+      slope: what the code is multiplied by after it.
+      log_gain: FSQ: from the absolute codes of the stages before, and one, to the logarithm of the adaptive gain.
+    """
 
     component: Int[np.ndarray, "c"]
     gain: Float[np.ndarray, "c"]
     slope: Float[np.ndarray, "c"]
+    log_gain: Float[np.ndarray, "e c"]
 
 
 def write_groups(
@@ -67,29 +75,49 @@ def _plan(
     """The stages, and what they make of the components together."""
     bottleneck = make_bottleneck(config)
     rebuilt, stages = np.zeros_like(components), []
+    before = np.ones((len(components), 1), np.float32)
     for _ in range(config.patch_group):
         left = components - rebuilt
         chosen = np.argsort(-left.var(axis=0))[: config.code_dim]
+        values, adaptive = left[:, chosen], np.ones((1, len(chosen)), np.float32)
+        log_gain = np.zeros((before.shape[1], len(chosen)))
         if isinstance(bottleneck, FSQ):
-            gain, slope, codes = _levels(bottleneck, left[:, chosen])
+            if len(stages) > 0:
+                log_gain = _log_gain(before, values)
+                adaptive = np.exp(before @ log_gain)
+            gain, slope, codes = _levels(bottleneck, values / adaptive, adaptive**2)
+            # The constant comes last.
+            before = np.concatenate([before[:, :-1], np.abs(codes), before[:, -1:]], axis=1)
         else:
-            slope = left[:, chosen].std(axis=0).clip(_LEAST)
-            gain, codes = 1 / slope, left[:, chosen] / slope
-        rebuilt[:, chosen] += slope * codes
-        stages.append(Stage(chosen, gain, slope))
+            slope = values.std(axis=0).clip(_LEAST)
+            gain, codes = 1 / slope, values / slope
+        rebuilt[:, chosen] += slope * codes * adaptive
+        stages.append(Stage(chosen, gain, slope, log_gain))
     return stages, rebuilt
 
 
+def _log_gain(
+    before: Float[np.ndarray, "n e"], values: Float[np.ndarray, "n c"]
+) -> Float[np.ndarray, "e c"]:
+    """By regression: how large the values are, as far as what was coded before tells. The gains' mean square is one."""
+    deviation = values.std(axis=0).clip(_LEAST)
+    size = np.log(np.abs(values) / deviation + 0.05)
+    normal = before.T @ before + np.eye(before.shape[1], dtype=before.dtype)
+    found = np.linalg.solve(normal, before.T @ size)
+    found[-1] -= np.log(np.mean(np.exp(2 * before @ found), axis=0)) / 2
+    return found
+
+
 def _levels(
-    fsq: FSQ, values: Float[np.ndarray, "n c"]
+    fsq: FSQ, values: Float[np.ndarray, "n c"], weight: Float[np.ndarray, "n c"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each channel the gain before FSQ and the slope after it with the least squared error, and the codes."""
     deviation, channels = values.std(axis=0).clip(_LEAST), range(values.shape[1])
     scaled = (values / deviation).astype(np.float32)
     tried = np.geomspace(0.1, 2.5, 30)
     codes = np.stack([np.asarray(fsq.quantize(jnp.asarray(gain * scaled))) for gain in tried])
-    slopes = (codes * values).sum(axis=1) / (codes**2).sum(axis=1).clip(1e-9)
-    best = ((slopes[:, None] * codes - values) ** 2).mean(axis=1).argmin(axis=0)
+    slopes = (weight * codes * values).sum(axis=1) / (weight * codes**2).sum(axis=1).clip(1e-9)
+    best = (weight * (slopes[:, None] * codes - values) ** 2).mean(axis=1).argmin(axis=0)
     return tried[best] / deviation, slopes[best, channels], codes[best, :, channels].T
 
 
@@ -121,6 +149,7 @@ def _write_encoder(
                 rows = slice(before * code_dim, (before + 1) * code_dim)
                 correction[number, rows] = np.where(same, -earlier.slope[:, None] * stage.gain, 0.0)
         encoder["correction"] = correction
+        encoder["gain"] = _gain_weights(encoder["gain"].shape, stages)
 
 
 def _write_decoder(
@@ -141,6 +170,8 @@ def _write_decoder(
     for number, stage in enumerate(stages):
         kernel[number, np.arange(config.code_dim), stage.component] = scale * stage.slope
     decoder["post_quant"]["kernel"] = kernel
+    if "gain" in decoder:
+        decoder["gain"] = _gain_weights(decoder["gain"].shape, stages)
     decoder["stage_embed"] = marks
     # The constant is counted once in the sum over stages; the mean of other groups has it too.
     decoder["stage_scale"][:] = 1.0
@@ -152,6 +183,14 @@ def _write_decoder(
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[used], out[constant] = solution[:-1], solution[-1]
     decoder["out_proj"]["kernel"] = out
+
+
+def _gain_weights(shape: tuple[int, int, int], stages: list[Stage]) -> Float[np.ndarray, "k e c"]:
+    weights = np.zeros(shape, np.float32)
+    for number, stage in enumerate(stages):
+        weights[number, : len(stage.log_gain) - 1] = stage.log_gain[:-1]
+        weights[number, -1] = stage.log_gain[-1]
+    return weights
 
 
 def _fit_windows(

@@ -22,7 +22,7 @@ report_path="${report_path:-}"
 output_dir="${output_dir:-outputs/shipped-$model}"
 # The weights to begin with; empty: a linear transform codec of the data.
 start="${start:-}"
-# Steps on pieces of 64 x 64 pixels, where a step costs a quarter, and on whole frames of 128 x 128.
+# Steps on pieces of 32 x 32 (fsq) or 64 x 64 pixels (vae), which cost little, and on whole frames of 128 x 128.
 steps="${steps:-4000 300}"
 # Sequences of two blocks in a step; the highest and the last rate, and the highest of the layers' matrices; what the
 # model computes in.
@@ -38,7 +38,7 @@ float_dtype="${float_dtype:-bf16}"
 # -------------------------------------------------------------------------------------------------
 
 case "$model" in
-    fsq) pieces="max_toks=256,min_toks=16,max_sequence_length=512" whole="max_toks=1024,min_toks=64,max_sequence_length=2048" ;;
+    fsq) pieces="max_toks=256,min_toks=16,max_sequence_length=512" whole="max_toks=4096,min_toks=256,max_sequence_length=8192" ;;
     vae) pieces="max_toks=128,min_toks=8,max_sequence_length=256" whole="max_toks=512,min_toks=32,max_sequence_length=1024" ;;
     *)
         echo "train_shipped.sh: model='$model' must be fsq or vae." >&2

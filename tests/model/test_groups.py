@@ -60,8 +60,9 @@ def test_a_group_has_the_pixels_that_one_large_patch_has(patch_size, max_toks, p
     np.testing.assert_array_equal(groups.split(joined, made), patches)
 
 
-def test_every_stage_codes_what_the_stages_before_it_have_missed():
-    """A number coded by stages of finer steps: each divides the error by the number of its levels."""
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_every_stage_codes_what_the_stages_before_it_have_missed(adaptive):
+    """A number coded by stages of finer steps: each divides the error. A gain known to both sides does not harm."""
     made, fsq = config(fsq_quant_levels=(5,)), FSQ((5,))
     x = np.random.default_rng(0).uniform(-1, 1, (3, 4)).astype(np.float32)
     reach = 0.5  # of the latents, where the levels are nearly even
@@ -72,8 +73,16 @@ def test_every_stage_codes_what_the_stages_before_it_have_missed():
     for stage in range(few):
         latents[:, stage * 4 : stage * 4 + 4, 0] = gains[stage] * x
         weights[stage, :stage, 0] = -gains[stage] * slopes[:stage]
-    corrected = groups.correct(jnp.asarray(latents), jnp.asarray(weights), fsq, made)
-    codes = np.asarray(fsq.quantize(corrected))[..., 0].reshape(3, 16, 4)
+    logarithms = np.zeros((16, 17, 1), np.float32)
+    if adaptive:
+        logarithms[:] = np.random.default_rng(1).uniform(-0.2, 0.2, (16, 17, 1))
+        logarithms[0] = 0
+    logarithms = jnp.asarray(logarithms)
+    corrected = groups.correct(jnp.asarray(latents), jnp.asarray(weights), logarithms, fsq, made)
+    quantized = fsq.quantize(corrected)
+    gains = groups.gains(quantized, logarithms, made)
+    assert bool(jnp.all(gains == 1)) != adaptive
+    codes = np.asarray(quantized * gains)[..., 0].reshape(3, 16, 4)
     errors = [
         np.abs(np.einsum("s,bsn->bn", slopes[:n], codes[:, :n]) - x).max() for n in range(few + 1)
     ]
