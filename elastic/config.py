@@ -421,13 +421,6 @@ _SMALL = dict(
     hidden_size=256, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=2,
     theta=1e4, frames_per_block=4, lpips_loss_ratio=0.0,
 )  # fmt: skip
-_SPATIAL = dict(
-    token_order="coarse_to_fine",
-    rope="3d",
-    condition_decoder=True,
-    lapped_output=True,
-    bounded_output=False,
-)
 _RELEASED = dict(
     recommended_thresholds=(0.003,),
     use_flash_attention=True, scan_attention=True, scan_query_chunk_size=512, scan_key_chunk_size=512, scan_mlp=True,
@@ -448,13 +441,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, **_SPATIAL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16,
-        "max_toks": 4096, "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (33, 17, 11, 9, 7, 7, 7, 5, 5, 3),
-        "recommended_thresholds": (0.02, 0.01, 0.005),
+        **_SMALL, "bottleneck_type": "fsq", "patch_size": (1, 4, 8), "max_toks": 2048, "min_toks": 256, "max_sequence_length": 4096,
+        "fsq_quant_levels": (20, 8, 5, 5, 4, 4), "recommended_thresholds": (0.02, 0.01, 0.005),
     },
     "small-vae": {
-        **_SMALL, **_SPATIAL, "bottleneck_type": "vae", "patch_size": (4, 4, 8), "patch_group": 8, "max_toks": 512, "min_toks": 32,
-        "max_sequence_length": 1024, "recommended_thresholds": (0.03, 0.015),
+        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 1024,
+        "recommended_thresholds": (0.03, 0.015),
     },
 }  # fmt: skip
 
