@@ -49,8 +49,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
             decay,
             optax.scale_by_learning_rate(schedule),
         )
-        parts = {"matrices": _muon(config), "input": of_input, "rest": update}
-        update = optax.partition(parts, _kinds)
+        update = optax.partition(
+            {"matrices": _muon(config), "input": of_input, "rest": update}, _kinds
+        )
     optimizer = optax.chain(_clip_by_global_norm(config.clip_gradient), update)
     if config.accumulate_gradient_steps == 1:
         return optimizer

@@ -98,7 +98,7 @@ def measure(case: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
     mesh = make_mesh(config.mesh_dim)
     optimizer = make_optimizer(config.optimizer)
     layout = state_layout(config, model_config, optimizer, mesh)
-    state = first_state(config, model_config, optimizer, layout, lambda _: np.zeros(0))
+    state = first_state(config, model_config, optimizer, layout, lambda *_: np.zeros(0))
     model = ElasticTok(model_config, dtype=config.compute_dtype, mesh=mesh)
     step = step_program(config, model, optimizer, layout[1])
     vgg = load_lpips_weights() if options["lpips"] else None
