@@ -30,6 +30,7 @@ _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "stage_scale": (None, None),
     "correction": (None, None),
     "gain": (None, None),
+    "cube": (None, None),
     "wq": ("embed", "heads"),
     "wk": ("embed", "heads"),
     "wv": ("embed", "heads"),

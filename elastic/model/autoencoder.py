@@ -59,11 +59,14 @@ class Coder(Module):
         stages = self.stored_param("stage_embed", init, shape).astype(jnp.float32)
         return (groups.by_stage(x, self.config) + stages[None, None, :, None]).reshape(x.shape)
 
-    def gain_weights(self) -> Float[Array, "k f c"]:
-        """Of `groups.gains`. Encoder and decoder have their own, as both have their own linear projections."""
+    def steps(self) -> groups.Steps:
+        """Encoder and decoder have their own, as both have their own projections."""
         group, code_dim = self.config.patch_group, self.config.code_dim
-        shape = (group, group * code_dim + 1, code_dim)
-        return self.stored_param("gain", nn.initializers.zeros, shape).astype(jnp.float32)
+        gain = (group, group * code_dim + 1, code_dim)
+        return groups.Steps(
+            self.stored_param("gain", nn.initializers.zeros, gain).astype(jnp.float32),
+            self.stored_param("cube", nn.initializers.zeros, (group, code_dim)).astype(jnp.float32),
+        )
 
     def project(self, x: Float[Array, "b l i"], features: int, name: str) -> Float[Array, "b l o"]:
         """A matrix product; with groups of patches each stage has its own matrix."""
@@ -119,7 +122,7 @@ class Encoder(Coder):
             shape = (config.patch_group, config.patch_group * config.code_dim, config.code_dim)
             weights = self.stored_param("correction", nn.initializers.zeros, shape)
             latents = groups.correct(
-                latents, weights.astype(jnp.float32), self.gain_weights(), bottleneck, config
+                latents, weights.astype(jnp.float32), self.steps(), bottleneck, config
             )
         return latents, new_kv
 
@@ -137,7 +140,7 @@ class Decoder(Coder):
         """
         common, config = self.common(), self.config
         if config.patch_group > 1 and config.bottleneck_type == "fsq":
-            codes = codes * groups.gains(codes, self.gain_weights(), config)
+            codes = groups.numbers_of(codes, self.steps(), config)
         x = self.project(codes, config.hidden_size, "post_quant")
         if config.patch_group > 1:
             x = self.add_stage(x)

@@ -7,6 +7,7 @@ residual quantization (Juang and Gray 1982). So any prefix of a block's tokens h
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +98,40 @@ def total(
     return rearrange(jnp.where(known, sums, guess), "(b k) g d -> b (k g) d", k=blocks)
 
 
+class Steps(NamedTuple):
+    """How a code of FSQ becomes a number: gain * (code + cube * code^3).
+
+    Codes are evenly spaced, but the boundaries between them are not, because FSQ bounds by a tanh; the cube makes up for
+    it. The gain follows the codes of the stages before: where they are large, there is much to say, and the steps become
+    larger there and finer elsewhere, without a bit that says so. This is backward adaptive quantization (Jayant 1973).
+
+    Attributes:
+      gain: for each stage a matrix from the absolute codes of all stages, one after another, to the logarithms of its
+        gains, and as its last row what these are added to. The rows of its own stage and of later ones are not used.
+      cube: for each channel of each stage.
+    """
+
+    gain: Float[Array, "k f c"]
+    cube: Float[Array, "k c"]
+
+    def gain_of(self, stage: int, before: Float[Array, "b s n e"]) -> Float[Array, "b s n c"]:
+        """The gains of a stage, by the codes of the stages before it."""
+        weights = self.gain[stage]
+        logarithm = _product(jnp.abs(before), weights[: before.shape[-1]])
+        logarithm = logarithm + weights[None, None, None, -1]
+        return jnp.exp(jnp.clip(logarithm, -_LARGEST_LOG_GAIN, _LARGEST_LOG_GAIN))
+
+    def numbers(
+        self, stage: int, codes: Float[Array, "b s n c"], gain: Float[Array, "b s n c"]
+    ) -> Float[Array, "b s n c"]:
+        """What the codes of a stage stand for."""
+        return gain * (codes + self.cube[stage][None, None, None] * codes**3)
+
+
 def correct(
     latents: Float[Array, "b l c"],
     weights: Float[Array, "k e c"],
-    gain_weights: Float[Array, "k f c"],
+    steps: Steps,
     fsq: FSQ,
     config: ElasticTokConfig,
 ) -> Float[Array, "b l c"]:
@@ -108,53 +139,37 @@ def correct(
 
     Args:
       latents: before quantization.
-      weights: for each stage a matrix to its latents from what all stages give, one after another: codes times gains.
-        The rows of its own stage and of later ones are not used.
-      gain_weights: as in `gains`.
+      weights: for each stage a matrix to its latents from the numbers of all stages, one after another. The rows of its
+        own stage and of later ones are not used.
+      steps: make numbers of codes.
       fsq: quantizes.
       config: the model.
     """
     staged = by_stage(latents, config).astype(jnp.float32)
-    corrected, given = [], jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
-    codes = given
+    numbers = codes = jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
+    corrected = []
     for stage in range(config.patch_group):
-        change = _product(given, weights[stage, : given.shape[-1]])
-        gain = _gain(codes, gain_weights[stage])
+        change = _product(numbers, weights[stage, : numbers.shape[-1]])
+        gain = steps.gain_of(stage, codes)
         corrected.append((staged[:, :, stage] + change) / gain)
         code = fsq.quantize(corrected[-1])
         codes = jnp.concatenate([codes, code], axis=-1)
-        given = jnp.concatenate([given, code * gain], axis=-1)
+        numbers = jnp.concatenate([numbers, steps.numbers(stage, code, gain)], axis=-1)
     return jnp.stack(corrected, axis=2).reshape(latents.shape)
 
 
-def gains(
-    codes: Float[Array, "b l c"],
-    gain_weights: Float[Array, "k f c"],
-    config: ElasticTokConfig,
+def numbers_of(
+    codes: Float[Array, "b l c"], steps: Steps, config: ElasticTokConfig
 ) -> Float[Array, "b l c"]:
-    """What the codes of each stage are multiplied by.
-
-    Where the codes of the stages before are large, there is much to say: the steps of a stage become larger there, and
-    finer elsewhere, without a bit that says so. This is backward adaptive quantization (Jayant 1973).
-
-    Args:
-      codes: zero where tokens are dropped.
-      gain_weights: for each stage a matrix from the absolute codes of all stages, one after another, to the logarithms
-        of its gains, and as its last row what these are added to. The rows of its own stage and of later ones are not used.
-      config: the model.
-    """
+    """What codes of FSQ stand for; zero where tokens are dropped, as the codes are."""
     staged = by_stage(codes, config).astype(jnp.float32)
     before = jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
     found = []
     for stage in range(config.patch_group):
-        found.append(_gain(before, gain_weights[stage]))
-        before = jnp.concatenate([before, staged[:, :, stage]], axis=-1)
+        code = staged[:, :, stage]
+        found.append(steps.numbers(stage, code, steps.gain_of(stage, before)))
+        before = jnp.concatenate([before, code], axis=-1)
     return jnp.stack(found, axis=2).reshape(codes.shape)
-
-
-def _gain(codes: Float[Array, "b s n e"], weights: Float[Array, "f c"]) -> Float[Array, "b s n c"]:
-    logarithm = _product(jnp.abs(codes), weights[: codes.shape[-1]]) + weights[None, None, None, -1]
-    return jnp.exp(jnp.clip(logarithm, -_LARGEST_LOG_GAIN, _LARGEST_LOG_GAIN))
 
 
 def _product(x: Float[Array, "b s n e"], weights: Float[Array, "e c"]) -> Float[Array, "b s n c"]:

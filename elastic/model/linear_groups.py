@@ -31,13 +31,15 @@ class Stage(NamedTuple):
     Attributes:
       component: the number of a component.
       gain: what that is multiplied by before the bottleneck.
-      slope: what the code is multiplied by after it.
+      slope: what the number that the code stands for is multiplied by after it.
+      cube: FSQ: as in `groups.Steps`.
       log_gain: FSQ: from the absolute codes of the stages before, and one, to the logarithm of the adaptive gain.
     """
 
     component: Int[np.ndarray, "c"]
     gain: Float[np.ndarray, "c"]
     slope: Float[np.ndarray, "c"]
+    cube: Float[np.ndarray, "c"]
     log_gain: Float[np.ndarray, "e c"]
 
 
@@ -80,19 +82,19 @@ def _plan(
         left = components - rebuilt
         chosen = np.argsort(-left.var(axis=0))[: config.code_dim]
         values, adaptive = left[:, chosen], np.ones((1, len(chosen)), np.float32)
-        log_gain = np.zeros((before.shape[1], len(chosen)))
+        log_gain, cube = np.zeros((before.shape[1], len(chosen))), np.zeros(len(chosen))
         if isinstance(bottleneck, FSQ):
             if len(stages) > 0:
                 log_gain = _log_gain(before, values)
                 adaptive = np.exp(before @ log_gain)
-            gain, slope, codes = _levels(bottleneck, values / adaptive, adaptive**2)
+            gain, slope, cube, codes = _levels(bottleneck, values / adaptive, adaptive**2)
             # The constant comes last.
             before = np.concatenate([before[:, :-1], np.abs(codes), before[:, -1:]], axis=1)
         else:
             slope = values.std(axis=0).clip(_LEAST)
             gain, codes = 1 / slope, values / slope
-        rebuilt[:, chosen] += slope * codes * adaptive
-        stages.append(Stage(chosen, gain, slope, log_gain))
+        rebuilt[:, chosen] += slope * (codes + cube * codes**3) * adaptive
+        stages.append(Stage(chosen, gain, slope, cube, log_gain))
     return stages, rebuilt
 
 
@@ -110,15 +112,28 @@ def _log_gain(
 
 def _levels(
     fsq: FSQ, values: Float[np.ndarray, "n c"], weight: Float[np.ndarray, "n c"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each channel the gain before FSQ and the slope after it with the least squared error, and the codes."""
-    deviation, channels = values.std(axis=0).clip(_LEAST), range(values.shape[1])
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each channel the gain before FSQ, the slope and the cube after it with the least squared error; the codes."""
+    deviation, channels = values.std(axis=0).clip(_LEAST), np.arange(values.shape[1])
     scaled = (values / deviation).astype(np.float32)
-    tried = np.geomspace(0.1, 2.5, 30)
+    tried = np.geomspace(0.1, 4.0, 30)
     codes = np.stack([np.asarray(fsq.quantize(jnp.asarray(gain * scaled))) for gain in tried])
-    slopes = (weight * codes * values).sum(axis=1) / (weight * codes**2).sum(axis=1).clip(1e-9)
-    best = (weight * (slopes[:, None] * codes - values) ** 2).mean(axis=1).argmin(axis=0)
-    return tried[best] / deviation, slopes[best, channels], codes[best, :, channels].T
+    # Weighted least squares with two numbers, the code and its cube.
+    one, cubed, both, third = (
+        (weight * codes**power * (values if power % 2 else 1)).sum(axis=1) for power in (1, 3, 2, 4)
+    )
+    sixth = (weight * codes**6).sum(axis=1)
+    ridge = 1e-3 * both + 1e-9
+    determinant = (both + ridge) * (sixth + ridge) - third**2
+    slopes = ((sixth + ridge) * one - third * cubed) / determinant
+    cubes = ((both + ridge) * cubed - third * one) / determinant
+    error = (weight * (slopes[:, None] * codes + cubes[:, None] * codes**3 - values) ** 2).mean(
+        axis=1
+    )
+    best = error.argmin(axis=0)
+    slope, cube = slopes[best, channels], cubes[best, channels]
+    slope = np.where(np.abs(slope) < 1e-9, 1e-9, slope)
+    return tried[best] / deviation, slope, cube / slope, codes[best, :, channels].T
 
 
 def _write_encoder(
@@ -149,7 +164,7 @@ def _write_encoder(
                 rows = slice(before * code_dim, (before + 1) * code_dim)
                 correction[number, rows] = np.where(same, -earlier.slope[:, None] * stage.gain, 0.0)
         encoder["correction"] = correction
-        encoder["gain"] = _gain_weights(encoder["gain"].shape, stages)
+        _write_steps(encoder, stages)
 
 
 def _write_decoder(
@@ -171,7 +186,7 @@ def _write_decoder(
         kernel[number, np.arange(config.code_dim), stage.component] = scale * stage.slope
     decoder["post_quant"]["kernel"] = kernel
     if "gain" in decoder:
-        decoder["gain"] = _gain_weights(decoder["gain"].shape, stages)
+        _write_steps(decoder, stages)
     decoder["stage_embed"] = marks
     # The constant is counted once in the sum over stages; the mean of other groups has it too.
     decoder["stage_scale"][:] = 1.0
@@ -185,12 +200,12 @@ def _write_decoder(
     decoder["out_proj"]["kernel"] = out
 
 
-def _gain_weights(shape: tuple[int, int, int], stages: list[Stage]) -> Float[np.ndarray, "k e c"]:
-    weights = np.zeros(shape, np.float32)
+def _write_steps(coder: dict[str, Any], stages: list[Stage]) -> None:
+    gain, cube = np.zeros_like(coder["gain"]), np.zeros_like(coder["cube"])
     for number, stage in enumerate(stages):
-        weights[number, : len(stage.log_gain) - 1] = stage.log_gain[:-1]
-        weights[number, -1] = stage.log_gain[-1]
-    return weights
+        gain[number, : len(stage.log_gain) - 1] = stage.log_gain[:-1]
+        gain[number, -1], cube[number] = stage.log_gain[-1], stage.cube
+    coder["gain"], coder["cube"] = gain, cube
 
 
 def _fit_windows(

@@ -42,7 +42,7 @@ case "$model" in
     fsq)
         pieces="max_toks=256,min_toks=16,max_sequence_length=512"
         whole="max_toks=4096,min_toks=256,max_sequence_length=8192"
-        spatial+=",frames_per_block=16,patch_size=(16,2,2),patch_group=16,fsq_quant_levels=(33,17,11,9,7,7,7,5,5,3)"
+        spatial+=",frames_per_block=16,patch_size=(16,2,2),patch_group=16,fsq_quant_levels=(25,17,11,9,9,7,7,5,5,3)"
         ;;
     vae)
         pieces="max_toks=128,min_toks=8,max_sequence_length=256"

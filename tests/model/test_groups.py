@@ -77,12 +77,13 @@ def test_every_stage_codes_what_the_stages_before_it_have_missed(adaptive):
     if adaptive:
         logarithms[:] = np.random.default_rng(1).uniform(-0.2, 0.2, (16, 17, 1))
         logarithms[0] = 0
-    logarithms = jnp.asarray(logarithms)
-    corrected = groups.correct(jnp.asarray(latents), jnp.asarray(weights), logarithms, fsq, made)
+    cube = jnp.full((16, 1), 0.05 if adaptive else 0.0)
+    steps = groups.Steps(jnp.asarray(logarithms), cube)
+    corrected = groups.correct(jnp.asarray(latents), jnp.asarray(weights), steps, fsq, made)
     quantized = fsq.quantize(corrected)
-    gains = groups.gains(quantized, logarithms, made)
-    assert bool(jnp.all(gains == 1)) != adaptive
-    codes = np.asarray(quantized * gains)[..., 0].reshape(3, 16, 4)
+    numbers = groups.numbers_of(quantized, steps, made)
+    assert bool(jnp.all(numbers == quantized)) != adaptive
+    codes = np.asarray(numbers)[..., 0].reshape(3, 16, 4)
     errors = [
         np.abs(np.einsum("s,bsn->bn", slopes[:n], codes[:, :n]) - x).max() for n in range(few + 1)
     ]
