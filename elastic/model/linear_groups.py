@@ -194,6 +194,8 @@ def _write_decoder(
     used = np.unique(np.concatenate([stage.component for stage in stages]))
     constants = np.full((len(rebuilt), 1), parts.CONSTANT)
     seen = np.concatenate([rebuilt[:, used] * scale, constants], axis=1) / np.sqrt(square)
+    deviation = seen[:, :-1].std(axis=0).clip(1e-4)
+    parts.write_norms(layers, used, deviation, square)
     solution = _fit_windows(config, seen, pixels)
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[used], out[constant] = solution[:-1], solution[-1]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from elastic.config import ElasticTokConfig
 
@@ -66,14 +66,30 @@ def write_encoder_layers(
     square = (CONSTANT**2 * (1 + signal) + MASKED**2 + energy) / width
     deviation = scale * np.sqrt(variance[:signals] / square)
     layers = encoder["encoder_blocks"]["scan_decoder"]
-    for name in ("attention_norm", "ffn_norm"):
-        # Layers see every component. The weights reduce the dominance of the strong components.
-        weight = layers[name]["kernel"]
-        weight[:, :signals] = (deviation / deviation[0]) ** 0.5 / deviation
-        weight[:, constant] = np.sqrt(square) / CONSTANT
-        weight[:, masked] = np.sqrt(square) / MASKED
+    write_norms(layers, np.arange(signals), deviation, square)
     silence(layers)
     return square
+
+
+def write_norms(
+    layers: dict[str, Any],
+    channel: Int[np.ndarray, "c"],
+    deviation: Float[np.ndarray, "c"],
+    square: float,
+) -> None:
+    """Writes the norms of layers so that these see every component: the weights reduce the dominance of the strong ones.
+
+    Args:
+      layers: their parameters.
+      channel: the channels that hold components.
+      deviation: of these after the division by the root of `square`.
+      square: the mean square of the residual stream.
+    """
+    for name in ("attention_norm", "ffn_norm"):
+        weight = layers[name]["kernel"]
+        weight[:, channel] = (deviation / deviation.max()) ** 0.5 / deviation
+        weight[:, -1] = np.sqrt(square) / CONSTANT
+        weight[:, -2] = np.sqrt(square) / MASKED
 
 
 def write_kept_marks(
