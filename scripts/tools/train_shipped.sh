@@ -27,9 +27,9 @@ steps="${steps:-4000 300}"
 # Sequences of two blocks in a step; the highest and the last rate, and the highest of the layers' matrices; what the
 # model computes in.
 batch_size="${batch_size:-4}"
-lr="${lr:-2e-4}"
-end_lr="${end_lr:-2e-6}"
-matrix_lr="${matrix_lr:-2e-3}"
+lr="${lr:-5e-5}"
+end_lr="${end_lr:-5e-7}"
+matrix_lr="${matrix_lr:-5e-4}"
 dtype="${dtype:-fp32}"
 # Devices along dp, fsdp, tp, sp; processes that decode; the type that the weights are stored in.
 mesh_dim="${mesh_dim:-!1,1,-1,1}"
