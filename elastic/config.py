@@ -76,9 +76,7 @@ class ElasticTokConfig:
     rope_bases: tuple[int, ...] = (1000, 100, 100)  # '3d': takes the place of theta
     lapped_output: bool = False  # every token paints twice its patch; neighbours blend
     patch_group: int = 1  # tokens of a square of patches that code it together, one after another
-    bounded_output: bool = (
-        True  # pixels are a tanh; False: they are clipped to their range where they become levels
-    )
+    bounded_output: bool = True  # pixels are a tanh; False: they are clipped to become levels
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
     fsq_quant_levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -177,6 +175,10 @@ class ElasticTokConfig:
         )
         _ = self.keep_fraction
         _ = self.resolution
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """The options that say where in the frame a token is, and what it shows."""
         _require(
             len(self.rope_bases) == 3 and min(self.rope_bases) > 1,
             f"rope_bases={self.rope_bases} must be three numbers above 1: of time, rows and columns.",
@@ -234,21 +236,26 @@ class ElasticTokConfig:
     @property
     def group_shape(self) -> tuple[int, int]:
         """Rows and columns of patches in a group of `patch_group` patches; a group is square in pixels."""
+        if self.patch_group == 1:
+            return 1, 1
         _, ph, pw = self.patch_size
         side = math.isqrt(self.patch_group * ph * pw)
         shape = side // ph, side // pw
-        fits = self.patch_group == 1 or (
+        _require(
             shape[0] * ph == shape[1] * pw == side
             and math.prod(shape) == self.patch_group
             and all(size & (size - 1) == 0 for size in shape)
-            and self.resolution % side == 0
-        )
-        _require(
-            fits,
+            and self.resolution % side == 0,
             f"patch_group={self.patch_group} patches of patch_size={self.patch_size} are no square whose sides have a "
             f"power of two of patches and divide the frame's {self.resolution} pixels.",
         )
-        return (1, 1) if self.patch_group == 1 else shape
+        return shape
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Rows and columns of groups of patches in a slice; without groups `slice_shape`."""
+        (down, right), (rows, columns) = self.slice_shape, self.group_shape
+        return down // rows, right // columns
 
     @property
     def group_size(self) -> tuple[int, int, int]:

@@ -188,7 +188,8 @@ class TrainingData:
 
         Args:
           count: how many.
-          patch_size: frames, rows and columns that divide those of a block; None: the model's patches.
+          patch_size: frames, rows and columns of a patch. A block must be a whole number of such patches. None: the
+            model's patches.
 
         Raises:
           ValueError: nothing can be decoded.

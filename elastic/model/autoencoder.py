@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic import ops
@@ -59,6 +60,11 @@ class Coder(Module):
         stages = self.stored_param("stage_embed", init, shape).astype(jnp.float32)
         return (groups.by_stage(x, self.config) + stages[None, None, :, None]).reshape(x.shape)
 
+    def fsq_of_groups(self) -> FSQ | None:
+        """FSQ, if groups of patches are coded with it; the VAE loses nothing that later stages could correct."""
+        bottleneck = make_bottleneck(self.config)
+        return bottleneck if self.config.patch_group > 1 and isinstance(bottleneck, FSQ) else None
+
     def steps(self) -> groups.Steps:
         """Encoder and decoder have their own, as both have their own projections."""
         group, code_dim = self.config.patch_group, self.config.code_dim
@@ -91,7 +97,7 @@ class StageLinear(Module):
             ops.dense(staged[:, :, stage], kernel[stage], self.dtype)
             for stage in range(self.config.patch_group)
         ]
-        return jnp.stack(products, axis=2).reshape(*x.shape[:-1], self.features)
+        return rearrange(products, "k b s n o -> b (s k n) o")
 
 
 class Encoder(Coder):
@@ -117,13 +123,12 @@ class Encoder(Coder):
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
         latents = self.project(x, self.num_latents, "pre_quant")
-        bottleneck = make_bottleneck(config)
-        if grouped and isinstance(bottleneck, FSQ):  # nothing is lost in the other one's codes
+        fsq = self.fsq_of_groups()
+        if fsq is not None:
             shape = (config.patch_group, config.patch_group * config.code_dim, config.code_dim)
             weights = self.stored_param("correction", nn.initializers.zeros, shape)
-            latents = groups.correct(
-                latents, weights.astype(jnp.float32), self.steps(), bottleneck, config
-            )
+            weights = weights.astype(jnp.float32)
+            latents = groups.correct(latents, weights, self.steps(), fsq, config)
         return latents, new_kv
 
 
@@ -139,10 +144,11 @@ class Decoder(Coder):
         Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
         """
         common, config = self.common(), self.config
-        if config.patch_group > 1 and config.bottleneck_type == "fsq":
+        if self.fsq_of_groups() is not None:
             codes = groups.numbers_of(codes, self.steps(), config)
         x = self.project(codes, config.hidden_size, "post_quant")
-        if config.patch_group > 1:
+        grouped = config.patch_group > 1
+        if grouped:
             x = self.add_stage(x)
         if config.condition_decoder:
             x = x + self.kept_embedding(batch.kept)
@@ -151,7 +157,7 @@ class Decoder(Coder):
         x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
         features = config.patch_group * config.patch_dim
-        if config.patch_group > 1:
+        if grouped:
             shape = (config.patch_group + 1, config.hidden_size)
             scale = self.stored_param("stage_scale", nn.initializers.ones, shape)
             x = groups.total(x, batch.kept, scale.astype(jnp.float32), config)
@@ -160,7 +166,7 @@ class Decoder(Coder):
         x = Linear(features=features, name="out_proj", **common)(x)
         if config.lapped_output:
             x = lapped.overlap_add(x, config)
-        if config.patch_group > 1:
+        if grouped:
             x = groups.split(x, config)
         return jnp.tanh(x) if config.bounded_output else x, new_kv
 

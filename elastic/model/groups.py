@@ -7,6 +7,7 @@ residual quantization (Juang and Gray 1982). So any prefix of a block's tokens h
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,9 +25,8 @@ _LARGEST_LOG_GAIN = 5.0
 
 def by_stage(x: Shaped[Array, "b l c"], config: ElasticTokConfig) -> Shaped[Array, "b s k n c"]:
     """Tokens of whole blocks as slices, stages and groups."""
-    per_slice = config.tokens_per_block // config.slices_per_block
     return rearrange(
-        x, "b (s k n) c -> b s k n c", k=config.patch_group, n=per_slice // config.patch_group
+        x, "b (s k n) c -> b s k n c", k=config.patch_group, n=math.prod(config.grid_shape)
     )
 
 
@@ -49,7 +49,7 @@ def split(groups: Float[Array, "b g w"], config: ElasticTokConfig) -> Float[Arra
     x = rearrange(
         groups,
         "b (s n) (t down h right w c) -> b s (down right) n (t h w c)",
-        n=config.tokens_per_block // config.slices_per_block // config.patch_group,
+        n=math.prod(config.grid_shape),
         down=down, right=right, t=frames, h=rows, w=columns,
     )  # fmt: skip
     return rearrange(x[:, :, np.argsort(_stage_of_place(config))], "b s k n c -> b (s k n) c")
@@ -57,12 +57,8 @@ def split(groups: Float[Array, "b g w"], config: ElasticTokConfig) -> Float[Arra
 
 def spread(groups: Float[Array, "b g d"], config: ElasticTokConfig) -> Float[Array, "b l d"]:
     """The vector of each group, for each of its tokens."""
-    per_slice = config.tokens_per_block // config.slices_per_block
     return repeat(
-        groups,
-        "b (s n) d -> b (s k n) d",
-        k=config.patch_group,
-        n=per_slice // config.patch_group,
+        groups, "b (s n) d -> b (s k n) d", k=config.patch_group, n=math.prod(config.grid_shape)
     )
 
 
@@ -102,8 +98,8 @@ class Steps(NamedTuple):
     """How a code of FSQ becomes a number: gain * (code + cube * code^3).
 
     Codes are evenly spaced, but the boundaries between them are not, because FSQ bounds by a tanh; the cube makes up for
-    it. The gain follows the codes of the stages before: where they are large, there is much to say, and the steps become
-    larger there and finer elsewhere, without a bit that says so. This is backward adaptive quantization (Jayant 1973).
+    it. The gain follows the codes of the stages before. Large codes mean that there is much to say, so the steps become
+    larger; small codes make them finer. No bit is spent on it. This is backward adaptive quantization (Jayant 1973).
 
     Attributes:
       gain: for each stage a matrix from the absolute codes of all stages, one after another, to the logarithms of its
@@ -155,7 +151,7 @@ def correct(
         code = fsq.quantize(corrected[-1])
         codes = jnp.concatenate([codes, code], axis=-1)
         numbers = jnp.concatenate([numbers, steps.numbers(stage, code, gain)], axis=-1)
-    return jnp.stack(corrected, axis=2).reshape(latents.shape)
+    return rearrange(corrected, "k b s n c -> b (s k n) c")
 
 
 def numbers_of(
@@ -163,13 +159,12 @@ def numbers_of(
 ) -> Float[Array, "b l c"]:
     """What codes of FSQ stand for; zero where tokens are dropped, as the codes are."""
     staged = by_stage(codes, config).astype(jnp.float32)
-    before = jnp.zeros((*staged[:, :, 0].shape[:-1], 0), jnp.float32)
-    found = []
+    codes_of_group = rearrange(staged, "b s k n c -> b s n (k c)")
+    numbers = []
     for stage in range(config.patch_group):
-        code = staged[:, :, stage]
-        found.append(steps.numbers(stage, code, steps.gain_of(stage, before)))
-        before = jnp.concatenate([before, code], axis=-1)
-    return jnp.stack(found, axis=2).reshape(codes.shape)
+        before = codes_of_group[..., : stage * config.code_dim]
+        numbers.append(steps.numbers(stage, staged[:, :, stage], steps.gain_of(stage, before)))
+    return rearrange(numbers, "k b s n c -> b (s k n) c")
 
 
 def _product(x: Float[Array, "b s n e"], weights: Float[Array, "e c"]) -> Float[Array, "b s n c"]:
@@ -180,8 +175,7 @@ def _product(x: Float[Array, "b s n e"], weights: Float[Array, "e c"]) -> Float[
 @functools.cache
 def _nearness(config: ElasticTokConfig) -> Float[np.ndarray, "g g"]:
     """The weights of the groups of a block for each other; 0 for themselves. A slice counts as half a group's side."""
-    _, rows, columns = config.group_size
-    down, right = config.resolution // rows, config.resolution // columns
+    down, right = config.grid_shape
     places = token_places(down, right, config.token_order)
     assert places is not None, "A config with groups has the order coarse_to_fine."
     time = np.repeat(np.arange(config.slices_per_block) * 0.5, down * right)
@@ -197,6 +191,4 @@ def _stage_of_place(config: ElasticTokConfig) -> Int[np.ndarray, "k"]:
     down, right = config.group_shape
     numbers = token_numbers(rows, columns, config.token_order)
     assert numbers is not None, "A config with groups has the order coarse_to_fine."
-    return numbers.reshape(rows, columns)[:down, :right].reshape(-1) // (
-        rows * columns // config.patch_group
-    )
+    return numbers.reshape(rows, columns)[:down, :right].reshape(-1) // math.prod(config.grid_shape)

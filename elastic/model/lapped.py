@@ -25,7 +25,7 @@ def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Arr
       config: the model; gives the patch size and the order of tokens.
     """
     frames, rows, columns = config.group_size
-    down, right = config.resolution // rows, config.resolution // columns
+    down, right = config.grid_shape
     x = reorder(x, token_numbers(down, right, config.token_order))
     x = rearrange(
         x,

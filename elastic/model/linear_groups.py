@@ -1,7 +1,7 @@
 """The linear start of a model with groups of patches: each stage codes components of the whole group.
 
-The components are those of groups. Stage 0 takes the strongest; every later stage takes those in which most is left to
-say, which are new ones, or earlier ones where the levels of FSQ have left an error.
+A component describes a whole group. Stage 0 codes the strongest components. Every later stage codes the components whose
+error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse.
 """
 
 from typing import Any, NamedTuple
@@ -60,14 +60,13 @@ def write_groups(
         a=2, b=2, c=3, t=config.group_size[0], h=config.group_size[1], w=config.group_size[2],
     )  # fmt: skip
     signals = min(width - 2 - _FOR_STAGES, pixels.shape[1])
-    mean, variance, basis = parts.principal_components(pixels, signals)
-    components = (pixels - mean) @ basis
-    stages, rebuilt = _plan(config, components)
+    components = parts.principal_components(pixels, signals)
+    stages, rebuilt = _plan(config, (pixels - components.mean) @ components.basis)
     rng = np.random.default_rng(0)
     marks = np.zeros((config.patch_group, width), np.float32)
     marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
     energy = _STAGE**2 * (width - 2 - signals)
-    _write_encoder(params["encoder"], config, mean, variance, basis, stages, marks, energy)
+    _write_encoder(params["encoder"], config, components, stages, marks, energy)
     _write_decoder(params["decoder"], config, pixels, rebuilt, stages, marks, energy)
 
 
@@ -139,15 +138,15 @@ def _levels(
 def _write_encoder(
     encoder: dict[str, Any],
     config: ElasticTokConfig,
-    mean: np.ndarray,
-    variance: np.ndarray,
-    basis: np.ndarray,
+    components: parts.Components,
     stages: list[Stage],
     marks: np.ndarray,
     energy: float,
 ) -> None:
-    scale = parts.encoder_scale(_SIGNAL, variance)
-    square = parts.write_encoder_layers(encoder, config, mean, variance, basis, scale, energy)
+    channels = components.basis.shape[1]
+    scale, square = parts.write_encoder_layers(
+        encoder, config, components, signal=_SIGNAL, channels=channels, energy=energy
+    )
     encoder["stage_embed"] = marks
     code_dim, constant = config.code_dim, config.hidden_size - 1
     kernel = np.zeros_like(encoder["pre_quant"]["kernel"])
@@ -224,9 +223,8 @@ def _fit_windows(
       pixels: of the same groups.
     """
     frames, rows, columns = config.group_size
-    meeting = (
-        2 if config.lapped_output else 1
-    )  # groups along rows, and along columns, that share a pixel
+    # Groups along rows, and along columns, that share a pixel.
+    meeting = 2 if config.lapped_output else 1
     constant, seen = float(seen[0, -1]), seen[:, :-1]
     count, deviation = seen.shape[1], seen.std(axis=0).clip(1e-6)
     numbers = (seen / deviation).astype(np.float32).reshape(-1, meeting**2, count)
@@ -239,8 +237,7 @@ def _fit_windows(
     if config.lapped_output:
         middle = middle[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
         down, right = raised_cosine(rows), raised_cosine(columns)
-    bounded = config.bounded_output
-    base = (np.arctanh(middle.clip(-0.95, 0.95)) if bounded else middle).mean(axis=(0, 1, 2, 3))
+    base = parts.before_output(middle, config).mean(axis=(0, 1, 2, 3))
     window = np.zeros((count + 1, frames, len(down), len(right), 3), np.float32)
     window[-1] = base / constant
     gram = np.einsum("nic,njd->icjd", numbers, numbers, optimize=True)
@@ -255,7 +252,7 @@ def _fit_windows(
         normal = (gram * weight[:, None, None, None] * weight[:, None]).reshape(flat.shape[1], -1)
         target = middle[:, :, row, column].reshape(len(numbers), -1)  # frames and colours
         solution = _fit_pixel(
-            flat, np.repeat(weight, count), normal, target, np.tile(base, frames), bounded=bounded
+            config, flat, np.repeat(weight, count), normal, target, np.tile(base, frames)
         )
         for number, (i, j) in enumerate(places):
             part = solution[number * count : (number + 1) * count]
@@ -264,29 +261,28 @@ def _fit_windows(
 
 
 def _fit_pixel(
+    config: ElasticTokConfig,
     numbers: Float[np.ndarray, "n c"],
     weight: Float[np.ndarray, "c"],
     normal: Float[np.ndarray, "c c"],
     target: Float[np.ndarray, "n t"],
     base: Float[np.ndarray, "t"],
-    *,
-    bounded: bool,
 ) -> Float[np.ndarray, "c t"]:
     """The matrix B, by ridge regression, for which (weight * numbers) @ B + base, or its tanh, is near `target`.
 
     Args:
+      config: the model, which says whether there is a tanh.
       numbers: of variance 1.
       weight: of each number.
       normal: (weight * numbers)^T (weight * numbers).
       target: pixels of one place, of several frames and colours.
       base: for numbers that are zero.
-      bounded: fit through the tanh.
     """
     ridge = _RIDGE * len(numbers)
     factor = scipy.linalg.cho_factor(normal + ridge * np.eye(len(normal), dtype=normal.dtype))
-    error = (np.arctanh(target.clip(-0.95, 0.95)) if bounded else target) - base
+    error = parts.before_output(target, config) - base
     solution = scipy.linalg.cho_solve(factor, weight[:, None] * (numbers.T @ error))
-    for _ in range(_STEPS if bounded else 0):
+    for _ in range(_STEPS if config.bounded_output else 0):
         out = np.tanh(numbers @ (weight[:, None] * solution) + base)
         gradient = weight[:, None] * (numbers.T @ ((target - out) * (1 - out**2)))
         solution += scipy.linalg.cho_solve(factor, gradient - ridge * solution)

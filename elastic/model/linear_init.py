@@ -13,7 +13,6 @@ Where a block has several slices in time, one head of the decoder's last layer a
 values of the token at the same place in the last earlier slice that kept it. A still shot then needs one slice only.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from elastic.model.linear_parts import (
     CONSTANT,
     LOGVAR,
     MASKED,
-    encoder_scale,
+    Components,
     principal_components,
     silence,
     write_encoder_layers,
@@ -46,7 +45,8 @@ _COPIED = 3.0  # what the interpolating head adds, as a multiple of what a token
 def sample_size(config: ElasticTokConfig) -> tuple[int, int, int]:
     """Frames, rows and columns of the patches that `linear_init` takes: with groups of patches, two by two groups."""
     frames, rows, columns = config.group_size
-    return (frames, 2 * rows, 2 * columns) if config.patch_group > 1 else config.patch_size
+    side = 1 if config.patch_group == 1 else 2
+    return frames, side * rows, side * columns
 
 
 def linear_init(
@@ -75,21 +75,20 @@ def linear_init(
             f"{2 * code_dim} or more, not {width} and {config.intermediate_size}."
         )
     # A square of two by two groups holds four samples of as many numbers as a quarter of it.
-    enough = (1 if config.patch_group > 1 else 4) * math.prod(config.group_size) * 3
+    numbers = config.patch_group * config.patch_dim
+    enough = numbers if config.patch_group > 1 else 4 * numbers
     if len(patches) < enough:
         raise ValueError(
-            f"{len(patches)} patches are too few for components of {math.prod(config.group_size) * 3} numbers; "
-            f"use {enough} or more."
+            f"{len(patches)} patches are too few for components of {numbers} numbers; use {enough} or more."
         )
     params = jax.tree.map(lambda x: np.array(x, np.float32), params)
     pixels = to_unit_range(patches)
     if config.patch_group > 1:
         write_groups(params, config, pixels)
         return params
-    mean, variance, basis = principal_components(pixels, pixels.shape[1])
-    components = (pixels - mean) @ basis[:, :code_dim]
-    gain, codes = _codes_of(config, components)
-    _write_encoder(params["encoder"], config, mean, variance, basis, gain)
+    components = principal_components(pixels, pixels.shape[1])
+    gain, codes = _codes_of(config, (pixels - components.mean) @ components.basis[:, :code_dim])
+    _write_encoder(params["encoder"], config, components, gain)
     _write_decoder(params["decoder"], config, pixels, codes)
     return params
 
@@ -116,16 +115,11 @@ def _codes_of(
 
 
 def _write_encoder(
-    encoder: dict[str, Any],
-    config: ElasticTokConfig,
-    mean: np.ndarray,
-    variance: np.ndarray,
-    basis: np.ndarray,
-    gain: np.ndarray,
+    encoder: dict[str, Any], config: ElasticTokConfig, components: Components, gain: np.ndarray
 ) -> None:
-    scale = encoder_scale(_SIGNAL, variance)
-    signals = min(config.hidden_size - 2, config.patch_dim)
-    square = write_encoder_layers(encoder, config, mean, variance, basis[:, :signals], scale)
+    scale, square = write_encoder_layers(
+        encoder, config, components, signal=_SIGNAL, channels=config.hidden_size - 2
+    )
     latents = np.zeros_like(encoder["pre_quant"]["kernel"])
     channel = np.arange(len(gain))
     latents[channel, channel] = gain * np.sqrt(square) / scale

@@ -1,6 +1,6 @@
 """What the linear starts of a model with and without groups of patches share; `linear_init` explains both."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -13,62 +13,62 @@ MASKED = 4.0  # the value that marks the encoder's kept tokens (+) and dropped t
 LOGVAR = -5.0  # log variance of the VAE's samples; its means have variance 1
 
 
-def principal_components(
-    pixels: Float[np.ndarray, "n p"], count: int
-) -> tuple[Float[np.ndarray, "p"], Float[np.ndarray, "c"], Float[np.ndarray, "p c"]]:
-    """Mean, variances and components of patches, the strongest first; at most `count` of them."""
+class Components(NamedTuple):
+    """The mean of patches, their principal components, and the variances of these; the strongest first."""
+
+    mean: Float[np.ndarray, "p"]
+    variance: Float[np.ndarray, "c"]
+    basis: Float[np.ndarray, "p c"]
+
+
+def principal_components(pixels: Float[np.ndarray, "n p"], count: int) -> Components:
+    """At most `count` components of patches."""
     mean = pixels.mean(axis=0)
     size = pixels.shape[1]
     variance, basis = scipy.linalg.eigh(
         np.cov((pixels - mean).T), subset_by_index=(size - min(count, size), size - 1)
     )
-    return mean, variance[::-1].clip(1e-8), basis[:, ::-1]
-
-
-def encoder_scale(signal: float, variance: Float[np.ndarray, "c"]) -> float:
-    """The factor that gives components of this variance the energy `signal`, as a fraction of the constant's."""
-    return float(CONSTANT * np.sqrt(signal / variance.sum()))
+    return Components(mean, variance[::-1].clip(1e-8), basis[:, ::-1])
 
 
 def write_encoder_layers(
     encoder: dict[str, Any],
     config: ElasticTokConfig,
-    mean: Float[np.ndarray, "p"],
-    variance: Float[np.ndarray, "c"],
-    basis: Float[np.ndarray, "p c"],
-    scale: float,
+    components: Components,
+    *,
+    signal: float,
+    channels: int,
     energy: float = 0.0,
-) -> float:
+) -> tuple[float, float]:
     """Writes all of the encoder but its last projection: channel i of the residual stream holds component i.
 
     Args:
       encoder: its parameters.
       config: the model.
-      mean: of the patches.
-      variance: of the components, all of them.
-      basis: of those components that get a channel.
-      scale: of the components in the residual stream.
+      components: of the patches.
+      signal: energy of the components in the residual stream, as a fraction of the constant's.
+      channels: how many components get a channel, at most.
       energy: of further channels, which the caller writes.
 
     Returns:
-      The mean square of the residual stream, by whose root a norm divides; tokens differ from it a little.
+      What the components are multiplied by in the residual stream, and the mean square of that, by whose root a norm
+      divides; tokens differ from it a little.
     """
-    width, signals = config.hidden_size, basis.shape[1]
-    constant, masked = width - 1, width - 2
-    projection = np.zeros((len(mean), width), np.float32)
+    mean, variance, basis = components
+    basis = basis[:, :channels]
+    signals = basis.shape[1]
+    scale = float(CONSTANT * np.sqrt(signal / variance.sum()))
+    projection = np.zeros((len(mean), config.hidden_size), np.float32)
     projection[:, :signals] = scale * basis
     encoder["in_proj"]["kernel"] = projection
-    for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
-        embedding = -mean @ projection
-        embedding[constant], embedding[masked] = CONSTANT, sign * MASKED
-        encoder[name] = embedding[None].astype(np.float32)
-    signal = scale**2 * variance.sum() / CONSTANT**2
-    square = (CONSTANT**2 * (1 + signal) + MASKED**2 + energy) / width
+    square = write_kept_marks(encoder, config, signal, energy)
+    for name in ("is_kept_embed", "is_masked_embed"):
+        encoder[name] = (encoder[name] - mean @ projection).astype(np.float32)
     deviation = scale * np.sqrt(variance[:signals] / square)
     layers = encoder["encoder_blocks"]["scan_decoder"]
     write_norms(layers, np.arange(signals), deviation, square)
     silence(layers)
-    return square
+    return scale, square
 
 
 def write_norms(
@@ -93,14 +93,31 @@ def write_norms(
 
 
 def write_kept_marks(
-    decoder: dict[str, Any], config: ElasticTokConfig, signal: float, energy: float = 0.0
+    coder: dict[str, Any], config: ElasticTokConfig, signal: float, energy: float = 0.0
 ) -> float:
-    """Writes the decoder's embeddings of kept and dropped tokens; the mean square of its residual stream."""
+    """Writes the constant and the mark into the embeddings of kept and dropped tokens.
+
+    Args:
+      coder: the parameters of the encoder or the decoder.
+      config: the model.
+      signal: energy of what tokens hold, as a fraction of the constant's.
+      energy: of further channels.
+
+    Returns:
+      The mean square of the residual stream.
+    """
     constant = config.hidden_size - 1
     for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
-        decoder[name][:] = 0.0
-        decoder[name][0, constant], decoder[name][0, constant - 1] = CONSTANT, sign * MASKED
+        coder[name][:] = 0.0
+        coder[name][0, constant], coder[name][0, constant - 1] = CONSTANT, sign * MASKED
     return (CONSTANT**2 * (1 + signal) + MASKED**2 + energy) / config.hidden_size
+
+
+def before_output(
+    pixels: Float[np.ndarray, "*n"], config: ElasticTokConfig
+) -> Float[np.ndarray, "*n"]:
+    """What the last projection is to give for these pixels: with `bounded_output` their inverse tanh."""
+    return np.arctanh(pixels.clip(-0.95, 0.95)) if config.bounded_output else pixels
 
 
 def silence(layers: dict[str, Any]) -> None:

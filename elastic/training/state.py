@@ -268,7 +268,7 @@ def first_state(
         # On all hosts alike: NumPy and the seed alone decide.
         size = sample_size(model_config)
         # Groups of patches are larger and their codec takes minutes.
-        count = _START_PATCHES if size == model_config.patch_size else _START_GROUPS
+        count = _START_PATCHES if model_config.patch_group == 1 else _START_GROUPS
         log.info("Computing a linear codec of %d samples of %s pixels.", count, size)
         loaded = linear_init(
             _drawn(config, model_config), model_config, sample_patches(count, size)

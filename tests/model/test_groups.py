@@ -100,13 +100,8 @@ def smooth_squares(count, size):
     waves = rng.normal(size=(count, 6, 2)) * 2 * np.pi / rows * 0.3
     phase = waves[..., 0, None, None] * y + waves[..., 1, None, None] * x
     height = rng.normal(size=(count, 6, 1, 1)) * 25
-    picture = (
-        np.sum(
-            height * np.cos(phase + rng.uniform(0, 6.3, (count, 6, 1, 1))),
-            axis=1,
-        )
-        + 120
-    )
+    shift = rng.uniform(0, 6.3, (count, 6, 1, 1))
+    picture = 120 + np.sum(height * np.cos(phase + shift), axis=1)
     return np.broadcast_to(picture[:, None, :, :, None], (count, frames, rows, columns, 3)).astype(
         np.float32
     )
@@ -141,7 +136,7 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case):
     errors = [float(error(started, count)) for count in (8, 16, 32, 64, 256)]
     assert errors[0] < spread / 8  # half of the groups are guessed from their neighbours
     assert errors[1] < spread / 20
-    # What is left in the end are the colours that leave the range of a pixel.
+    # The last errors come from colours outside the range of a pixel; no stage mends them.
     assert all(after < 1.01 * before for before, after in itertools.pairwise(errors))
     assert errors[-1] < spread / 100
 
