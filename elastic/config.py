@@ -74,6 +74,7 @@ class ElasticTokConfig:
         int, ...
     ] = ()  # '3d': channel pairs for time, rows, columns; (): 1/4, 3/8, 3/8
     rope_bases: tuple[int, ...] = (1000, 100, 100)  # '3d': takes the place of theta
+    lapped_input: bool = False  # every token sees twice its patch
     lapped_output: bool = False  # every token paints twice its patch; neighbours blend
     patch_group: int = 1  # tokens of a square of patches that code it together, one after another
     bounded_output: bool = True  # pixels are a tanh; False: they are clipped to become levels
@@ -189,11 +190,12 @@ class ElasticTokConfig:
             f"rope_split={pairs} must be three numbers of channel pairs, 0 or above, with the sum {self.head_dim // 2}: "
             f"half of hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads}.",
         )
-        _require(
-            not self.lapped_output or self.patch_size[1] % 2 == self.patch_size[2] % 2 == 0,
-            f"lapped_output=True needs patches of even rows and columns, not patch_size={self.patch_size}: "
-            "half of a neighbour's patch is painted.",
-        )
+        for name, does in (("lapped_input", "seen"), ("lapped_output", "painted")):
+            _require(
+                not getattr(self, name) or self.patch_size[1] % 2 == self.patch_size[2] % 2 == 0,
+                f"{name}=True needs patches of even rows and columns, not patch_size={self.patch_size}: "
+                f"half of a neighbour's patch is {does}.",
+            )
         _ = self.group_shape
         _require(
             self.patch_group == 1
@@ -421,12 +423,13 @@ _SHAPE_OPTIONS = frozenset(
 )
 _LATER_SHAPE_OPTIONS = (
     "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output", "patch_group",
-    "bounded_output",
+    "bounded_output", "lapped_input",
 )  # fmt: skip
 
 _SMALL = dict(
-    hidden_size=256, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=2,
-    theta=1e4, frames_per_block=4, lpips_loss_ratio=0.0,
+    hidden_size=192, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=3,
+    theta=1e4, lpips_loss_ratio=0.0, token_order="coarse_to_fine", rope="3d", condition_decoder=True, lapped_input=True,
+    lapped_output=True, bounded_output=False,
 )  # fmt: skip
 _RELEASED = dict(
     recommended_thresholds=(0.003,),
@@ -448,11 +451,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "patch_size": (1, 4, 8), "max_toks": 2048, "min_toks": 256, "max_sequence_length": 4096,
-        "fsq_quant_levels": (20, 8, 5, 5, 4, 4), "recommended_thresholds": (0.02, 0.01, 0.005),
+        **_SMALL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
+        "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (25, 17, 11, 9, 9, 7, 7, 5, 5, 3),
+        "recommended_thresholds": (0.02, 0.01, 0.005),
     },
     "small-vae": {
-        **_SMALL, "bottleneck_type": "vae", "patch_size": (2, 8, 8), "max_toks": 512, "min_toks": 32, "max_sequence_length": 1024,
+        **_SMALL, "bottleneck_type": "vae", "patch_size": (4, 4, 8), "patch_group": 8, "max_toks": 512, "min_toks": 32,
+        "max_sequence_length": 1024,
         "recommended_thresholds": (0.03, 0.015),
     },
 }  # fmt: skip

@@ -38,6 +38,12 @@ class DataConfig:
         "at random places of the whole frame, half of them at its own size, the others at any scale up to its short side",
         choices=FITS,
     )
+    # A small model trains on tiles of the frames that it is to see later.
+    short_side: int = option(
+        0,
+        "fit=tile: rows or columns, whichever are fewer, that larger frames are scaled to before tiles are cut; 0: four tiles",
+        check=at_least(0),
+    )
     seed: int = option(0, "draws the order of the files, crops and motion", check=at_least(0))
     workers: int = option(
         2, "processes of a host that decode; 0: threads of the trainer", check=at_least(0)
@@ -73,3 +79,7 @@ class DataConfig:
         if not self.path:
             raise ValueError("path is empty; name the folder of images and videos.")
         check_options(self)
+        if self.short_side and self.fit != "tile":
+            raise ValueError(
+                f"short_side={self.short_side} is for tiles: add fit=tile, or leave it out."
+            )

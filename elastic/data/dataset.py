@@ -82,6 +82,10 @@ class TrainingData:
     def __init__(self, data: DataConfig, model: ElasticTokConfig, *, index: FileIndex):
         self.data, self.index = data, index
         self.num_blocks = sequence_length(data, model) // model.tokens_per_block
+        if 0 < data.short_side < model.resolution:
+            raise ValueError(
+                f"short_side={data.short_side} is less than the model's frame of {model.resolution} pixels; no tile of it would fit."
+            )
         is_image = np.array([file.kind == "image" for file in index.files])
         frames = np.array([file.num_frames for file in index.files])
         if data.max_frames:
@@ -106,6 +110,7 @@ class TrainingData:
             fps=data.fps,
             reader=data.reader,
             exact_color=data.exact_color,
+            short_side=data.short_side,
             fit=data.fit,
             resolution=model.resolution,
             frames_per_block=model.frames_per_block,

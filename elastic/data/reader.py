@@ -68,6 +68,7 @@ class DecodeSpec:
       cache_path: folder for decoded frames; '' is none.
       reader: who decodes video.
       exact_color: convert the colours of every video with correct rounding.
+      short_side: of frames that tiles are cut from, at most; 0 is four tiles.
       fit: what is shown of a frame that is not square.
       stamps: size and time of change of each file; a changed file is decoded again.
       blocks_per_sequence: blocks of the longest piece.
@@ -87,6 +88,7 @@ class DecodeSpec:
     cache_path: str
     reader: str
     exact_color: bool
+    short_side: int
     fit: str
     stamps: Sequence[str]
     blocks_per_sequence: int
@@ -354,7 +356,7 @@ class SequenceReader:
         """Rows and columns that a file is decoded to; for tiles, the most of its short side."""
         spec = self.spec
         if spec.fit == "tile":
-            return _TILE_SCALE * spec.resolution
+            return spec.short_side or _TILE_SCALE * spec.resolution
         is_image = spec.num_frames[file] == 0
         margin = 1.0
         if spec.random_crop or (is_image and spec.image_blocks > 1):

@@ -12,10 +12,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastic.config import ElasticTokConfig
-from elastic.model.lapped import repeat_border
+from elastic.model.lapped import ignore_border, repeat_border
 
 # Options that add parameters or change their shapes. A model that has one cannot go back.
-_ADDING = ("condition_encoder", "condition_decoder", "lapped_output")
+_ADDING = ("condition_encoder", "condition_decoder", "lapped_input", "lapped_output")
 # Options that change what the same parameters compute.
 _CHANGING = ("token_order", "rope", "rope_split", "rope_bases", "bounded_output")
 
@@ -51,7 +51,8 @@ def add_options(
 ) -> dict[str, Any]:
     """Parameters of the model `config`, made from those of the model `before`. The two differ in options only.
 
-    New embeddings are zero. The windows of a lapped output repeat the border pixels of their patches.
+    New embeddings are zero. The windows of a lapped output repeat the border pixels of their patches; those of a lapped
+    input see nothing new at first.
 
     Args:
       params: NumPy arrays, in the tree of the checkpoints.
@@ -64,9 +65,12 @@ def add_options(
         if getattr(config, option) and not getattr(before, option):
             for name in ("is_kept_embed", "is_masked_embed"):
                 flat[coder, name] = np.zeros((1, config.hidden_size), np.float32)
+    if config.lapped_input and not before.lapped_input:
+        name = ("encoder", "in_proj", "kernel")
+        flat[name] = ignore_border(flat[name], config.group_size)
     if config.lapped_output and not before.lapped_output:
         name = ("decoder", "out_proj", "kernel")
-        flat[name] = repeat_border(flat[name], config.patch_size)
+        flat[name] = repeat_border(flat[name], config.group_size)
     return unflatten_dict(flat)
 
 

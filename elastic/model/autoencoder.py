@@ -113,6 +113,8 @@ class Encoder(Coder):
         common, config = self.common(), self.config
         grouped = config.patch_group > 1
         patches = groups.join(batch.patches, config) if grouped else batch.patches
+        if config.lapped_input:
+            patches = lapped.windows(patches, config)
         x = Linear(features=config.hidden_size, name="in_proj", **common)(patches)
         if grouped:
             x = self.add_stage(groups.spread(x, config))

@@ -54,8 +54,11 @@ def forward_flops(
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
     weights = layers * (4 * width**2 + 3 * width * config.intermediate_size)
-    output = config.patch_dim * (lapped.WINDOW if config.lapped_output else 1)
-    weights += width * (config.patch_dim + output + latents + config.code_dim)
+    seen, painted = (
+        config.patch_dim * (lapped.WINDOW if option else 1)
+        for option in (config.lapped_input, config.lapped_output)
+    )
+    weights += width * (seen + painted + latents + config.code_dim)
     if visible_blocks is None:
         pairs = visible_pairs(length, config.tokens_per_block)
     else:

@@ -1,12 +1,19 @@
-"""Lapped output: every token paints a window of twice its patch, and the windows of neighbours blend.
+"""Lapped patches: every token sees, or paints, a window of twice its patch, which overlaps those of its neighbours.
 
-The window is a raised cosine, as in lapped transforms (Malvar and Staelin 1989): shifted by a patch, its values sum to
-one. At the edge of the frame, where no neighbour is, the part of a window beyond the edge is folded back, as a mirror
-shows it; so the weights sum to one there too.
+Lapped output: windows are weighted by a raised cosine and added, as in lapped transforms (Malvar and Staelin 1989):
+shifted by a patch, its values sum to one. At the edge of the frame, where no neighbour is, the part of a window beyond
+the edge is folded back, as a mirror shows it; so the weights sum to one there too.
+
+Lapped input: a token's window has the pixels of its neighbours around its own; beyond the edge of the frame it has the
+mirror's. A linear start sees the window through `prefilter`.
 """
+
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.fft
+import scipy.linalg
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -14,6 +21,60 @@ from elastic.config import ElasticTokConfig
 from elastic.patches import reorder, token_numbers, token_places
 
 WINDOW = 4  # numbers of a window per number of a patch
+
+
+def windows(x: Float[Array, "b l p"], config: ElasticTokConfig) -> Float[Array, "b l w"]:
+    """Patches of whole blocks -> windows, in the orders of `overlap_add`, which gives the patches back.
+
+    Args:
+      x: pixels of each token's patch [batch, tokens, frames * rows * columns * 3]; with `patch_group` of each group's.
+      config: the model; gives the patch size and the order of tokens.
+    """
+    frames, rows, columns = config.group_size
+    down, right = config.grid_shape
+    x = reorder(x, token_numbers(down, right, config.token_order))
+    x = rearrange(
+        x,
+        "b (s h w) (pt ph pw c) -> b s h w pt ph pw c",
+        h=down,
+        w=right,
+        pt=frames,
+        ph=rows,
+        pw=columns,
+    )
+    x = _surround(x, place_axis=2, patch_axis=5)
+    x = _surround(x, place_axis=3, patch_axis=6)
+    x = rearrange(x, "b s h w pt wh ww c -> b (s h w) (pt wh ww c)")
+    return reorder(x, token_places(down, right, config.token_order))
+
+
+def prefilter(size: int) -> Float[np.ndarray, "p w"]:
+    """The matrix from a window of 2 * `size` pixels to `size` numbers, from which the pixels can be had back.
+
+    It is the filter of a lapped transform (Tran, Liang and Tu 2003): across the border between two patches the sum of
+    mirrored pixels stays, and their difference is rotated and amplified. A transform of the numbers then is one of
+    overlapping windows: more energy lies in few components, and steps at borders of patches cannot arise. What mirrors
+    itself at a border stays as it is, so nothing is filtered at the edge of the frame.
+    """
+    border = _border_filter(size // 2)
+    return scipy.linalg.block_diag(border, border)[size // 2 : -(size // 2)]
+
+
+def postfilter(size: int) -> Float[np.ndarray, "w p"]:
+    """The inverse: from a patch's numbers to what they add to a window of 2 * `size` pixels."""
+    border = np.linalg.inv(_border_filter(size // 2))
+    return scipy.linalg.block_diag(border, border)[:, size // 2 : -(size // 2)]
+
+
+def see_prefiltered(
+    kernel: Float[np.ndarray, "p c"], patch_size: tuple[int, int, int]
+) -> Float[np.ndarray, "w c"]:
+    """A projection from the filtered pixels of a patch as one from its window."""
+    frames, rows, columns = patch_size
+    down, right = prefilter(rows), prefilter(columns)
+    kernel = kernel.reshape(frames, rows, columns, 3, -1)
+    seen = np.einsum("rR,cC,trcxk->tRCxk", down, right, kernel, optimize=True)
+    return seen.reshape(-1, kernel.shape[-1]).astype(np.float32)
 
 
 def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Array, "b l p"]:
@@ -46,10 +107,46 @@ def repeat_border(
     kernel: Float[np.ndarray, "c p"], patch_size: tuple[int, int, int]
 ) -> Float[np.ndarray, "c w"]:
     """A projection to patches as one to windows: the margin repeats the pixels at the patch's border."""
+    return _padded(kernel, patch_size, mode="edge")
+
+
+def ignore_border(
+    kernel: Float[np.ndarray, "p c"], patch_size: tuple[int, int, int]
+) -> Float[np.ndarray, "w c"]:
+    """A projection from patches as one from windows: the margin counts nothing."""
+    return _padded(kernel.T, patch_size, mode="constant").T
+
+
+def _padded(
+    kernel: Float[np.ndarray, "c p"],
+    patch_size: tuple[int, int, int],
+    *,
+    mode: Literal["edge", "constant"],
+) -> Float[np.ndarray, "c w"]:
     frames, rows, columns = patch_size
     patches = kernel.reshape(-1, frames, rows, columns, 3)
     margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
-    return np.pad(patches, margin, mode="edge").reshape(len(kernel), -1)
+    return np.pad(patches, margin, mode=mode).reshape(len(kernel), -1)
+
+
+def _border_filter(half: int) -> Float[np.ndarray, "n n"]:
+    """The filter of the `half` pixels before a border between patches and the `half` pixels behind it."""
+    one, mirror = np.eye(half), np.eye(half)[::-1]
+    butterfly = np.block([[one, mirror], [mirror, -one]]) / np.sqrt(2)
+    # The diagonal is close to the one with the highest coding gain for neighbours that correlate by 0.95.
+    second, fourth = (scipy.fft.dct(one, type=kind, norm="ortho", axis=0) for kind in (2, 4))
+    rotation = mirror @ second.T @ np.diag(1 + 0.6 * 3.0 ** -np.arange(half)) @ fourth @ mirror
+    return butterfly @ scipy.linalg.block_diag(one, rotation) @ butterfly
+
+
+def _surround(x: Array, *, place_axis: int, patch_axis: int) -> Array:
+    """Adds half a patch of both neighbours along one direction; at the edge of the frame the mirror's."""
+    x = jnp.moveaxis(x, (place_axis, patch_axis), (-2, -1))
+    first, second = jnp.split(x, 2, axis=-1)
+    before = jnp.concatenate([first[..., :1, ::-1], second[..., :-1, :]], axis=-2)
+    after = jnp.concatenate([first[..., 1:, :], second[..., -1:, ::-1]], axis=-2)
+    x = jnp.concatenate([before, first, second, after], axis=-1)
+    return jnp.moveaxis(x, (-2, -1), (place_axis, patch_axis))
 
 
 def raised_cosine(size: int) -> Float[np.ndarray, "w"]:

@@ -4,25 +4,28 @@ A component describes a whole group. Stage 0 codes the strongest components. Eve
 error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from elastic.config import ElasticTokConfig
+from elastic.model import lapped
 from elastic.model import linear_parts as parts
 from elastic.model.bottleneck import FSQ, make_bottleneck
-from elastic.model.lapped import raised_cosine
+from elastic.patches import to_unit_range
 
 _SIGNAL = 0.01  # as in linear_init; smaller, because the weak components of a group are coded too
 _FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
 _STAGE = 0.25  # the deviation of those
 _LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
+_AT_ONCE = 500  # squares
 _STEPS = 12  # of the fit through tanh
-_RIDGE = 3e-3  # of that fit, for numbers of variance 1
+_RIDGE = 5.0  # of that fit, for numbers of variance 1
 
 
 class Stage(NamedTuple):
@@ -44,30 +47,93 @@ class Stage(NamedTuple):
 
 
 def write_groups(
-    params: dict[str, Any], config: ElasticTokConfig, squares: Float[np.ndarray, "n w"]
+    params: dict[str, Any], config: ElasticTokConfig, squares: UInt8[np.ndarray, "n w"]
 ) -> None:
     """Writes the linear codec of groups of patches into `params`.
 
     Args:
       params: float32 NumPy arrays with stacked layers.
       config: the model.
-      squares: of two by two groups, pixels in [-1, 1] in the order of one large patch.
+      squares: pixels of two by two groups in the order of one large patch; or of four by four, of which the middle ones
+        are coded.
     """
     width = config.hidden_size
-    pixels = rearrange(
-        squares,
-        "n (t a h b w c) -> (n a b) (t h w c)",
-        a=2, b=2, c=3, t=config.group_size[0], h=config.group_size[1], w=config.group_size[2],
-    )  # fmt: skip
+    pixels, numbers = _in_groups(config, squares)
     signals = min(width - 2 - _FOR_STAGES, pixels.shape[1])
-    components = parts.principal_components(pixels, signals)
-    stages, rebuilt = _plan(config, (pixels - components.mean) @ components.basis)
+    components = parts.principal_components(numbers, signals)
+    components = _as_painted(config, components)
+    stages, rebuilt = _plan(config, (numbers - components.mean) @ components.basis)
     rng = np.random.default_rng(0)
     marks = np.zeros((config.patch_group, width), np.float32)
     marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
     energy = _STAGE**2 * (width - 2 - signals)
     _write_encoder(params["encoder"], config, components, stages, marks, energy)
-    _write_decoder(params["decoder"], config, pixels, rebuilt, stages, marks, energy)
+    _write_decoder(params["decoder"], config, components, pixels, rebuilt, stages, marks, energy)
+
+
+def _in_groups(
+    config: ElasticTokConfig, squares: UInt8[np.ndarray, "n s"]
+) -> tuple[Float[np.ndarray, "g w"], Float[np.ndarray, "g w"]]:
+    """The pixels of two by two groups of each square, in [-1, 1], and what is coded of them: with `lapped_input` filtered ones."""
+    frames, rows, columns = config.group_size
+    side = math.isqrt(squares.shape[1] // math.prod((frames, rows, columns, 3)))
+    squares = squares.reshape(-1, frames, side * rows, side * columns, 3)
+    if not config.lapped_input:
+        pixels = _split(to_unit_range(squares), config)
+        return pixels, pixels
+    down, right = (_prefilter_of_two(size).astype(np.float32) for size in (rows, columns))
+    pixels = np.empty((4 * len(squares), config.patch_group * config.patch_dim), np.float32)
+    filtered = np.empty_like(pixels)
+    for first in range(
+        0, len(squares), _AT_ONCE
+    ):  # a sample of large squares would fill the memory
+        frame = to_unit_range(squares[first : first + _AT_ONCE])
+        if side == 2:  # beyond the square is a mirror, as at the edge of a frame
+            margin = ((0, 0), (0, 0), (rows, rows), (columns, columns), (0, 0))
+            frame = np.pad(frame, margin, mode="symmetric")
+        part = slice(4 * first, 4 * (first + len(frame)))
+        pixels[part] = _split(frame[:, :, rows:-rows, columns:-columns], config)
+        filtered[part] = _split(
+            np.einsum("rR,cC,ntRCx->ntrcx", down, right, frame, optimize=True), config
+        )
+    return pixels, filtered
+
+
+def _split(
+    frame: Float[np.ndarray, "n t h w c"], config: ElasticTokConfig
+) -> Float[np.ndarray, "g w"]:
+    _, rows, columns = config.group_size
+    return rearrange(frame, "n t (a h) (b w) c -> (n a b) (t h w c)", h=rows, w=columns)
+
+
+def _prefilter_of_two(size: int) -> Float[np.ndarray, "p w"]:
+    """From four groups in a row to the filtered pixels of the middle two."""
+    matrix = np.zeros((2 * size, 4 * size))
+    for first in (0, size):
+        window = slice(first + size // 2, first + size // 2 + 2 * size)
+        matrix[first : first + size, window] = lapped.prefilter(size)
+    return matrix
+
+
+def _painted(
+    config: ElasticTokConfig, components: parts.Components
+) -> Float[np.ndarray, "k t h w 3"]:
+    """What a unit of each component paints in a group's window: the inverse of the encoder."""
+    _, rows, columns = config.group_size
+    basis = components.basis / np.square(components.basis).sum(axis=0)
+    painted = rearrange(basis, "(t h w c) k -> k t h w c", h=rows, w=columns, c=3)
+    if not config.lapped_input:
+        margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
+        return np.pad(painted, margin)
+    down, right = lapped.postfilter(rows), lapped.postfilter(columns)
+    return np.einsum("Hh,Ww,kthwc->ktHWc", down, right, painted, optimize=True)
+
+
+def _as_painted(config: ElasticTokConfig, components: parts.Components) -> parts.Components:
+    """The components, scaled so that a unit of each is as much in the picture."""
+    norm = np.sqrt(np.square(_painted(config, components)).sum(axis=(1, 2, 3, 4)))
+    mean, variance, basis = components
+    return parts.Components(mean, variance * norm**2, (basis * norm).astype(np.float32))
 
 
 def _plan(
@@ -147,6 +213,9 @@ def _write_encoder(
     scale, square = parts.write_encoder_layers(
         encoder, config, components, signal=_SIGNAL, channels=channels, energy=energy
     )
+    if config.lapped_input:
+        kernel = encoder["in_proj"]["kernel"]
+        encoder["in_proj"]["kernel"] = lapped.see_prefiltered(kernel, config.group_size)
     encoder["stage_embed"] = marks
     code_dim, constant = config.code_dim, config.hidden_size - 1
     kernel = np.zeros_like(encoder["pre_quant"]["kernel"])
@@ -169,6 +238,7 @@ def _write_encoder(
 def _write_decoder(
     decoder: dict[str, Any],
     config: ElasticTokConfig,
+    components: parts.Components,
     pixels: np.ndarray,
     rebuilt: np.ndarray,
     stages: list[Stage],
@@ -195,7 +265,13 @@ def _write_decoder(
     seen = np.concatenate([rebuilt[:, used] * scale, constants], axis=1) / np.sqrt(square)
     deviation = seen[:, :-1].std(axis=0).clip(1e-4)
     parts.write_norms(layers, used, deviation, square)
-    solution = _fit_windows(config, seen, pixels)
+    # A component in the residual stream is this large after the norm.
+    painted = _painted(config, components)[used] * (np.sqrt(square) / scale)
+    if not config.lapped_output:
+        _, rows, columns = config.group_size
+        inside = slice(rows // 2, rows // 2 + rows), slice(columns // 2, columns // 2 + columns)
+        painted = painted[:, :, *inside]
+    solution = _fit_windows(config, seen, pixels, painted)
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[used], out[constant] = solution[:-1], solution[-1]
     decoder["out_proj"]["kernel"] = out
@@ -210,80 +286,85 @@ def _write_steps(coder: dict[str, Any], stages: list[Stage]) -> None:
 
 
 def _fit_windows(
-    config: ElasticTokConfig, seen: Float[np.ndarray, "g c"], pixels: Float[np.ndarray, "g w"]
+    config: ElasticTokConfig,
+    seen: Float[np.ndarray, "g c"],
+    pixels: Float[np.ndarray, "g w"],
+    painted: Float[np.ndarray, "k t h w 3"],
 ) -> Float[np.ndarray, "c w"]:
     """The matrix from a group's numbers to its pixels, or to its window, with which the picture is nearest.
 
-    A pixel between four groups is a sum over them of weight * numbers @ column of the window, or the tanh of that sum.
-    The four columns are fitted together by least squares; then come steps that take a tanh into account.
+    A pixel between four groups is a sum over what they paint there, or the tanh of that sum. What all four paint is fitted
+    together by ridge regression, which begins at the inverse of the encoder.
 
     Args:
       config: the model.
       seen: the numbers of groups; the last one is constant. Four after one another meet in a corner.
       pixels: of the same groups.
+      painted: what a unit of each number but the constant paints if nothing is fitted.
     """
     frames, rows, columns = config.group_size
     # Groups along rows, and along columns, that share a pixel.
     meeting = 2 if config.lapped_output else 1
     constant, seen = float(seen[0, -1]), seen[:, :-1]
     count, deviation = seen.shape[1], seen.std(axis=0).clip(1e-6)
-    numbers = (seen / deviation).astype(np.float32).reshape(-1, meeting**2, count)
+    numbers = (seen / deviation).astype(np.float32).reshape(-1, meeting**2 * count)
     middle = rearrange(
         pixels,
         "(n a b) (t h w c) -> n t (a h) (b w) c",
         a=meeting, b=meeting, t=frames, h=rows, w=columns,
     )  # fmt: skip
-    down, right = np.ones(rows), np.ones(columns)
+    weight = np.ones((rows, columns))
     if config.lapped_output:
         middle = middle[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
-        down, right = raised_cosine(rows), raised_cosine(columns)
+        weight = np.outer(lapped.raised_cosine(rows), lapped.raised_cosine(columns))
     base = parts.before_output(middle, config).mean(axis=(0, 1, 2, 3))
-    window = np.zeros((count + 1, frames, len(down), len(right), 3), np.float32)
-    window[-1] = base / constant
-    gram = np.einsum("nic,njd->icjd", numbers, numbers, optimize=True)
-    flat = numbers.reshape(len(numbers), -1)
-    for row, column in np.ndindex(rows, columns):
-        places = [
-            (row + a * rows, column + b * columns)
-            for a in reversed(range(meeting))
-            for b in reversed(range(meeting))
-        ]
-        weight = np.array([down[i] * right[j] for i, j in places], np.float32)
-        normal = (gram * weight[:, None, None, None] * weight[:, None]).reshape(flat.shape[1], -1)
-        target = middle[:, :, row, column].reshape(len(numbers), -1)  # frames and colours
-        solution = _fit_pixel(
-            config, flat, np.repeat(weight, count), normal, target, np.tile(base, frames)
-        )
-        for number, (i, j) in enumerate(places):
-            part = solution[number * count : (number + 1) * count]
-            window[:-1, :, i, j] = (part / deviation[:, None]).reshape(count, frames, 3)
+    # Of the four groups around a corner the first one paints the last quarter of its window there.
+    start = rearrange(
+        painted * deviation[:, None, None, None, None],
+        "k t (a h) (b w) c -> a b k (t h w c)",
+        a=meeting, b=meeting,
+    )[::-1, ::-1]  # fmt: skip
+    fitted = _fit(
+        config,
+        numbers,
+        middle.reshape(len(middle), -1),
+        np.tile(base, frames * rows * columns),
+        start.reshape(len(numbers[0]), -1).astype(np.float32),
+    )
+    fitted = rearrange(
+        fitted.reshape(meeting, meeting, count, -1)[::-1, ::-1],
+        "a b k (t h w c) -> k t (a h) (b w) c",
+        t=frames, h=rows, w=columns,
+    )  # fmt: skip
+    window = np.broadcast_to(base / constant, (count + 1, *fitted.shape[1:])).copy()
+    window[:-1] = fitted / deviation[:, None, None, None, None] / weight[..., None]
     return window.reshape(count + 1, -1)
 
 
-def _fit_pixel(
+def _fit(
     config: ElasticTokConfig,
     numbers: Float[np.ndarray, "n c"],
-    weight: Float[np.ndarray, "c"],
-    normal: Float[np.ndarray, "c c"],
     target: Float[np.ndarray, "n t"],
     base: Float[np.ndarray, "t"],
+    start: Float[np.ndarray, "c t"],
 ) -> Float[np.ndarray, "c t"]:
-    """The matrix B, by ridge regression, for which (weight * numbers) @ B + base, or its tanh, is near `target`.
+    """The matrix B near `start`, by ridge regression, for which numbers @ B + base, or its tanh, is near `target`.
 
     Args:
       config: the model, which says whether there is a tanh.
       numbers: of variance 1.
-      weight: of each number.
-      normal: (weight * numbers)^T (weight * numbers).
-      target: pixels of one place, of several frames and colours.
+      target: pixels.
       base: for numbers that are zero.
+      start: what the regression is drawn to.
     """
     ridge = _RIDGE * len(numbers)
-    factor = scipy.linalg.cho_factor(normal + ridge * np.eye(len(normal), dtype=normal.dtype))
-    error = parts.before_output(target, config) - base
-    solution = scipy.linalg.cho_solve(factor, weight[:, None] * (numbers.T @ error))
+    normal = numbers.T @ numbers
+    normal[np.diag_indices_from(normal)] += ridge
+    factor = scipy.linalg.cho_factor(normal)
+    error = parts.before_output(target, config) - base - numbers @ start
+    change = scipy.linalg.cho_solve(factor, numbers.T @ error)
     for _ in range(_STEPS if config.bounded_output else 0):
-        out = np.tanh(numbers @ (weight[:, None] * solution) + base)
-        gradient = weight[:, None] * (numbers.T @ ((target - out) * (1 - out**2)))
-        solution += scipy.linalg.cho_solve(factor, gradient - ridge * solution)
-    return solution
+        out = np.tanh(numbers @ (start + change) + base)
+        gradient = numbers.T @ ((target - out) * (1 - out**2))
+        change += scipy.linalg.cho_solve(factor, gradient - ridge * change)
+    return start + change

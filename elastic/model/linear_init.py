@@ -43,9 +43,15 @@ _COPIED = 3.0  # what the interpolating head adds, as a multiple of what a token
 
 
 def sample_size(config: ElasticTokConfig) -> tuple[int, int, int]:
-    """Frames, rows and columns of the patches that `linear_init` takes: with groups of patches, two by two groups."""
+    """Frames, rows and columns of the patches that `linear_init` takes.
+
+    With groups of patches these are two by two groups. With `lapped_input` there are groups around them, if the
+    frame divides into four by four.
+    """
     frames, rows, columns = config.group_size
     side = 1 if config.patch_group == 1 else 2
+    if config.lapped_input and all(size % 4 == 0 for size in config.grid_shape):
+        side *= 2
     return frames, side * rows, side * columns
 
 
@@ -65,6 +71,8 @@ def linear_init(
     code_dim, width = config.code_dim, config.hidden_size
     if not config.scan_layers:
         raise ValueError("A linear start needs scan_layers=True.")
+    if config.lapped_input and config.patch_group == 1:
+        raise ValueError("A linear start with lapped_input=True needs patch_group above 1.")
     if not config.condition_encoder:
         raise ValueError(
             "A linear start needs condition_encoder=True: the embeddings of kept tokens carry its constant."
@@ -82,10 +90,10 @@ def linear_init(
             f"{len(patches)} patches are too few for components of {numbers} numbers; use {enough} or more."
         )
     params = jax.tree.map(lambda x: np.array(x, np.float32), params)
-    pixels = to_unit_range(patches)
     if config.patch_group > 1:
-        write_groups(params, config, pixels)
+        write_groups(params, config, patches)
         return params
+    pixels = to_unit_range(patches)
     components = principal_components(pixels, pixels.shape[1])
     gain, codes = _codes_of(config, (pixels - components.mean) @ components.basis[:, :code_dim])
     _write_encoder(params["encoder"], config, components, gain)

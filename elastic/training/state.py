@@ -35,7 +35,7 @@ PRETRAINED = "pretrained"  # at the end: config.json and model.safetensors, for 
 CONFIG_FILE = "config.json"
 STATE_FILE = "streaming_train_state"
 PARAMS_FILE = "params"
-_START_PATCHES, _START_GROUPS = 40_000, 6_000  # what a linear start is computed from
+_START_PATCHES, _START_GROUPS = 40_000, 12_000  # what a linear start is computed from
 # Options that decide what a state consists of, and their values in runs that did not know them.
 _OF_STATE = {
     "type": "adamw",

@@ -37,17 +37,14 @@ workers="${workers:-2}"
 float_dtype="${float_dtype:-bf16}"
 # -------------------------------------------------------------------------------------------------
 
-spatial="token_order='coarse_to_fine',rope='3d',condition_decoder=True,lapped_output=True,bounded_output=False"
 case "$model" in
     fsq)
         pieces="max_toks=256,min_toks=16,max_sequence_length=512"
         whole="max_toks=4096,min_toks=256,max_sequence_length=8192"
-        spatial+=",frames_per_block=16,patch_size=(16,2,2),patch_group=16,fsq_quant_levels=(25,17,11,9,9,7,7,5,5,3)"
         ;;
     vae)
         pieces="max_toks=128,min_toks=8,max_sequence_length=256"
         whole="max_toks=512,min_toks=32,max_sequence_length=1024"
-        spatial+=",patch_size=(4,4,8),patch_group=8"
         ;;
     *)
         echo "train_shipped.sh: model='$model' must be fsq or vae." >&2
@@ -66,7 +63,7 @@ check_variables train_shipped.sh model dataset_path report_path output_dir start
 train() { # FOLDER START STEPS OPTIONS RATE RATE_OF_MATRICES FLOAT_DTYPE
     echo "train_shipped.sh: $3 steps, $4" >&2
     dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$5" end_lr="$end_lr" \
-        update_elastic_config="dict($spatial,$4,lpips_loss_ratio=0.0)" batch_size="$batch_size" dtype="$dtype" \
+        update_elastic_config="dict($4)" batch_size="$batch_size" dtype="$dtype" \
         mesh_dim="$mesh_dim" workers="$workers" save_model_freq=100 save_milestone_freq=1000000 \
         bash scripts/run_train.sh --load_checkpoint="$2" --init=linear --optimizer.type=muon --optimizer.matrix_lr="$6" \
         --mask_log_uniform=True --mask_full_fraction=0.2 --log_error=True \

@@ -222,6 +222,20 @@ def test_tiles_are_cut_from_the_whole_frame_at_its_own_size_and_at_other_scales(
     assert_equal(again, data.sequence(3))
 
 
+def test_tiles_are_cut_from_frames_that_are_no_larger_than_asked_for(tmp_path):
+    """An image of 64 x 96 at half its size has the size of a tile in one direction: nothing moves along it."""
+    rows, columns = np.mgrid[:64, :96]
+    picture = np.stack([rows * 3, columns * 2, 0 * rows], axis=-1).astype(np.uint8)
+    media.write_image(tmp_path / "a.png", picture)
+    data = open_data(tmp_path, fit="tile", short_side=32)
+    tiles = [frames_of(data.sequence(n), 0)[0].astype(int) for n in range(20)]
+    assert all(np.ptp(tile[:, 0, 0]) > 3 * 55 and np.ptp(tile[0, :, 1]) > 2 * 55 for tile in tiles)
+    with pytest.raises(ValueError, match="short_side=16 is less than the model's frame of 32"):
+        open_data(tmp_path, fit="tile", short_side=16)
+    with pytest.raises(ValueError, match="short_side=64 is for tiles: add fit=tile"):
+        open_data(tmp_path, short_side=64)
+
+
 def test_an_image_is_one_still_block_or_as_many_with_a_moving_crop_as_asked_for(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     media.write_image(tmp_path / "a.png", picture)

@@ -108,15 +108,16 @@ def smooth_squares(count, size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lapped", ["output", "both"])
 @pytest.mark.parametrize("case", ["fsq", "vae"])
-def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case):
+def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case, lapped):
     """And a better one with every stage."""
     made = config(
         (4, 2, 2), 256, 16, bottleneck_type=case, fsq_quant_levels=(15, 7, 5), vae_bottleneck_dim=3,
-        lapped_output=True, bounded_output=case == "fsq", min_toks=8,
+        lapped_output=True, lapped_input=lapped == "both", bounded_output=case == "fsq", min_toks=8,
     )  # fmt: skip
     size = sample_size(made)
-    assert size == (4, 16, 16)
+    assert size == ((4, 32, 32) if lapped == "both" else (4, 16, 16))
     squares = smooth_squares(2000, size).clip(0, 255).astype(np.uint8)
     drawn = init_params(made, jax.random.key(0))
     started = linear_init(drawn, made, squares.reshape(len(squares), -1))
@@ -138,7 +139,7 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case):
     assert errors[1] < spread / 20
     # The last errors come from colours outside the range of a pixel; no stage mends them.
     assert all(after < 1.01 * before for before, after in itertools.pairwise(errors))
-    assert errors[-1] < spread / 100
+    assert errors[-1] < spread / 80
 
 
 def test_a_model_with_too_few_squares_has_no_linear_start():

@@ -75,6 +75,8 @@ def test_what_cannot_start_linear_is_refused():
     params = init_params(config, jax.random.key(0))
     with pytest.raises(ValueError, match="needs scan_layers=True"):
         linear_init(params, config.replace(scan_layers=False), patches)
+    with pytest.raises(ValueError, match="lapped_input=True needs patch_group above 1"):
+        linear_init(params, config.replace(lapped_input=True), patches)
     with pytest.raises(ValueError, match=r"300 patches are too few .*; use 384 or more"):
         linear_init(params, config, patches[:300])
     with pytest.raises(ValueError, match="intermediate_size of 8 or more, not 128 and 6"):

@@ -1,4 +1,4 @@
-"""The options that released models do not have: token order, positions in space, conditioned decoder, lapped output."""
+"""The options that released models do not have: token order, positions in space, conditioned decoder, lapped patches."""
 
 import functools
 
@@ -22,6 +22,7 @@ OPTIONS = dict(
     rope="3d",
     rope_split=(4, 6, 6),
     condition_decoder=True,
+    lapped_input=True,
     lapped_output=True,
     patch_group=4,
     bounded_output=False,
@@ -151,15 +152,19 @@ def test_added_options_give_the_tree_of_the_new_model_and_none_is_taken_away():
     after = add_options(before, old, new)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(new))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == shapes
-    # A window is its patch, with the border's pixels around it.
-    size = old.patch_size
-    inner = after["decoder"]["out_proj"]["kernel"].reshape(-1, size[0], 2 * size[1], 2 * size[2], 3)
-    inner = inner[:, :, size[1] // 2 : -(size[1] // 2), size[2] // 2 : -(size[2] // 2)]
-    np.testing.assert_array_equal(
-        inner.reshape(len(inner), -1), before["decoder"]["out_proj"]["kernel"]
-    )
+    # A window is its patch, with the border's pixels around it; the encoder sees nothing in them at first.
+    frames, rows, columns = old.patch_size
+    for coder, name in (("decoder", "out_proj"), ("encoder", "in_proj")):
+        (kernel, window) = (
+            tree[coder][name]["kernel"].T if coder == "encoder" else tree[coder][name]["kernel"]
+            for tree in (before, after)
+        )
+        window = window.reshape(-1, frames, 2 * rows, 2 * columns, 3)
+        inner = window[:, :, rows // 2 : -(rows // 2), columns // 2 : -(columns // 2)]
+        np.testing.assert_array_equal(inner.reshape(kernel.shape), kernel)
+        assert np.isclose(np.abs(window).sum(), np.abs(inner).sum()) == (coder == "encoder")
     assert before_options(new, old) == old and before_options(new, None) == new
-    with pytest.raises(ValueError, match="lapped_output=True"):
+    with pytest.raises(ValueError, match="lapped_input=True, lapped_output=True"):
         before_options(old, new)
 
 
@@ -191,6 +196,25 @@ def test_windows_cut_from_a_picture_blend_to_that_picture(patch_size, token_orde
     blended = lapped.overlap_add(jnp.asarray(windows, jnp.float32), config)
     ours = unpatchify(np.asarray(blended), patch_size, side, side, token_order)[0]
     np.testing.assert_allclose(ours, inside.reshape(ours.shape), atol=1e-5)
+    # These are the windows that a lapped input sees.
+    np.testing.assert_allclose(lapped.windows(blended, config), windows, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 8, 16])
+def test_what_is_filtered_over_the_borders_of_patches_comes_back(size):
+    """At the edges of the frame too, where windows are mirrored, and folded back. A level picture stays as it is."""
+    patches, half = 5, size // 2
+    row = np.random.default_rng(0).normal(size=patches * size)
+    mirrored = np.pad(row, half, mode="symmetric")
+    painted = np.zeros(len(mirrored))
+    for start in range(0, len(row), size):
+        numbers = lapped.prefilter(size) @ mirrored[start : start + 2 * size]
+        painted[start : start + 2 * size] += lapped.postfilter(size) @ numbers
+    back = painted[half:-half]
+    back[:half] += painted[half - 1 :: -1]
+    back[-half:] += painted[: -half - 1 : -1]
+    np.testing.assert_allclose(back, row, atol=1e-12)
+    np.testing.assert_allclose(lapped.prefilter(size) @ np.ones(2 * size), 1.0, atol=1e-12)
 
 
 def test_a_dropped_token_has_a_voice_only_with_a_conditioned_decoder():
@@ -230,6 +254,7 @@ def test_the_options_are_part_of_the_models_identity_and_their_absence_is_not():
         (dict(rope="3d", rope_split=(1, 2, 3)), r"rope_split=\(1, 2, 3\) must be .* the sum 16"),
         (dict(rope_bases=(1000, 100)), r"rope_bases=\(1000, 100\) must be three numbers"),
         (dict(lapped_output=True, patch_size=(1, 1, 1), max_toks=2, min_toks=1), "needs patches of even"),
+        (dict(lapped_input=True, patch_size=(1, 1, 1), max_toks=2, min_toks=1), "lapped_input=True needs patches of even"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused(changes, message):
