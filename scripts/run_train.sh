@@ -80,8 +80,8 @@ for name in SMOKE distributed; do
     esac
 done
 if [[ -n "$SMOKE" ]]; then
-    dataset_path=example output_dir=outputs/smoke preset=small-fsq update_elastic_config=''
-    mesh_dim='!1,1,-1,1' dtype=fp32 batch_size=1 seq_length=2048 workers=1 total_steps=4 lr_warmup_steps=1
+    dataset_path=example output_dir=outputs/smoke preset=small-fsq update_elastic_config='dict(max_toks=256,min_toks=16,max_sequence_length=512)'
+    mesh_dim='!1,1,-1,1' dtype=fp32 batch_size=1 seq_length=512 workers=1 total_steps=4 lr_warmup_steps=1
     log_freq=1 save_model_freq=2 save_milestone_freq=4 eval_path='' online=False
     distributed='' coordinator_address='' num_processes=1 process_id=0
     rm -rf outputs/smoke # a try of an earlier day is of no use

@@ -22,8 +22,8 @@ SIZES = {
     "debug": (256, 4096, 192, 128),
     "ElasticTok-FSQ": (256, 4096, 192, 128),
     "ElasticTok-VAE": (256, 2048, 384, 128),
-    "small-fsq": (128, 2048, 96, 128),
-    "small-vae": (128, 512, 384, 128),
+    "small-fsq": (128, 4096, 192, 64),
+    "small-vae": (128, 512, 384, 64),
 }
 
 
@@ -32,7 +32,7 @@ def test_every_preset_loads(preset):
     config = load_config(preset)
     sizes = config.resolution, config.tokens_per_block, config.patch_dim, config.head_dim
     assert sizes == SIZES[preset]
-    assert config.codebook_size == 64_000
+    assert config.codebook_size == (1_391_630_625 if preset == "small-fsq" else 64_000)
     assert ElasticTokConfig.from_json_dict(json.loads(json.dumps(config.to_json_dict()))) == config
 
 

@@ -1,8 +1,8 @@
 """Adds options to the parameters of a trained model, so that training goes on from them.
 
 A small model with an option of `elastic/config.py` that an older checkpoint lacks need not begin anew. What the option
-adds starts neutral. `token_order`, `condition_encoder`, `condition_decoder` and `lapped_output` begin near the old
-model (the first with `rope='1d'`). `rope='3d'` changes what the layers see, and `bounded_output=False` changes every
+adds starts neutral. `token_order`, `condition_encoder`, `condition_decoder`, `lapped_input` and `lapped_output` begin
+near the old model (the first with `rope='1d'`). `rope='3d'` changes what the layers see, and `bounded_output=False` changes every
 pixel; training has to regain it.
 """
 

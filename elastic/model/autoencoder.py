@@ -160,7 +160,7 @@ class Decoder(Coder):
         x = RMSNorm(name="ln_f", **common)(x)
         features = config.patch_group * config.patch_dim
         if grouped:
-            shape = (config.patch_group + 1, config.hidden_size)
+            shape = (config.patch_group + 2, config.hidden_size)
             scale = self.stored_param("stage_scale", nn.initializers.ones, shape)
             x = groups.total(x, batch.kept, scale.astype(jnp.float32), config)
         if config.lapped_output:

@@ -76,13 +76,14 @@ def total(
     Args:
       x: the tokens of whole blocks.
       kept: which of them are kept.
-      scale: factors of the tokens' numbers, for every stage; the last are for the stage 0 of a group without tokens.
+      scale: factors of the tokens' numbers, for every stage; the last two are for a group without tokens: of its stage 0,
+        and of the mean of the others, which says more of brightness than of details.
       config: the model.
     """
     blocks = kept.shape[1] // config.tokens_per_block
     staged, marks = by_stage(x, config), by_stage(kept[..., None], config)
     known = jnp.any(marks, axis=2)
-    scaled = staged * scale[None, None, :-1, None]
+    scaled = staged * scale[None, None, :-2, None]
     sums = jnp.sum(jnp.where(marks, scaled, 0.0), axis=2)
     sums, known = (rearrange(a, "b (k s) n d -> (b k) (s n) d", k=blocks) for a in (sums, known))
     weights = jnp.asarray(_nearness(config))
@@ -90,7 +91,8 @@ def total(
         jnp.einsum("gh,bhd->bgd", weights, a.astype(jnp.float32)) for a in (sums, known)
     )
     first = rearrange(staged[:, :, 0], "b (k s) n d -> (b k) (s n) d", k=blocks)
-    guess = first * scale[None, None, -1] + around / jnp.maximum(among, jnp.finfo(jnp.float32).tiny)
+    others = around / jnp.maximum(among, jnp.finfo(jnp.float32).tiny)
+    guess = first * scale[None, None, -2] + others * scale[None, None, -1]
     return rearrange(jnp.where(known, sums, guess), "(b k) g d -> b (k g) d", k=blocks)
 
 

@@ -259,7 +259,8 @@ def _write_decoder(
     decoder["stage_embed"] = marks
     # The constant is counted once in the sum over stages; the mean of other groups has it too.
     decoder["stage_scale"][:] = 1.0
-    decoder["stage_scale"][1:, constant] = 0.0
+    decoder["stage_scale"][1:-1, constant] = 0.0
+    decoder["stage_scale"][-1, : rebuilt.shape[1]] = _told_by_neighbours(rebuilt)
     used = np.unique(np.concatenate([stage.component for stage in stages]))
     constants = np.full((len(rebuilt), 1), parts.CONSTANT)
     seen = np.concatenate([rebuilt[:, used] * scale, constants], axis=1) / np.sqrt(square)
@@ -275,6 +276,14 @@ def _write_decoder(
     out = np.zeros_like(decoder["out_proj"]["kernel"])
     out[used], out[constant] = solution[:-1], solution[-1]
     decoder["out_proj"]["kernel"] = out
+
+
+def _told_by_neighbours(rebuilt: Float[np.ndarray, "g c"]) -> Float[np.ndarray, "c"]:
+    """By regression: for each component the factor of the mean of two neighbours with which it is nearest to a group's own."""
+    square = rebuilt.reshape(-1, 4, rebuilt.shape[1])  # the groups 0 and 3 are neighbours of 1 and 2
+    own = square[:, [0, 1]]
+    mean = np.stack([square[:, [1, 2]].mean(axis=1), square[:, [0, 3]].mean(axis=1)], axis=1)
+    return ((own * mean).sum(axis=(0, 1)) / (mean**2).sum(axis=(0, 1)).clip(1e-9)).clip(0, 1)
 
 
 def _write_steps(coder: dict[str, Any], stages: list[Stage]) -> None:

@@ -3,8 +3,8 @@
     python3 scripts/tools/make_example_clip.py
 
 Still shots, a slow pan, fast motion, a cut, fine texture, moving text and a fade, drawn with NumPy and
-Pillow alone from fixed seeds. Shots begin at multiples of 4 frames, so that no block straddles a cut,
-and the frames of a still shot are identical, before and after compression.
+Pillow alone from fixed seeds. Shots begin at multiples of 16 frames, so that no block of the models in
+example/ straddles a cut, and the frames of a still shot are identical, before and after compression.
 """
 
 import argparse
@@ -102,18 +102,19 @@ def country_from_above(rows: int, columns: int) -> np.ndarray:
 
 
 def pan(frame: int) -> np.ndarray:
-    """A pixel to the right and half a pixel down per frame."""
+    """Half a pixel to the right and a quarter of one down per frame."""
     wide = Image.fromarray(to_uint8(country_from_above(SIZE + 40, SIZE + 60)))
-    box = (4 + frame, 4 + frame / 2, 4 + frame + SIZE, 4 + frame / 2 + SIZE)
+    left, top = 4 + frame / 2, 4 + frame / 4
+    box = (left, top, left + SIZE, top + SIZE)
     return np.asarray(wide.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
 # Radius, start (x, y), pixels per frame (x, y), two colours, width of the pattern.
 BALLS = [
-    (38, (60, 70), (9.3, 6.1), (204, 78, 54), (242, 196, 120), 0.55),
-    (30, (180, 60), (-11.7, 8.3), (44, 96, 160), (196, 222, 232), 0.4),
-    (24, (120, 170), (13.1, -10.7), (60, 128, 76), (226, 220, 150), 0.35),
-    (19, (210, 190), (-8.9, -14.3), (120, 70, 140), (240, 200, 214), 0.3),
+    (38, (60, 70), (3.1, 2.0), (204, 78, 54), (242, 196, 120), 0.9),
+    (30, (180, 60), (-3.9, 2.8), (44, 96, 160), (196, 222, 232), 0.8),
+    (24, (120, 170), (4.4, -3.6), (60, 128, 76), (226, 220, 150), 0.7),
+    (19, (210, 190), (-3.0, -4.8), (120, 70, 140), (240, 200, 214), 0.7),
 ]
 
 
@@ -125,9 +126,8 @@ def bounce(start: float, speed: float, frame: int, radius: float) -> float:
 
 
 def balls(frame: int) -> np.ndarray:
-    """Four spinning patterned balls over stones that rush past, with soft shadows."""
-    left = 9 * frame
-    picture = pebbles(SIZE, SIZE + 9 * 36)[:, left : left + SIZE].copy()
+    """Four spinning patterned balls that roll over sand, with soft shadows."""
+    picture = mix((196, 176, 136), (226, 208, 166), fractal(SIZE, SIZE, 40, seed=150, octaves=4))
     places = [
         (bounce(start[0], speed[0], frame, radius), bounce(start[1], speed[1], frame, radius))
         for radius, start, speed, *_ in BALLS
@@ -209,19 +209,19 @@ def pebbles(rows: int, columns: int) -> np.ndarray:
 
 
 def drift(frame: int) -> np.ndarray:
-    """Stones that slide by, two pixels per frame."""
-    return pebbles(SIZE, SIZE + 9 * 36)[:, 40 + 2 * frame :][:, :SIZE]
+    """Stones that slide by, half a pixel per frame."""
+    wide = Image.fromarray(to_uint8(pebbles(SIZE, SIZE + 20)))
+    box = (4 + frame / 2, 0, 4 + frame / 2 + SIZE, SIZE)
+    return np.asarray(wide.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
 
 LINES = (
-    "few tokens where little happens,",
-    "many where much does.",
-    "A block of four frames keeps",
-    "a prefix of its tokens and drops",
-    "the tail. A still wall is cheap;",
-    "a flock of birds is not.",
-    "Each block sees those before it,",
-    "and never one that comes later.",
+    "few tokens where little",
+    "happens, many where",
+    "much does. A block of",
+    "frames keeps a prefix of",
+    "its tokens and drops the",
+    "tail. A still wall is cheap;",
 )
 
 
@@ -231,11 +231,11 @@ def text(frame: int) -> np.ndarray:
     image = Image.fromarray(to_uint8(paper))
     draw = ImageDraw.Draw(image)
     for row, line in enumerate(LINES):
-        place = (16, 92 + 27 * row - 3 * frame)
-        draw.text(place, line, fill=(52, 44, 40), font=ImageFont.load_default(16))
+        place = (18, 92 + 32 * row - frame // 2)
+        draw.text(place, line, fill=(128, 114, 102), font=ImageFont.load_default(22))
     draw.rectangle((0, 0, SIZE, 76), fill=(44, 62, 80))
     draw.rectangle((0, 76, SIZE, 79), fill=(26, 36, 48))
-    number = f"{100 + 7 * frame:04d}"
+    number = f"{100 + frame // 8:04d}"
     draw.text(
         (SIZE // 2, 38), number, fill=(244, 208, 110), font=ImageFont.load_default(56), anchor="mm"
     )
@@ -260,19 +260,19 @@ def moonlight() -> np.ndarray:
 
 def fade(frame: int) -> np.ndarray:
     """The last page of `text` dissolves into `moonlight`."""
-    return mix(text(23), moonlight(), np.full((SIZE, SIZE), (frame + 1) / 13))
+    return mix(text(31), moonlight(), np.full((SIZE, SIZE), (frame + 1) / 17))
 
 
-# name, number of frames (multiples of 4), motion, frame number in the shot -> picture
+# name, number of frames (multiples of 16), motion, frame number in the shot -> picture
 SHOTS: list[tuple[str, int, str, Callable[[int], np.ndarray]]] = [
-    ("valley", 28, "still", lambda frame: valley()),
+    ("valley", 32, "still", lambda frame: valley()),
     ("country from above", 32, "slow", pan),
-    ("balls over stones", 36, "fast", balls),
-    ("fruit", 28, "still", lambda frame: fruit()),
-    ("stones", 20, "slow", drift),
-    ("scrolling text", 24, "medium", text),
-    ("fade", 12, "fade", fade),
-    ("moonlight", 28, "still", lambda frame: moonlight()),
+    ("balls on sand", 32, "fast", balls),
+    ("fruit", 32, "still", lambda frame: fruit()),
+    ("stones", 16, "slow", drift),
+    ("scrolling text", 32, "medium", text),
+    ("fade", 16, "fade", fade),
+    ("moonlight", 32, "still", lambda frame: moonlight()),
 ]
 
 

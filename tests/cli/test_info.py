@@ -44,7 +44,7 @@ def test_tokens_in_a_file_in_a_folder_of_results_and_in_shards(shown, tmp_path, 
 def test_a_model_by_its_name_its_folder_and_its_file(shown, spec):
     text = shown(spec)
     assert text.startswith(f"{spec}: a model\n")
-    for words in ("3.99 M", "fsq, 64,000 codes", "256 to 2048 a block", "curves.json"):
+    for words in ("7.52 M", "fsq, 1,391,630,625 codes", "256 to 4096 a block", "curves.json"):
         assert words in text
 
 
@@ -68,7 +68,7 @@ def test_a_run_says_how_far_it_came(shown, tmp_path):
 def test_media_and_folders_of_media(shown):
     assert shown(ROOT / "example" / "video.mp4").splitlines()[1:] == [
         "  size    256x256",
-        "  frames  208 at 24/s",
+        "  frames  224 at 24/s",
     ]
     assert "a folder of images and videos" in shown(ROOT / "example")
     assert "1 .mp4" in shown(ROOT / "example")
