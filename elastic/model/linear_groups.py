@@ -62,7 +62,8 @@ def write_groups(
     signals = min(width - 2 - _FOR_STAGES, pixels.shape[1])
     components = parts.principal_components(numbers, signals)
     components = _as_painted(config, components)
-    stages, rebuilt = _plan(config, (numbers - components.mean) @ components.basis)
+    coded = (numbers - components.mean) @ components.basis
+    stages, rebuilt = _plan(config, coded, _colours(components))
     rng = np.random.default_rng(0)
     marks = np.zeros((config.patch_group, width), np.float32)
     marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
@@ -137,15 +138,21 @@ def _as_painted(config: ElasticTokConfig, components: parts.Components) -> parts
 
 
 def _plan(
-    config: ElasticTokConfig, components: Float[np.ndarray, "n s"]
+    config: ElasticTokConfig, components: Float[np.ndarray, "n s"], first: Int[np.ndarray, "k"]
 ) -> tuple[list[Stage], Float[np.ndarray, "n s"]]:
-    """The stages, and what they make of the components together."""
+    """The stages, and what they make of the components together. Stage 0 has those that come `first`."""
     bottleneck = make_bottleneck(config)
     rebuilt, stages = np.zeros_like(components), []
     before = np.ones((len(components), 1), np.float32)
     for _ in range(config.patch_group):
         left = components - rebuilt
-        chosen = np.argsort(-left.var(axis=0))[: config.code_dim]
+        strength = left.var(axis=0)
+        wanted = strength.copy()
+        if not stages:
+            wanted[first] = np.inf
+        chosen = np.argsort(-wanted)[: config.code_dim]
+        # The first channels of a code have the most levels.
+        chosen = chosen[np.argsort(-strength[chosen])]
         values, adaptive = left[:, chosen], np.ones((1, len(chosen)), np.float32)
         log_gain, cube = np.zeros((before.shape[1], len(chosen))), np.zeros(len(chosen))
         if isinstance(bottleneck, FSQ):
@@ -161,6 +168,17 @@ def _plan(
         rebuilt[:, chosen] += slope * (codes + cube * codes**3) * adaptive
         stages.append(Stage(chosen, gain, slope, cube, log_gain))
     return stages, rebuilt
+
+
+def _colours(components: parts.Components) -> Int[np.ndarray, "2"]:
+    """The two components that say most of a group's mean colour, apart from its brightness.
+
+    They are weak in most pictures and all there is to see in some, such as a purple flower; so stage 0 codes them.
+    """
+    painted = components.basis / np.square(components.basis).sum(axis=0)
+    mean = painted.reshape(-1, 3, painted.shape[1]).mean(axis=0)
+    colour = np.square(mean - mean.mean(axis=0)).sum(axis=0) * components.variance
+    return np.argsort(-colour)[:2]
 
 
 def _log_gain(

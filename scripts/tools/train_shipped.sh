@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a model like those in example/, from the data to the numbers of its card: small pieces first, whole frames last,
-# then the search's first guesses, and the measurements on files that nothing was trained on.
+# Trains a model like those in example/, from the data to the numbers of its card: a linear codec, small pieces, whole
+# frames, then the search's first guesses, and the measurements on files that nothing was trained on.
 #
 #   dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
 #   model=vae steps="20000 5000" batch_size=64 dtype=bf16 dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
@@ -22,11 +22,11 @@ report_path="${report_path:-}"
 output_dir="${output_dir:-outputs/shipped-$model}"
 # The weights to begin with; empty: a linear transform codec of the data.
 start="${start:-}"
-# Steps on pieces of 32 x 32 (fsq) or 64 x 64 pixels (vae), which cost little, and on whole frames of 128 x 128.
-steps="${steps:-4000 300}"
-# Sequences of two blocks in a step; the highest and the last rate, and the highest of the layers' matrices; what the
+# Steps on pieces of 64 x 64 pixels, which cost little, and on whole frames of 128 x 128.
+steps="${steps:-300 10}"
+# Sequences of two blocks in a step of pieces; the highest and the last rate, and the highest of the layers' matrices; what the
 # model computes in.
-batch_size="${batch_size:-4}"
+batch_size="${batch_size:-2}"
 lr="${lr:-5e-5}"
 end_lr="${end_lr:-5e-7}"
 matrix_lr="${matrix_lr:-5e-4}"
@@ -39,7 +39,7 @@ float_dtype="${float_dtype:-bf16}"
 
 case "$model" in
     fsq)
-        pieces="max_toks=256,min_toks=16,max_sequence_length=512"
+        pieces="max_toks=1024,min_toks=64,max_sequence_length=2048"
         whole="max_toks=4096,min_toks=256,max_sequence_length=8192"
         ;;
     vae)
@@ -60,23 +60,32 @@ done
 read -r steps_of_pieces steps_of_frames <<<"$steps"
 check_variables train_shipped.sh model dataset_path report_path output_dir start steps batch_size lr end_lr matrix_lr dtype mesh_dim workers float_dtype
 
-train() { # FOLDER START STEPS OPTIONS RATE RATE_OF_MATRICES FLOAT_DTYPE
-    echo "train_shipped.sh: $3 steps, $4" >&2
-    dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$5" end_lr="$end_lr" \
-        update_elastic_config="dict($4)" batch_size="$batch_size" dtype="$dtype" \
+source scripts/setup_env.sh run
+if [[ -z "$start" ]]; then
+    start="$output_dir/start"
+    [[ -f "$start/model.safetensors" ]] ||
+        "$PYTHON" scripts/tools/linear_start.py --input_path="$dataset_path" --load_elastic_config="small-$model" --output_folder="$start"
+fi
+
+train() { # FOLDER START STEPS BATCH OPTIONS RATE RATE_OF_MATRICES FLOAT_DTYPE FLAGS...
+    local flags=("${@:9}")
+    echo "train_shipped.sh: $3 steps, $5" >&2
+    dataset_path="$dataset_path" output_dir="$output_dir/$1" preset="small-$model" total_steps="$3" lr="$6" end_lr="$end_lr" \
+        update_elastic_config="dict($5)" batch_size="$4" dtype="$dtype" \
         mesh_dim="$mesh_dim" workers="$workers" save_model_freq=100 save_milestone_freq=1000000 \
-        bash scripts/run_train.sh --load_checkpoint="$2" --init=linear --optimizer.type=muon --optimizer.matrix_lr="$6" \
+        bash scripts/run_train.sh --load_checkpoint="$2" --optimizer.type=muon --optimizer.matrix_lr="$7" \
         --mask_log_uniform=True --mask_full_fraction=0.2 --log_error=True \
         --train_dataset.vision_dataset.random_crop=True --train_dataset.vision_dataset.image_blocks=2 \
-        --checkpointer.float_dtype="$7"
+        --checkpointer.float_dtype="$8" ${flags[@]+"${flags[@]}"}
 }
 
-train pieces "$start" "$steps_of_pieces" "$pieces" "$lr" "$matrix_lr" fp32
+# Pieces of frames as they are tokenized, half of them at that size, the others at any scale.
+tiles=(--train_dataset.vision_dataset.fit=tile --train_dataset.vision_dataset.short_side=128)
+train pieces "$start" "$steps_of_pieces" "$batch_size" "$pieces" "$lr" "$matrix_lr" fp32 "${tiles[@]}"
 # The rates of the whole frames begin at a quarter: what the pieces have learned is to stay.
 quarter() { awk -v rate="$1" 'BEGIN { printf "%.3g", rate / 4 }'; }
-train whole "$output_dir/pieces/pretrained" "$steps_of_frames" "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
+train whole "$output_dir/pieces/pretrained" "$steps_of_frames" 1 "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
 
-source scripts/setup_env.sh run
 trained="$output_dir/whole/pretrained"
 [[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="$dataset_path"
 env -u output_dir models="$model=$trained,before=example/$model" input_path="$report_path" output_folder="$output_dir/evaluation" max_frames=24 \
