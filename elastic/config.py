@@ -453,12 +453,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small-fsq": {
         **_SMALL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
         "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (25, 17, 11, 9, 9, 7, 7, 5, 5, 3),
-        "recommended_thresholds": (0.02, 0.01, 0.005),
+        "recommended_thresholds": (0.005, 0.01, 0.0025),
     },
     "small-vae": {
         **_SMALL, "bottleneck_type": "vae", "patch_size": (4, 4, 8), "patch_group": 8, "max_toks": 512, "min_toks": 32,
         "max_sequence_length": 1024,
-        "recommended_thresholds": (0.03, 0.015),
+        "recommended_thresholds": (0.005, 0.01, 0.02),
     },
 }  # fmt: skip
 

@@ -298,7 +298,9 @@ def _write_decoder(
 
 def _told_by_neighbours(rebuilt: Float[np.ndarray, "g c"]) -> Float[np.ndarray, "c"]:
     """By regression: for each component the factor of the mean of two neighbours with which it is nearest to a group's own."""
-    square = rebuilt.reshape(-1, 4, rebuilt.shape[1])  # the groups 0 and 3 are neighbours of 1 and 2
+    square = rebuilt.reshape(
+        -1, 4, rebuilt.shape[1]
+    )  # the groups 0 and 3 are neighbours of 1 and 2
     own = square[:, [0, 1]]
     mean = np.stack([square[:, [1, 2]].mean(axis=1), square[:, [0, 3]].mean(axis=1)], axis=1)
     return ((own * mean).sum(axis=(0, 1)) / (mean**2).sum(axis=(0, 1)).clip(1e-9)).clip(0, 1)

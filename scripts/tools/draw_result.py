@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input_path", type=pathlib.Path, default=ROOT / "example" / "video.mp4")
     parser.add_argument("--load_checkpoint", default=str(ROOT / "example" / "fsq"))
-    parser.add_argument("--thresholds", default="0.02,0.005", help="comma-separated, at most 3")
+    parser.add_argument("--thresholds", default="0.01,0.005", help="comma-separated, at most 3")
     parser.add_argument(
         "--output", type=pathlib.Path, default=ROOT / "imgs" / "result.png", help="a PNG file"
     )
