@@ -57,13 +57,13 @@ def prefilter(size: int) -> Float[np.ndarray, "p w"]:
     itself at a border stays as it is, so nothing is filtered at the edge of the frame.
     """
     border = _border_filter(size // 2)
-    return scipy.linalg.block_diag(border, border)[size // 2 : -(size // 2)]
+    return np.asarray(scipy.linalg.block_diag(border, border))[size // 2 : -(size // 2)]
 
 
 def postfilter(size: int) -> Float[np.ndarray, "w p"]:
     """The inverse: from a patch's numbers to what they add to a window of 2 * `size` pixels."""
     border = np.linalg.inv(_border_filter(size // 2))
-    return scipy.linalg.block_diag(border, border)[:, size // 2 : -(size // 2)]
+    return np.asarray(scipy.linalg.block_diag(border, border))[:, size // 2 : -(size // 2)]
 
 
 def see_prefiltered(
@@ -134,7 +134,9 @@ def _border_filter(half: int) -> Float[np.ndarray, "n n"]:
     one, mirror = np.eye(half), np.eye(half)[::-1]
     butterfly = np.block([[one, mirror], [mirror, -one]]) / np.sqrt(2)
     # The diagonal is close to the one with the highest coding gain for neighbours that correlate by 0.95.
-    second, fourth = (scipy.fft.dct(one, type=kind, norm="ortho", axis=0) for kind in (2, 4))
+    second, fourth = (
+        np.asarray(scipy.fft.dct(one, type=kind, norm="ortho", axis=0)) for kind in (2, 4)
+    )
     rotation = mirror @ second.T @ np.diag(1 + 0.6 * 3.0 ** -np.arange(half)) @ fourth @ mirror
     return butterfly @ scipy.linalg.block_diag(one, rotation) @ butterfly
 
