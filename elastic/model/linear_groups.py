@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 
 from elastic.config import ElasticTokConfig
-from elastic.model import lapped
+from elastic.model import lapped, lapped_filter
 from elastic.model import linear_parts as parts
 from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.patches import to_unit_range
@@ -112,7 +112,7 @@ def _prefilter_of_two(size: int) -> Float[np.ndarray, "p w"]:
     matrix = np.zeros((2 * size, 4 * size))
     for first in (0, size):
         window = slice(first + size // 2, first + size // 2 + 2 * size)
-        matrix[first : first + size, window] = lapped.prefilter(size)
+        matrix[first : first + size, window] = lapped_filter.prefilter(size)
     return matrix
 
 
@@ -126,7 +126,7 @@ def _painted(
     if not config.lapped_input:
         margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
         return np.pad(painted, margin)
-    down, right = lapped.postfilter(rows), lapped.postfilter(columns)
+    down, right = lapped_filter.postfilter(rows), lapped_filter.postfilter(columns)
     return np.einsum("Hh,Ww,kthwc->ktHWc", down, right, painted, optimize=True)
 
 
@@ -233,7 +233,7 @@ def _write_encoder(
     )
     if config.lapped_input:
         kernel = encoder["in_proj"]["kernel"]
-        encoder["in_proj"]["kernel"] = lapped.see_prefiltered(kernel, config.group_size)
+        encoder["in_proj"]["kernel"] = lapped_filter.see_prefiltered(kernel, config.group_size)
     encoder["stage_embed"] = marks
     code_dim, constant = config.code_dim, config.hidden_size - 1
     kernel = np.zeros_like(encoder["pre_quant"]["kernel"])

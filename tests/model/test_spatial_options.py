@@ -12,7 +12,7 @@ from gradients import assert_same, loss_and_gradients
 from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
-from elastic.model import Batch, ElasticTok, init_params, lapped, param_shapes
+from elastic.model import Batch, ElasticTok, init_params, lapped, lapped_filter, param_shapes
 from elastic.model.add_options import add_options, before_options
 from elastic.model.rope import apply_rope, model_angles
 from elastic.patches import reorder, token_numbers, token_places, unpatchify
@@ -208,13 +208,13 @@ def test_what_is_filtered_over_the_borders_of_patches_comes_back(size):
     mirrored = np.pad(row, half, mode="symmetric")
     painted = np.zeros(len(mirrored))
     for start in range(0, len(row), size):
-        numbers = lapped.prefilter(size) @ mirrored[start : start + 2 * size]
-        painted[start : start + 2 * size] += lapped.postfilter(size) @ numbers
+        numbers = lapped_filter.prefilter(size) @ mirrored[start : start + 2 * size]
+        painted[start : start + 2 * size] += lapped_filter.postfilter(size) @ numbers
     back = painted[half:-half]
     back[:half] += painted[half - 1 :: -1]
     back[-half:] += painted[: -half - 1 : -1]
     np.testing.assert_allclose(back, row, atol=1e-12)
-    np.testing.assert_allclose(lapped.prefilter(size) @ np.ones(2 * size), 1.0, atol=1e-12)
+    np.testing.assert_allclose(lapped_filter.prefilter(size) @ np.ones(2 * size), 1.0, atol=1e-12)
 
 
 def test_a_dropped_token_has_a_voice_only_with_a_conditioned_decoder():
