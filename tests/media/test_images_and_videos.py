@@ -315,16 +315,15 @@ def test_the_example_clip_has_the_shots_that_its_list_says():
     expected_first = 0
     for shot in facts["shots"]:
         first, last = shot["first_frame"], shot["last_frame"]
-        assert (first, first % 4, (last + 1) % 4) == (expected_first, 0, 0), shot
+        assert (first, first % 16, (last + 1) % 16) == (expected_first, 0, 0), shot
         inside = change[first:last]
         if shot["motion"] == "still":
             assert last - first + 1 >= facts["rate"]
             assert (inside == 0).all(), shot
         else:
-            assert (inside > 1).all(), shot
+            # Text moves in every second frame.
+            assert (np.maximum(inside[1:], inside[:-1]) > 1).all(), shot
         expected_first = last + 1
-    fast = [s for s in facts["shots"] if s["motion"] == "fast"]
-    assert all(change[s["first_frame"] : s["last_frame"]].min() > 15 for s in fast)
 
 
 # Folders
