@@ -28,22 +28,10 @@ def windows(x: Float[Array, "b l p"], config: ElasticTokConfig) -> Float[Array, 
       x: pixels of each token's patch [batch, tokens, frames * rows * columns * 3]; with `patch_group` of each group's.
       config: the model; gives the patch size and the order of tokens.
     """
-    frames, rows, columns = config.group_size
-    down, right = config.grid_shape
-    x = reorder(x, token_numbers(down, right, config.token_order))
-    x = rearrange(
-        x,
-        "b (s h w) (pt ph pw c) -> b s h w pt ph pw c",
-        h=down,
-        w=right,
-        pt=frames,
-        ph=rows,
-        pw=columns,
-    )
+    x = _as_grid(x, config, patches=1)
     x = _surround(x, place_axis=2, patch_axis=5)
     x = _surround(x, place_axis=3, patch_axis=6)
-    x = rearrange(x, "b s h w pt wh ww c -> b (s h w) (pt wh ww c)")
-    return reorder(x, token_places(down, right, config.token_order))
+    return _as_tokens(x, config)
 
 
 def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Array, "b l p"]:
@@ -54,22 +42,10 @@ def overlap_add(x: Float[Array, "b l w"], config: ElasticTokConfig) -> Float[Arr
         `patch_group` of each group of patches.
       config: the model; gives the patch size and the order of tokens.
     """
-    frames, rows, columns = config.group_size
-    down, right = config.grid_shape
-    x = reorder(x, token_numbers(down, right, config.token_order))
-    x = rearrange(
-        x,
-        "b (s h w) (pt wh ww c) -> b s h w pt wh ww c",
-        h=down,
-        w=right,
-        pt=frames,
-        wh=2 * rows,
-        ww=2 * columns,
-    )
+    x = _as_grid(x, config, patches=2)
     x = _blend(x, place_axis=2, window_axis=5)
     x = _blend(x, place_axis=3, window_axis=6)
-    x = rearrange(x, "b s h w pt ph pw c -> b (s h w) (pt ph pw c)")
-    return reorder(x, token_places(down, right, config.token_order))
+    return _as_tokens(x, config)
 
 
 def repeat_border(
@@ -96,6 +72,27 @@ def _padded(
     patches = kernel.reshape(-1, frames, rows, columns, 3)
     margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
     return np.pad(patches, margin, mode=mode).reshape(len(kernel), -1)
+
+
+def _as_grid(
+    x: Float[Array, "b l n"], config: ElasticTokConfig, *, patches: int
+) -> Float[Array, "b s h w t r q c"]:
+    """Patches, or windows that are `patches` patches wide and high, at their places in the slices of whole blocks."""
+    frames, rows, columns = config.group_size
+    down, right = config.grid_shape
+    return rearrange(
+        reorder(x, token_numbers(down, right, config.token_order)),
+        "b (s h w) (t r q c) -> b s h w t r q c",
+        h=down, w=right, t=frames, r=patches * rows, q=patches * columns,
+    )  # fmt: skip
+
+
+def _as_tokens(
+    x: Float[Array, "b s h w t r q c"], config: ElasticTokConfig
+) -> Float[Array, "b l n"]:
+    """The inverse of `_as_grid`."""
+    x = rearrange(x, "b s h w t r q c -> b (s h w) (t r q c)")
+    return reorder(x, token_places(*config.grid_shape, config.token_order))
 
 
 def _surround(x: Array, *, place_axis: int, patch_axis: int) -> Array:

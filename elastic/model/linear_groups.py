@@ -23,7 +23,9 @@ _SIGNAL = 0.01  # as in linear_init; smaller, because the weak components of a g
 _FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
 _STAGE = 0.25  # the deviation of those
 _LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
-_AT_ONCE = 500  # squares
+_AT_ONCE = (
+    500  # squares that become floats together: a whole sample of large ones would fill the memory
+)
 _STEPS = 12  # of the fit through tanh
 _RIDGE = 5.0  # of that fit, for numbers of variance 1
 
@@ -85,9 +87,7 @@ def _in_groups(
     down, right = (_prefilter_of_two(size).astype(np.float32) for size in (rows, columns))
     pixels = np.empty((4 * len(squares), config.patch_group * config.patch_dim), np.float32)
     filtered = np.empty_like(pixels)
-    for first in range(
-        0, len(squares), _AT_ONCE
-    ):  # a sample of large squares would fill the memory
+    for first in range(0, len(squares), _AT_ONCE):
         frame = to_unit_range(squares[first : first + _AT_ONCE])
         if side == 2:  # beyond the square is a mirror, as at the edge of a frame
             margin = ((0, 0), (0, 0), (rows, rows), (columns, columns), (0, 0))
@@ -122,10 +122,10 @@ def _painted(
     """What a unit of each component paints in a group's window: the inverse of the encoder."""
     _, rows, columns = config.group_size
     basis = components.basis / np.square(components.basis).sum(axis=0)
-    painted = rearrange(basis, "(t h w c) k -> k t h w c", h=rows, w=columns, c=3)
     if not config.lapped_input:
-        margin = ((0, 0), (0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
-        return np.pad(painted, margin)
+        window = lapped.ignore_border(basis, config.group_size)
+        return rearrange(window, "(t h w c) k -> k t h w c", h=2 * rows, w=2 * columns, c=3)
+    painted = rearrange(basis, "(t h w c) k -> k t h w c", h=rows, w=columns, c=3)
     down, right = lapped_filter.postfilter(rows), lapped_filter.postfilter(columns)
     return np.einsum("Hh,Ww,kthwc->ktHWc", down, right, painted, optimize=True)
 
@@ -298,9 +298,8 @@ def _write_decoder(
 
 def _told_by_neighbours(rebuilt: Float[np.ndarray, "g c"]) -> Float[np.ndarray, "c"]:
     """By regression: for each component the factor of the mean of two neighbours with which it is nearest to a group's own."""
-    square = rebuilt.reshape(
-        -1, 4, rebuilt.shape[1]
-    )  # the groups 0 and 3 are neighbours of 1 and 2
+    # The groups 0 and 3 are neighbours of 1 and 2.
+    square = rebuilt.reshape(-1, 4, rebuilt.shape[1])
     own = square[:, [0, 1]]
     mean = np.stack([square[:, [1, 2]].mean(axis=1), square[:, [0, 3]].mean(axis=1)], axis=1)
     return ((own * mean).sum(axis=(0, 1)) / (mean**2).sum(axis=(0, 1)).clip(1e-9)).clip(0, 1)
