@@ -27,7 +27,8 @@ _AT_ONCE = (
     500  # squares that become floats together: a whole sample of large ones would fill the memory
 )
 _STEPS = 12  # of the fit through tanh
-_RIDGE = 5.0  # of that fit, for numbers of variance 1
+# The ridge of that fit, for numbers of variance 1. A filtered input has a true inverse, which the fit is to keep near.
+_RIDGE, _RIDGE_OF_INVERSE = 0.3, 5.0
 
 
 class Stage(NamedTuple):
@@ -65,7 +66,9 @@ def write_groups(
     components = parts.principal_components(numbers, signals)
     components = _as_painted(config, components)
     coded = (numbers - components.mean) @ components.basis
-    stages, rebuilt = _plan(config, coded, _colours(components))
+    # They may take a quarter of a code: grey pictures have no use for them.
+    colours = _colours(components)[: config.code_dim // 4]
+    stages, rebuilt = _plan(config, coded, colours)
     rng = np.random.default_rng(0)
     marks = np.zeros((config.patch_group, width), np.float32)
     marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
@@ -385,7 +388,7 @@ def _fit(
       base: for numbers that are zero.
       start: what the regression is drawn to.
     """
-    ridge = _RIDGE * len(numbers)
+    ridge = (_RIDGE_OF_INVERSE if config.lapped_input else _RIDGE) * len(numbers)
     normal = numbers.T @ numbers
     normal[np.diag_indices_from(normal)] += ridge
     factor = scipy.linalg.cho_factor(normal)

@@ -139,7 +139,7 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case, la
     assert errors[1] < spread / 20
     # The last errors come from colours outside the range of a pixel; no stage mends them.
     assert all(after < 1.01 * before for before, after in itertools.pairwise(errors))
-    assert errors[-1] < spread / 80
+    assert errors[-1] < spread / (100 if lapped == "output" else 80)
 
 
 def test_a_model_with_too_few_squares_has_no_linear_start():
