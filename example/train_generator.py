@@ -177,7 +177,8 @@ def main() -> None:
     generator = Generator(vocabulary.first_code, tokenizer.config.fsq_quant_levels)
     params = train(generator, shards, length=length, steps=flags.steps)
 
-    prompt = vocabulary.piece(clip, 0, flags.prompt_blocks)
+    # A prompt of the whole clip does not end it either.
+    prompt = vocabulary.ids(clip.blocks[: flags.prompt_blocks], begins=True, ends=False)
     ids = continue_clip(
         generator, params, vocabulary, prompt,
         num_tokens=flags.num_tokens, temperature=flags.temperature,

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from elastic.media.errors import MediaError
+from elastic.media.writer import repeatable_x264
 
 
 class _Encoder(NamedTuple):
@@ -35,7 +36,7 @@ class _Encoder(NamedTuple):
 
 # Colour planes are whole where the encoder can: a model's are, too.
 _ENCODERS = {
-    "x264": _Encoder("libx264", "h264", "yuv444p", "crf", 51, 0, {"preset": "slow"}, frozenset({0x06})),
+    "x264": _Encoder("libx264", "h264", "yuv444p", "crf", 51, 0, {"preset": "slow", **repeatable_x264()}, frozenset({0x06})),
     "x265": _Encoder(
         "libx265", "hevc", "yuv444p", "crf", 51, 0,
         {"preset": "slow", "x265-params": "log-level=none:pools=1:frame-threads=1"},

@@ -313,6 +313,7 @@ def test_the_example_clip_has_the_shots_that_its_list_says():
     change = np.abs(np.diff(frames.astype(np.int16), axis=0)).mean(axis=(1, 2, 3))
     assert len(frames) == facts["frames"] == facts["shots"][-1]["last_frame"] + 1
     expected_first = 0
+    mean_change: dict[str, list[float]] = {}
     for shot in facts["shots"]:
         first, last = shot["first_frame"], shot["last_frame"]
         assert (first, first % 16, (last + 1) % 16) == (expected_first, 0, 0), shot
@@ -320,10 +321,13 @@ def test_the_example_clip_has_the_shots_that_its_list_says():
         if shot["motion"] == "still":
             assert last - first + 1 >= facts["rate"]
             assert (inside == 0).all(), shot
-        else:
-            # Text moves in every second frame.
+        elif shot["motion"] == "medium":  # text that moves in every second frame
             assert (np.maximum(inside[1:], inside[:-1]) > 1).all(), shot
+        else:
+            assert (inside > 1).all(), shot
+        mean_change.setdefault(shot["motion"], []).append(inside.mean())
         expected_first = last + 1
+    assert min(mean_change["fast"]) > max(mean_change["slow"] + mean_change["medium"])
 
 
 # Folders

@@ -362,13 +362,7 @@ def test_a_clip_that_stops_midway_goes_on_and_ends_like_an_unbroken_run(
         for block in run.report["blocks"]:
             block.pop("seconds")
     assert again.report == whole.report
-    # Not to the byte: on some processors a pixel is rounded the other way.
-    pictures = []
-    for folder in (out, whole.folder):
-        with media.open_clip(folder / "viz.mp4", resolution=64, rate=None) as clip:
-            pictures.append(clip.read().astype(int))
-    assert pictures[0].shape == pictures[1].shape
-    assert np.abs(pictures[0] - pictures[1]).mean() < 0.5
+    assert (out / "viz.mp4").read_bytes() == (whole.folder / "viz.mp4").read_bytes()
 
 
 def _raise(error):

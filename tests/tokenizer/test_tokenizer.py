@@ -24,7 +24,7 @@ def test_a_mesh_changes_no_token(golden, clip):
     tokens = [t.encode(clip, num_tokens=20) for t in (one, many)]
     for a, b in zip(tokens[0].blocks, tokens[1].blocks, strict=True):
         np.testing.assert_array_equal(a.indices, b.indices)
-        np.testing.assert_allclose(a.loss, b.loss, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(a.loss, b.loss, rtol=1e-5)  # rounding of float32 sums
     apart = np.abs(one.decode(tokens[0]).astype(int) - many.decode(tokens[0]))
     assert apart.max() <= 1
 
