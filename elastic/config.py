@@ -77,6 +77,8 @@ class ElasticTokConfig:
     lapped_input: bool = False  # every token sees twice its patch
     lapped_output: bool = False  # every token paints twice its patch; neighbours blend
     patch_group: int = 1  # tokens of a square of patches that code it together, one after another
+    haar_groups: bool = False  # two by two groups code the Haar transform of what they show
+    num_group_layers: int = 0  # with groups: layers of the decoder over the groups of a block
     bounded_output: bool = True  # pixels are a tanh; False: they are clipped to become levels
     # The bottleneck.
     bottleneck_type: Literal["fsq", "vae"] = "fsq"
@@ -202,6 +204,19 @@ class ElasticTokConfig:
             or (self.token_order == "coarse_to_fine" and self.condition_decoder),
             f"patch_group={self.patch_group} needs token_order='coarse_to_fine' and condition_decoder=True.",
         )
+        for name in ("haar_groups", "num_group_layers"):
+            _require(
+                self.patch_group > 1 or not getattr(self, name),
+                f"{name}={getattr(self, name)} needs groups of patches: patch_group above 1.",
+            )
+        _require(
+            self.num_group_layers >= 0,
+            f"num_group_layers={self.num_group_layers} must be 0 or above.",
+        )
+        _require(
+            not self.haar_groups or all(size % 2 == 0 for size in self.grid_shape),
+            f"haar_groups=True needs an even number of groups in a row and in a column, not {self.grid_shape}.",
+        )
 
     @property
     def resolution(self) -> int:
@@ -260,11 +275,22 @@ class ElasticTokConfig:
         return down // rows, right // columns
 
     @property
+    def num_stages(self) -> int:
+        """Tokens that code the same picture one after another: those of a group, with `haar_groups` of two by two groups."""
+        return self.patch_group * (4 if self.haar_groups else 1)
+
+    @property
     def group_size(self) -> tuple[int, int, int]:
         """Frames, rows and columns of a group of patches in pixels; without groups the patch size."""
         frames, rows, columns = self.patch_size
         down, right = self.group_shape
         return frames, down * rows, right * columns
+
+    @property
+    def layers(self) -> str:
+        """Layers of the encoder and of the decoder, as people write them: '10 + 10'."""
+        of_groups = f" + {self.num_group_layers} over groups" if self.num_group_layers else ""
+        return f"{self.num_encoder_layers} + {self.num_decoder_layers}{of_groups}"
 
     @property
     def rope_pairs(self) -> tuple[int, ...]:
@@ -423,7 +449,8 @@ _SHAPE_OPTIONS = frozenset(
 )
 _LATER_SHAPE_OPTIONS = (
     "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output", "patch_group",
-    "bounded_output", "lapped_input",
+    "bounded_output", "lapped_input", "num_group_layers",
+    "haar_groups",
 )  # fmt: skip
 
 _SMALL = dict(

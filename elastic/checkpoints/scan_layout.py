@@ -13,7 +13,12 @@ import numpy as np
 
 from elastic.io.tree import CheckpointError, KeyPath, flatten, path_name, unflatten
 
-STACKS = {"encoder": "encoder_blocks", "decoder": "decoder_blocks"}
+# Where the layers are that an option counts.
+STACKS = {
+    "num_encoder_layers": ("encoder", "encoder_blocks"),
+    "num_decoder_layers": ("decoder", "decoder_blocks"),
+    "num_group_layers": ("decoder", "group_blocks"),
+}
 STACKED = "scan_decoder"
 
 
@@ -55,7 +60,7 @@ def convert_layout(params: Mapping[str, Any], *, scan_layers: bool) -> dict[str,
 
 def _layer_key(path: KeyPath) -> int | None:
     """The index in `path` of the layer's key: a number, or `STACKED`."""
-    stacks = STACKS.values()
+    stacks = [stack for _, stack in STACKS.values()]
     return next((at + 1 for at, key in enumerate(path[:-1]) if key in stacks), None)
 
 

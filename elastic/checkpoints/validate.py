@@ -114,15 +114,13 @@ def _traits(shapes: Mapping[KeyPath, tuple]) -> dict[str, Any]:
             "hidden_size": decoder[1],
             "bottleneck_type": f"{kind!r} with {decoder[0]} channels",
         }
-    for part, stack in STACKS.items():
+    for option, stack in STACKS.items():
         layers = {
-            path[2]: shape
-            for path, shape in shapes.items()
-            if len(path) > 2 and path[:2] == (part, stack)
+            path[2]: shape for path, shape in shapes.items() if len(path) > 2 and path[:2] == stack
         }
         if layers:
             stacked = layers.get(STACKED)
-            traits[f"num_{part}_layers"] = stacked[0] if stacked else len(layers)
+            traits[option] = stacked[0] if stacked else len(layers)
     return traits
 
 

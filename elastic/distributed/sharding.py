@@ -31,6 +31,7 @@ _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "correction": (None, None),
     "gain": (None, None),
     "cube": (None, None),
+    "exchange": (None, None),
     "wq": ("embed", "heads"),
     "wk": ("embed", "heads"),
     "wv": ("embed", "heads"),

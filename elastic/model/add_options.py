@@ -32,11 +32,13 @@ def before_options(config: ElasticTokConfig, stored: ElasticTokConfig | None) ->
     """
     if stored is None:
         return config
-    if stored.patch_group != config.patch_group:
-        raise ValueError(
-            f"A model's groups of patches stay as they are: the checkpoint has patch_group={stored.patch_group}, and the model "
-            f"asked for has patch_group={config.patch_group}. Pass the checkpoint's, or start without it."
-        )
+    for name in ("patch_group", "haar_groups", "num_group_layers"):
+        has, asked = getattr(stored, name), getattr(config, name)
+        if has != asked:
+            raise ValueError(
+                f"A model's groups of patches stay as they are: the checkpoint has {name}={has}, and the model "
+                f"asked for has {name}={asked}. Pass the checkpoint's, or start without it."
+            )
     lost = [name for name in _ADDING if getattr(stored, name) and not getattr(config, name)]
     if lost:
         raise ValueError(

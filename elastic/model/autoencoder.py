@@ -55,7 +55,7 @@ class Coder(Module):
 
     def add_stage(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """The tokens plus a learned vector of their stage in their group of patches."""
-        shape = (self.config.patch_group, self.config.hidden_size)
+        shape = (self.config.num_stages, self.config.hidden_size)
         init = nn.initializers.normal(self.config.initializer_range)
         stages = self.stored_param("stage_embed", init, shape).astype(jnp.float32)
         return (groups.by_stage(x, self.config) + stages[None, None, :, None]).reshape(x.shape)
@@ -67,12 +67,22 @@ class Coder(Module):
 
     def steps(self) -> groups.Steps:
         """Encoder and decoder have their own, as both have their own projections."""
-        group, code_dim = self.config.patch_group, self.config.code_dim
-        gain = (group, group * code_dim + 1, code_dim)
+        cube = self.config.num_stages, self.config.code_dim
+        gain = cube[0], groups.num_gain_features(self.config) + 1, cube[1]
         return groups.Steps(
             self.stored_param("gain", nn.initializers.zeros, gain).astype(jnp.float32),
-            self.stored_param("cube", nn.initializers.zeros, (group, code_dim)).astype(jnp.float32),
+            self.stored_param("cube", nn.initializers.zeros, cube).astype(jnp.float32),
         )
+
+    def exchange(self) -> Float[Array, "e e"]:
+        """The matrix that mixes the first channels of bands."""
+        size = 4 * groups.num_exchanged(self.config)
+
+        def identity(key: Array, shape: tuple[int, int], dtype: Any) -> Array:
+            del key
+            return jnp.eye(*shape, dtype=dtype)
+
+        return self.stored_param("exchange", identity, (size, size)).astype(jnp.float32)
 
     def project(self, x: Float[Array, "b l i"], features: int, name: str) -> Float[Array, "b l o"]:
         """A matrix product; with groups of patches each stage has its own matrix."""
@@ -90,13 +100,13 @@ class StageLinear(Module):
     def __call__(self, x: Float[Array, "b l i"]) -> Float[Array, "b l o"]:
         """The product, in float32."""
         init = nn.initializers.normal(self.config.initializer_range)
-        shape = (self.config.patch_group, x.shape[-1], self.features)
+        shape = (self.config.num_stages, x.shape[-1], self.features)
         kernel = self.stored_param("kernel", init, shape)
-        staged = groups.by_stage(x, self.config)
-        products = [
-            ops.dense(staged[:, :, stage], kernel[stage], self.dtype)
-            for stage in range(self.config.patch_group)
-        ]
+        staged = rearrange(groups.by_stage(x, self.config), "b s k n i -> k b s n i")
+        # A loop: a program with a product for each of many stages takes long to compile.
+        products = jax.lax.map(
+            lambda pair: ops.dense(pair[0], pair[1], self.dtype), (staged, kernel)
+        )
         return rearrange(products, "k b s n o -> b (s k n) o")
 
 
@@ -116,6 +126,8 @@ class Encoder(Coder):
         if config.lapped_input:
             patches = lapped.windows(patches, config)
         x = Linear(features=config.hidden_size, name="in_proj", **common)(patches)
+        if config.haar_groups:
+            x = groups.to_bands(x, self.exchange(), config)
         if grouped:
             x = self.add_stage(groups.spread(x, config))
         if config.condition_encoder:
@@ -127,7 +139,7 @@ class Encoder(Coder):
         latents = self.project(x, self.num_latents, "pre_quant")
         fsq = self.fsq_of_groups()
         if fsq is not None:
-            shape = (config.patch_group, config.patch_group * config.code_dim, config.code_dim)
+            shape = (config.num_stages, config.patch_group * config.code_dim, config.code_dim)
             weights = self.stored_param("correction", nn.initializers.zeros, shape)
             weights = weights.astype(jnp.float32)
             latents = groups.correct(latents, weights, self.steps(), fsq, config)
@@ -160,9 +172,13 @@ class Decoder(Coder):
         x = RMSNorm(name="ln_f", **common)(x)
         features = config.patch_group * config.patch_dim
         if grouped:
-            shape = (config.patch_group + 2, config.hidden_size)
+            shape = (config.num_stages + 2, config.hidden_size)
             scale = self.stored_param("stage_scale", nn.initializers.ones, shape)
             x = groups.total(x, batch.kept, scale.astype(jnp.float32), config)
+            if config.haar_groups:
+                x = groups.from_bands(x, self.exchange(), config)
+            if config.num_group_layers:
+                x = self.refine(x)
         if config.lapped_output:
             features *= lapped.WINDOW
         x = Linear(features=features, name="out_proj", **common)(x)
@@ -171,6 +187,20 @@ class Decoder(Coder):
         if grouped:
             x = groups.split(x, config)
         return jnp.tanh(x) if config.bounded_output else x, new_kv
+
+    def refine(self, x: Float[Array, "b g d"]) -> Float[Array, "b g d"]:
+        """Layers over the groups of each block: a group sees what its block shows around it."""
+        config = self.config
+        numbers = jnp.asarray(groups.first_tokens(config))
+        blocks = x.shape[1] // len(numbers)
+        x = rearrange(x, "b (k g) d -> (b k) g d", k=blocks)
+        # A block's groups are few: every device has all of them, and a plain product serves.
+        alone = config.replace(attention_implementation="reference")
+        layers = LayerStack(
+            num_layers=config.num_group_layers, name="group_blocks", config=alone, dtype=self.dtype
+        )
+        x, _ = layers(x, jnp.broadcast_to(numbers, x.shape[:2]))
+        return rearrange(x, "(b k) g d -> b (k g) d", k=blocks)
 
 
 class ElasticTok(Module):

@@ -63,7 +63,11 @@ def forward_flops(
         pairs = visible_pairs(length, config.tokens_per_block)
     else:
         pairs = round(length * visible_blocks * config.tokens_per_block)
-    return 2 * length * weights + 4 * layers * (pairs + length * cache) * width
+    groups = length // config.patch_group
+    of_groups = config.num_group_layers * groups
+    in_block = config.tokens_per_block // config.patch_group
+    of_groups *= 2 * (4 * width**2 + 3 * width * config.intermediate_size) + 4 * in_block * width
+    return 2 * length * weights + 4 * layers * (pairs + length * cache) * width + of_groups
 
 
 def training_flops(

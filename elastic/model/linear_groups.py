@@ -1,7 +1,8 @@
 """The linear start of a model with groups of patches: each stage codes components of the whole group.
 
 A component describes a whole group. Stage 0 codes the strongest components. Every later stage codes the components whose
-error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse.
+error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse. With `haar_groups` each of the
+four bands has components of its own, which are sums of those of groups.
 """
 
 import math
@@ -14,12 +15,12 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 
 from elastic.config import ElasticTokConfig
-from elastic.model import lapped, lapped_filter
+from elastic.model import groups, lapped, lapped_filter
 from elastic.model import linear_parts as parts
 from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.patches import to_unit_range
 
-_SIGNAL = 0.01  # as in linear_init; smaller, because the weak components of a group are coded too
+_SIGNAL = 0.004  # as in linear_init; smaller, because the weak components of a group are coded too
 _FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
 _STAGE = 0.25  # the deviation of those
 _LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
@@ -27,19 +28,22 @@ _AT_ONCE = (
     500  # squares that become floats together: a whole sample of large ones would fill the memory
 )
 _STEPS = 12  # of the fit through tanh
+# The Haar transform of `groups.to_bands`, for groups in raster order.
+_HAAR = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]], np.float32) / 2
 # The ridge of that fit, for numbers of variance 1. A filtered input has a true inverse, which the fit is to keep near.
-_RIDGE, _RIDGE_OF_INVERSE = 0.3, 5.0
+_RIDGE, _RIDGE_OF_INVERSE = 0.3, 10.0
+_RIDGE_OF_GAIN = 0.01  # per sample, of the regression of gains
 
 
 class Stage(NamedTuple):
     """What one stage codes, for each channel of its code.
 
     Attributes:
-      component: the number of a component.
+      component: the number of a component of the stage's band.
       gain: what that is multiplied by before the bottleneck.
       slope: what the number that the code stands for is multiplied by after it.
       cube: FSQ: as in `groups.Steps`.
-      log_gain: FSQ: from the absolute codes of the stages before, and one, to the logarithm of the adaptive gain.
+      log_gain: FSQ: from `groups.gain_features` and one to the logarithm of the adaptive gain.
     """
 
     component: Int[np.ndarray, "c"]
@@ -66,15 +70,72 @@ def write_groups(
     components = parts.principal_components(numbers, signals)
     components = _as_painted(config, components)
     coded = (numbers - components.mean) @ components.basis
-    # They may take a quarter of a code: grey pictures have no use for them.
-    colours = _colours(components)[: config.code_dim // 4]
-    stages, rebuilt = _plan(config, coded, colours)
+    exchange = _exchange(config, coded)
+    bands, rotations = _in_bands(config, coded, exchange)
+    colours = _colours(config, components, bands, rotations, exchange)
+    stages, rebuilt = _plan(config, bands, colours)
+    rebuilt = _in_parts(rebuilt, rotations, exchange)
+    if exchange is not None:
+        params["encoder"]["exchange"], params["decoder"]["exchange"] = exchange, exchange.T
     rng = np.random.default_rng(0)
-    marks = np.zeros((config.patch_group, width), np.float32)
+    marks = np.zeros((config.num_stages, width), np.float32)
     marks[:, signals : width - 2] = _STAGE * rng.normal(size=(len(marks), width - 2 - signals))
     energy = _STAGE**2 * (width - 2 - signals)
-    _write_encoder(params["encoder"], config, components, stages, marks, energy)
-    _write_decoder(params["decoder"], config, components, pixels, rebuilt, stages, marks, energy)
+    _write_encoder(params["encoder"], config, components, stages, rotations, marks, energy)
+    _write_decoder(
+        params["decoder"], config, components, pixels, rebuilt, stages, rotations, marks, energy
+    )
+
+
+def _exchange(
+    config: ElasticTokConfig, components: Float[np.ndarray, "g c"]
+) -> Float[np.ndarray, "e e"] | None:
+    """The principal axes of the strongest components of four bands, dealt out to the four; None without `haar_groups`."""
+    if not config.haar_groups:
+        return None
+    strongest = components[:, : groups.num_exchanged(config)]
+    bands = np.einsum("qp,npc->nqc", _HAAR, strongest.reshape(-1, 4, strongest.shape[1]))
+    axes = parts.principal_axes(bands.reshape(len(bands), -1))
+    # One to each in turn, because the channels of an FSQ code have many levels or few. Those of the VAE are all alike, so
+    # the first code gets the strongest.
+    at_once = 1 if config.bottleneck_type == "fsq" else min(config.code_dim, len(axes) // 4)
+    turns = np.arange(len(axes)).reshape(-1, 4, at_once)
+    return axes[:, turns.swapaxes(0, 1).reshape(-1)]
+
+
+def _in_bands(
+    config: ElasticTokConfig,
+    components: Float[np.ndarray, "g c"],
+    exchange: Float[np.ndarray, "e e"] | None,
+) -> tuple[list[Float[np.ndarray, "n c"]], list[Float[np.ndarray, "c c"]]]:
+    """The components of each band, and the matrices from its channels to them; without `haar_groups` all are one band."""
+    if exchange is None:
+        return [components], [np.eye(components.shape[1], dtype=np.float32)]
+    squares = components.reshape(-1, 4, components.shape[1])
+    bands = _exchanged(np.einsum("qp,npc->qnc", _HAAR, squares), exchange)
+    rotations = [parts.principal_axes(band) for band in bands]
+    return [band @ axes for band, axes in zip(bands, rotations, strict=True)], rotations
+
+
+def _in_parts(
+    bands: list[Float[np.ndarray, "n c"]],
+    rotations: list[Float[np.ndarray, "c c"]],
+    exchange: Float[np.ndarray, "e e"] | None,
+) -> Float[np.ndarray, "g c"]:
+    """The inverse of `_in_bands`."""
+    rotated = [band @ axes.T for band, axes in zip(bands, rotations, strict=True)]
+    if exchange is None:
+        return rotated[0]
+    squares = np.einsum("qp,qnc->npc", _HAAR, _exchanged(np.stack(rotated), exchange.T))
+    return squares.reshape(-1, squares.shape[-1])
+
+
+def _exchanged(
+    bands: Float[np.ndarray, "4 n c"], exchange: Float[np.ndarray, "e e"]
+) -> Float[np.ndarray, "4 n c"]:
+    first = len(exchange) // 4
+    mixed = rearrange(bands[..., :first], "q n c -> n (q c)") @ exchange
+    return np.concatenate([rearrange(mixed, "n (q c) -> q n c", q=4), bands[..., first:]], axis=-1)
 
 
 def _in_groups(
@@ -141,47 +202,74 @@ def _as_painted(config: ElasticTokConfig, components: parts.Components) -> parts
 
 
 def _plan(
-    config: ElasticTokConfig, components: Float[np.ndarray, "n s"], first: Int[np.ndarray, "k"]
-) -> tuple[list[Stage], Float[np.ndarray, "n s"]]:
-    """The stages, and what they make of the components together. Stage 0 has those that come `first`."""
+    config: ElasticTokConfig,
+    bands: list[Float[np.ndarray, "n c"]],
+    first: list[list[int]],
+) -> tuple[list[Stage], list[Float[np.ndarray, "n c"]]]:
+    """The stages, and what they make of each band's components together. Its first stage has those that come `first`."""
     bottleneck = make_bottleneck(config)
-    rebuilt, stages = np.zeros_like(components), []
-    before = np.ones((len(components), 1), np.float32)
-    for _ in range(config.patch_group):
-        left = components - rebuilt
+    rebuilt = [np.zeros_like(band) for band in bands]
+    stages: list[Stage] = []
+    shape = len(bands[0]), config.num_stages, config.code_dim
+    sizes = np.zeros(shape if isinstance(bottleneck, FSQ) else (0, 0, 0), np.float32)
+    for number in range(config.num_stages):
+        band = number % len(bands)
+        left = bands[band] - rebuilt[band]
         strength = left.var(axis=0)
         wanted = strength.copy()
-        if not stages:
-            wanted[first] = np.inf
+        if number < len(bands):
+            wanted[first[band]] = np.inf
         chosen = np.argsort(-wanted)[: config.code_dim]
         # The first channels of a code have the most levels.
         chosen = chosen[np.argsort(-strength[chosen])]
         values, adaptive = left[:, chosen], np.ones((1, len(chosen)), np.float32)
-        log_gain, cube = np.zeros((before.shape[1], len(chosen))), np.zeros(len(chosen))
+        log_gain, cube = np.zeros((0, 0)), np.zeros(len(chosen))
         if isinstance(bottleneck, FSQ):
-            if len(stages) > 0:
-                log_gain = _log_gain(before, values)
-                adaptive = np.exp(before @ log_gain)
+            known = groups.gain_features(sizes, number, config)
+            known = np.concatenate([known, np.ones((len(known), 1), np.float32)], axis=1)
+            log_gain = np.zeros((known.shape[1], len(chosen)))
+            if number > 0:
+                log_gain = _log_gain(known, values)
+                adaptive = np.exp(known @ log_gain)
             gain, slope, cube, codes = _levels(bottleneck, values / adaptive, adaptive**2)
-            # The constant comes last.
-            before = np.concatenate([before[:, :-1], np.abs(codes), before[:, -1:]], axis=1)
+            sizes[:, number] = np.abs(codes)
         else:
             slope = values.std(axis=0).clip(_LEAST)
             gain, codes = 1 / slope, values / slope
-        rebuilt[:, chosen] += slope * (codes + cube * codes**3) * adaptive
+        rebuilt[band][:, chosen] += slope * (codes + cube * codes**3) * adaptive
         stages.append(Stage(chosen, gain, slope, cube, log_gain))
     return stages, rebuilt
 
 
-def _colours(components: parts.Components) -> Int[np.ndarray, "2"]:
-    """The two components that say most of a group's mean colour, apart from its brightness.
+def _colours(
+    config: ElasticTokConfig,
+    components: parts.Components,
+    bands: list[Float[np.ndarray, "n c"]],
+    rotations: list[Float[np.ndarray, "c c"]],
+    exchange: Float[np.ndarray, "e e"] | None,
+) -> list[list[int]]:
+    """For each band its share of the two components that say most of the mean colour, apart from its brightness.
 
-    They are weak in most pictures and all there is to see in some, such as a purple flower; so stage 0 codes them.
+    They are weak in most pictures and all there is to see in some, such as a purple flower; so first stages code them.
+    They may take a quarter of a code: grey pictures have no use for them.
     """
     painted = components.basis / np.square(components.basis).sum(axis=0)
     mean = painted.reshape(-1, 3, painted.shape[1]).mean(axis=0)
-    colour = np.square(mean - mean.mean(axis=0)).sum(axis=0) * components.variance
-    return np.argsort(-colour)[:2]
+    mean -= mean.mean(axis=0)
+    means = np.zeros((len(bands), *mean.shape), np.float32)
+    means[0] = mean  # differences of groups have no mean
+    if exchange is not None:
+        means = _exchanged(means, exchange)
+    power = [
+        np.square(of_band @ axes).sum(axis=0) * band.var(axis=0)
+        for of_band, axes, band in zip(means, rotations, bands, strict=True)
+    ]
+    found: list[list[int]] = [[] for _ in bands]
+    count = min(2, config.code_dim // 4)
+    for place in np.argsort(-np.concatenate(power))[:count]:
+        band, component = divmod(int(place), len(power[0]))
+        found[band].append(component)
+    return found
 
 
 def _log_gain(
@@ -190,7 +278,8 @@ def _log_gain(
     """By regression: how large the values are, as far as what was coded before tells. The gains' mean square is one."""
     deviation = values.std(axis=0).clip(_LEAST)
     size = np.log(np.abs(values) / deviation + 0.05)
-    normal = before.T @ before + np.eye(before.shape[1], dtype=before.dtype)
+    normal = before.T @ before
+    normal[np.diag_indices_from(normal)] += _RIDGE_OF_GAIN * len(before)
     found = np.linalg.solve(normal, before.T @ size)
     found[-1] -= np.log(np.mean(np.exp(2 * before @ found), axis=0)) / 2
     return found
@@ -227,33 +316,48 @@ def _write_encoder(
     config: ElasticTokConfig,
     components: parts.Components,
     stages: list[Stage],
+    rotations: list[np.ndarray],
     marks: np.ndarray,
     energy: float,
 ) -> None:
     channels = components.basis.shape[1]
     scale, square = parts.write_encoder_layers(
-        encoder, config, components, signal=_SIGNAL, channels=channels, energy=energy
+        encoder, config, components, signal=_signal(config), channels=channels, energy=energy
     )
+    encoder["stage_embed"] = marks.copy()
+    if config.haar_groups:
+        # Tokens see bands, so the mean of pictures is taken off in each of them.
+        mean = components.mean @ encoder["in_proj"]["kernel"]
+        for name in ("is_kept_embed", "is_masked_embed"):
+            encoder[name] += mean
+        means = np.einsum("qp,pnc->qnc", _HAAR, np.broadcast_to(mean, (4, 1, len(mean))))
+        for number, of_band in enumerate(_exchanged(means, encoder["exchange"])):
+            encoder["stage_embed"][number::4] -= of_band
     if config.lapped_input:
         kernel = encoder["in_proj"]["kernel"]
         encoder["in_proj"]["kernel"] = lapped_filter.see_prefiltered(kernel, config.group_size)
-    encoder["stage_embed"] = marks
     code_dim, constant = config.code_dim, config.hidden_size - 1
     kernel = np.zeros_like(encoder["pre_quant"]["kernel"])
-    channel = np.arange(code_dim)
     for number, stage in enumerate(stages):
-        kernel[number, stage.component, channel] = stage.gain * np.sqrt(square) / scale
+        axes = rotations[number % len(rotations)][:, stage.component]
+        kernel[number, :channels, :code_dim] = axes * stage.gain * np.sqrt(square) / scale
         kernel[number, constant, code_dim:] = parts.LOGVAR * np.sqrt(square) / parts.CONSTANT
     encoder["pre_quant"]["kernel"] = kernel
     if "correction" in encoder:
         correction = np.zeros_like(encoder["correction"])
         for number, stage in enumerate(stages):
-            for before, earlier in enumerate(stages[:number]):
+            for place, before in enumerate(range(number % len(rotations), number, len(rotations))):
+                earlier = stages[before]
                 same = earlier.component[:, None] == stage.component[None]
-                rows = slice(before * code_dim, (before + 1) * code_dim)
+                rows = slice(place * code_dim, (place + 1) * code_dim)
                 correction[number, rows] = np.where(same, -earlier.slope[:, None] * stage.gain, 0.0)
         encoder["correction"] = correction
         _write_steps(encoder, stages)
+
+
+def _signal(config: ElasticTokConfig) -> float:
+    """With `haar_groups` the first band has up to four times the energy of the others."""
+    return _SIGNAL / 4 if config.haar_groups else _SIGNAL
 
 
 def _write_decoder(
@@ -263,17 +367,19 @@ def _write_decoder(
     pixels: np.ndarray,
     rebuilt: np.ndarray,
     stages: list[Stage],
+    rotations: list[np.ndarray],
     marks: np.ndarray,
     energy: float,
 ) -> None:
-    constant = config.hidden_size - 1
-    scale = float(parts.CONSTANT * np.sqrt(_SIGNAL / np.sum(rebuilt**2, axis=1).mean()))
+    constant, signal = config.hidden_size - 1, _signal(config)
+    scale = float(parts.CONSTANT * np.sqrt(signal / np.sum(rebuilt**2, axis=1).mean()))
     layers = decoder["decoder_blocks"]["scan_decoder"]
     parts.silence(layers)
-    square = parts.write_kept_marks(decoder, config, _SIGNAL, energy)
+    square = parts.write_kept_marks(decoder, config, signal, energy)
     kernel = np.zeros_like(decoder["post_quant"]["kernel"])
     for number, stage in enumerate(stages):
-        kernel[number, np.arange(config.code_dim), stage.component] = scale * stage.slope
+        axes = rotations[number % len(rotations)][:, stage.component]
+        kernel[number, :, : len(axes)] = (axes * (scale * stage.slope)).T
     decoder["post_quant"]["kernel"] = kernel
     if "gain" in decoder:
         _write_steps(decoder, stages)
@@ -281,12 +387,20 @@ def _write_decoder(
     # The constant is counted once in the sum over stages; the mean of other groups has it too.
     decoder["stage_scale"][:] = 1.0
     decoder["stage_scale"][1:-1, constant] = 0.0
-    decoder["stage_scale"][-1, : rebuilt.shape[1]] = _told_by_neighbours(rebuilt)
-    used = np.unique(np.concatenate([stage.component for stage in stages]))
+    told = _told_by_neighbours(rebuilt)
+    if config.haar_groups:  # of four groups, whose neighbours are twice as far
+        decoder["stage_scale"][0, constant] = 2.0
+        told = told**2
+    decoder["stage_scale"][-1, : rebuilt.shape[1]] = told
+    used = np.flatnonzero(rebuilt.any(axis=0))
     constants = np.full((len(rebuilt), 1), parts.CONSTANT)
     seen = np.concatenate([rebuilt[:, used] * scale, constants], axis=1) / np.sqrt(square)
     deviation = seen[:, :-1].std(axis=0).clip(1e-4)
     parts.write_norms(layers, used, deviation, square)
+    if config.num_group_layers:
+        refining = decoder["group_blocks"]["scan_decoder"]
+        parts.silence(refining)
+        parts.write_norms(refining, used, deviation, square)
     # A component in the residual stream is this large after the norm.
     painted = _painted(config, components)[used] * (np.sqrt(square) / scale)
     if not config.lapped_output:
@@ -309,11 +423,8 @@ def _told_by_neighbours(rebuilt: Float[np.ndarray, "g c"]) -> Float[np.ndarray, 
 
 
 def _write_steps(coder: dict[str, Any], stages: list[Stage]) -> None:
-    gain, cube = np.zeros_like(coder["gain"]), np.zeros_like(coder["cube"])
-    for number, stage in enumerate(stages):
-        gain[number, : len(stage.log_gain) - 1] = stage.log_gain[:-1]
-        gain[number, -1], cube[number] = stage.log_gain[-1], stage.cube
-    coder["gain"], coder["cube"] = gain, cube
+    coder["gain"] = np.stack([stage.log_gain for stage in stages]).astype(np.float32)
+    coder["cube"] = np.stack([stage.cube for stage in stages]).astype(np.float32)
 
 
 def _fit_windows(

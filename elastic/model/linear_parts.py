@@ -31,6 +31,12 @@ def principal_components(pixels: Float[np.ndarray, "n p"], count: int) -> Compon
     return Components(mean, variance[::-1].clip(1e-8), basis[:, ::-1])
 
 
+def principal_axes(x: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "c c"]:
+    """The principal axes of numbers around zero, one in each column; the strongest first."""
+    _, axes = scipy.linalg.eigh(x.T @ x)
+    return axes[:, ::-1].astype(np.float32)
+
+
 def write_encoder_layers(
     encoder: dict[str, Any],
     config: ElasticTokConfig,

@@ -98,7 +98,7 @@ def model_card(model: Model, repo_id: str, *, run: str | os.PathLike | None = No
     )
     rows = {
         "Bottleneck": kind,
-        "Parameters": f"{size / 1e6:.1f} M, {config.num_encoder_layers} + {config.num_decoder_layers} layers of width {config.hidden_size}",
+        "Parameters": f"{size / 1e6:.1f} M, {config.layers} layers of width {config.hidden_size}",
         "Frames": f"{config.resolution} x {config.resolution} pixels, in blocks of {config.frames_per_block}",
         "Patch": " x ".join(map(str, config.patch_size)) + " (frames, rows, columns)",
         "Tokens of a block": f"{config.min_toks:,} to {config.max_toks:,}"

@@ -58,16 +58,18 @@ def squares_of(
         busy.append((2 * in_time + down + right) / 4)
     chance = 1 / (np.array(busy) + _FLOOR)
     time, rows, columns = sample_size(config)
-    squares = []
-    for block in rng.choice(len(found), size=count, p=chance / chance.sum()):
+    squares = np.empty((count, time * rows * columns * 3), np.uint8)
+    for number, block in enumerate(rng.choice(len(found), size=count, p=chance / chance.sum())):
         frames = found[block]
-        first, top, left = (
-            rng.integers(size // part) * part
-            for size, part in zip(frames.shape, (time, rows, columns), strict=False)
+        first = rng.integers(len(frames) // time) * time
+        # Anywhere in the frame, and every second one mirrored: the more different squares, the better.
+        top, left = (
+            rng.integers(size - part + 1)
+            for size, part in zip(frames.shape[1:], (rows, columns), strict=False)
         )
         square = frames[first : first + time, top : top + rows, left : left + columns]
-        squares.append(square.reshape(-1))
-    return np.stack(squares)
+        squares[number] = square[:, :, :: -1 if number % 2 else 1].reshape(-1)
+    return squares
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--update_elastic_config", default="", help='"dict(hidden_size=256)"')
     parser.add_argument("--output_folder", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument("--blocks", type=int, default=1500, help="blocks to draw squares from")
-    parser.add_argument("--squares", type=int, default=12_000, help="squares to compute it from")
+    parser.add_argument("--squares", type=int, default=40_000, help="squares to compute it from")
     options = parser.parse_args()
     if (options.output_folder / "model.safetensors").exists():
         parser.error(f"--output_folder={options.output_folder} holds a model; name a new folder.")

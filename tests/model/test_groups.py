@@ -14,7 +14,7 @@ from elastic.model import Batch, ElasticTok, groups, init_params
 from elastic.model.add_options import before_options
 from elastic.model.bottleneck import FSQ
 from elastic.model.linear_init import linear_init, sample_size
-from elastic.patches import patchify
+from elastic.patches import patchify, token_places
 
 SMALL = dict(
     hidden_size=128, intermediate_size=64, num_encoder_layers=1, num_decoder_layers=2, num_attention_heads=1,
@@ -108,13 +108,15 @@ def smooth_squares(count, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lapped", ["output", "both"])
+@pytest.mark.parametrize("options", ["output", "both", "haar"])
 @pytest.mark.parametrize("case", ["fsq", "vae"])
-def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case, lapped):
+def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case, options):
     """And a better one with every stage."""
+    lapped = "output" if options == "output" else "both"
     made = config(
         (4, 2, 2), 256, 16, bottleneck_type=case, fsq_quant_levels=(15, 7, 5), vae_bottleneck_dim=3,
         lapped_output=True, lapped_input=lapped == "both", bounded_output=case == "fsq", min_toks=8,
+        haar_groups=options == "haar", num_group_layers=int(options == "haar"),
     )  # fmt: skip
     size = sample_size(made)
     assert size == ((4, 32, 32) if lapped == "both" else (4, 16, 16))
@@ -142,6 +144,31 @@ def test_a_linear_start_shows_the_whole_picture_from_the_first_stage_on(case, la
     assert errors[-1] < spread / (100 if lapped == "output" else 80)
 
 
+@pytest.mark.parametrize("side", [32, 48])
+def test_bands_are_sums_and_differences_of_two_by_two_neighbours(side):
+    """And groups come back from them, also where the first channels are mixed."""
+    tokens = (side // 2) ** 2
+    made = config((4, 2, 2), tokens, 16, haar_groups=True)
+    down, right = made.grid_shape
+    rng = np.random.default_rng(0)
+    picture = rng.normal(size=(down, right, 20)).astype(np.float32)
+    places = token_places(down, right, made.token_order)
+    x = jnp.asarray(picture.reshape(-1, 20)[places])[None]
+    size = 4 * groups.num_exchanged(made)
+    bands = np.asarray(groups.to_bands(x, jnp.eye(size), made))[0]
+    found = np.empty_like(picture)
+    found.reshape(-1, 20)[places] = bands
+    top, bottom = picture[::2], picture[1::2]
+    sums, differences = (top + bottom) / 2, (top - bottom) / 2
+    assert np.allclose(found[::2, ::2], sums[:, ::2] + sums[:, 1::2], atol=1e-6)
+    assert np.allclose(found[1::2, 1::2], differences[:, ::2] + differences[:, 1::2], atol=1e-6)
+    assert np.allclose(found[::2, 1::2], sums[:, ::2] - sums[:, 1::2], atol=1e-6)
+    assert np.allclose(found[1::2, ::2], differences[:, ::2] - differences[:, 1::2], atol=1e-6)
+    turned, _ = np.linalg.qr(rng.normal(size=(size, size)).astype(np.float32))
+    back = groups.from_bands(groups.to_bands(x, turned, made), turned.T, made)
+    np.testing.assert_allclose(back, x, atol=1e-5)
+
+
 def test_a_model_with_too_few_squares_has_no_linear_start():
     made = config((4, 2, 2), 256, 16)
     params = init_params(made, jax.random.key(0))
@@ -156,6 +183,13 @@ def test_a_model_with_too_few_squares_has_no_linear_start():
         (dict(condition_decoder=False), "patch_group=16 needs .* condition_decoder=True"),
         (dict(patch_group=8), r"patch_group=8 patches of patch_size=\(4, 4, 4\) are no square"),
         (dict(patch_group=0), "patch_group=0 must be a finite number above 0"),
+        (dict(patch_group=1, haar_groups=True), "haar_groups=True needs groups of patches"),
+        (dict(patch_group=1, num_group_layers=2), "num_group_layers=2 needs groups of patches"),
+        (dict(num_group_layers=-1), "num_group_layers=-1 must be 0 or above"),
+        (
+            dict(patch_group=64, haar_groups=True),
+            r"haar_groups=True needs an even number .* \(1, 1\)",
+        ),
         (dict(max_toks=36), "patch_group=16 .* divide the frame's 24 pixels"),
     ],
 )
@@ -167,3 +201,5 @@ def test_groups_that_do_not_fit_are_refused(changes, message):
 def test_trained_parameters_keep_their_groups():
     with pytest.raises(ValueError, match=r"the checkpoint has patch_group=16, .* patch_group=4"):
         before_options(config(patch_group=4), config())
+    with pytest.raises(ValueError, match=r"the checkpoint has haar_groups=False, .*=True"):
+        before_options(config(patch_group=4, haar_groups=True), config(patch_group=4))

@@ -25,8 +25,13 @@ OPTIONS = dict(
     lapped_input=True,
     lapped_output=True,
     patch_group=4,
+    haar_groups=True,
+    num_group_layers=1,
     bounded_output=False,
 )
+
+
+ALONE = dict(patch_group=1, haar_groups=False, num_group_layers=0)  # without groups
 
 
 @functools.cache
@@ -92,7 +97,7 @@ def test_raster_order_is_no_order_at_all():
 
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
 def test_logits_depend_on_the_distance_in_time_rows_and_columns_alone(token_order):
-    config = released.config("vae", **OPTIONS | dict(token_order=token_order, patch_group=1))
+    config = released.config("vae", **OPTIONS | ALONE | dict(token_order=token_order))
     rows, columns = config.slice_shape
     numbers = token_numbers(rows, columns, token_order)
 
@@ -147,7 +152,7 @@ def test_options_added_to_trained_parameters_begin_with_what_the_model_computed(
 
 def test_added_options_give_the_tree_of_the_new_model_and_none_is_taken_away():
     old = released.config("vae", condition_encoder=False)
-    new = old.replace(**OPTIONS | dict(patch_group=1), condition_encoder=True)
+    new = old.replace(**OPTIONS | ALONE, condition_encoder=True)
     before = jax.device_get(init_params(old, jax.random.key(2)))
     after = add_options(before, old, new)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(new))
@@ -240,9 +245,13 @@ def test_an_output_without_bounds_is_what_the_tanh_would_bound():
 
 def test_the_options_are_part_of_the_models_identity_and_their_absence_is_not():
     plain = released.config("vae")
-    alone = OPTIONS | dict(patch_group=1)
+    alone = OPTIONS | ALONE
     hashes = {plain.replace(**{name: value}).config_hash() for name, value in alone.items()}
-    hashes.add(plain.replace(**OPTIONS).config_hash())
+    grouped = OPTIONS | dict(haar_groups=False, num_group_layers=0)
+    for name in ("patch_group", "haar_groups", "num_group_layers"):
+        grouped |= {name: OPTIONS[name]}
+        hashes.add(plain.replace(**grouped).config_hash())
+    # One of them is of the model without options, where an option of groups has its default.
     assert len(hashes) == len(OPTIONS) + 1 and plain.config_hash() in hashes
     assert ElasticTokConfig().config_hash() == "b93a4635ccfd1c51"
 

@@ -299,6 +299,6 @@ def _shape(config: "ElasticTokConfig") -> dict[str, Any]:
         "frames": f"{config.resolution}x{config.resolution}, {config.frames_per_block} a block, patches {config.patch_size}",
         "tokens": f"{config.min_toks} to {config.max_toks} a block{kept}",
         "context": f"{config.max_sequence_length // config.max_toks} blocks",
-        "layers": f"{config.num_encoder_layers} + {config.num_decoder_layers} of width {config.hidden_size}",
+        "layers": f"{config.layers} of width {config.hidden_size}",
         "config": config.config_hash(),
     }  # fmt: skip
