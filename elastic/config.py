@@ -276,7 +276,7 @@ class ElasticTokConfig:
 
     @property
     def num_stages(self) -> int:
-        """Tokens that code the same picture one after another: those of a group, with `haar_groups` of two by two groups."""
+        """How many tokens code the same picture one after another: those of a group, or with `haar_groups` of four groups."""
         return self.patch_group * (4 if self.haar_groups else 1)
 
     @property
@@ -449,8 +449,7 @@ _SHAPE_OPTIONS = frozenset(
 )
 _LATER_SHAPE_OPTIONS = (
     "condition_encoder", "condition_decoder", "token_order", "rope", "rope_split", "rope_bases", "lapped_output", "patch_group",
-    "bounded_output", "lapped_input", "num_group_layers",
-    "haar_groups",
+    "bounded_output", "lapped_input", "haar_groups", "num_group_layers",
 )  # fmt: skip
 
 _SMALL = dict(

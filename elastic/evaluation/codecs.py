@@ -36,7 +36,7 @@ class _Encoder(NamedTuple):
 
 # Colour planes are whole where the encoder can: a model's are, too.
 _ENCODERS = {
-    "x264": _Encoder("libx264", "h264", "yuv444p", "crf", 51, 0, {"preset": "slow", **repeatable_x264()}, frozenset({0x06})),
+    "x264": _Encoder("libx264", "h264", "yuv444p", "crf", 51, 0, {"preset": "slow"}, frozenset({0x06})),
     "x265": _Encoder(
         "libx265", "hevc", "yuv444p", "crf", 51, 0,
         {"preset": "slow", "x265-params": "log-level=none:pools=1:frame-threads=1"},
@@ -122,7 +122,8 @@ def _code_video(name: str, frames: np.ndarray, rate: float, quality: int) -> Cod
         encoder.pix_fmt = codec.pixels
         encoder.framerate = Fraction(rate).limit_denominator(1001)
         encoder.time_base = 1 / encoder.framerate
-        encoder.options = {codec.quality: str(quality), **codec.options}
+        repeatable = repeatable_x264() if codec.encoder == "libx264" else {}
+        encoder.options = {codec.quality: str(quality), **codec.options, **repeatable}
         bits, decoded = 0, []
         for index in range(len(frames) + 1):
             picture = None  # the end: the encoder gives what it holds back

@@ -457,7 +457,7 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
     second = axes.twinx() if measured else None
     markers = itertools.cycle(_MARKERS)
     colours = itertools.cycle(_COLOURS)
-    # A codec is a line, so it is drawn beside models with several counts.
+    # A codec is a line, so only a model with several counts has one beside it.
     num_lines = sum(len(evaluation.fixed()) > 1 for evaluation in evaluations.values())
     for (name, evaluation), colour in zip(evaluations.items(), colours, strict=False):
         is_elastic = fixed_count(evaluation.model) is None
@@ -477,10 +477,10 @@ def _plot_quality(axes: Any, evaluations: Evaluations) -> bool:
             evaluation.config.codecs, itertools.cycle(_STYLES[1:]), strict=False
         ):
             found = [result for result in evaluation.codecs if result.codec == codec]
-            if len(found) < 2 and num_lines:
+            if len(found) < 2:
                 continue
             x, y = [r.bits_per_pixel / per_token for r in found], [r.psnr for r in found]
-            kind = "" if max(num_lines, 1) == 1 else f" at the bits of {name}"
+            kind = "" if num_lines == 1 else f" at the bits of {name}"
             axes.plot(
                 x, y, color=colour if kind else _INK, ls=style, lw=1.5, label=f"{codec}{kind}"
             )

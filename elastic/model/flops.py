@@ -53,7 +53,8 @@ def forward_flops(
     """
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
-    weights = layers * (4 * width**2 + 3 * width * config.intermediate_size)
+    of_layer = 4 * width**2 + 3 * width * config.intermediate_size
+    weights = layers * of_layer
     seen, painted = (
         config.patch_dim * (lapped.WINDOW if option else 1)
         for option in (config.lapped_input, config.lapped_output)
@@ -63,11 +64,10 @@ def forward_flops(
         pairs = visible_pairs(length, config.tokens_per_block)
     else:
         pairs = round(length * visible_blocks * config.tokens_per_block)
-    groups = length // config.patch_group
-    of_groups = config.num_group_layers * groups
-    in_block = config.tokens_per_block // config.patch_group
-    of_groups *= 2 * (4 * width**2 + 3 * width * config.intermediate_size) + 4 * in_block * width
-    return 2 * length * weights + 4 * layers * (pairs + length * cache) * width + of_groups
+    of_tokens = 2 * length * weights + 4 * layers * (pairs + length * cache) * width
+    groups, in_block = (n // config.patch_group for n in (length, config.tokens_per_block))
+    of_groups = config.num_group_layers * groups * (2 * of_layer + 4 * in_block * width)
+    return of_tokens + of_groups
 
 
 def training_flops(

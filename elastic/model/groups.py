@@ -25,28 +25,26 @@ from elastic.model.bottleneck import FSQ
 from elastic.patches import token_numbers, token_places
 
 _LARGEST_LOG_GAIN = 5.0
-_SEEN_WHOLE = (
-    8  # with haar_groups: stages of which every later gain sees all codes, not just their mean
-)
+# With haar_groups a gain sees all codes of so many first stages. Of the other stages it sees the mean.
+_SEEN_WHOLE = 8
 AnyArray = Any  # NumPy's or JAX's; jaxtyping checks shape and dtype
 
 
 def by_stage(x: Shaped[Array, "b l c"], config: ElasticTokConfig) -> Shaped[Array, "b s k n c"]:
     """Tokens of whole blocks as slices, stages, and the groups, or two by two groups, that stages belong to."""
-    return rearrange(
-        x, "b (s k n) c -> b s k n c", k=config.num_stages, s=x.shape[1] // _tokens_of_slice(config)
-    )
+    return _in_slices(x, config.num_stages, config)
 
 
 def by_group(x: Shaped[Array, "b l c"], config: ElasticTokConfig) -> Shaped[Array, "b s k n c"]:
     """Tokens of whole blocks as slices, tokens of a group, and groups; without `haar_groups` these are stages."""
-    return rearrange(
-        x, "b (s k n) c -> b s k n c", k=config.patch_group, n=math.prod(config.grid_shape)
-    )
+    return _in_slices(x, config.patch_group, config)
 
 
-def _tokens_of_slice(config: ElasticTokConfig) -> int:
-    return math.prod(config.slice_shape)
+def _in_slices(
+    x: Shaped[Array, "b l c"], in_turn: int, config: ElasticTokConfig
+) -> Shaped[Array, "b s k n c"]:
+    slices = x.shape[1] // math.prod(config.slice_shape)
+    return rearrange(x, "b (s k n) c -> b s k n c", s=slices, k=in_turn)
 
 
 def join(patches: Float[Array, "b l p"], config: ElasticTokConfig) -> Float[Array, "b g w"]:
@@ -85,7 +83,7 @@ def first_tokens(config: ElasticTokConfig) -> Int[np.ndarray, "g"]:
 def to_bands(
     groups: Float[Array, "b g d"], exchange: Float[Array, "e e"], config: ElasticTokConfig
 ) -> Float[Array, "b g d"]:
-    """The vectors of groups -> those of bands, which take the places of the groups.
+    """Makes the vectors of bands from those of groups. A band takes the place of a group.
 
     Args:
       groups: the vectors.
@@ -93,27 +91,27 @@ def to_bands(
         numbers of all four; the identity leaves the Haar transform.
       config: the model.
     """
-    x = jnp.einsum("rq,bsqmd->bsrmd", _BANDS_OF_GROUPS, _by_four(groups, config), precision=_EXACT)
-    return _exchanged(x, exchange).reshape(groups.shape)
+    x = jnp.einsum("rq,bsqmd->bsrmd", BANDS_OF_GROUPS, _by_four(groups, config), precision=_EXACT)
+    return exchanged(x, exchange).reshape(groups.shape)
 
 
 def from_bands(
     bands: Float[Array, "b g d"], exchange: Float[Array, "e e"], config: ElasticTokConfig
 ) -> Float[Array, "b g d"]:
     """The inverse of `to_bands` for the transposed matrix, if that is orthogonal."""
-    x = _exchanged(_by_four(bands, config), exchange)
-    x = jnp.einsum("rq,bsrmd->bsqmd", _BANDS_OF_GROUPS, x, precision=_EXACT)
+    x = exchanged(_by_four(bands, config), exchange)
+    x = jnp.einsum("rq,bsrmd->bsqmd", BANDS_OF_GROUPS, x, precision=_EXACT)
     return x.reshape(bands.shape)
 
 
 def num_exchanged(config: ElasticTokConfig) -> int:
-    """How many channels of each band take part in the exchange: those of two codes."""
+    """The number of channels of each band that the exchange mixes: as many as two codes have."""
     return min(2 * config.code_dim, config.hidden_size)
 
 
 _EXACT = jax.lax.Precision.HIGHEST  # encoder and decoder must find the same on every device
 # Among two by two groups the order of tokens takes the places (0, 0), (1, 1), (0, 1), (1, 0). Rows are bands.
-_BANDS_OF_GROUPS = (
+BANDS_OF_GROUPS = (
     np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, -1, -1, 1], [1, 1, -1, -1]], np.float32) / 2
 )
 
@@ -122,13 +120,14 @@ def _by_four(x: Float[Array, "b g d"], config: ElasticTokConfig) -> Float[Array,
     return rearrange(x, "b (s q m) d -> b s q m d", q=4, m=math.prod(config.grid_shape) // 4)
 
 
-def _exchanged(
-    x: Float[Array, "b s 4 m d"], exchange: Float[Array, "e e"]
-) -> Float[Array, "b s 4 m d"]:
-    first, rest = x[..., : len(exchange) // 4], x[..., len(exchange) // 4 :]
-    first = rearrange(first, "b s q m c -> b s m (q c)")
+def exchanged(
+    bands: Float[AnyArray, "*b 4 m d"], exchange: Float[AnyArray, "e e"]
+) -> Float[Array, "*b 4 m d"]:
+    """The vectors of four bands with their first channels mixed."""
+    first, rest = bands[..., : len(exchange) // 4], bands[..., len(exchange) // 4 :]
+    first = rearrange(first, "... q m c -> ... m (q c)")
     first = jnp.dot(first, exchange, precision=_EXACT)
-    return jnp.concatenate([rearrange(first, "b s m (q c) -> b s q m c", q=4), rest], axis=-1)
+    return jnp.concatenate([rearrange(first, "... m (q c) -> ... q m c", q=4), rest], axis=-1)
 
 
 def spread(groups: Float[Array, "b g d"], config: ElasticTokConfig) -> Float[Array, "b l d"]:
@@ -172,8 +171,8 @@ def total(
     others = around / jnp.maximum(among, jnp.finfo(jnp.float32).tiny)
     guess = first * scale[None, None, -2] + others * scale[None, None, -1]
     guessed = jnp.asarray(_has_guess(config))[None, :, None]
-    total = jnp.where(known, sums, jnp.where(guessed, guess, 0.0))
-    return rearrange(total, "(b k) g d -> b (k g) d", k=blocks)
+    found = jnp.where(known, sums, jnp.where(guessed, guess, 0.0))
+    return rearrange(found, "(b k) g d -> b (k g) d", k=blocks)
 
 
 class Steps(NamedTuple):
@@ -210,8 +209,8 @@ def gain_features(
       config: the model.
 
     Returns:
-      The sizes of the group's tokens, one after another; with `haar_groups` then those of the first stages of all four
-      groups, and the mean size of each stage.
+      The sizes of the group's own tokens, one after another. With `haar_groups` the sizes of the first stages of all four
+      groups follow, and then the mean size of each stage.
     """
     before = sizes.shape[:-2]
     found = [_own(sizes, stage, config).reshape(*before, -1)]
@@ -223,7 +222,7 @@ def gain_features(
 def _own(
     stages: Float[AnyArray, "*b k c"], stage: int | Int[Array, ""], config: ElasticTokConfig
 ) -> Float[AnyArray, "*b m c"]:
-    """Of all stages those of the group, or band, that this one belongs to."""
+    """The stages of the group, or of the band, that this stage belongs to."""
     bands = config.num_stages // config.patch_group
     by_band = stages.reshape(*stages.shape[:-2], config.patch_group, bands, stages.shape[-1])
     return by_band[..., stage % bands, :]
@@ -275,7 +274,7 @@ def numbers_of(
     def number(now):
         stage, codes, step = now
         earlier = jnp.arange(config.num_stages) < stage
-        before = jnp.where(earlier.reshape((1,) * (sizes.ndim - 2) + (-1, 1)), sizes, 0.0)
+        before = jnp.where(earlier[None, None, None, :, None], sizes, 0.0)
         return _numbers(step, codes, _gain(step, before, stage, config))
 
     numbers = jax.lax.map(number, (jnp.arange(config.num_stages), staged, steps))

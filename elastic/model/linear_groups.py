@@ -1,8 +1,8 @@
 """The linear start of a model with groups of patches: each stage codes components of the whole group.
 
 A component describes a whole group. Stage 0 codes the strongest components. Every later stage codes the components whose
-error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse. With `haar_groups` each of the
-four bands has components of its own, which are sums of those of groups.
+error is then largest: new ones, and earlier ones where the levels of FSQ were too coarse. With `haar_groups` every band
+has its own components. They are sums of the components of groups.
 """
 
 import math
@@ -29,7 +29,7 @@ _AT_ONCE = (
 )
 _STEPS = 12  # of the fit through tanh
 # The Haar transform of `groups.to_bands`, for groups in raster order.
-_HAAR = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]], np.float32) / 2
+_HAAR = groups.BANDS_OF_GROUPS[:, [0, 2, 3, 1]]
 # The ridge of that fit, for numbers of variance 1. A filtered input has a true inverse, which the fit is to keep near.
 _RIDGE, _RIDGE_OF_INVERSE = 0.3, 10.0
 _RIDGE_OF_GAIN = 0.01  # per sample, of the regression of gains
@@ -96,8 +96,8 @@ def _exchange(
     strongest = components[:, : groups.num_exchanged(config)]
     bands = np.einsum("qp,npc->nqc", _HAAR, strongest.reshape(-1, 4, strongest.shape[1]))
     axes = parts.principal_axes(bands.reshape(len(bands), -1))
-    # One to each in turn, because the channels of an FSQ code have many levels or few. Those of the VAE are all alike, so
-    # the first code gets the strongest.
+    # FSQ: some channels of a code have many levels and some have few, so every band gets strong and weak axes, one in turn.
+    # VAE: all channels are alike, so the first code gets the strongest axes.
     at_once = 1 if config.bottleneck_type == "fsq" else min(config.code_dim, len(axes) // 4)
     turns = np.arange(len(axes)).reshape(-1, 4, at_once)
     return axes[:, turns.swapaxes(0, 1).reshape(-1)]
@@ -112,7 +112,7 @@ def _in_bands(
     if exchange is None:
         return [components], [np.eye(components.shape[1], dtype=np.float32)]
     squares = components.reshape(-1, 4, components.shape[1])
-    bands = _exchanged(np.einsum("qp,npc->qnc", _HAAR, squares), exchange)
+    bands = np.asarray(groups.exchanged(np.einsum("qp,npc->qnc", _HAAR, squares), exchange))
     rotations = [parts.principal_axes(band) for band in bands]
     return [band @ axes for band, axes in zip(bands, rotations, strict=True)], rotations
 
@@ -126,16 +126,9 @@ def _in_parts(
     rotated = [band @ axes.T for band, axes in zip(bands, rotations, strict=True)]
     if exchange is None:
         return rotated[0]
-    squares = np.einsum("qp,qnc->npc", _HAAR, _exchanged(np.stack(rotated), exchange.T))
+    unmixed = np.asarray(groups.exchanged(np.stack(rotated), exchange.T))
+    squares = np.einsum("qp,qnc->npc", _HAAR, unmixed)
     return squares.reshape(-1, squares.shape[-1])
-
-
-def _exchanged(
-    bands: Float[np.ndarray, "4 n c"], exchange: Float[np.ndarray, "e e"]
-) -> Float[np.ndarray, "4 n c"]:
-    first = len(exchange) // 4
-    mixed = rearrange(bands[..., :first], "q n c -> n (q c)") @ exchange
-    return np.concatenate([rearrange(mixed, "n (q c) -> q n c", q=4), bands[..., first:]], axis=-1)
 
 
 def _in_groups(
@@ -210,8 +203,7 @@ def _plan(
     bottleneck = make_bottleneck(config)
     rebuilt = [np.zeros_like(band) for band in bands]
     stages: list[Stage] = []
-    shape = len(bands[0]), config.num_stages, config.code_dim
-    sizes = np.zeros(shape if isinstance(bottleneck, FSQ) else (0, 0, 0), np.float32)
+    sizes = np.zeros((len(bands[0]), config.num_stages, config.code_dim), np.float32)  # of FSQ
     for number in range(config.num_stages):
         band = number % len(bands)
         left = bands[band] - rebuilt[band]
@@ -223,12 +215,12 @@ def _plan(
         # The first channels of a code have the most levels.
         chosen = chosen[np.argsort(-strength[chosen])]
         values, adaptive = left[:, chosen], np.ones((1, len(chosen)), np.float32)
-        log_gain, cube = np.zeros((0, 0)), np.zeros(len(chosen))
+        cube = np.zeros(len(chosen))
+        log_gain = np.zeros((groups.num_gain_features(config) + 1, len(chosen)))
         if isinstance(bottleneck, FSQ):
-            known = groups.gain_features(sizes, number, config)
-            known = np.concatenate([known, np.ones((len(known), 1), np.float32)], axis=1)
-            log_gain = np.zeros((known.shape[1], len(chosen)))
             if number > 0:
+                known = groups.gain_features(sizes, number, config)
+                known = np.concatenate([known, np.ones((len(known), 1), np.float32)], axis=1)
                 log_gain = _log_gain(known, values)
                 adaptive = np.exp(known @ log_gain)
             gain, slope, cube, codes = _levels(bottleneck, values / adaptive, adaptive**2)
@@ -259,7 +251,7 @@ def _colours(
     means = np.zeros((len(bands), *mean.shape), np.float32)
     means[0] = mean  # differences of groups have no mean
     if exchange is not None:
-        means = _exchanged(means, exchange)
+        means = np.asarray(groups.exchanged(means, exchange))
     power = [
         np.square(of_band @ axes).sum(axis=0) * band.var(axis=0)
         for of_band, axes, band in zip(means, rotations, bands, strict=True)
@@ -330,9 +322,10 @@ def _write_encoder(
         mean = components.mean @ encoder["in_proj"]["kernel"]
         for name in ("is_kept_embed", "is_masked_embed"):
             encoder[name] += mean
-        means = np.einsum("qp,pnc->qnc", _HAAR, np.broadcast_to(mean, (4, 1, len(mean))))
-        for number, of_band in enumerate(_exchanged(means, encoder["exchange"])):
-            encoder["stage_embed"][number::4] -= of_band
+        means = np.zeros((4, 1, len(mean)), np.float32)
+        means[0] = 2 * mean  # the sum of four groups over two; differences of groups have no mean
+        for number, of_band in enumerate(groups.exchanged(means, encoder["exchange"])):
+            encoder["stage_embed"][number::4] -= np.asarray(of_band)
     if config.lapped_input:
         kernel = encoder["in_proj"]["kernel"]
         encoder["in_proj"]["kernel"] = lapped_filter.see_prefiltered(kernel, config.group_size)

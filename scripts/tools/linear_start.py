@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("--update_elastic_config", default="", help='"dict(hidden_size=256)"')
     parser.add_argument("--output_folder", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument("--blocks", type=int, default=1500, help="blocks to draw squares from")
-    parser.add_argument("--squares", type=int, default=40_000, help="squares to compute it from")
+    parser.add_argument(
+        "--squares", type=int, default=30_000, help="squares to compute it from; 60,000 took 14 GB"
+    )
     options = parser.parse_args()
     if (options.output_folder / "model.safetensors").exists():
         parser.error(f"--output_folder={options.output_folder} holds a model; name a new folder.")
