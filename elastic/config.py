@@ -453,9 +453,9 @@ _LATER_SHAPE_OPTIONS = (
 )  # fmt: skip
 
 _SMALL = dict(
-    hidden_size=192, intermediate_size=512, num_encoder_layers=3, num_decoder_layers=3, num_attention_heads=3,
-    theta=1e4, lpips_loss_ratio=0.0, token_order="coarse_to_fine", rope="3d", condition_decoder=True, lapped_input=True,
-    lapped_output=True, bounded_output=False,
+    hidden_size=192, intermediate_size=512, num_encoder_layers=1, num_decoder_layers=1, num_group_layers=3,
+    num_attention_heads=3, theta=1e4, lpips_loss_ratio=0.0, token_order="coarse_to_fine", rope="3d", condition_decoder=True,
+    haar_groups=True, lapped_input=True, lapped_output=True, bounded_output=False,
 )  # fmt: skip
 _RELEASED = dict(
     recommended_thresholds=(0.003,),

@@ -21,7 +21,7 @@ from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.patches import to_unit_range
 
 _SIGNAL = 0.004  # as in linear_init; smaller, because the weak components of a group are coded too
-_FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
+FOR_STAGES = 32  # channels of the residual stream that tell a token's stage and hold no component
 _STAGE = 0.25  # the deviation of those
 _LEAST = 1e-3  # the deviation of a component that counts as one; an eighth of a level
 _AT_ONCE = (
@@ -66,7 +66,7 @@ def write_groups(
     """
     width = config.hidden_size
     pixels, numbers = _in_groups(config, squares)
-    signals = min(width - 2 - _FOR_STAGES, pixels.shape[1])
+    signals = min(width - 2 - FOR_STAGES, pixels.shape[1])
     components = parts.principal_components(numbers, signals)
     components = _as_painted(config, components)
     coded = (numbers - components.mean) @ components.basis

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 from elastic.config import ElasticTokConfig
 from elastic.model.bottleneck import FSQ, make_bottleneck
 from elastic.model.lapped import repeat_border
-from elastic.model.linear_groups import write_groups
+from elastic.model.linear_groups import FOR_STAGES, write_groups
 from elastic.model.linear_parts import (
     CONSTANT,
     LOGVAR,
@@ -77,9 +77,10 @@ def linear_init(
         raise ValueError(
             "A linear start needs condition_encoder=True: the embeddings of kept tokens carry its constant."
         )
-    if width < code_dim + 2 or config.intermediate_size < 2 * code_dim:
+    needed = code_dim + 2 + (FOR_STAGES if config.patch_group > 1 else 0)
+    if width < needed or config.intermediate_size < 2 * code_dim:
         raise ValueError(
-            f"A linear start of {code_dim} code channels needs hidden_size of {code_dim + 2} and intermediate_size of "
+            f"A linear start of {code_dim} code channels needs hidden_size of {needed} and intermediate_size of "
             f"{2 * code_dim} or more, not {width} and {config.intermediate_size}."
         )
     # A square of two by two groups holds four samples of as many numbers as a quarter of it.

@@ -21,7 +21,6 @@ from elastic.io.read_options import READ_DEFAULTS
 from elastic.media.inputs import find_clips, printable
 from elastic.media.location import Place
 from elastic.pipeline.file_stamp import FileStamp, stamps_of
-from elastic.search import TOLERANCE
 
 __all__ = [
     "DatasetPlan",
@@ -41,8 +40,8 @@ UNFINISHED = ".unfinished"
 LOCK = ".plan.lock"  # held while plan.json or the summary is written
 _FORMAT = {"format": "elastictok-dataset", "version": 2}
 _EARLIER = _FORMAT | {"version": 1}  # knows no files but their sizes, and no appended ones
-# Options that older plans do not have.
-_LATER_OPTIONS = READ_DEFAULTS | {"search_tolerance": TOLERANCE}
+# Options that older plans do not have, and the values that their runs had.
+_LATER_OPTIONS = READ_DEFAULTS | {"search_tolerance": 0.012}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,6 @@ _FLOOR = (
 _BOXES = (1, 2, 4, 8, 16, 32)  # pixels; the detail between two sizes is a feature
 _RIDGE = 5.0  # ridge penalty, in samples; by cross-validation over clips of the shipped models
 _LEAST_SPREAD = 0.02
-_TRUST = 0.8  # share of the difference of two blocks' estimates that is applied to the curve
 
 Patch = tuple[int, int, int]
 
@@ -132,7 +131,7 @@ class CurvePrior:
             return SearchHistory(curve=expected, spread=self.spread, expected=expected)
         curve, old = before.curve, before.expected
         if old is not None:
-            moves = (_TRUST * (expected.at(p.x) - old.at(p.x)) for p in curve.points)
+            moves = (expected.at(p.x) - old.at(p.x) for p in curve.points)
             curve = Curve(
                 Point(p.x, p.y + move) for p, move in zip(curve.points, moves, strict=True)
             )

@@ -14,21 +14,15 @@ from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, poi
 # Distances are in log counts: the natural logarithm of the ratio of two counts.
 
 # Added to a guess: meeting the threshold is worth more than one token.
-_MARGIN = 0.004
-# Upper bound of what the usual error of first guesses adds to a first guess.
-_MOST_FIRST = 0.01
+_MARGIN = 0.005
 # Standard error of a guess, as a share of its distance from the nearest measured count.
-_UNCERTAINTY = 0.06
+_UNCERTAINTY = 0.02
 # Number of blocks, this one included, whose tolerance this block may spend: a clip's first blocks are expensive.
 _CREDIT = 2
 # A guess this close to an end of the range becomes that end.
-_SNAP = 0.02
+_SNAP = 0.025
 # Largest share of one block's tokens that may be more than needed.
-_MOST_EXCESS = 0.06
-# Passes per block. While the clip is below, only a part of the tolerance is spent.
-_TARGET_PASSES = 2.2
-# That part.
-_SHARE_BELOW_TARGET = 0.8
+_MOST_EXCESS = 0.08
 # Several counts in one call cover the guess +- this many uncertainties.
 _REACH = 3
 # The first of the doubling steps.
@@ -74,10 +68,7 @@ def predict(
         best = _crossing_count(curve, log_threshold, state)
         if state.found is not None and best is not None:
             excess = state.found - best
-            # While the clip needs few passes, more of them are spent on saving tokens.
-            cheap = history.passes + len(losses) < _TARGET_PASSES * (history.blocks + 1)
-            share = tolerance * (_SHARE_BELOW_TARGET if cheap else 1)
-            allowed = share * (history.tokens + _CREDIT * state.found) - history.excess
+            allowed = tolerance * (history.tokens + _CREDIT * state.found) - history.excess
             if excess < 1 or excess <= min(allowed, _MOST_EXCESS * state.found):
                 break
         if calls < GUESSES:
@@ -204,7 +195,7 @@ def _guesses(
     - Counts failed and counts met it: the crossing; the more guesses in a row missed on one side, the nearer to the middle.
     - Counts failed only: above the crossing by a step from the largest failed count that doubles with every miss.
     - Counts met it only: below the smallest of them, by a step that doubles with every miss.
-    - Nothing is measured: the crossing, raised by a part of the usual error of first guesses.
+    - Nothing is measured: the crossing.
 
     Args:
       curve: the estimated curve of this block.
@@ -234,5 +225,5 @@ def _guesses(
         uncertainty = _UNCERTAINTY * (high - x)
         centre = high - (high - x) * 2**repeats + _MARGIN + uncertainty
     else:
-        centre, uncertainty = x + _MARGIN + min(0.1 * spread, _MOST_FIRST), spread / _REACH
+        centre, uncertainty = x + _MARGIN, spread / _REACH
     return state.around(centre, _REACH * uncertainty, width)

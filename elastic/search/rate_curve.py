@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 _SLOPE = 0.7  # fall of log loss per log count where nothing was measured; fitted on recorded curves
 _SAME = 0.03  # a measured point replaces remembered ones this close to it, in log counts
-_TILT = 0.5  # share of the slope of the shifts that is continued beyond the measured points
+_TILT = 0.25  # share of the slope of the shifts that is continued beyond the measured points
 _MOST_POINTS = 16  # of a remembered curve
 _TINY = 1e-30  # smaller losses, zero included, count as this one, as zero has no logarithm
 
@@ -46,7 +46,7 @@ class Curve:
     def shifted_through(self, measured: list[Point]) -> "Curve":
         """This curve shifted so that it runs through points measured for another block.
 
-        Between two points the shift is interpolated linearly. Beyond the outermost points half of its slope is continued, so that a
+        Between two points the shift is interpolated linearly. Beyond the outermost points a quarter of its slope is continued, so that a
         plateau is followed.
         """
         if not measured:

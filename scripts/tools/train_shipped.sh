@@ -10,7 +10,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup_paths.sh"
 
-read_paths dataset_path report_path start
+read_paths dataset_path report_path curve_path start
 written_paths output_dir
 # --- Fill in here, or set in the environment -----------------------------------------------------
 # fsq (discrete) or vae (continuous).
@@ -18,6 +18,8 @@ model="${model:-fsq}"
 # Images and videos to train on, and others to measure on.
 dataset_path="${dataset_path:-}"
 report_path="${report_path:-}"
+# Of the former some hundred to fit the search's first guesses on, because a block of each is measured at eight counts; empty: all.
+curve_path="${curve_path:-}"
 # Where everything goes.
 output_dir="${output_dir:-outputs/shipped-$model}"
 # The weights to begin with; empty: a linear transform codec of the data.
@@ -27,8 +29,8 @@ steps="${steps:-300 10}"
 # Sequences of two blocks in a step of pieces; the highest and the last rate, and the highest of the layers' matrices; what the
 # model computes in.
 batch_size="${batch_size:-2}"
-lr="${lr:-5e-5}"
-end_lr="${end_lr:-5e-7}"
+lr="${lr:-1e-6}"
+end_lr="${end_lr:-1e-8}"
 matrix_lr="${matrix_lr:-5e-4}"
 dtype="${dtype:-fp32}"
 # Devices along dp, fsdp, tp, sp; processes that decode; the type that the weights are stored in.
@@ -58,7 +60,7 @@ for name in dataset_path report_path; do
     fi
 done
 read -r steps_of_pieces steps_of_frames <<<"$steps"
-check_variables train_shipped.sh model dataset_path report_path output_dir start steps batch_size lr end_lr matrix_lr dtype mesh_dim workers float_dtype
+check_variables train_shipped.sh model dataset_path report_path curve_path output_dir start steps batch_size lr end_lr matrix_lr dtype mesh_dim workers float_dtype
 
 source scripts/setup_env.sh run
 if [[ -z "$start" ]]; then
@@ -87,7 +89,8 @@ quarter() { awk -v rate="$1" 'BEGIN { printf "%.3g", rate / 4 }'; }
 train whole "$output_dir/pieces/pretrained" "$steps_of_frames" 1 "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
 
 trained="$output_dir/whole/pretrained"
-[[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="$dataset_path"
+[[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="${curve_path:-$dataset_path}" \
+    --blocks_per_clip=1 --num_counts=8
 env -u output_dir models="$model=$trained,before=example/$model" input_path="$report_path" output_folder="$output_dir/evaluation" max_frames=24 \
     bash scripts/run_evaluate.sh --codec=x264,jpeg
 echo "train_shipped.sh: the model is in $trained, its measurements are in $output_dir/evaluation." >&2

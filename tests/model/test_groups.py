@@ -169,11 +169,13 @@ def test_bands_are_sums_and_differences_of_two_by_two_neighbours(side):
     np.testing.assert_allclose(back, x, atol=1e-5)
 
 
-def test_a_model_with_too_few_squares_has_no_linear_start():
+def test_a_model_with_too_few_squares_or_too_narrow_has_no_linear_start():
     made = config((4, 2, 2), 256, 16)
-    params = init_params(made, jax.random.key(0))
+    squares = np.zeros((100, 4 * 16 * 16 * 3), np.uint8)
     with pytest.raises(ValueError, match="100 patches are too few"):
-        linear_init(params, made, np.zeros((100, 4 * 16 * 16 * 3), np.uint8))
+        linear_init(init_params(made, jax.random.key(0)), made, squares)
+    with pytest.raises(ValueError, match="hidden_size of 40 and"):
+        linear_init({}, made.replace(hidden_size=32), squares)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.search import make_search, run_search
+from elastic.search import TOLERANCE, make_search, run_search
 from elastic.search.predict import GUESSES
 from elastic.search.rate_curve import Curve, Point, SearchHistory, points_of
 
@@ -91,7 +91,7 @@ def test_a_clip_that_stands_still_soon_costs_one_pass_a_block(scale):
 @pytest.mark.parametrize("noise", [0.0, 0.003])
 @pytest.mark.parametrize("slope", [0.5, 0.8, 1.5])
 def test_smooth_curves_that_drift_cost_few_passes_and_few_tokens(slope, noise):
-    """At most 2.5 passes a block; a fiftieth of the tokens of trying every count."""
+    """At most 2.2 passes a block; tokens within the tolerance of trying every count."""
     random, counts = np.random.default_rng(0), range(32, 4097)
     blocks, least = [], 700.0  # tokens that meet the threshold
     for change in random.normal(0, 0.12, 100):
@@ -100,15 +100,15 @@ def test_smooth_curves_that_drift_cost_few_passes_and_few_tokens(slope, noise):
     results = search_clip(blocks, min_kept=32, max_kept=4096, threshold=0.01)
     best = [next(n for n in counts if losses[n] <= 0.01) for losses in blocks]
     assert all(found.met for found in results)
-    assert sum(found.num_kept for found in results) <= 1.02 * sum(best)
-    assert sum(len(found.tried) for found in results) <= 2.5 * len(results)
+    assert sum(found.num_kept for found in results) <= (1 + TOLERANCE) * sum(best)
+    assert sum(len(found.tried) for found in results) <= 2.2 * len(results)
 
 
 def test_several_counts_a_call_cost_fewer_calls():
     random, counts = np.random.default_rng(0), range(32, 513)
     blocks = [power_law(3 * math.exp(x), 0.9, counts) for x in random.normal(0, 0.2, 50)]
     options = dict(min_kept=32, max_kept=512, threshold=0.03)
-    calls = [sum(r.calls for r in search_clip(blocks, width=w, **options)) for w in (1, 3)]
+    calls = [sum(r.calls for r in search_clip(blocks, width=w, **options)) for w in (1, 5)]
     assert calls[1] <= 0.8 * calls[0]
 
 
