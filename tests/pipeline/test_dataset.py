@@ -621,7 +621,7 @@ def test_without_ray_its_engine_is_refused_with_the_way_out(
 def test_a_plan_of_an_older_run_is_gone_on_with(tmp_path):
     """Older plans have a model's absolute path, and no options for reading that change nothing by default."""
     about = dict(parts=({"a.png": FileStamp(9)},), files_per_shard=1)
-    options = EncodeOptions(num_tokens=8).to_json()
+    options = EncodeOptions(num_tokens=8, search_tolerance=0.012).to_json()
     now = DatasetPlan(model={"model_id": "fsq"}, options=options, **about)
     older = {name: value for name, value in options.items() if name not in _LATER_OPTIONS}
     before = DatasetPlan(model={"model_id": "/home/me/fsq"}, options=older, **about)

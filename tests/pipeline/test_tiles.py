@@ -38,10 +38,10 @@ OPTIONS = dict(threshold=0.3, fit="tile", resolution=0)
 
 
 def test_the_report_and_the_picture_have_the_tiles_and_the_file_decodes(tokenizer, files, tmp_path):
+    options = EncodeOptions(**OPTIONS | dict(threshold=0.26))  # the fewest tokens meet 0.3
     run = tokenize_file(
-        tokenizer, files / "clip.mp4", tmp_path / "out", EncodeOptions(**OPTIONS), batch=2,
-        progress=False,
-    )  # fmt: skip
+        tokenizer, files / "clip.mp4", tmp_path / "out", options, batch=2, progress=False
+    )
     report = read_report(tmp_path / "out")
     assert report["totals"]["tiles"] == 4
     assert report["clip"]["frame"] == [48, 40]
