@@ -276,7 +276,7 @@ class ElasticTokConfig:
 
     @property
     def num_stages(self) -> int:
-        """How many tokens code the same picture one after another: those of a group, or with `haar_groups` of four groups."""
+        """The number of tokens that code one picture in turn: the tokens of a group; with `haar_groups` those of four groups."""
         return self.patch_group * (4 if self.haar_groups else 1)
 
     @property

@@ -83,7 +83,7 @@ def first_tokens(config: ElasticTokConfig) -> Int[np.ndarray, "g"]:
 def to_bands(
     groups: Float[Array, "b g d"], exchange: Float[Array, "e e"], config: ElasticTokConfig
 ) -> Float[Array, "b g d"]:
-    """Makes the vectors of bands from those of groups. A band takes the place of a group.
+    """Turns the vectors of groups into the vectors of bands. There is one band for each group.
 
     Args:
       groups: the vectors.

@@ -80,7 +80,7 @@ def predict(
         state.narrow(group, meets)
     first_guess = guess.crossing(log_threshold, *_Bracket(smallest, largest).ends)
     curve = guess.shifted_through(points_of(losses))
-    _remember(history, curve, log_threshold, state, first_guess=first_guess, passes=len(losses))
+    _remember(history, curve, log_threshold, state, first_guess=first_guess)
 
 
 def _remember(
@@ -90,7 +90,6 @@ def _remember(
     state: "_Bracket",
     *,
     first_guess: float | None,
-    passes: int,
 ) -> None:
     """Adds a block whose search has ended to the history of its clip.
 
@@ -100,7 +99,6 @@ def _remember(
       log_threshold: the log of the threshold.
       state: the result, and which counts below it may still meet the threshold.
       first_guess: the log of the count that was expected before anything was measured; None: every count was expected to fail.
-      passes: counts measured for the block.
     """
     kept = state.largest if state.found is None else state.found
     if state.found is not None:
@@ -110,8 +108,6 @@ def _remember(
     history.spread = 0.5 * history.spread + 0.5 * missed
     history.curve = curve.pruned_around(math.log(kept))
     history.tokens += kept
-    history.passes += passes
-    history.blocks += 1
 
 
 class _Bracket:

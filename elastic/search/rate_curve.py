@@ -9,7 +9,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 _SLOPE = 0.7  # fall of log loss per log count where nothing was measured; fitted on recorded curves
@@ -96,8 +96,6 @@ class SearchHistory:
       tokens: tokens kept in all blocks so far.
       excess: estimated tokens that the searches could still have saved but did not, to save passes.
       spread: mean distance of first guesses from the count kept, in log counts; recent blocks weigh most.
-      blocks: blocks searched so far.
-      passes: counts measured for them.
       expected: the curve that the prior gave for the last block; None: there is no prior.
     """
 
@@ -105,8 +103,6 @@ class SearchHistory:
     tokens: int = 0
     excess: int = 0
     spread: float = 0.25
-    blocks: int = 0
-    passes: int = 0
     expected: Curve | None = None
 
 
@@ -119,12 +115,13 @@ def history_to_json(history: SearchHistory) -> dict[str, Any]:
 
 
 def history_from_json(plain: Mapping[str, Any]) -> SearchHistory:
-    """The inverse of `history_to_json`."""
+    """The inverse of `history_to_json`. Fields that only earlier versions had are left out."""
 
     def value(x: Any) -> Any:
         return Curve(Point(*point) for point in x) if isinstance(x, list) else x
 
-    return SearchHistory(**{name: value(x) for name, x in plain.items()})
+    names = [field.name for field in fields(SearchHistory)]
+    return SearchHistory(**{name: value(plain[name]) for name in names if name in plain})
 
 
 def _extrapolated(points: list[Point], x: float) -> float:
