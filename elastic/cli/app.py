@@ -347,15 +347,17 @@ def _is_no_trace(record: logging.LogRecord) -> bool:
     return record.exc_info is None
 
 
+_NEVER_AWAITED = "coroutine .* was never awaited"
 _hooks: dict[str, Any] = {}  # of the module sys, as they were before `_drop_echoes`
 
 
 def _drop_echoes() -> None:
     """Drops what orbax, asyncio and tensorstore say of reads and writes that orbax has given up, until the process ends.
 
-    On a full disk, each part of a checkpoint that is still under way says that its event loop is closed, or that nobody asked for its
-    error: hundreds of tracebacks around the one error that is raised, some of them after the run.
+    On a full disk, each part of a checkpoint that is still under way says that its event loop is closed, that nobody asked for its
+    error, or that it was never awaited: hundreds of messages around the one error that is raised, some of them after the run.
     """
+    warnings.filterwarnings("ignore", _NEVER_AWAITED, RuntimeWarning)
     logging.getLogger("absl").addFilter(_is_no_trace)
     logging.getLogger("asyncio").addFilter(_is_no_echo)
     for name, hook in (("excepthook", _show_no_echo), ("unraisablehook", _report_no_echo)):
@@ -386,6 +388,7 @@ def _report_no_echo(unraisable: Any) -> None:
 
 def _show_all() -> None:
     """For --debug."""
+    warnings.filterwarnings("default", _NEVER_AWAITED, RuntimeWarning)
     logging.getLogger("absl").removeFilter(_is_no_trace)
     logging.getLogger("asyncio").removeFilter(_is_no_echo)
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__

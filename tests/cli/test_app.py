@@ -277,6 +277,14 @@ def test_debug_shows_where_an_error_came_from(capsys):
     assert "in body" in capsys.readouterr().err
 
 
+def test_parts_of_a_checkpoint_that_were_given_up_say_nothing():
+    """As orbax leaves them when a disk is full, before the process ends and as it ends."""
+    assert printed_to(None, [], _ECHOES) == (1, "small.py: error: The disk is full.\n")
+    _, shown = printed_to(None, [], _ECHOES, "--debug")
+    assert "'part_of_a_checkpoint' was never awaited" in shown
+    assert "Task exception was never retrieved" in shown
+
+
 def test_a_bug_keeps_its_traceback():
     def body(values):
         raise KeyError("typo")
@@ -304,8 +312,34 @@ PRINTS = pytest.mark.parametrize(
 BUFFERING = pytest.mark.parametrize("options", [[], ["-u"]], ids=["buffered", "unbuffered"])
 
 
-def printed_to(output, options, code):
-    command = [sys.executable, *options, "-c", f"import sys\n{code}"]
+_ECHOES = """
+from elastic.cli import app
+from elastic.cli.script import Flag, Script
+
+async def part_of_a_checkpoint():
+    pass
+
+async def unread_error():
+    raise OSError("of a part")
+
+def body(values):
+    import asyncio
+
+    part_of_a_checkpoint()  # given up during the run
+    global given_up_at_the_end
+    given_up_at_the_end = part_of_a_checkpoint()
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(asyncio.wait([loop.create_task(unread_error())]))
+    loop.close()
+    raise OSError("The disk is full.")
+
+script = Script("small.py", "", "", {"": (Flag("debug", False, "traceback"),)})
+sys.exit(app.run(script, body, sys.argv[1:]))
+"""
+
+
+def printed_to(output, options, code, *arguments):
+    command = [sys.executable, *options, "-c", f"import sys\n{code}", *arguments]
     done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True)
     return done.returncode, done.stderr
 
