@@ -68,7 +68,8 @@ class ElasticTokConfig:
     )
     # Options that the released models do not have.
     condition_decoder: bool = False  # the decoder sees which tokens are kept
-    token_order: Literal["raster", "coarse_to_fine"] = "raster"  # of the patches of a slice
+    # Of the patches of a slice; 'adaptive': the groups of patches that have more to say send more tokens.
+    token_order: Literal["raster", "coarse_to_fine", "adaptive"] = "raster"
     rope: Literal["1d", "3d"] = "1d"  # positions: the token's number, or its time, row and column
     rope_split: tuple[
         int, ...
@@ -200,9 +201,18 @@ class ElasticTokConfig:
             )
         _ = self.group_shape
         _require(
-            self.patch_group == 1
-            or (self.token_order == "coarse_to_fine" and self.condition_decoder),
-            f"patch_group={self.patch_group} needs token_order='coarse_to_fine' and condition_decoder=True.",
+            self.patch_group == 1 or (self.token_order != "raster" and self.condition_decoder),
+            f"patch_group={self.patch_group} needs token_order='coarse_to_fine' or 'adaptive', and condition_decoder=True.",
+        )
+        _require(
+            self.token_order != "adaptive"
+            or (
+                self.patch_group > 1
+                and self.bottleneck_type == "fsq"
+                and not self.condition_encoder
+            ),
+            "token_order='adaptive' needs groups of patches (patch_group above 1), bottleneck_type='fsq' and "
+            "condition_encoder=False: the order follows from codes, so an encoder cannot know which tokens will be kept.",
         )
         for name in ("haar_groups", "num_group_layers"):
             _require(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     Array = Any  # jaxtyping checks shape and dtype of whatever has them
 
-TokenOrder = Literal["raster", "coarse_to_fine"]
+TokenOrder = Literal["raster", "coarse_to_fine", "adaptive"]
 
 _VIDEO, _PATCHES = "... (t pt) (h ph) (w pw) c", "... (t h w) (pt ph pw c)"
 _HALF_RANGE = 127.5  # of the 256 values of a pixel
@@ -70,7 +70,8 @@ def token_places(rows: int, columns: int, order: TokenOrder) -> Int[np.ndarray, 
     """The place of each token of a slice: its number in raster order. None: tokens stand in raster order.
 
     'coarse_to_fine' is the order of a Bayer matrix (Bayer 1973, for dithering): each prefix is spread evenly over the
-    slice. Sizes that are no power of two take the matrix of the next one and leave out what lies outside.
+    slice. Sizes that are no power of two take the matrix of the next one and leave out what lies outside. With 'adaptive'
+    it is the network's order too; `elastic.model.adaptive_order` has the one in which tokens are sent.
 
     Args:
       rows: rows of patches.

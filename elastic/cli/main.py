@@ -61,6 +61,11 @@ COMMANDS = {
         f"{_COMMANDS}.check_compile:CHECK",
         f"{_COMMANDS}.check_compile:check_compile",
     ),
+    "fit-order": Command(
+        "fits the order of a block's tokens to a model",
+        f"{_COMMANDS}.fit_order:FIT_ORDER",
+        f"{_COMMANDS}.fit_order:fit_order",
+    ),
     "fit-curves": Command(
         "fits the first guess of the search to a model",
         f"{_COMMANDS}.fit_curves:FIT_CURVES",

@@ -32,6 +32,7 @@ _PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "gain": (None, None),
     "cube": (None, None),
     "exchange": (None, None),
+    "token_order": (),  # all that the order is computed from
     "wq": ("embed", "heads"),
     "wk": ("embed", "heads"),
     "wv": ("embed", "heads"),

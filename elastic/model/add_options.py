@@ -12,6 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastic.config import ElasticTokConfig
+from elastic.model.adaptive_order import as_coarse_to_fine
 from elastic.model.lapped import ignore_border, repeat_border
 
 # Options that add parameters or change their shapes. A model that has one cannot go back.
@@ -40,6 +41,11 @@ def before_options(config: ElasticTokConfig, stored: ElasticTokConfig | None) ->
                 f"asked for has {name}={asked}. Pass the checkpoint's, or start without it."
             )
     lost = [name for name in _ADDING if getattr(stored, name) and not getattr(config, name)]
+    if stored.token_order == "adaptive" != config.token_order:
+        raise ValueError(
+            f"The checkpoint has token_order='adaptive', which cannot be taken away, and the model asked for has "
+            f"token_order={config.token_order!r}. Pass --update_elastic_config=\"dict(token_order='adaptive')\"."
+        )
     if lost:
         raise ValueError(
             f"The checkpoint has {', '.join(lost)}, and the model asked for has not; options can be added to trained "
@@ -54,7 +60,7 @@ def add_options(
     """Parameters of the model `config`, made from those of the model `before`. The two differ in options only.
 
     New embeddings are zero. The windows of a lapped output repeat the border pixels of their patches; those of a lapped
-    input see nothing new at first.
+    input see nothing new at first. The order 'adaptive' begins as coarse_to_fine.
 
     Args:
       params: NumPy arrays, in the tree of the checkpoints.
@@ -73,6 +79,9 @@ def add_options(
     if config.lapped_output and not before.lapped_output:
         name = ("decoder", "out_proj", "kernel")
         flat[name] = repeat_border(flat[name], config.group_size)
+    if config.token_order == "adaptive" != before.token_order:
+        for name, value in as_coarse_to_fine(config).items():
+            flat["token_order", name] = value
     return unflatten_dict(flat)
 
 

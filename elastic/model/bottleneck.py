@@ -45,6 +45,10 @@ class FSQ:
     def _half_width(self, like: Array) -> Array:
         return self._row(tuple(level // 2 for level in self.levels), like)
 
+    def sizes(self, codes: Float[Array, "*b d"]) -> Int[Array, "*b d"]:
+        """How many levels each code is from the middle one: whole numbers, the same on every device."""
+        return jnp.abs(jnp.round(codes * self._half_width(codes))).astype(jnp.int32)
+
     def bound(self, latents: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Latents bounded to the range of their levels, with boundaries between levels at half-integers (appendix A.1)."""
         levels = self._row(self.levels, latents)

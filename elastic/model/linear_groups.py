@@ -326,6 +326,9 @@ def _write_encoder(
         means[0] = 2 * mean  # the sum of four groups over two; differences of groups have no mean
         for number, of_band in enumerate(groups.exchanged(means, encoder["exchange"])):
             encoder["stage_embed"][number::4] -= np.asarray(of_band)
+    if not config.condition_encoder:
+        encoder["stage_embed"] += encoder.pop("is_kept_embed")
+        del encoder["is_masked_embed"]
     if config.lapped_input:
         kernel = encoder["in_proj"]["kernel"]
         encoder["in_proj"]["kernel"] = lapped_filter.see_prefiltered(kernel, config.group_size)

@@ -73,9 +73,10 @@ def linear_init(
         raise ValueError("A linear start needs scan_layers=True.")
     if config.lapped_input and config.patch_group == 1:
         raise ValueError("A linear start with lapped_input=True needs patch_group above 1.")
-    if not config.condition_encoder:
+    if not config.condition_encoder and config.patch_group == 1:
         raise ValueError(
-            "A linear start needs condition_encoder=True: the embeddings of kept tokens carry its constant."
+            "A linear start without groups of patches needs condition_encoder=True: the embeddings of kept tokens carry its "
+            "constant."
         )
     needed = code_dim + 2 + (FOR_STAGES if config.patch_group > 1 else 0)
     if width < needed or config.intermediate_size < 2 * code_dim:

@@ -114,7 +114,7 @@ def write_kept_marks(
     """
     constant = config.hidden_size - 1
     for name, sign in (("is_kept_embed", 1), ("is_masked_embed", -1)):
-        coder[name][:] = 0.0
+        coder[name] = np.zeros((1, config.hidden_size), np.float32)
         coder[name][0, constant], coder[name][0, constant - 1] = CONSTANT, sign * MASKED
     return (CONSTANT**2 * (1 + signal) + MASKED**2 + energy) / config.hidden_size
 

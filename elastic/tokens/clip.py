@@ -149,7 +149,8 @@ class TokenizedClip:
       frame: (width, height) of the decoded frames; with 'crop' the square of `resolution`, whatever is given.
       tile_rows, tile_columns: the first row of each row of tiles in the frame, and the first column of each column of tiles;
         negative where a border is around the frame.
-      token_order: the order of a slice's tokens: 'raster', or 'coarse_to_fine'; `raster_places` undoes it.
+      token_order: the order of a slice's tokens: 'raster', or 'coarse_to_fine'; `raster_places` undoes it. Or 'adaptive', which
+        only the model knows.
       patch_size: frames, rows and columns of a token's patch; () if it is not known, which the raster order does not need.
 
     Raises:
@@ -568,7 +569,15 @@ def raster_places(clip: TokenizedClip) -> np.ndarray:
     """The place of every token of a full block in raster order (frame by frame, row by row), int32 [tokens_per_block].
 
     With `places = raster_places(clip)`, token i of a block shows patch `places[i]`. Token i of a shortened block has the same place.
+
+    Raises:
+      ValueError: the order is 'adaptive'. Each block has its own, which follows from its codes.
     """
+    if clip.token_order == "adaptive":
+        raise ValueError(
+            "token_order='adaptive': each block has an order of its own, which follows from its codes; decode the tokens with "
+            "their model."
+        )
     shape = clip._slice_shape
     places = None if shape is None else token_places(*shape, clip.token_order)
     if places is None:

@@ -35,8 +35,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     state call `where_good`.
     """
     schedule = learning_rate(config)
-    decay = optax.add_decayed_weights(
-        config.weight_decay, mask=None if config.decay_norms else _is_matrix
+    decay = (
+        _decay_all(config.weight_decay)
+        if config.decay_norms
+        else optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
     )
     update = optax.chain(  # as optax.adamw, which is a chain too: a level in the tree of the state
         _scale_by_adam(config), decay, optax.scale_by_learning_rate(schedule)
@@ -88,7 +90,7 @@ def _kinds(params: Any) -> Any:
     """'matrices' for the products in layers, 'input' for the first projection, 'rest' for all else."""
 
     def kind(path: tuple[Any, ...], _: jax.Array) -> str:
-        names = {str(getattr(key, "key", key)) for key in path}
+        names = set(_names(path))
         if names & {"attention", "feed_forward"}:
             return "matrices"
         return "input" if "in_proj" in names else "rest"
@@ -162,11 +164,33 @@ def _scale_by_adam(config: OptimizerConfig) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(key, "key", key)) for key in path]
+
+
+def _decay_all(weight_decay: float) -> optax.GradientTransformation:
+    """As optax.add_decayed_weights, whose mask would change the state that runs have saved; but not the order of tokens.
+
+    The order has no gradient: it would shrink from step to step, and so change.
+    """
+
+    def decay(updates: Any, params: Any) -> Any:
+        def decayed(path: tuple[Any, ...], update: Array, param: Array) -> Array:
+            if "token_order" in _names(path):
+                return update
+            return update + weight_decay * param
+
+        return jax.tree_util.tree_map_with_path(decayed, updates, params)
+
+    return optax.stateless(decay)
+
+
 def _is_matrix(params: Any) -> Any:
-    """True for the weights of products; False for norm weights and the two embeddings of kept and masked tokens."""
+    """True for the weights of products; False for norm weights, embeddings of kept and masked tokens, the order of tokens."""
 
     def decayed(path: tuple[Any, ...], _: jax.Array) -> bool:
-        names = [str(getattr(key, "key", key)) for key in path]
-        return not any("norm" in name or name.startswith("is_") or name == "ln_f" for name in names)
+        names = _names(path)
+        others = ("ln_f", "token_order")
+        return not any("norm" in name or name.startswith("is_") or name in others for name in names)
 
     return jax.tree_util.tree_map_with_path(decayed, params)

@@ -4,6 +4,12 @@ import os
 import pathlib
 
 from elastic.cli import app
+from elastic.cli.commands.sample_blocks import (
+    BLOCKS_PER_CLIP,
+    INPUT,
+    check_at_least,
+    sampled_blocks,
+)
 from elastic.cli.flags import INFERENCE
 from elastic.cli.script import Flag, Script
 
@@ -21,12 +27,10 @@ FIT_CURVES = Script(
     groups={
         "Input and output": (
             Flag("load_checkpoint", "", "a folder with config.json and weights; curves.json goes there", required=True),
-            Flag("input_path", "", "a folder of images and videos that nothing will be measured on", required=True),
-            _SHARED["fps"],
-            Flag("max_frames", 96, "take no more frames of a video than this; 0: all"),
+            *INPUT,
         ),
         "What is measured": (
-            Flag("blocks_per_clip", 3, "blocks taken of a video, from its first to its last whole one"),
+            BLOCKS_PER_CLIP,
             Flag("num_counts", 16, "counts of each block, spread geometrically from the fewest to all"),
         ),
         "Computation": (_SHARED["mesh_dim"], _SHARED["dtype"]),
@@ -45,17 +49,12 @@ def fit_curves(flags: app.Values) -> int:
             f"--load_checkpoint={flags['load_checkpoint']}: curves.json goes into this folder, which cannot be written to; "
             "give a copy of it."
         )
-    for name, least, why in (
-        ("num_counts", 2, "the fewest tokens and all are measured at least"),
-        ("blocks_per_clip", 1, "without a block there is nothing to measure"),
-    ):
-        if flags[name] < least:
-            raise ValueError(f"--{name}={flags[name]} must be at least {least}: {why}.")
+    check_at_least(flags, "num_counts", 2, "the fewest tokens and all are measured at least")
+    check_at_least(flags, "blocks_per_clip", 1, "without a block there is nothing to measure")
 
     import numpy as np
-    from tqdm import tqdm
 
-    from elastic import checkpoints, media
+    from elastic import checkpoints
     from elastic.distributed import cpu_devices, mesh
     from elastic.io.atomic import atomic_open
     from elastic.pipeline import load_model, tokenize_files
@@ -63,7 +62,6 @@ def fit_curves(flags: app.Values) -> int:
     from elastic.tokenizer.scheduler import BatchScheduler
 
     cpu_devices.set_up_cpu()
-    files = list(tokenize_files.find_inputs(flags["input_path"]))
     config = load_model.model_config(str(folder))
     counts = geometric_counts(config.min_toks, config.max_toks, flags["num_counts"])
     if len(counts) < 2:
@@ -83,30 +81,20 @@ def fit_curves(flags: app.Values) -> int:
     search = make_search(
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
-    blocks, losses, bad = [], [], []
-    for file in tqdm(files, desc="measuring", unit="clip", disable=None):
-        try:
-            with media.open_clip(
-                file,
-                resolution=config.resolution,
-                rate=flags["fps"] or None,
-                max_frames=flags["max_frames"] or None,
-            ) as reader:
-                chosen = spread(list(reader.blocks(config.frames_per_block)), flags)
-        except (media.MediaError, OSError) as error:
-            app.log.warning("Left out: %s", error)
-            bad.append(file)
-            continue
+    blocks, losses, num_clips = [], [], 0
+    sampled = sampled_blocks(
+        flags,
+        resolution=config.resolution,
+        frames_per_block=config.frames_per_block,
+        why="measuring",
+    )
+    for chosen in sampled:
+        num_clips += 1
         for frames in chosen:
             # Nothing is committed, so every block finds the cache empty.
             scheduler.assign(0, frames, search)
             losses.append(list(scheduler.losses_of(0, counts).values()))
             blocks.append(frames)
-    if not blocks:
-        raise ValueError(
-            f"--input_path={flags['input_path']}: none of {len(files)} files could be read, the first is {bad[0]}; give a "
-            "folder of images or videos."
-        )
     prior = curve_prior.fit(
         blocks,
         np.array(losses),
@@ -117,14 +105,6 @@ def fit_curves(flags: app.Values) -> int:
     with atomic_open(folder / curve_prior.FILE_NAME) as written:
         written.write(prior.to_json().encode())
     print(
-        f"{len(blocks)} blocks of {len(files) - len(bad)} clips; a guess is {prior.residual:.3f} off in log loss."
+        f"{len(blocks)} blocks of {num_clips} clips; a guess is {prior.residual:.3f} off in log loss."
     )
     return 0
-
-
-def spread(blocks: list, flags: app.Values) -> list:
-    """Up to `blocks_per_clip` blocks at equal distances; a short last block is used only where it is the only one."""
-    whole = [block for block in blocks if len(block) == len(blocks[0])]
-    most = min(flags["blocks_per_clip"], len(whole))
-    places = {round(i * (len(whole) - 1) / max(most - 1, 1)) for i in range(most)}
-    return [whole[place] for place in sorted(places)]
