@@ -487,7 +487,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
+        **_SMALL, "token_order": "adaptive", "condition_encoder": False,
+        "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
         "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (25, 17, 11, 9, 9, 7, 7, 5, 5, 3),
         "recommended_thresholds": (0.005, 0.01, 0.0025),
     },

@@ -5,19 +5,23 @@ another, but the group whose next stage promises the most comes first. What it p
 sent before. The decoder has these too, so it finds the same order, and no bit is spent on it (as in backward adaptive
 quantization, Jayant 1973).
 
-The network sees tokens in the order coarse_to_fine. `to_sent` and `to_network` stand between it and everything else, where
-a prefix of a block is a prefix of the adaptive order.
+The network sees tokens in the order coarse_to_fine. `AdaptiveOrder` stands between it and everything else, where a prefix
+of a block is a prefix of the adaptive order.
 """
 
 import math
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.config import ElasticTokConfig
+from elastic.distributed.sharding import constrain
+from elastic.model.bottleneck import FSQ
+from elastic.model.layers import Module
 
 # Promises are whole numbers of 1/1024, because a sum of floats depends on the device, and one token in another place would
 # spoil the block.
@@ -87,6 +91,52 @@ def to_network(x: Shaped[Array, "b t *c"], places: Int[Array, "b t"]) -> Shaped[
     """The inverse of `to_sent`, with zeros for tokens that are not sent."""
     row = jnp.arange(len(x))[:, None]
     return jnp.zeros_like(x).at[row, places].set(x, mode="drop")
+
+
+class AdaptiveOrder(Module):
+    """The order 'adaptive' with its parameters; as they begin, it is the order coarse_to_fine."""
+
+    def promise(self) -> Promise:
+        """What decides who sends the next token."""
+        first = as_coarse_to_fine(self.config)
+        return Promise(
+            **{
+                name: self.stored_param(
+                    name, lambda *_, value=value: jnp.asarray(value), value.shape
+                )
+                for name, value in first.items()
+            }
+        )
+
+    @nn.compact
+    def places(
+        self, codes: Float[Array, "b t c"], num_sent: Int[Array, "b"], *, sent: bool
+    ) -> Int[Array, "b t"]:
+        """As the function `sent_places`, of codes."""
+        sizes = FSQ(self.config.fsq_quant_levels).sizes(jax.lax.stop_gradient(codes))
+        # A round has all groups of a block, so every device has all of its tokens.
+        sizes = constrain(sizes, self.mesh, "batch", None, None)
+        return sent_places(sizes, num_sent, self.promise(), self.config, sent=sent)
+
+    def to_sent(self, codes: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+        """The network's codes of whole blocks, in the order in which they are sent."""
+        blocks = self._blocks(codes)
+        every = jnp.full(len(blocks), blocks.shape[1], jnp.int32)
+        places = self.places(blocks, every, sent=False)
+        return to_sent(blocks, places).reshape(codes.shape)
+
+    def to_network(
+        self, codes: Float[Array, "b l c"], kept: Bool[Array, "b l"]
+    ) -> tuple[Float[Array, "b l c"], Bool[Array, "b l"]]:
+        """The inverse of `to_sent`, and which of the network's tokens are kept."""
+        blocks, marks = self._blocks(codes), self._blocks(kept)
+        places = self.places(blocks, jnp.sum(marks, axis=1, dtype=jnp.int32), sent=True)
+        back = (to_network(x, places) for x in (blocks, marks))
+        codes, kept = (x.reshape(y.shape) for x, y in zip(back, (codes, kept), strict=True))
+        return codes, kept
+
+    def _blocks(self, x: Shaped[Array, "b l *c"]) -> Shaped[Array, "n t *c"]:
+        return x.reshape(-1, self.config.tokens_per_block, *x.shape[2:])
 
 
 def _in_units(x: Float[Array, "*s"]) -> Int[Array, "*s"]:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from elastic import ops
 from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
-from elastic.model import adaptive_order, groups, lapped, token_masks
+from elastic.model import groups, lapped, token_masks
+from elastic.model.adaptive_order import AdaptiveOrder
 from elastic.model.bottleneck import FSQ, VAE, make_bottleneck
 from elastic.model.layers import KVPair, LayerStack, Linear, Module, RMSNorm
 
@@ -201,52 +202,6 @@ class Decoder(Coder):
         )
         x, _ = layers(x, jnp.broadcast_to(numbers, x.shape[:2]))
         return rearrange(x, "(b k) g d -> b (k g) d", k=blocks)
-
-
-class AdaptiveOrder(Module):
-    """The order 'adaptive' with its parameters; as they begin, it is the order coarse_to_fine."""
-
-    def promise(self) -> adaptive_order.Promise:
-        """What decides who sends the next token."""
-        first = adaptive_order.as_coarse_to_fine(self.config)
-        return adaptive_order.Promise(
-            **{
-                name: self.stored_param(
-                    name, lambda *_, value=value: jnp.asarray(value), value.shape
-                )
-                for name, value in first.items()
-            }
-        )
-
-    @nn.compact
-    def places(
-        self, codes: Float[Array, "b t c"], num_sent: Int[Array, "b"], *, sent: bool
-    ) -> Int[Array, "b t"]:
-        """As `adaptive_order.sent_places`."""
-        sizes = FSQ(self.config.fsq_quant_levels).sizes(jax.lax.stop_gradient(codes))
-        # A round has all groups of a block, so every device has all of its tokens.
-        sizes = constrain(sizes, self.mesh, "batch", None, None)
-        return adaptive_order.sent_places(sizes, num_sent, self.promise(), self.config, sent=sent)
-
-    def to_sent(self, codes: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
-        """The network's codes of whole blocks, in the order in which they are sent."""
-        blocks = self._blocks(codes)
-        every = jnp.full(len(blocks), blocks.shape[1], jnp.int32)
-        places = self.places(blocks, every, sent=False)
-        return adaptive_order.to_sent(blocks, places).reshape(codes.shape)
-
-    def to_network(
-        self, codes: Float[Array, "b l c"], kept: Bool[Array, "b l"]
-    ) -> tuple[Float[Array, "b l c"], Bool[Array, "b l"]]:
-        """The inverse of `to_sent`, and which of the network's tokens are kept."""
-        blocks, marks = self._blocks(codes), self._blocks(kept)
-        places = self.places(blocks, jnp.sum(marks, axis=1, dtype=jnp.int32), sent=True)
-        back = (adaptive_order.to_network(x, places) for x in (blocks, marks))
-        codes, kept = (x.reshape(y.shape) for x, y in zip(back, (codes, kept), strict=True))
-        return codes, kept
-
-    def _blocks(self, x: Shaped[Array, "b l *c"]) -> Shaped[Array, "n t *c"]:
-        return x.reshape(-1, self.config.tokens_per_block, *x.shape[2:])
 
 
 class ElasticTok(Module):

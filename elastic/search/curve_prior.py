@@ -13,10 +13,12 @@ import os
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float, UInt8
+from scipy.fft import dctn
 
 from elastic.io.json_file import read_marked
 from elastic.patches import TokenOrder, to_unit_range, token_places
@@ -28,7 +30,16 @@ _FLOOR = (
     1e-3  # added to errors before the logarithm, a tenth of it to details, as frames may be black
 )
 _BOXES = (1, 2, 4, 8, 16, 32)  # pixels; the detail between two sizes is a feature
-_RIDGE = 5.0  # ridge penalty, in samples; by cross-validation over clips of the shipped models
+_TILE = 16  # pixels a side of what the DCT sees; over time it sees the whole block
+_SHARES = tuple(
+    2.0**-k for k in range(2, 11)
+)  # of the frequencies, which the transform codec keeps
+_COLOUR = 3  # a difference of colours counts as a frequency this much higher
+_LOW_FLOOR = 1e-5  # added to its errors
+# Brightness and two differences of colours, orthonormal.
+_COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], np.float32)
+_COLOURS /= np.linalg.norm(_COLOURS, axis=1, keepdims=True)
+_RIDGE = 1.0  # ridge penalty, in samples; by the curves of clips that it was not fitted on
 _LEAST_SPREAD = 0.02
 
 Patch = tuple[int, int, int]
@@ -39,31 +50,36 @@ def features(
     patch_size: Patch,
     counts: Sequence[int],
     token_order: TokenOrder = "raster",
+    *,
+    transform: bool = True,
 ) -> Float[np.ndarray, " k"]:
-    """Logarithms of a block's motion, of its detail at several scales, and of the errors of two naive decoders.
+    """Logarithms of a block's motion, of its detail at several scales, and of the errors of two naive decoders and a transform codec.
 
     Both decoders copy the patches whose tokens are kept. For the other patches the first decoder shows grey, the second the frame
     before, or the mean of the kept patches where there is no frame before. A model does better than both, but loses its last tokens
-    in the same places.
+    in the same places. The transform codec keeps the lowest frequencies of a DCT; how fast its error falls is the best feature, because
+    that depends on the same content.
 
     Args:
       frames: the block at the model's resolution, real frames only.
       patch_size: frames, rows and columns of a token.
       counts: the counts for which the decoders' errors are taken.
       token_order: of the tokens of a slice.
+      transform: whether the errors of the transform codec are given too, after all others; priors of earlier versions know none.
     """
     video = to_unit_range(frames)
     motion = float(np.abs(np.diff(video, axis=0)).mean()) if len(video) > 1 else 0.0
     powers = _powers(video)
     details = [a - b for a, b in zip(powers, [*powers[1:], 0.0], strict=True)]
     tails = _tails(video, patch_size, counts, token_order)
-    return np.log(
+    found = np.log(
         [
             motion + _FLOOR,
             *(max(detail, 0.0) + 0.1 * _FLOOR for detail in details),
             *(error + _FLOOR for error in tails),
         ]
     )
+    return np.concatenate([found, np.log(_shells(video) + _LOW_FLOOR)]) if transform else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +113,7 @@ class CurvePrior:
             raise ValueError(
                 f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}."
             )
-        known = 1 + len(_BOXES) + 2 * len(_probes(self.counts))
+        known = 1 + len(_BOXES) + 2 * len(_probes(self.counts)) + len(_SHARES) * self._has_transform
         if self.means.shape != (known,) or self.weights.shape != (len(self.counts), 1 + known):
             raise ValueError(
                 f"means of shape {self.means.shape} and weights of shape {self.weights.shape} must be "
@@ -107,9 +123,20 @@ class CurvePrior:
         if not np.isfinite(numbers).all() or self.residual < 0 or self.spread < 0:
             raise ValueError("its numbers must be finite, the residual and the spread 0 or above.")
 
+    @property
+    def _has_transform(self) -> bool:
+        """Whether this prior knows the transform codec; those of earlier versions do not."""
+        return len(self.means) > 1 + len(_BOXES) + 2 * len(_probes(self.counts))
+
     def curve_of(self, frames: UInt8[np.ndarray, "n rows columns c"]) -> Curve:
         """The estimated curve of a block, as if it were the first of its clip."""
-        found = features(frames, self.patch_size, _probes(self.counts), self.token_order)
+        found = features(
+            frames,
+            self.patch_size,
+            _probes(self.counts),
+            self.token_order,
+            transform=self._has_transform,
+        )
         found -= self.means
         losses = self.weights[:, 0] + self.weights[:, 1:] @ found
         # More tokens never raise the loss; a falling curve crosses the threshold once.
@@ -228,6 +255,24 @@ def fit(
         residual=residual,
         spread=float(np.clip(residual / drop, _LEAST_SPREAD, SearchHistory.spread)),
     )
+
+
+def _shells(video: Float[np.ndarray, "n rows columns 3"]) -> Float[np.ndarray, " k"]:
+    """Mean squared errors of a codec that keeps the lowest frequencies of a DCT, for each share of them.
+
+    Frequencies are ordered by the product of those in time, rows and columns, as their mean energy falls in natural pictures.
+    """
+    frames, rows, columns = video.shape[:3]
+    tall, wide = min(rows, _TILE), min(columns, _TILE)
+    whole = video[:, : rows // tall * tall, : columns // wide * wide] @ _COLOURS.T
+    tiles = rearrange(whole, "t (h r) (w q) c -> (h w) t r q c", r=tall, q=wide)
+    spectrum: Any = dctn(tiles, axes=(1, 2, 3), norm="ortho", overwrite_x=True)
+    spectrum = np.square(spectrum).mean(axis=0)
+    steps = (1 + np.arange(size) * _TILE / size for size in (frames, tall, wide))
+    product = functools.reduce(np.multiply.outer, [*steps, 1.0 + _COLOUR * np.array([0, 1, 1])])
+    energy = spectrum.reshape(-1)[np.argsort(product.reshape(-1), kind="stable")]
+    left = energy[::-1].cumsum(dtype=np.float64)[::-1] / energy.size
+    return np.array([left[min(math.ceil(share * left.size), left.size - 1)] for share in _SHARES])
 
 
 def _probes(counts: Sequence[int]) -> Sequence[int]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 _SLOPE = 0.7  # fall of log loss per log count where nothing was measured; fitted on recorded curves
 _SAME = 0.03  # a measured point replaces remembered ones this close to it, in log counts
-_TILT = 0.25  # share of the slope of the shifts that is continued beyond the measured points
 _MOST_POINTS = 16  # of a remembered curve
 _TINY = 1e-30  # smaller losses, zero included, count as this one, as zero has no logarithm
 
@@ -46,14 +45,13 @@ class Curve:
     def shifted_through(self, measured: list[Point]) -> "Curve":
         """This curve shifted so that it runs through points measured for another block.
 
-        Between two points the shift is interpolated linearly. Beyond the outermost points a quarter of its slope is continued, so that a
-        plateau is followed.
+        Between two points the shift is interpolated linearly. Beyond the outermost points it is that of the nearest one.
         """
         if not measured:
             return self
         shifts = sorted(Point(p.x, p.y - self.at(p.x)) for p in measured)
         kept = [p for p in self.points if all(abs(p.x - m.x) > _SAME for m in shifts)]
-        return Curve([*measured, *(Point(p.x, p.y + _extrapolated(shifts, p.x)) for p in kept)])
+        return Curve([*measured, *(Point(p.x, p.y + _between(shifts, p.x)) for p in kept)])
 
     def crossing(self, level: float, low: float, high: float) -> float | None:
         """The smallest log count in `low` to `high` whose log loss is at most `level`; None: there is none."""
@@ -122,17 +120,6 @@ def history_from_json(plain: Mapping[str, Any]) -> SearchHistory:
 
     names = [field.name for field in fields(SearchHistory)]
     return SearchHistory(**{name: value(plain[name]) for name in names if name in plain})
-
-
-def _extrapolated(points: list[Point], x: float) -> float:
-    """Linear interpolation; beyond the outermost points with part of the slope there."""
-    if len(points) == 1 or points[0].x <= x <= points[-1].x:
-        return _between(points, x)
-    (near, next_one) = (points[0], points[1]) if x < points[0].x else (points[-1], points[-2])
-    slope = (next_one.y - near.y) / math.copysign(
-        max(abs(next_one.x - near.x), _SAME), next_one.x - near.x
-    )
-    return near.y + _TILT * min(max(slope, -_SLOPE), _SLOPE) * (x - near.x)
 
 
 def _between(points: list[Point], x: float) -> float:

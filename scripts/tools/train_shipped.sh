@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains a model like those in example/, from the data to the numbers of its card: a linear codec, small pieces, whole
-# frames, then the search's first guesses, and the measurements on files that nothing was trained on.
+# frames, then (fsq) the order of tokens, the search's first guesses, and the measurements on files that nothing was trained on.
 #
 #   dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
 #   model=vae steps="20000 5000" batch_size=64 dtype=bf16 dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
 #
-# Stopped or killed, the same command goes on from there. Nothing in example/ changes: the model is in
-# output_dir/whole/pretrained, its measurements are in output_dir/evaluation. Paths are relative to where one stands.
+# Stopped or killed, the same command goes on from there. Nothing in example/ changes: the model is in output_dir/ordered (fsq)
+# or output_dir/whole/pretrained (vae), its measurements are in output_dir/evaluation. Paths are relative to where one stands.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup_paths.sh"
 
@@ -18,7 +18,8 @@ model="${model:-fsq}"
 # Images and videos to train on, and others to measure on.
 dataset_path="${dataset_path:-}"
 report_path="${report_path:-}"
-# Of the former some hundred to fit the search's first guesses on, because a block of each is measured at eight counts; empty: all.
+# Of the former some hundred to fit the order and the search's first guesses on, because a block of each is measured at many counts;
+# empty: all.
 curve_path="${curve_path:-}"
 # Where everything goes.
 output_dir="${output_dir:-outputs/shipped-$model}"
@@ -89,6 +90,12 @@ quarter() { awk -v rate="$1" 'BEGIN { printf "%.3g", rate / 4 }'; }
 train whole "$output_dir/pieces/pretrained" "$steps_of_frames" 1 "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
 
 trained="$output_dir/whole/pretrained"
+if [[ "$model" == fsq ]]; then
+    ordered="$output_dir/ordered"
+    [[ -f "$ordered/model.safetensors" ]] || "$PYTHON" scripts/fit_order.py --load_checkpoint="$trained" \
+        --input_path="${curve_path:-$dataset_path}" --blocks_per_clip=1 --output_folder="$ordered"
+    trained="$ordered"
+fi
 [[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="${curve_path:-$dataset_path}" \
     --blocks_per_clip=1 --num_counts=8
 env -u output_dir models="$model=$trained,before=example/$model" input_path="$report_path" output_folder="$output_dir/evaluation" max_frames=24 \

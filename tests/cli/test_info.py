@@ -44,7 +44,7 @@ def test_tokens_in_a_file_in_a_folder_of_results_and_in_shards(shown, tmp_path, 
 def test_a_model_by_its_name_its_folder_and_its_file(shown, spec):
     text = shown(spec)
     assert text.startswith(f"{spec}: a model\n")
-    for words in ("7.72 M", "fsq, 1,391,630,625 codes", "256 to 4096 a block", "curves.json"):
+    for words in ("7.76 M", "fsq, 1,391,630,625 codes", "256 to 4096 a block", "curves.json"):
         assert words in text
 
 

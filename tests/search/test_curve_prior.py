@@ -114,13 +114,19 @@ def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
 def test_features_are_finite_for_any_block(shape, patch_size, value):
     """Flat ones, images, short last blocks, and sizes that boxes do not divide."""
     found = features(np.full((*shape, 3), value, np.uint8), patch_size, [1, 5, 4000])
-    assert found.shape == (13,) and np.isfinite(found).all()
+    assert found.shape == (22,) and np.isfinite(found).all()
+    earlier = features(
+        np.full((*shape, 3), value, np.uint8), patch_size, [1, 5, 4000], transform=False
+    )
+    np.testing.assert_array_equal(earlier, found[:13])
 
 
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
 def test_a_decoder_that_copies_the_frame_before_loses_nothing_of_a_still_block(token_order):
     still = np.repeat(block(1)[:1], 4, axis=0)
-    grey, before = features(still, PATCH, [16], token_order)[-2:]  # its first frame
+    grey, before = features(still, PATCH, [16], token_order, transform=False)[
+        -2:
+    ]  # its first frame
     assert before == pytest.approx(math.log(1e-3)) and grey > before + 1
 
 
@@ -130,12 +136,35 @@ def test_the_tokens_that_are_kept_first_are_those_of_the_order():
     half[:, :8] = np.random.default_rng(0).integers(0, 256, (1, 8, 16, 3))
     count = 16 // PATCH[1] * (16 // PATCH[2]) // 2
     lost = {
-        order: np.exp(features(half, (1, *PATCH[1:]), [count], order)[-2])
+        order: np.exp(features(half, (1, *PATCH[1:]), [count], order, transform=False)[-2])
         for order in ("raster", "coarse_to_fine")
     }
     assert (
         lost["raster"] < 0.02 * lost["coarse_to_fine"]
     )  # what is added to an error is more than its hundredth
+
+
+def test_the_transform_codec_tells_smooth_blocks_from_rough_ones_of_the_same_strength():
+    """With all but the highest frequencies it loses nothing of a soft wave, and most of noise."""
+    wave = np.sin(np.arange(32) / 32 * np.pi)
+    noise = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+    smooth = np.broadcast_to(wave[:, None, None], (4, 32, 32, 3))
+    left = [
+        np.exp(features(np.clip(128 + 60 * x / x.std(), 0, 255).astype(np.uint8), PATCH, [16])[-9:])
+        for x in (smooth - smooth.mean(), noise)
+    ]
+    assert left[0][0] < 0.01 * left[1][0]
+    assert all((np.diff(losses) >= 0).all() for losses in left)  # the fewer are kept
+
+
+def test_a_prior_of_an_earlier_version_is_read(prior, tmp_path):
+    """It knows no transform codec."""
+    values = json.loads(prior.to_json())
+    values["means"] = values["means"][:-9]
+    values["weights"] = [row[:-9] for row in values["weights"]]
+    (tmp_path / FILE_NAME).write_text(json.dumps(values))
+    loaded = load_prior(tmp_path)
+    assert loaded is not None and len(loaded.curve_of(block(1)).points) == len(COUNTS)
 
 
 def test_a_prior_survives_its_file(prior, tmp_path):
