@@ -24,7 +24,7 @@ from elastic.search.rate_curve import SearchHistory
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.015  # share of a clip's tokens that 'predict' may keep beyond need, to save passes
+TOLERANCE = 0.018  # share of a clip's tokens that 'predict' may keep beyond need, to save passes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, poi
 # Added to a guess: meeting the threshold is worth more than one token.
 _MARGIN = 0.009
 # Standard error of a guess, as a share of its distance from the nearest measured count.
-_UNCERTAINTY = 0.04
+_UNCERTAINTY = 0.03
 # Number of blocks, this one included, whose tolerance this block may spend: a clip's first blocks are expensive.
-_CREDIT = 3.5
+_CREDIT = 3
 # A guess this close to an end of the range becomes that end.
 _SNAP = 0.025
 # Largest share of one block's tokens that may be more than needed.
-_MOST_EXCESS = 0.065
+_MOST_EXCESS = 0.055
 # Several counts in one call cover the guess +- this many uncertainties.
 _REACH = 3
 # The first of the doubling steps.

@@ -9,19 +9,26 @@ import numpy as np
 import pytest
 import released
 from gradients import assert_same, loss_and_gradients
+from tiny_run import make_clips
 
-from elastic.config import ElasticTokConfig
+from elastic.checkpoints.params import save_pretrained
+from elastic.cli import app
+from elastic.config import ElasticTokConfig, load_config
 from elastic.distributed.mesh import make_mesh
 from elastic.distributed.sharding import param_shardings
 from elastic.io.tree import flatten
+from elastic.media import open_clip
 from elastic.model import Batch, ElasticTok, adaptive_order, fit_order, init_params
 from elastic.model.add_options import add_options, before_options
 from elastic.model.bottleneck import FSQ
 from elastic.model.linear_init import linear_init, sample_size
 from elastic.patches import patchify
+from elastic.tokenizer import ElasticTokenizer
 from elastic.tokenizer.block_codec import Codec
+from elastic.tokens import raster_places
 from elastic.training.config import OptimizerConfig
 from elastic.training.optimizer import make_optimizer
+from scripts import fit_order as fit_order_script
 
 LEVELS = (7, 5, 4)
 OPTIONS = dict(
@@ -292,6 +299,42 @@ def test_training_does_not_change_the_order():
         updates, _ = optimizer.update(nothing, optimizer.init(tree), tree)
         assert not np.any(updates["token_order"]["weight"])
         assert np.all(updates["encoder"]["in_proj"]["kernel"] != 0)
+
+
+def test_the_command_writes_a_new_model_whose_tokens_decode(tmp_path, capsys):
+    made = config(haar_groups=True)
+    before = made.replace(token_order="coarse_to_fine", condition_encoder=True)
+    save_pretrained(tmp_path / "model", before, init_params(before, jax.random.key(0)))
+    (tmp_path / "clips").mkdir()
+    make_clips(tmp_path / "clips")
+
+    def run(model="model", output="new"):
+        command = [f"--load_checkpoint={tmp_path / model}", f"--input_path={tmp_path / 'clips'}"]
+        command += [f"--output_folder={tmp_path / output}"]
+        return app.run(fit_order_script.FIT_ORDER, fit_order_script.fit_order, command)
+
+    assert run() == 0
+    assert "the order of 16 stages, from 3 blocks" in capsys.readouterr().out
+    assert load_config(str(tmp_path / "new")) == made
+    tokenizer = ElasticTokenizer.from_pretrained(tmp_path / "new")
+    tokens = tokenizer.encode(tmp_path / "clips" / "pan.mp4", num_tokens=50)
+    tokens.save(tmp_path / "tokens.npz")
+    assert tokens.token_order == "adaptive"
+    with pytest.raises(ValueError, match="each block has an order of its own"):
+        raster_places(tokens)
+    decoded = tokenizer.decode(tmp_path / "tokens.npz")
+    losses = [block.loss for block in tokens.blocks]
+    with open_clip(tmp_path / "clips" / "pan.mp4", resolution=32) as reader:
+        errors = np.square((decoded.astype(float) - reader.read()) / 127.5)
+    assert np.all(errors.reshape(2, -1).mean(axis=1) <= np.array(losses) + 1e-6)
+
+    assert run() == 1
+    assert "holds a model; name a new folder" in capsys.readouterr().err
+    vae = before.replace(bottleneck_type="vae")
+    save_pretrained(tmp_path / "vae", vae, init_params(vae, jax.random.key(0)))
+    assert run("vae", "newer") == 1
+    assert "token_order='adaptive' needs groups of patches" in capsys.readouterr().err
+    assert not (tmp_path / "newer").exists()
 
 
 @pytest.mark.parametrize(
