@@ -44,6 +44,15 @@ class Measured(NamedTuple):
     counts: Int[np.ndarray, "m"]
 
 
+def with_order(config: ElasticTokConfig) -> ElasticTokConfig:
+    """The model with the order 'adaptive'.
+
+    Raises:
+      ValueError: it cannot have this order.
+    """
+    return config.replace(token_order="adaptive", condition_encoder=False)
+
+
 def adaptive(
     params: dict[str, Any], config: ElasticTokConfig
 ) -> tuple[dict[str, Any], ElasticTokConfig]:
@@ -56,9 +65,9 @@ def adaptive(
       config: the model.
 
     Raises:
-      ValueError: this model cannot have the order.
+      ValueError: as `with_order`.
     """
-    new = config.replace(token_order="adaptive", condition_encoder=False)
+    new = with_order(config)
     params, encoder = dict(params), dict(params["encoder"])
     if config.condition_encoder:
         kept = np.asarray(encoder.pop("is_kept_embed"), np.float32)

@@ -52,6 +52,7 @@ def fit_order(flags: app.Values) -> int:
 
     cpu_devices.set_up_cpu()
     config = load_model.model_config(flags["load_checkpoint"])
+    fit.with_order(config)  # a model that cannot have it is refused before its weights are read
     params = checkpoints.load_params(flags["load_checkpoint"], config)
     params, config = fit.adaptive(params, config)
     measure = fit.StageErrors(params, config)
