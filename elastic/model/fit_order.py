@@ -27,6 +27,8 @@ _FIRST = 8  # stages that are all measured; of later ones every fourth
 # Per sample, of the regression, for sizes of variance 1: two hundred blocks have few samples for the last stages.
 _RIDGE = 0.01
 _TINY = 1e-9
+_LEAST = 1e-3  # of the mean size of what a stage changes; a mean below it is no gain
+_MOST_STEPS = 100  # ten are usual
 _FARTHEST = 12.0  # a promise is at most this far from the mean, as a logarithm
 
 
@@ -156,7 +158,9 @@ def _log_regression(
     First a Poisson regression, which suits numbers that may be 0 or a little below; then one that weighs each sample by the
     root of what the first expects, for otherwise a few busy groups decide. Both are convex.
     """
-    scale = max(float(y.mean()), float(np.abs(y).mean()) * 1e-3, _TINY)
+    scale = float(y.mean())
+    if scale <= _LEAST * float(np.abs(y).mean()):  # noise: nothing is taken off
+        return np.append(np.zeros(x.shape[1]), np.log(_LEAST * float(np.abs(y).mean()) + _TINY))
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64)
     y = y / scale
     ridge = np.full(x.shape[1], _RIDGE)
@@ -165,6 +169,8 @@ def _log_regression(
     for _ in range(2):
         found = _poisson(x, y, weight / len(x), ridge, found)
         weight = np.exp(np.clip(x @ found, -_FARTHEST, _FARTHEST) / -2)
+        if weight @ y <= 0:  # it would go to minus infinity
+            break
     found[-1] += np.log(scale)
     return found
 
@@ -185,7 +191,12 @@ def _poisson(x, y, weight, ridge, start):
         return x.T @ (x * expected(b)[:, None]) + np.diag(ridge + _TINY)
 
     return optimize.minimize(
-        loss, start, jac=gradient, hess=curvature, method="trust-exact", options={"gtol": 1e-4}
+        loss,
+        start,
+        jac=gradient,
+        hess=curvature,
+        method="trust-exact",
+        options={"gtol": 1e-4, "maxiter": _MOST_STEPS},
     ).x
 
 
