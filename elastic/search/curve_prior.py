@@ -18,7 +18,6 @@ from typing import Any, get_args
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float, UInt8
-from scipy.fft import dctn
 
 from elastic.io.json_file import read_marked
 from elastic.patches import TokenOrder, to_unit_range, token_places
@@ -262,6 +261,8 @@ def _shells(video: Float[np.ndarray, "n rows columns 3"]) -> Float[np.ndarray, "
 
     Frequencies are ordered by the product of those in time, rows and columns, as their mean energy falls in natural pictures.
     """
+    from scipy.fft import dctn  # takes a while, and only a search with a prior needs it
+
     frames, rows, columns = video.shape[:3]
     tall, wide = min(rows, _TILE), min(columns, _TILE)
     whole = video[:, : rows // tall * tall, : columns // wide * wide] @ _COLOURS.T
