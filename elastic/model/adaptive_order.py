@@ -9,7 +9,6 @@ The network sees tokens in the order coarse_to_fine. `AdaptiveOrder` stands betw
 of a block is a prefix of the adaptive order.
 """
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
+from elastic.model import groups
 from elastic.model.bottleneck import FSQ
 from elastic.model.layers import Module
 
@@ -35,8 +35,8 @@ _DONE = np.iinfo(np.int32).min
 class Promise(NamedTuple):
     """What a group's stage promises: the logarithm of the squared error that its token takes away, in nats.
 
-    It is `start[stage] + sum(sizes * weight[:, :, stage])` over the stages that the group has sent, and never more than
-    that of the stage before.
+    It is `start[stage] + sum(sizes * weight[:, :, stage])` over the stages that the group has sent. Where this is more than the
+    group's stage before promised, the stage promises as much as that one.
 
     Attributes:
       weight: for each channel of each stage, what its size adds to the promises of all stages.
@@ -156,9 +156,9 @@ def _places(
 ) -> Int[Array, "t"]:
     """`sent_places` of one block. In a round each group whose promise is the largest sends a token."""
     tokens, stages = config.tokens_per_block, config.num_stages
-    alike = math.prod(config.slice_shape) // stages  # groups of a slice
-    numbers = np.arange(tokens, dtype=np.int32).reshape(config.slices_per_block, stages, alike)
-    first = jnp.asarray(numbers[:, 0].reshape(-1))  # the number of each group's stage 0
+    numbers = groups.by_stage(jnp.arange(tokens, dtype=jnp.int32)[None, :, None], config)
+    first = numbers[0, :, 0].reshape(-1)  # the number of each group's stage 0
+    alike = numbers.shape[3]  # groups of a slice
 
     class Sending(NamedTuple):
         done: Int[Array, ""]  # tokens

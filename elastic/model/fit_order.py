@@ -4,7 +4,6 @@ Blocks are decoded with equally many stages of all groups. What each stage takes
 a regression finds it from the sizes of the group's earlier codes.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from scipy import optimize
 
 from elastic.config import ElasticTokConfig
-from elastic.model import token_masks
+from elastic.model import groups, token_masks
 from elastic.model.adaptive_order import as_coarse_to_fine
 from elastic.model.autoencoder import Batch, ElasticTok
 from elastic.model.bottleneck import FSQ
@@ -103,7 +102,6 @@ class StageErrors:
     def _measure_impl(self, params: Any, counts: Array, patches: Array) -> tuple[Array, Array]:
         config = self._config
         model, stages, tokens = ElasticTok(config), config.num_stages, config.tokens_per_block
-        alike = math.prod(config.slice_shape) // stages  # groups of a slice
         whole = Batch(patches, jnp.ones(patches.shape[:2], bool))
         encoded: Any = model.apply({"params": params}, whole, method="encode")
         codes = encoded.codes
@@ -114,7 +112,7 @@ class StageErrors:
             sent = token_masks.drop_tail(codes, kept)
             decoded, _ = model.apply({"params": params}, sent, batch, method="decode")
             square = jnp.square(jnp.clip(decoded, -1, 1) - patches)
-            return reduce(square, "1 (s k n) p -> (s n)", "sum", k=stages, n=alike)
+            return reduce(groups.by_stage(square, config), "1 s k n p -> (s n)", "sum")
 
         sizes = FSQ(config.fsq_quant_levels).sizes(codes)
         # One after another: at once they would need the memory of as many blocks.
@@ -128,7 +126,7 @@ def joined(measured: Sequence[Measured]) -> Measured:
 
 
 def fit(measured: Measured) -> dict[str, np.ndarray]:
-    """The parameters of the order, `weight` and `start` of `adaptive_order.Promise`, in values that bfloat16 holds."""
+    """The parameters of the order, `weight` and `start` of `adaptive_order.Promise`, in bfloat16: it reads no more of them."""
     groups, stages, channels = measured.sizes.shape
     errors = _at_all_stages(measured)
     deviation = measured.sizes.std(axis=0).clip(0.5)
@@ -141,7 +139,7 @@ def fit(measured: Measured) -> dict[str, np.ndarray]:
         weight[:stage, :, stage] = found[:-1].reshape(stage, channels) / deviation[:stage]
         start[stage] = found[-1]
     start[0] = start.max() + 1
-    return {"weight": _in_bfloat16(weight), "start": _in_bfloat16(start)}
+    return {"weight": weight.astype(ml_dtypes.bfloat16), "start": start.astype(ml_dtypes.bfloat16)}
 
 
 def _at_all_stages(measured: Measured) -> Float[np.ndarray, "n k"]:
@@ -198,7 +196,3 @@ def _poisson(x, y, weight, ridge, start):
         method="trust-exact",
         options={"gtol": 1e-4, "maxiter": _MOST_STEPS},
     ).x
-
-
-def _in_bfloat16(x: np.ndarray) -> np.ndarray:
-    return x.astype(ml_dtypes.bfloat16).astype(np.float32)

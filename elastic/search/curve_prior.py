@@ -112,7 +112,7 @@ class CurvePrior:
             raise ValueError(
                 f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}."
             )
-        known = 1 + len(_BOXES) + 2 * len(_probes(self.counts)) + len(_SHARES) * self._has_transform
+        known = self._num_earlier + len(_SHARES) * self._has_transform
         if self.means.shape != (known,) or self.weights.shape != (len(self.counts), 1 + known):
             raise ValueError(
                 f"means of shape {self.means.shape} and weights of shape {self.weights.shape} must be "
@@ -124,8 +124,13 @@ class CurvePrior:
 
     @property
     def _has_transform(self) -> bool:
-        """Whether this prior knows the transform codec; those of earlier versions do not."""
-        return len(self.means) > 1 + len(_BOXES) + 2 * len(_probes(self.counts))
+        """Whether this prior knows the transform codec. Priors of earlier versions do not."""
+        return len(self.means) > self._num_earlier
+
+    @property
+    def _num_earlier(self) -> int:
+        """How many features a block has without the transform codec."""
+        return 1 + len(_BOXES) + 2 * len(_probes(self.counts))
 
     def curve_of(self, frames: UInt8[np.ndarray, "n rows columns c"]) -> Curve:
         """The estimated curve of a block, as if it were the first of its clip."""

@@ -45,7 +45,8 @@ class Curve:
     def shifted_through(self, measured: list[Point]) -> "Curve":
         """This curve shifted so that it runs through points measured for another block.
 
-        Between two points the shift is interpolated linearly. Beyond the outermost points it is that of the nearest one.
+        Between two points the shift is interpolated linearly. Beyond the outermost points the shift of the nearest
+        point holds.
         """
         if not measured:
             return self

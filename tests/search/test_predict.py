@@ -103,7 +103,7 @@ def test_a_clip_that_stands_still_soon_costs_one_pass_a_block(scale):
 def test_smooth_curves_that_drift_cost_few_passes_and_few_tokens(
     slope, noise, tolerance, tokens, passes
 ):
-    """So many passes a block at most; so many tokens, as a multiple of those of trying every count."""
+    """Bounds of the passes a block, and of the tokens: a multiple of what trying every count would keep."""
     random, counts = np.random.default_rng(0), range(32, 4097)
     blocks, least = [], 700.0  # tokens that meet the threshold
     for change in random.normal(0, 0.12, 100):

@@ -82,13 +82,7 @@ def fit_curves(flags: app.Values) -> int:
         "fixed", min_kept=1, max_kept=config.max_toks, num_tokens=config.max_toks, width=_WIDTH
     )
     blocks, losses, num_clips = [], [], 0
-    sampled = sampled_blocks(
-        flags,
-        resolution=config.resolution,
-        frames_per_block=config.frames_per_block,
-        why="measuring",
-    )
-    for chosen in sampled:
+    for chosen in sampled_blocks(flags, config):
         num_clips += 1
         for frames in chosen:
             # Nothing is committed, so every block finds the cache empty.

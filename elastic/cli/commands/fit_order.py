@@ -9,10 +9,8 @@ from elastic.cli.commands.sample_blocks import (
     check_at_least,
     sampled_blocks,
 )
-from elastic.cli.flags import INFERENCE, OTHER
+from elastic.cli.flags import OTHER
 from elastic.cli.script import Flag, Script
-
-_SHARED = {flag.name: flag for flag in INFERENCE.flags}
 
 FIT_ORDER = Script(
     name="scripts/fit_order.py",
@@ -42,8 +40,6 @@ def fit_order(flags: app.Values) -> int:
     if (output / "model.safetensors").exists():
         raise ValueError(f"--output_folder={output} holds a model; name a new folder.")
 
-    import ml_dtypes
-
     from elastic import checkpoints
     from elastic.distributed import cpu_devices
     from elastic.model import fit_order as fit
@@ -57,19 +53,11 @@ def fit_order(flags: app.Values) -> int:
     params, config = fit.adaptive(params, config)
     measure = fit.StageErrors(params, config)
     measured = []
-    for blocks in sampled_blocks(
-        flags,
-        resolution=config.resolution,
-        frames_per_block=config.frames_per_block,
-        why="measuring",
-    ):
+    for blocks in sampled_blocks(flags, config):
         for frames in blocks:
             whole = to_unit_range(pad_block(frames, config.frames_per_block))
             measured.append(measure(patchify(whole, config.patch_size, config.token_order)))
-    order = fit.fit(fit.joined(measured))
-    params["token_order"] = {
-        name: value.astype(ml_dtypes.bfloat16) for name, value in order.items()
-    }
+    params["token_order"] = fit.fit(fit.joined(measured))
     checkpoints.save_pretrained(output, config, params)
     print(f"{output}: the order of {config.num_stages} stages, from {len(measured)} blocks.")
     return 0

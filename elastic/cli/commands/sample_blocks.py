@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from elastic.cli import app
 from elastic.cli.flags import INFERENCE
 from elastic.cli.script import Flag
+from elastic.config import ElasticTokConfig
 
 _SHARED = {flag.name: flag for flag in INFERENCE.flags}
 INPUT = (
@@ -22,16 +23,12 @@ BLOCKS_PER_CLIP = Flag(
 Block = UInt8[np.ndarray, "n rows columns 3"]
 
 
-def sampled_blocks(
-    flags: app.Values, *, resolution: int, frames_per_block: int, why: str
-) -> Iterator[list[Block]]:
+def sampled_blocks(flags: app.Values, config: ElasticTokConfig) -> Iterator[list[Block]]:
     """The blocks of one clip after another, with a progress bar. What cannot be read is left out, with a warning.
 
     Args:
       flags: with those above.
-      resolution: of the model.
-      frames_per_block: of the model.
-      why: what is done with them, for the bar.
+      config: the model that the blocks are for.
 
     Raises:
       ValueError: nothing could be read.
@@ -43,15 +40,16 @@ def sampled_blocks(
 
     files = list(tokenize_files.find_inputs(flags["input_path"]))
     bad = []
-    for file in tqdm(files, desc=why, unit="clip", disable=None):
+    for file in tqdm(files, desc="measuring", unit="clip", disable=None):
         try:
             with media.open_clip(
                 file,
-                resolution=resolution,
+                resolution=config.resolution,
                 rate=flags["fps"] or None,
                 max_frames=flags["max_frames"] or None,
             ) as reader:
-                chosen = spread(list(reader.blocks(frames_per_block)), flags["blocks_per_clip"])
+                blocks = list(reader.blocks(config.frames_per_block))
+                chosen = spread(blocks, flags["blocks_per_clip"])
         except (media.MediaError, OSError) as error:
             app.log.warning("Left out: %s", error)
             bad.append(file)
