@@ -96,9 +96,11 @@ def _exchange(
     strongest = components[:, : groups.num_exchanged(config)]
     bands = np.einsum("qp,npc->nqc", _HAAR, strongest.reshape(-1, 4, strongest.shape[1]))
     axes = parts.principal_axes(bands.reshape(len(bands), -1))
-    # FSQ: some channels of a code have many levels and some have few, so every band gets strong and weak axes, one in turn.
-    # VAE: all channels are alike, so the first code gets the strongest axes.
-    at_once = 1 if config.bottleneck_type == "fsq" else min(config.code_dim, len(axes) // 4)
+    # The first code gets the strongest axes, where it may be all that a block sends. FSQ: some channels of a code have many
+    # levels and some have few, so where every band sends a code, each gets strong and weak axes, one in turn.
+    every_band = config.tokens_per_block // config.patch_group
+    in_turn = config.bottleneck_type == "fsq" and config.min_toks >= every_band
+    at_once = 1 if in_turn else min(config.code_dim, len(axes) // 4)
     turns = np.arange(len(axes)).reshape(-1, 4, at_once)
     return axes[:, turns.swapaxes(0, 1).reshape(-1)]
 

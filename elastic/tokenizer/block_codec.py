@@ -1,7 +1,8 @@
 """The jitted programs of one block: try candidate counts against a cache, commit one of them, decode.
 
-One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. A trial keeps the results of its
-passes (new keys and values, codes, pixels), so that committing a candidate copies them into the cache and computes nothing again.
+One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. Without `condition_encoder` the
+encoder does not depend on the count, so it runs once for all passes over a block. A trial keeps the results of its passes (new keys and
+values, codes, pixels), so that committing a candidate copies them into the cache and computes nothing again.
 """
 
 import math
@@ -49,6 +50,13 @@ class CodecCache(NamedTuple):
         return CodecCache(encoder, decoder, zeroed(self.num_blocks))
 
 
+class EncodedBlock(NamedTuple):
+    """What an encoder without `condition_encoder` gives for one block of each element. It serves every count."""
+
+    codes: Float[Array, "b l c"]  # of all tokens, as computed from their indices
+    new_kv: tuple[Array, Array] | None  # keys and values, [layers, b, heads, l, head_dim]
+
+
 class Trial(NamedTuple):
     """k candidates of one block of each element. n = batch * k; the candidates of an element are adjacent."""
 
@@ -58,9 +66,9 @@ class Trial(NamedTuple):
     ]  # the same after rounding to 8 bits: the error of the decoded frames
     codes: Float[Array, "n l c"]
     pixels: Array  # uint8 [n, l, p]; with weights, float32 levels
-    encoder_new: (
-        tuple[Array, Array] | None
-    )  # keys and values, [layers, n, heads, l, head_dim]; None: not kept
+    # Keys and values, [layers, n, heads, l, head_dim]; None: not kept. Without `condition_encoder` the encoder's are the same for
+    # all candidates of an element: [layers, b, ...].
+    encoder_new: tuple[Array, Array] | None
     decoder_new: tuple[Array, Array] | None
 
 
@@ -112,6 +120,7 @@ class Codec:
         )
         self.bottleneck = make_bottleneck(config)
         self._stores_bits = platform_of(mesh) == "cpu"
+        self._encode = jax.jit(self._encode_impl)
         self._try = jax.jit(self._try_impl, static_argnames="keep")
         self._select = jax.jit(self._select_impl, donate_argnames="selected")
         self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
@@ -208,6 +217,21 @@ class Codec:
         self._check_memory(layers, batch, cached)
         return self._lengthen(cache, more=more)
 
+    def encode(
+        self,
+        params: dict[str, Any],
+        cache: CodecCache,
+        patches: UInt8[Array | np.ndarray, "b l p"],
+    ) -> EncodedBlock | None:
+        """What the encoder gives for one block of each element, for `try_counts`; None: it depends on the count.
+
+        Args:
+          params: the parameters as `stored` gives them.
+          cache: of the blocks so far; read only.
+          patches: uint8 [batch, tokens, numbers of a patch], one block of each element.
+        """
+        return None if self.config.condition_encoder else self._encode(params, cache, patches)
+
     def try_counts(
         self,
         params: dict[str, Any],
@@ -217,6 +241,7 @@ class Codec:
         *,
         num_frames: Int[Array | np.ndarray, "b"] | None = None,
         weights: tuple[np.ndarray, np.ndarray] | None = None,
+        encoded: EncodedBlock | None = None,
         keep: bool = True,
     ) -> Trial:
         """Evaluates k candidate counts of one block of each element at once. The cache is read in place, neither copied nor changed.
@@ -229,13 +254,14 @@ class Codec:
           num_frames: int32 [batch], the real frames of each block; the losses are means over them. None: all are real.
           weights: float32 [batch, rows] and [batch, columns], what rows and columns of a frame weigh in the losses. With them the
             pixels are float32 levels that are not rounded, to be blended. None: all weigh the same, and pixels are 8-bit.
+          encoded: what `encode` gave for these blocks and this cache; None: the encoder runs.
           keep: whether the trial can be committed. False keeps no keys and values, which takes less memory.
         """
         if num_frames is None:
             num_frames = np.full(len(counts), self.config.frames_per_block, np.int32)
         # Where the cache of the only clip has no space for a block, nothing is appended to it.
         keep = keep and (self._slots(cache.encoder) > 0 or len(counts) > 1)
-        return self._try(params, cache, patches, counts, num_frames, weights, keep=keep)
+        return self._try(params, cache, patches, counts, num_frames, weights, encoded, keep=keep)
 
     def select(
         self,
@@ -380,8 +406,23 @@ class Codec:
         shape = (len(rows), config.frames_per_block, rows.shape[1], columns.shape[1], 3)
         return patchify(jnp.broadcast_to(plane, shape), config.patch_size, config.token_order)
 
+    def _encode_impl(self, params, cache: CodecCache, patches) -> EncodedBlock:
+        whole = jnp.ones(patches.shape[:2], bool)
+        batch = Batch(to_unit_range(patches), whole, position_ids=self._positions(cache))
+        encoded = self._apply("encode", params, batch, cache.encoder)
+        return EncodedBlock(self._snapped(encoded.codes), encoded.new_kv)
+
     def _try_impl(
-        self, params, cache: CodecCache, patches, counts, num_frames, weights=None, *, keep: bool
+        self,
+        params,
+        cache: CodecCache,
+        patches,
+        counts,
+        num_frames,
+        weights=None,
+        encoded: EncodedBlock | None = None,
+        *,
+        keep: bool,
     ) -> Trial:
         num_candidates = counts.shape[1]
         is_real = self._real_pixels(jnp.repeat(num_frames, num_candidates))
@@ -389,14 +430,13 @@ class Codec:
         kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
         batch = Batch(x, kept, position_ids=self._positions(cache, num_candidates))
         if self.config.condition_encoder:
-            encoded = self._apply("encode", params, batch, cache.encoder)
+            result = self._apply("encode", params, batch, cache.encoder)
+            encoded = EncodedBlock(self._snapped(result.codes), result.new_kv)
             codes = encoded.codes
-        else:  # the encoder does not depend on the count: it runs once for all candidates
-            first = jax.tree.map(lambda y: y[::num_candidates], batch)
-            whole = first._replace(kept=jnp.ones_like(first.kept))
-            encoded = self._apply("encode", params, whole, cache.encoder)
+        else:
+            encoded = encoded or self._encode_impl(params, cache, patches)
             codes = repeat(encoded.codes, "b l c -> (b k) l c", k=num_candidates)
-        codes = token_masks.drop_tail(self._snapped(codes), kept)
+        codes = token_masks.drop_tail(codes, kept)
         out, decoder_new = self._apply("decode", params, codes, batch, cache.decoder)
         out = jnp.clip(out, -1.0, 1.0)
         levels = to_levels(out)
@@ -447,7 +487,9 @@ class Codec:
             pixel_losses=losses(trial.pixel_losses),
             codes=chosen(trial.codes, 0),
             pixels=chosen(trial.pixels, 0),
-            encoder_new=layers(trial.encoder_new),
+            encoder_new=layers(trial.encoder_new)
+            if self.config.condition_encoder
+            else trial.encoder_new,
             decoder_new=layers(trial.decoder_new),
         )
 

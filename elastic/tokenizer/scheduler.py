@@ -19,7 +19,7 @@ from elastic.distributed.mesh import memory_limit, platform_of
 from elastic.metrics import Metric
 from elastic.patches import pad_block, patchify, round_levels, unpatchify
 from elastic.search import Search, SearchResult
-from elastic.tokenizer.block_codec import Codec, CodecCache, Trial
+from elastic.tokenizer.block_codec import Codec, CodecCache, EncodedBlock, Trial
 from elastic.tokenizer.result import BlockResult
 from elastic.tokens import BlockTokens
 
@@ -111,6 +111,7 @@ class BatchScheduler:
             side = (batch, config.resolution)
             self._pixel_weights = np.ones(side, np.float32), np.ones(side, np.float32)
         self._inputs_in_use = False  # the device may still read the arrays above
+        self._encoded: EncodedBlock | None = None  # of the blocks in the slots; None: not yet
 
     @property
     def free_slots(self) -> list[int]:
@@ -173,6 +174,7 @@ class BatchScheduler:
                 side[slot] = own
         self._patches[slot] = patchify(padded, config.patch_size, config.token_order)
         self._num_frames[slot] = len(frames)
+        self._encoded = None
         self._work[slot] = _Work(frames, search, metric, time.perf_counter())
 
     def step(self) -> list[tuple[int, BlockResult]]:
@@ -235,6 +237,8 @@ class BatchScheduler:
         for slot, group in groups.items():
             counts[slot] = group + group[-1:] * (self.width - len(group))
         self._inputs_in_use = True
+        if self._encoded is None:
+            self._encoded = self.codec.encode(self._weights, self.cache, self._patches)
         trial = self.codec.try_counts(
             self._weights,
             self.cache,
@@ -242,6 +246,7 @@ class BatchScheduler:
             counts,
             num_frames=self._num_frames,
             weights=self._pixel_weights,
+            encoded=self._encoded,
             keep=keep,
         )
         # The larger of both errors is compared with the threshold, so that the decoded 8-bit frames stay under it too.

@@ -10,7 +10,7 @@ import pytest
 import released
 
 from elastic.config import ElasticTokConfig
-from elastic.model import Batch, ElasticTok, groups, init_params
+from elastic.model import Batch, ElasticTok, groups, init_params, linear_groups
 from elastic.model.add_options import before_options
 from elastic.model.bottleneck import FSQ
 from elastic.model.linear_init import linear_init, sample_size
@@ -167,6 +167,27 @@ def test_bands_are_sums_and_differences_of_two_by_two_neighbours(side):
     turned, _ = np.linalg.qr(rng.normal(size=(size, size)).astype(np.float32))
     back = groups.from_bands(groups.to_bands(x, turned, made), turned.T, made)
     np.testing.assert_allclose(back, x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "min_toks"), [("fsq", 4), ("fsq", 16), ("vae", 16)])
+def test_the_first_code_has_the_strongest_axes_where_it_may_be_all_that_is_sent(case, min_toks):
+    """Where every band sends a code of FSQ, whose channels have more and fewer levels, all four get as much."""
+    made = config(
+        (4, 2, 2), 256, 16, bottleneck_type=case, fsq_quant_levels=(15, 7, 5), vae_bottleneck_dim=3,
+        haar_groups=True, min_toks=min_toks,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    pictures = rng.normal(size=(500, 4, 10)) @ rng.normal(size=(10, 10)) * 0.7 ** np.arange(10)
+    exchange = linear_groups._exchange(made, pictures.reshape(-1, 10).astype(np.float32))
+    np.testing.assert_allclose(exchange @ exchange.T, np.eye(24), atol=1e-5)
+    bands = np.einsum("rq,nqc->rnc", linear_groups._HAAR, pictures)
+    mixed = np.asarray(groups.exchanged(bands, exchange))[:, :, :6]
+    variance = mixed.var(axis=1)
+    strongest = np.sort(variance.ravel())[::-1]
+    if case == "fsq" and min_toks == 16:
+        assert set(np.argsort(-variance.ravel())[:4] // 6) == {0, 1, 2, 3}
+    else:
+        np.testing.assert_allclose(variance[0, :3], strongest[:3], rtol=1e-5)
 
 
 def test_a_model_with_too_few_squares_or_too_narrow_has_no_linear_start():

@@ -230,6 +230,16 @@ def test_an_unconditioned_encoder_runs_once_for_all_counts(fsq):
         np.testing.assert_allclose(together.losses[:, candidate], alone.losses[:, 0], rtol=1e-6)
     codes = np.asarray(together.codes).reshape(2, 2, *together.codes.shape[1:])
     np.testing.assert_array_equal(codes[0, 0, :4], codes[0, 1, :4])
+    encoded = codec.encode(params, cache, patches[:, 1])
+    once = codec.try_counts(params, cache, patches[:, 1], counts, encoded=encoded)
+    np.testing.assert_allclose(once.losses, together.losses, rtol=1e-6)
+    np.testing.assert_array_equal(once.codes, together.codes)
+
+    chosen = counts[[0, 1], [1, 0]]
+    beside, _, _ = commit(codec, params, codec.new_cache(batch=2), patches[:, 0], [9, 30])
+    beside, _, _ = commit(codec, params, beside, patches[:, 1], chosen)
     later, committed = codec.commit(cache, together, np.array([1, 0], np.int32))
     assert later.num_blocks.tolist() == [2, 2]
+    for both in zip(jax.tree.leaves(later), jax.tree.leaves(beside), strict=True):
+        np.testing.assert_allclose(*both, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(committed.pixels[1], together.pixels[2])

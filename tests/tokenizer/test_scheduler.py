@@ -26,12 +26,15 @@ class Cache(NamedTuple):
 
 
 class ModelCodec:
-    """Arithmetic in place of a model: a block's loss is its first pixel, over the count; its pixels say the count."""
+    """Arithmetic in place of a model: a block's loss is its first pixel, over the count; its pixels say the count.
+
+    With `once` an encoder that sees no count gives the block, and the loss is that of what it gave.
+    """
 
     config, mesh, model_seconds = CONFIG, None, 0.0
 
-    def __init__(self, trial_bytes=0):
-        self.bytes, self.calls = trial_bytes, []
+    def __init__(self, trial_bytes=0, once=False):
+        self.bytes, self.calls, self.once, self.num_encoded = trial_bytes, [], once, 0
 
     def new_cache(self, batch, *, num_blocks):
         return Cache([[] for _ in range(batch)])
@@ -42,9 +45,13 @@ class ModelCodec:
     def trial_bytes(self, candidates):
         return self.bytes
 
-    def try_counts(self, params, cache, patches, counts, *, num_frames, weights, keep):
+    def encode(self, params, cache, patches):
+        self.num_encoded += 1
+        return patches.copy() if self.once else None
+
+    def try_counts(self, params, cache, patches, counts, *, num_frames, weights, encoded, keep):
         self.calls.append(counts.copy())
-        losses = patches[:, :1, 0] / counts
+        losses = (patches if encoded is None else encoded)[:, :1, 0] / counts
         pixels = np.broadcast_to(counts.reshape(-1, 1, 1), (counts.size, 16, 48)).astype(np.uint8)
         new: Any = (pixels, pixels) if keep else None
         return Trial(losses, losses, pixels, pixels, new, new)
@@ -106,6 +113,26 @@ def test_a_block_has_beside_others_the_result_that_it_has_alone(width):
         assert results[slot].tokens.num_kept == np.ceil(frames[0, 0, 0, 0] / threshold)
         assert results[slot].reconstruction.shape == frames.shape
         assert together.cache.counts[slot] == alone.cache.counts[0]
+
+
+def test_an_encoder_that_sees_no_count_runs_once_for_a_block():
+    codec = ModelCodec(once=True)
+    scheduler, usual = BatchScheduler(codec, {}), BatchScheduler(ModelCodec(), {})
+    for pixel in (5, 200, 90):
+        for either in (scheduler, usual):
+            either.assign(0, block(pixel), search(10.0))
+        assert scheduler.losses_of(0, [3, 4]) == {3: pixel / 3, 4: pixel / 4}
+        same(finish(scheduler)[0], finish(usual)[0])
+    assert codec.num_encoded == 3 < len(codec.calls) / 3
+    # Beside others too: whatever the slots have, it is theirs.
+    codec = ModelCodec(once=True)
+    scheduler = BatchScheduler(codec, {}, batch=2)
+    scheduler.assign(0, block(100), search(10.0))
+    while 0 not in scheduler.free_slots:
+        if 1 in scheduler.free_slots:
+            scheduler.assign(1, block(50), search(num_tokens=7))
+        for slot, result in scheduler.step():
+            assert result.tokens.loss == (10.0 if slot == 0 else 50 / 7)
 
 
 def test_a_slot_goes_on_with_its_clip_while_another_searches():

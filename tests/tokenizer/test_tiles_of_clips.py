@@ -55,7 +55,10 @@ class LosslessCodec:
     def trial_bytes(self, candidates=1):
         return 1
 
-    def try_counts(self, params, cache, patches, counts, *, num_frames, weights, keep):
+    def encode(self, params, cache, patches):
+        return None
+
+    def try_counts(self, params, cache, patches, counts, *, num_frames, weights, encoded, keep):
         codes, losses = patches - cache.before, np.zeros(counts.shape, np.float32)
         new: Any = (patches.astype(np.float32),) * 2
         return Trial(losses, losses, codes, patches.astype(np.float32), new, new)
