@@ -375,8 +375,10 @@ def plot(evaluations: Evaluations, path: str | os.PathLike) -> None:
     second = _plot_quality(right, evaluations)
     largest = max(evaluation.model.max_toks for evaluation in evaluations.values())
     smallest = min(
-        min(result.mean_tokens for result in evaluation.results)
+        point.mean_tokens
         for evaluation in evaluations.values()
+        for points in (evaluation.results, *map(evaluation.curve, evaluation.config.thresholds))
+        for point in points
     )
     ticks = [largest / 2**k for k in range(12, -1, -1) if largest / 2**k >= 0.7 * smallest]
     for axes in (left, right):
@@ -401,8 +403,9 @@ def draw_ladders(evaluations: Evaluations, path: str | os.PathLike) -> None:
     for axes, (name, ladder) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):  # fmt: skip
         for place in axes:
             place.axis("off")
-        whose = f"{name}: " if len(evaluations) > 1 else ""
-        shown = [(f"{whose}{Path(ladder.clip).name}\nframe {ladder.index}", ladder.original)]
+        lines = [name] if len(evaluations) > 1 else []
+        lines += [Path(ladder.clip).name, f"frame {ladder.index}"]
+        shown = [("\n".join(map(_shortened, lines)), ladder.original)]
         for rung in ladder.rungs:
             distance = "" if rung.lpips is None else f", LPIPS {rung.lpips:.2f}"
             shown.append((f"{rung.num_tokens} tokens\n{rung.psnr:.1f} dB{distance}", rung.reconstruction))  # fmt: skip
@@ -410,6 +413,12 @@ def draw_ladders(evaluations: Evaluations, path: str | os.PathLike) -> None:
             place.imshow(picture, interpolation="nearest")
             place.set_title(title, fontsize=8)
     figures.write_figure(figure, path)
+
+
+def _shortened(text: str, most: int = 26) -> str:
+    """A title that a picture is wide enough for."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[: half - 1]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
 
 
 def _plot_thresholds(axes: Any, evaluations: Evaluations) -> None:
