@@ -1,8 +1,9 @@
-"""Estimates a block's rate curve from its pixels, by a linear regression that is shipped beside a model's weights.
+"""Estimates a block's rate curve from its pixels, by a regression that is shipped beside a model's weights.
 
 The first block of a clip has no earlier block to learn from, and after a cut the earlier blocks mislead. The regression maps a few
-sums over a block's pixels to its curve (log loss over log count); it was fitted on measured curves of the same model. The estimate
-only decides which count is tried first. What a search returns is measured in any case, so a poor estimate costs passes and nothing else.
+sums over a block's pixels, and their squares, to its curve (log loss over log count); it was fitted on measured curves of the same
+model. The estimate only decides which count is tried first. What a search returns is measured in any case, so a poor estimate costs
+passes and nothing else.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 
 from elastic.io.json_file import read_marked
-from elastic.patches import TokenOrder, to_unit_range, token_places
+from elastic.patches import TokenOrder, pad_block, to_unit_range, token_places
 from elastic.search.rate_curve import Curve, Point, SearchHistory
 
 FILE_NAME = "curves.json"  # beside config.json and the weights
@@ -40,6 +41,8 @@ _COLOURS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]], np.float32)
 _COLOURS /= np.linalg.norm(_COLOURS, axis=1, keepdims=True)
 _RIDGE = 1.0  # ridge penalty, in samples; by the curves of clips that it was not fitted on
 _LEAST_SPREAD = 0.02
+# In deviations: a feature that is farther from its mean, as of a black block, adds no more by its square.
+_FARTHEST = 2.5
 
 Patch = tuple[int, int, int]
 
@@ -49,48 +52,52 @@ def features(
     patch_size: Patch,
     counts: Sequence[int],
     token_order: TokenOrder = "raster",
-    *,
-    transform: bool = True,
 ) -> Float[np.ndarray, " k"]:
     """Logarithms of a block's motion, of its detail at several scales, and of the errors of two naive decoders and a transform codec.
 
     Both decoders copy the patches whose tokens are kept. For the other patches the first decoder shows grey, the second the frame
     before, or the mean of the kept patches where there is no frame before. A model does better than both, but loses its last tokens
     in the same places. The transform codec keeps the lowest frequencies of a DCT; how fast its error falls is the best feature, because
-    that depends on the same content.
+    that depends on the same content. The mean of the logarithms of the errors of tiles, beside the logarithm of their mean, tells how
+    unlike the tiles are.
 
     Args:
-      frames: the block at the model's resolution, real frames only.
+      frames: the block at the model's resolution, real frames only. The last one is repeated until there are whole tokens, as the model
+        sees it: a picture is a clip in which nothing moves.
       patch_size: frames, rows and columns of a token.
       counts: the counts for which the decoders' errors are taken.
       token_order: of the tokens of a slice.
-      transform: whether the errors of the transform codec are given too, after all others; priors of earlier versions know none.
     """
-    video = to_unit_range(frames)
+    whole = -(-len(frames) // patch_size[0]) * patch_size[0]
+    video = to_unit_range(pad_block(frames, whole))
     motion = float(np.abs(np.diff(video, axis=0)).mean()) if len(video) > 1 else 0.0
     powers = _powers(video)
     details = [a - b for a, b in zip(powers, [*powers[1:], 0.0], strict=True)]
     tails = _tails(video, patch_size, counts, token_order)
-    found = np.log(
+    shells = _shells(video)
+    return np.concatenate(
         [
-            motion + _FLOOR,
-            *(max(detail, 0.0) + 0.1 * _FLOOR for detail in details),
-            *(error + _FLOOR for error in tails),
+            np.log([motion + _FLOOR]),
+            np.log(np.maximum(details, 0.0) + 0.1 * _FLOOR),
+            np.log(np.array(tails) + _FLOOR),
+            np.log(shells.mean(axis=0) + _LOW_FLOOR),
+            np.log(shells[:, ::2] + _LOW_FLOOR).mean(axis=0),
         ]
     )
-    return np.concatenate([found, np.log(_shells(video) + _LOW_FLOOR)]) if transform else found
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePrior:
-    """The linear map from a block's features to its curve.
+    """The map from a block's features to its curve.
 
     Attributes:
       counts: where the curve is given, ascending.
       patch_size: frames, rows and columns of a token of the model.
       token_order: of the tokens of a slice.
-      means: of the features of the blocks it was fitted on.
-      weights: [len(counts), 1 + features]: the mean log losses, and the coefficient of each feature less its mean.
+      means: of the features of the blocks it was fitted on. Earlier versions know only the first ones of `features`.
+      scales: their deviations; None: an earlier version, which knows no squares.
+      weights: [len(counts), 1 + features + squares]: the log losses of a block with these means, the coefficient of each feature less
+        its mean, and that of the square of each, in deviations.
       residual: root mean square error of the log losses, over all counts and the blocks fitted.
       spread: usual error of an estimate in log counts: `SearchHistory.spread` of a clip's first block.
     """
@@ -98,10 +105,11 @@ class CurvePrior:
     counts: tuple[int, ...]
     patch_size: Patch
     means: Float[np.ndarray, " k"]
-    weights: Float[np.ndarray, "counts k+1"]
+    weights: Float[np.ndarray, "counts w"]
     residual: float
     spread: float
     token_order: TokenOrder = "raster"
+    scales: Float[np.ndarray, " k"] | None = None
 
     def __post_init__(self):
         if not self.counts or list(self.counts) != sorted(set(self.counts)) or self.counts[0] < 1:
@@ -112,37 +120,29 @@ class CurvePrior:
             raise ValueError(
                 f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}."
             )
-        known = self._num_earlier + len(_SHARES) * self._has_transform
-        if self.means.shape != (known,) or self.weights.shape != (len(self.counts), 1 + known):
+        earlier = 1 + len(_BOXES) + 2 * len(_probes(self.counts))
+        known = earlier + np.array([0, len(_SHARES), len(_SHARES) + len(_SHARES[::2])])
+        count, scales = self.means.size, self.scales
+        columns = 1 + count if scales is None else 1 + 2 * count
+        if (
+            count not in known
+            or (scales is not None and (scales.shape != self.means.shape or not (scales > 0).all()))
+            or self.weights.shape != (len(self.counts), columns)
+        ):
             raise ValueError(
-                f"means of shape {self.means.shape} and weights of shape {self.weights.shape} must be "
-                f"of {known} features and {len(self.counts)} counts."
+                f"means of shape {self.means.shape}, their scales above 0, and weights of shape {self.weights.shape} must be "
+                f"of {known[-1]} features and {len(self.counts)} counts."
             )
         numbers = [self.residual, self.spread, *self.means, *self.weights.ravel()]
         if not np.isfinite(numbers).all() or self.residual < 0 or self.spread < 0:
             raise ValueError("its numbers must be finite, the residual and the spread 0 or above.")
 
-    @property
-    def _has_transform(self) -> bool:
-        """Whether this prior knows the transform codec. Priors of earlier versions do not."""
-        return len(self.means) > self._num_earlier
-
-    @property
-    def _num_earlier(self) -> int:
-        """How many features a block has without the transform codec."""
-        return 1 + len(_BOXES) + 2 * len(_probes(self.counts))
-
     def curve_of(self, frames: UInt8[np.ndarray, "n rows columns c"]) -> Curve:
         """The estimated curve of a block, as if it were the first of its clip."""
-        found = features(
-            frames,
-            self.patch_size,
-            _probes(self.counts),
-            self.token_order,
-            transform=self._has_transform,
-        )
-        found -= self.means
-        losses = self.weights[:, 0] + self.weights[:, 1:] @ found
+        found = features(frames, self.patch_size, _probes(self.counts), self.token_order)
+        found = found[: len(self.means)] - self.means
+        squares = [] if self.scales is None else _squares(found / self.scales)
+        losses = self.weights @ np.concatenate([[1.0], found, squares])
         # More tokens never raise the loss; a falling curve crosses the threshold once.
         losses = np.minimum.accumulate(losses)
         return Curve(
@@ -177,6 +177,8 @@ class CurvePrior:
             "spread": round(self.spread, 4),
             "means": [round(float(mean), 5) for mean in self.means],
         }
+        if self.scales is not None:
+            values["scales"] = [round(float(scale), 7) for scale in self.scales]
         if self.token_order != "raster":  # what models of before write stays as it was
             values["token_order"] = self.token_order
         head = json.dumps(values)[:-1]
@@ -199,6 +201,7 @@ class CurvePrior:
                 patch_size=(int(frames), int(rows), int(columns)),
                 token_order=values.get("token_order", "raster"),
                 means=np.asarray(values["means"], np.float64),
+                scales=np.asarray(values["scales"], np.float64) if "scales" in values else None,
                 weights=np.asarray(values["weights"], np.float64),
                 residual=float(values["residual"]),
                 spread=float(values["spread"]),
@@ -227,7 +230,7 @@ def fit(
     patch_size: Patch,
     token_order: TokenOrder = "raster",
 ) -> CurvePrior:
-    """A prior by ridge regression of log losses on features that are scaled to deviation 1.
+    """A prior by ridge regression of log losses on features that are scaled to deviation 1, and on their squares.
 
     Args:
       blocks: frames, each block taken as the first of its clip.
@@ -243,8 +246,11 @@ def fit(
         raise ValueError(f"{len(blocks)} blocks: there must be some, their losses above 0.")
     X = np.array([features(block, patch_size, _probes(counts), token_order) for block in blocks])
     Y = np.log(losses)
-    means, scale, level = X.mean(0), X.std(0) + 1e-6, Y.mean(0)
-    Z = (X - means) / scale
+    means, scales = X.mean(0), X.std(0) + 1e-6
+    Z = (X - means) / scales
+    Z = np.concatenate([Z, _squares(Z)], axis=1)
+    middle, level = Z.mean(0), Y.mean(0)
+    Z -= middle
     solved = np.linalg.solve(Z.T @ Z + _RIDGE * np.eye(Z.shape[1]), Z.T @ (Y - level))
     residuals = Y - level - Z @ solved
     # In log counts: by the mean slope of all curves between the ends.
@@ -255,14 +261,25 @@ def fit(
         patch_size=patch_size,
         token_order=token_order,
         means=means,
-        weights=np.concatenate([level[:, None], (solved / scale[:, None]).T], axis=1),
+        scales=scales,
+        weights=np.vstack(
+            [
+                level - middle @ solved,
+                solved[: len(scales)] / scales[:, None],
+                solved[len(scales) :],
+            ]
+        ).T,
         residual=residual,
         spread=float(np.clip(residual / drop, _LEAST_SPREAD, SearchHistory.spread)),
     )
 
 
-def _shells(video: Float[np.ndarray, "n rows columns 3"]) -> Float[np.ndarray, " k"]:
-    """Mean squared errors of a codec that keeps the lowest frequencies of a DCT, for each share of them.
+def _squares(deviations: Float[np.ndarray, "*n k"]) -> Float[np.ndarray, "*n k"]:
+    return np.square(deviations.clip(-_FARTHEST, _FARTHEST))
+
+
+def _shells(video: Float[np.ndarray, "n rows columns 3"]) -> Float[np.ndarray, "tiles k"]:
+    """Mean squared errors in each tile of a codec that keeps the lowest frequencies of a DCT, for each share of them.
 
     Frequencies are ordered by the product of those in time, rows and columns, as their mean energy falls in natural pictures.
     """
@@ -273,12 +290,12 @@ def _shells(video: Float[np.ndarray, "n rows columns 3"]) -> Float[np.ndarray, "
     whole = video[:, : rows // tall * tall, : columns // wide * wide] @ _COLOURS.T
     tiles = rearrange(whole, "t (h r) (w q) c -> (h w) t r q c", r=tall, q=wide)
     spectrum: Any = dctn(tiles, axes=(1, 2, 3), norm="ortho", overwrite_x=True)
-    spectrum = np.square(spectrum).mean(axis=0)
     steps = (1 + np.arange(size) * _TILE / size for size in (frames, tall, wide))
     product = functools.reduce(np.multiply.outer, [*steps, 1.0 + _COLOUR * np.array([0, 1, 1])])
-    energy = spectrum.reshape(-1)[np.argsort(product.reshape(-1), kind="stable")]
-    left = energy[::-1].cumsum(dtype=np.float64)[::-1] / energy.size
-    return np.array([left[min(math.ceil(share * left.size), left.size - 1)] for share in _SHARES])
+    order = np.argsort(product.reshape(-1), kind="stable")
+    energy = np.square(spectrum).reshape(len(tiles), -1)[:, order]
+    left = energy[:, ::-1].cumsum(axis=1, dtype=np.float64)[:, ::-1] / order.size
+    return left[:, [min(math.ceil(share * order.size), order.size - 1) for share in _SHARES]]
 
 
 def _probes(counts: Sequence[int]) -> Sequence[int]:

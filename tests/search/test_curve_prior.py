@@ -114,18 +114,13 @@ def test_whatever_a_prior_says_the_answer_is_measured_and_the_calls_are_bounded(
 def test_features_are_finite_for_any_block(shape, patch_size, value):
     """Flat ones, images, short last blocks, and sizes that boxes do not divide."""
     found = features(np.full((*shape, 3), value, np.uint8), patch_size, [1, 5, 4000])
-    assert found.shape == (22,) and np.isfinite(found).all()
-    earlier = features(
-        np.full((*shape, 3), value, np.uint8), patch_size, [1, 5, 4000], transform=False
-    )
-    np.testing.assert_array_equal(earlier, found[:13])
+    assert found.shape == (27,) and np.isfinite(found).all()
 
 
 @pytest.mark.parametrize("token_order", ["raster", "coarse_to_fine"])
 def test_a_decoder_that_copies_the_frame_before_loses_nothing_of_a_still_block(token_order):
     still = np.repeat(block(1)[:1], 4, axis=0)
-    found = features(still, PATCH, [16], token_order, transform=False)
-    grey, before = found[-2:]  # its first frame
+    grey, before = features(still, PATCH, [16], token_order)[7:9]  # its first frame
     assert before == pytest.approx(math.log(1e-3)) and grey > before + 1
 
 
@@ -135,7 +130,7 @@ def test_the_tokens_that_are_kept_first_are_those_of_the_order():
     half[:, :8] = np.random.default_rng(0).integers(0, 256, (1, 8, 16, 3))
     count = 16 // PATCH[1] * (16 // PATCH[2]) // 2
     lost = {
-        order: np.exp(features(half, (1, *PATCH[1:]), [count], order, transform=False)[-2])
+        order: np.exp(features(half, (1, *PATCH[1:]), [count], order)[7])
         for order in ("raster", "coarse_to_fine")
     }
     assert (
@@ -149,21 +144,43 @@ def test_the_transform_codec_tells_smooth_blocks_from_rough_ones_of_the_same_str
     noise = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
     smooth = np.broadcast_to(wave[:, None, None], (4, 32, 32, 3))
     left = [
-        np.exp(features(np.clip(128 + 60 * x / x.std(), 0, 255).astype(np.uint8), PATCH, [16])[-9:])
+        np.exp(
+            features(np.clip(128 + 60 * x / x.std(), 0, 255).astype(np.uint8), PATCH, [16])[9:18]
+        )
         for x in (smooth - smooth.mean(), noise)
     ]
     assert left[0][0] < 0.01 * left[1][0]
     assert all((np.diff(losses) >= 0).all() for losses in left)  # the fewer are kept
 
 
-def test_a_prior_of_an_earlier_version_is_read(prior, tmp_path):
-    """It knows no transform codec."""
+def test_features_tell_unlike_tiles_from_like_ones():
+    """The mean error of a transform codec is that of both; the mean of its logarithms is not."""
+    rng = np.random.default_rng(0)
+    like = 128 + rng.normal(size=(4, 32, 32, 3)) * 20
+    unlike = np.where(np.arange(32)[:, None, None] < 16, 128, 128 + (like - 128) * np.sqrt(2))
+    even, uneven = (features(x.round().astype(np.uint8), PATCH, [16])[9:] for x in (like, unlike))
+    np.testing.assert_allclose(even[:9], uneven[:9], atol=0.1)
+    assert (even[9:] > uneven[9:] + 2).all()
+
+
+@pytest.mark.parametrize("num_features", [None, -5, -14], ids=["linear", "mean", "none"])
+def test_a_prior_of_an_earlier_version_is_read(prior, tmp_path, num_features):
+    """It knows no squares, and of the transform codec the mean error, or nothing."""
     values = json.loads(prior.to_json())
-    values["means"] = values["means"][:-9]
-    values["weights"] = [row[:-9] for row in values["weights"]]
+    of_means = 1 + len(values["means"][:num_features])
+    del values["scales"]
+    values["means"] = values["means"][:num_features]
+    values["weights"] = [row[:of_means] for row in values["weights"]]
     (tmp_path / FILE_NAME).write_text(json.dumps(values))
     loaded = load_prior(tmp_path)
     assert loaded is not None and len(loaded.curve_of(block(1)).points) == len(COUNTS)
+
+
+def test_a_block_unlike_all_others_has_no_wild_estimate(prior):
+    """Squares grow fast; a black block lies far from the blocks that a prior was fitted on."""
+    black = np.zeros_like(block(0))
+    usual = [prior.curve_of(block(seed)).points[0].y for seed in range(50)]
+    assert prior.curve_of(black).points[0].y < max(usual)
 
 
 def test_a_prior_survives_its_file(prior, tmp_path):
@@ -182,6 +199,8 @@ def test_a_prior_survives_its_file(prior, tmp_path):
         (lambda v: v | {"counts": v["counts"][::-1]}, "ascending"),
         (lambda v: v | {"weights": v["weights"][1:]}, "shape"),
         (lambda v: v | {"spread": float("nan")}, "finite"),
+        (lambda v: v | {"scales": [0.0 for _ in v["scales"]]}, "scales"),
+        (lambda v: v | {"scales": v["scales"][1:]}, "shape"),
         (lambda v: {k: v[k] for k in v if k != "means"}, "means"),
         (lambda v: [v], "list"),
     ],
