@@ -96,8 +96,8 @@ class CurvePrior:
       token_order: of the tokens of a slice.
       means: of the features of the blocks it was fitted on. Earlier versions know only the first ones of `features`.
       scales: their deviations; None: an earlier version, which knows no squares.
-      weights: [len(counts), 1 + features + squares]: the log losses of a block with these means, the coefficient of each feature less
-        its mean, and that of the square of each, in deviations.
+      weights: [len(counts), 1 + features + squares]. First the log losses of a block that has these means. Then a coefficient for each
+        feature less its mean. At last a coefficient for the square of each feature less its mean, in units of its deviation.
       residual: root mean square error of the log losses, over all counts and the blocks fitted.
       spread: usual error of an estimate in log counts: `SearchHistory.spread` of a clip's first block.
     """
@@ -355,7 +355,7 @@ def _tails(
     found: list[tuple[float, float]] = []
     for count in counts:
         group, here = divmod(count, per_group)
-        start, end = group * pt, min((group + 1) * pt, num_frames)
+        start, end = group * pt, (group + 1) * pt
         if start >= num_frames:
             found.append((0.0, 0.0))
             continue

@@ -409,6 +409,9 @@ class Codec:
     def _encode_impl(self, params, cache: CodecCache, patches) -> EncodedBlock:
         whole = jnp.ones(patches.shape[:2], bool)
         batch = Batch(to_unit_range(patches), whole, position_ids=self._positions(cache))
+        return self._encoded(params, cache, batch)
+
+    def _encoded(self, params, cache: CodecCache, batch: Batch) -> EncodedBlock:
         encoded = self._apply("encode", params, batch, cache.encoder)
         return EncodedBlock(self._snapped(encoded.codes), encoded.new_kv)
 
@@ -430,12 +433,11 @@ class Codec:
         kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
         batch = Batch(x, kept, position_ids=self._positions(cache, num_candidates))
         if self.config.condition_encoder:
-            result = self._apply("encode", params, batch, cache.encoder)
-            encoded = EncodedBlock(self._snapped(result.codes), result.new_kv)
-            codes = encoded.codes
-        else:
-            encoded = encoded or self._encode_impl(params, cache, patches)
-            codes = repeat(encoded.codes, "b l c -> (b k) l c", k=num_candidates)
+            encoded = self._encoded(params, cache, batch)
+        elif encoded is None:
+            encoded = self._encode_impl(params, cache, patches)
+        alike = len(kept) // len(encoded.codes)  # candidates that share their codes
+        codes = repeat(encoded.codes, "b l c -> (b k) l c", k=alike)
         codes = token_masks.drop_tail(codes, kept)
         out, decoder_new = self._apply("decode", params, codes, batch, cache.decoder)
         out = jnp.clip(out, -1.0, 1.0)
@@ -471,7 +473,7 @@ class Codec:
         num_candidates = trial.losses.shape[1]
 
         def chosen(x: Array, axis: int) -> Array:
-            if num_candidates == 1:
+            if x.shape[axis] == len(choice):  # one of each element
                 return x
             rows = jnp.arange(len(choice)) * num_candidates + choice
             return jnp.take(x, rows, axis=axis)
@@ -487,9 +489,7 @@ class Codec:
             pixel_losses=losses(trial.pixel_losses),
             codes=chosen(trial.codes, 0),
             pixels=chosen(trial.pixels, 0),
-            encoder_new=layers(trial.encoder_new)
-            if self.config.condition_encoder
-            else trial.encoder_new,
+            encoder_new=layers(trial.encoder_new),
             decoder_new=layers(trial.decoder_new),
         )
 
