@@ -205,14 +205,9 @@ class ElasticTokConfig:
             f"patch_group={self.patch_group} needs token_order='coarse_to_fine' or 'adaptive', and condition_decoder=True.",
         )
         _require(
-            self.token_order != "adaptive"
-            or (
-                self.patch_group > 1
-                and self.bottleneck_type == "fsq"
-                and not self.condition_encoder
-            ),
-            "token_order='adaptive' needs groups of patches (patch_group above 1), bottleneck_type='fsq' and "
-            "condition_encoder=False: the order follows from codes, so an encoder cannot know which tokens will be kept.",
+            self.token_order != "adaptive" or (self.patch_group > 1 and not self.condition_encoder),
+            "token_order='adaptive' needs groups of patches (patch_group above 1) and condition_encoder=False: the order "
+            "follows from codes, so an encoder cannot know which tokens will be kept.",
         )
         for name in ("haar_groups", "num_group_layers"):
             _require(

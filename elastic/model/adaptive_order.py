@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from elastic.config import ElasticTokConfig
 from elastic.distributed.sharding import constrain
 from elastic.model import groups
-from elastic.model.bottleneck import FSQ
+from elastic.model.bottleneck import make_bottleneck
 from elastic.model.layers import Module
 
 # Promises are whole numbers of 1/1024, because a sum of floats depends on the device, and one token in another place would
@@ -82,9 +82,10 @@ def sent_places(
     return jax.vmap(of_block)(sizes, num_sent)
 
 
-def to_sent(x: Shaped[Array, "b t c"], places: Int[Array, "b t"]) -> Shaped[Array, "b t c"]:
+def to_sent(x: Shaped[Array, "b t *c"], places: Int[Array, "b t"]) -> Shaped[Array, "b t *c"]:
     """Tokens in the network's order -> in the order in which they are sent."""
-    return jnp.take_along_axis(x, places[..., None], axis=1, mode="fill", fill_value=0)
+    places = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, places, axis=1, mode="fill", fill_value=0)
 
 
 def to_network(x: Shaped[Array, "b t *c"], places: Int[Array, "b t"]) -> Shaped[Array, "b t *c"]:
@@ -113,17 +114,26 @@ class AdaptiveOrder(Module):
         self, codes: Float[Array, "b t c"], num_sent: Int[Array, "b"], *, sent: bool
     ) -> Int[Array, "b t"]:
         """As the function `sent_places`, of codes."""
-        sizes = FSQ(self.config.fsq_quant_levels).sizes(jax.lax.stop_gradient(codes))
+        sizes = make_bottleneck(self.config).sizes(jax.lax.stop_gradient(codes))
         # A round has all groups of a block, so every device has all of its tokens.
         sizes = constrain(sizes, self.mesh, "batch", None, None)
         return sent_places(sizes, num_sent, self.promise(), self.config, sent=sent)
 
-    def to_sent(self, codes: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
-        """The network's codes of whole blocks, in the order in which they are sent."""
+    def to_sent(
+        self,
+        codes: Float[Array, "b l c"],
+        latents: Float[Array, "b l z"],
+        counted: Bool[Array, "b l"] | None,
+    ) -> tuple[Float[Array, "b l c"], Float[Array, "b l z"], Bool[Array, "b l"] | None]:
+        """The network's codes of whole blocks in the order in which they are sent, and what else it has of these tokens."""
         blocks = self._blocks(codes)
         every = jnp.full(len(blocks), blocks.shape[1], jnp.int32)
         places = self.places(blocks, every, sent=False)
-        return to_sent(blocks, places).reshape(codes.shape)
+
+        def sent(x: Shaped[Array, "b l *c"]) -> Shaped[Array, "b l *c"]:
+            return to_sent(self._blocks(x), places).reshape(x.shape)
+
+        return sent(codes), sent(latents), None if counted is None else sent(counted)
 
     def to_network(
         self, codes: Float[Array, "b l c"], kept: Bool[Array, "b l"]

@@ -228,15 +228,13 @@ class ElasticTok(Module):
         """Codes of a batch, in the order in which they are sent. With a key the VAE samples, as in training; without one it gives
         the mean."""
         latents, new_kv = self.encoder(batch, cache)
-        codes, aux_loss = self.bottleneck(
-            latents,
-            batch.kept,
-            key=key,
-            counted=batch.counted,
-            tokens_per_block=self.config.tokens_per_block,
-        )
+        codes = self.bottleneck.codes(latents, key=key)
+        counted = batch.counted
         if self.config.token_order == "adaptive":
-            codes = self.token_order.to_sent(codes)
+            codes, latents, counted = self.token_order.to_sent(codes, latents, counted)
+        aux_loss = self.bottleneck.aux_loss(
+            latents, batch.kept, counted=counted, tokens_per_block=self.config.tokens_per_block
+        )
         return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new_kv)
 
     def decode(

@@ -1,10 +1,9 @@
-"""The bottlenecks, FSQ and VAE, with one interface: latents -> codes, an auxiliary loss, and statistics.
+"""The bottlenecks, FSQ and VAE, with one interface: latents -> codes, their sizes, an auxiliary loss, and statistics.
 
-A new bottleneck is a class with `num_latents`, `code_dim`, `__call__` and `statistics`; `make_bottleneck` chooses it.
+A new bottleneck is a class with `num_latents`, `code_dim`, `codes`, `sizes`, `aux_loss` and `statistics`; `make_bottleneck` chooses it.
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,12 @@ from elastic.config import ElasticTokConfig
 
 _EPS = 1e-3  # shrinks the range a little, so that tanh reaches the outermost FSQ level
 _KL_WEIGHT = 1e-8
+# Sizes of the VAE's numbers: the exponent of a float32 and the first bit of its fraction count half octaves.
+_BITS_BELOW_HALF_OCTAVES = 22
+_SMALLEST_SIZE = (127 - 4) * 2  # 1/16
+_LARGEST_SIZE = 16  # from 16 up
 # From here on an array with a number for each code takes more than the tokens.
 _LARGE_CODEBOOK = 1 << 20
-
-
-class Bottlenecked(NamedTuple):
-    """The result of a bottleneck; codes of dropped tokens are not zeroed yet."""
-
-    codes: Float[Array, "*b d"]
-    aux_loss: Float[Array, ""]  # to add to the training loss; 0 for FSQ
 
 
 class FSQ:
@@ -80,26 +76,24 @@ class FSQ:
         half_width = jnp.asarray([level // 2 for level in self.levels], jnp.float32).reshape(shape)
         return (digits.astype(jnp.float32) - half_width) / half_width
 
-    def __call__(
+    def codes(
+        self, latents: Float[Array, "*b d"], *, key: Shaped[Array, "*k"] | None = None
+    ) -> Float[Array, "*b d"]:
+        """The quantized latents, float32. The key is not used; it is part of the interface."""
+        del key
+        return self.quantize(latents)
+
+    def aux_loss(
         self,
         latents: Float[Array, "b l d"],
         kept: Bool[Array, "b l"],
         *,
-        key: Shaped[Array, "*k"] | None = None,
         counted: Bool[Array, "b l"] | None = None,
         tokens_per_block: int = 0,
-    ) -> Bottlenecked:
-        """The quantized latents. FSQ has no auxiliary loss.
-
-        Args:
-          latents: [b, l, d], float32 or bfloat16.
-          kept: not used, as are the next three; they are part of the interface.
-          key: not used.
-          counted: not used.
-          tokens_per_block: not used.
-        """
-        del kept, key, counted, tokens_per_block
-        return Bottlenecked(self.quantize(latents), jnp.zeros((), jnp.float32))
+    ) -> Float[Array, ""]:
+        """0: FSQ has no auxiliary loss."""
+        del latents, kept, counted, tokens_per_block
+        return jnp.zeros((), jnp.float32)
 
     def statistics(
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]
@@ -143,43 +137,64 @@ class VAE:
         self.code_dim = code_dim
         self.num_latents = 2 * code_dim
 
-    def __call__(
-        self,
-        latents: Float[Array, "b l d"],
-        kept: Bool[Array, "b l"],
-        *,
-        key: Shaped[Array, "*k"] | None = None,
-        counted: Bool[Array, "b l"] | None = None,
-        tokens_per_block: int,
-    ) -> Bottlenecked:
-        """With a key a sample, else the mean; and the weighted KL divergence to N(0, 1).
+    def _mean_and_logvar(
+        self, latents: Float[Array, "*b z"]
+    ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
+        mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
 
-        The divergence is summed over channels and over the kept tokens of a block, then averaged over blocks. (The
-        released code uses blocks of 2048 tokens for every model.) Tokens that are not counted add nothing, and blocks
-        of only such tokens are left out of the average.
+    def codes(
+        self, latents: Float[Array, "*b z"], *, key: Shaped[Array, "*k"] | None = None
+    ) -> Float[Array, "*b d"]:
+        """With a key a sample, else the mean; float32.
 
         Args:
-          latents: [b, l, 2 d]: means, then log variances.
-          kept: True for transmitted tokens.
+          latents: means, then log variances.
           key: a JAX random key for the sample; None: the mean.
+        """
+        mean, logvar = self._mean_and_logvar(latents)
+        if key is None:
+            return mean
+        return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+
+    def sizes(self, codes: Float[Array, "*b d"]) -> Int[Array, "*b d"]:
+        """How large each number is, in half octaves above 1/16: whole numbers, the same on every device.
+
+        They are read off the bits of a float32: a logarithm could be rounded in two ways.
+        """
+        bits = lax.bitcast_convert_type(jnp.abs(codes.astype(jnp.float32)), jnp.int32)
+        return jnp.clip((bits >> _BITS_BELOW_HALF_OCTAVES) - _SMALLEST_SIZE, 0, _LARGEST_SIZE)
+
+    def aux_loss(
+        self,
+        latents: Float[Array, "b l z"],
+        kept: Bool[Array, "b l"],
+        *,
+        counted: Bool[Array, "b l"] | None = None,
+        tokens_per_block: int,
+    ) -> Float[Array, ""]:
+        """The weighted KL divergence to N(0, 1).
+
+        It is summed over channels and over the kept tokens of a block, then averaged over blocks. (The released code uses
+        blocks of 2048 tokens for every model.) Tokens that are not counted add nothing, and blocks of only such tokens are
+        left out of the average.
+
+        Args:
+          latents: means, then log variances.
+          kept: True for transmitted tokens.
           counted: False for padding; None: all tokens count.
           tokens_per_block: tokens in a block.
         """
-        mean, logvar = jnp.split(latents.astype(jnp.float32), 2, axis=-1)
-        logvar = jnp.clip(logvar, -30.0, 20.0)
+        mean, logvar = self._mean_and_logvar(latents)
         kl = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=-1)
         if counted is not None:
             kept = kept & counted
         blocks = (kl.shape[0], -1, tokens_per_block)
         per_block = jnp.sum(jnp.where(kept, kl, 0.0).reshape(blocks), axis=-1)
         if counted is None:
-            kl = jnp.mean(per_block)
-        else:
-            num_blocks = jnp.sum(jnp.any(counted.reshape(blocks), axis=-1))
-            kl = jnp.sum(per_block) / jnp.maximum(num_blocks, 1)
-        if key is not None:
-            mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        return Bottlenecked(mean, _KL_WEIGHT * kl)
+            return _KL_WEIGHT * jnp.mean(per_block)
+        num_blocks = jnp.sum(jnp.any(counted.reshape(blocks), axis=-1))
+        return _KL_WEIGHT * jnp.sum(per_block) / jnp.maximum(num_blocks, 1)
 
     def statistics(
         self, codes: Float[Array, "*b d"], kept: Bool[Array, "*b"]

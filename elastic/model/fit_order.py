@@ -19,7 +19,7 @@ from elastic.config import ElasticTokConfig
 from elastic.model import groups, token_masks
 from elastic.model.adaptive_order import as_coarse_to_fine
 from elastic.model.autoencoder import Batch, ElasticTok
-from elastic.model.bottleneck import FSQ
+from elastic.model.bottleneck import make_bottleneck
 
 _WINDOW = 4  # stages: what one takes off is noise, and with `haar_groups` four stages are one turn of all bands
 _FIRST = 8  # stages that are all measured; of later ones every fourth
@@ -114,7 +114,7 @@ class StageErrors:
             square = jnp.square(jnp.clip(decoded, -1, 1) - patches)
             return reduce(groups.by_stage(square, config), "1 s k n p -> (s n)", "sum")
 
-        sizes = FSQ(config.fsq_quant_levels).sizes(codes)
+        sizes = make_bottleneck(config).sizes(codes)
         # One after another: at once they would need the memory of as many blocks.
         return rearrange(sizes, "1 (k g) c -> g k c", k=stages), jax.lax.map(errors, counts)
 

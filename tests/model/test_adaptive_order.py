@@ -21,7 +21,7 @@ from elastic.io.tree import flatten
 from elastic.media import open_clip
 from elastic.model import Batch, ElasticTok, adaptive_order, fit_order, init_params
 from elastic.model.add_options import add_options, before_options
-from elastic.model.bottleneck import FSQ
+from elastic.model.bottleneck import FSQ, VAE
 from elastic.model.linear_init import linear_init, sample_size
 from elastic.patches import patchify
 from elastic.tokenizer import ElasticTokenizer
@@ -55,6 +55,12 @@ def config(**changes):
 
 CONFIGS = pytest.mark.parametrize(
     "made", [config(), config(haar_groups=True)], ids=["groups", "haar"]
+)
+VAE_OPTIONS = dict(bottleneck_type="vae", vae_bottleneck_dim=3)
+MODELS = pytest.mark.parametrize(
+    "made",
+    [config(), config(haar_groups=True), config(haar_groups=True, **VAE_OPTIONS)],
+    ids=["groups", "haar", "vae"],
 )
 
 
@@ -152,6 +158,38 @@ def test_sizes_are_whole_levels_from_the_middle():
     np.testing.assert_array_equal(found, np.rint(np.abs(codes) * [3, 2, 2]))
 
 
+def test_sizes_of_the_vae_count_half_octaves():
+    """Without a logarithm, which devices may round in two ways."""
+    numbers = np.array([0, 0.05, 1 / 16, 0.0937, 0.09376, 1 / 8, 1, 1.49, 1.5, 15.99, 1e30, np.inf])
+    found = VAE(1).sizes(jnp.asarray(np.concatenate([numbers, -numbers]), jnp.float32))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, [0, 0, 0, 0, 1, 2, 8, 8, 9, 15, 16, 16] * 2)
+
+
+def test_the_divergence_is_that_of_the_tokens_that_are_sent():
+    made = config(haar_groups=True, **VAE_OPTIONS)
+    patches = jnp.asarray(np.random.default_rng(0).normal(size=(1, 128, made.patch_dim)) / 3)
+    whole = jnp.ones((1, 128), bool)
+    model, variables = ElasticTok(made), {"params": params(made)}
+
+    def latents(model, batch):
+        return model.encoder(batch)[0]
+
+    all_latents = model.apply(variables, Batch(patches, whole), method=latents)
+    mean, logvar = np.split(np.asarray(all_latents, np.float64)[0], 2, axis=-1)
+    logvar = logvar.clip(-30, 20)
+    divergence = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum(-1)
+    sizes = model.bottleneck.sizes(jnp.asarray(mean[None]))
+    places = places_of(sizes, made, adaptive_order.Promise(**params(made)["token_order"]))[0]
+    for count in (20, 77):
+        counted = jnp.arange(128)[None] != places[3]  # of the network's tokens, as padding is
+        batch = Batch(patches, jnp.arange(128)[None] < count, counted=counted)
+        encoded = model.apply(variables, batch, method="encode")
+        np.testing.assert_allclose(encoded.codes[0, :count], mean[places[:count]], rtol=1e-6)
+        sent = np.delete(divergence[places[:count]], 3)
+        np.testing.assert_allclose(encoded.aux_loss, 1e-8 * sent.sum(), rtol=1e-5)
+
+
 def drawn(made):
     """Random parameters."""
     return jax.tree.map(
@@ -201,7 +239,7 @@ def test_at_first_it_is_the_order_coarse_to_fine(made):
         before_options(once, made)
 
 
-@CONFIGS
+@MODELS
 def test_block_by_block_and_one_shot_decode_alike(made):
     """A token file holds the first tokens of every block, in the order in which they are sent."""
     codec, tree = Codec(made, window_blocks=2), params(made)
@@ -214,10 +252,13 @@ def test_block_by_block_and_one_shot_decode_alike(made):
         trial = codec.try_counts(tree, cache, patches[:, block], counts[:, block, None])
         cache, committed = codec.commit(cache, trial, np.zeros(2, np.int32))
         kept = jnp.arange(128)[None] < counts[:, block, None]
-        tokens = jnp.where(kept, committed.tokens, 0)  # a file has none there
+        is_fsq = isinstance(codec.bottleneck, FSQ)
+        marks = kept if is_fsq else kept[..., None]
+        tokens = jnp.where(marks, committed.tokens, 0)  # a file has none there
         reader, decoded = codec.decode(tree, reader, tokens, counts[:, block])
         np.testing.assert_array_equal(decoded, committed.pixels)
-        codes.append(jnp.where(kept[..., None], codec.bottleneck.indices_to_codes(tokens), 0))
+        block_codes = codec.bottleneck.indices_to_codes(tokens) if is_fsq else tokens
+        codes.append(jnp.where(kept[..., None], block_codes, 0))
         pixels.append(np.asarray(committed.pixels))
     kept = (jnp.arange(128)[None, None] < counts[..., None]).reshape(2, 256)
     out, _ = ElasticTok(made).apply(
@@ -342,18 +383,18 @@ def test_the_command_writes_a_new_model_whose_tokens_decode(tmp_path, capsys):
 
     assert run() == 1
     assert "holds a model; name a new folder" in capsys.readouterr().err
-    (tmp_path / "vae").mkdir()
-    vae = before.replace(bottleneck_type="vae").to_json_dict()
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae))
-    (tmp_path / "vae" / "model.safetensors").touch()  # it is not read
-    assert run("vae", "newer") == 1
+    (tmp_path / "alone").mkdir()
+    alone = before.replace(patch_group=1, haar_groups=False).to_json_dict()
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(alone))
+    (tmp_path / "alone" / "model.safetensors").touch()  # it is not read
+    assert run("alone", "newer") == 1
     assert "token_order='adaptive' needs groups of patches" in capsys.readouterr().err
     assert not (tmp_path / "newer").exists()
 
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(condition_encoder=True), dict(patch_group=1), dict(bottleneck_type="vae")],
+    [dict(condition_encoder=True), dict(patch_group=1)],
     ids=str,
 )
 def test_a_model_that_cannot_have_the_order_is_refused(changes):

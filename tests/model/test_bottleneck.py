@@ -130,27 +130,26 @@ def test_the_divergence_is_summed_over_a_block_s_kept_tokens(tokens_per_block):
     """Difference 5 in elastic/README.md: by the block size, not by 2048 tokens."""
     latents = vae_latents()
     kept = np.random.default_rng(1).random((2, 12)) < 0.5
-    out = VAE(3)(latents, jnp.asarray(kept), tokens_per_block=tokens_per_block)
+    loss = VAE(3).aux_loss(latents, jnp.asarray(kept), tokens_per_block=tokens_per_block)
     mean, logvar = np.split(np.asarray(latents, np.float64), 2, axis=-1)
     kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum(-1) * kept
     expected = 1e-8 * np.mean([kl[b, i : i + tokens_per_block].sum() for b, i in
                                itertools.product(range(2), range(0, 12, tokens_per_block))])  # fmt: skip
-    assert float(out.aux_loss) == pytest.approx(expected, rel=1e-5)
-    assert (np.asarray(out.codes) == np.asarray(latents[..., :3])).all()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert (np.asarray(VAE(3).codes(latents)) == np.asarray(latents[..., :3])).all()
 
 
 def test_a_key_draws_a_sample_around_the_mean():
     latents = jnp.concatenate([jnp.full((1, 4000, 1), 2.0), jnp.full((1, 4000, 1), -2.0)], -1)
-    kept = jnp.ones((1, 4000), bool)
-    codes = VAE(1)(latents, kept, key=jax.random.key(0), tokens_per_block=4000).codes
+    codes = VAE(1).codes(latents, key=jax.random.key(0))
     assert float(jnp.mean(codes)) == pytest.approx(2, abs=0.02)
     assert float(jnp.std(codes)) == pytest.approx(np.exp(-1), abs=0.02)
 
 
 def test_a_huge_variance_gives_no_infinity():
     latents = jnp.full((1, 4, 2), 1e4).at[..., 0].set(0.0)
-    out = VAE(1)(latents, jnp.ones((1, 4), bool), key=jax.random.key(0), tokens_per_block=4)
-    assert np.isfinite(np.asarray(out.codes)).all() and np.isfinite(float(out.aux_loss))
+    loss = VAE(1).aux_loss(latents, jnp.ones((1, 4), bool), tokens_per_block=4)
+    assert np.isfinite(VAE(1).codes(latents, key=jax.random.key(0))).all() and np.isfinite(loss)
 
 
 def test_the_config_chooses():

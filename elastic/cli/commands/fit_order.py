@@ -16,7 +16,7 @@ FIT_ORDER = Script(
     name="scripts/fit_order.py",
     usage="--load_checkpoint=MODEL_FOLDER --input_path=FOLDER_OF_CLIPS --output_folder=NEW_FOLDER",
     description=(
-        "Gives a model with groups of patches and FSQ the token order 'adaptive': groups that have more to say send more of a "
+        "Gives a model with groups of patches the token order 'adaptive': groups that have more to say send more of a "
         "block's tokens. Measures what each stage takes off the error, fits what tells it beforehand, and writes the model with "
         "its new order into a new folder, whole or not at all. Some hundred blocks are enough. The search's first guesses "
         "(curves.json) are of the old order; fit them anew."
