@@ -363,6 +363,7 @@ def _block(clip: str, index: int, result: TileResult, condition: Condition) -> B
         passes=result.passes,
         seconds=result.seconds,
         tried=result.tried,
+        drafts=result.drafts,
     )
 
 

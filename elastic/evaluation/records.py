@@ -160,6 +160,7 @@ class Block(NamedTuple):
     passes: int
     seconds: float
     tried: dict[int, float]  # {count: loss} of every count that was evaluated
+    drafts: int = 0
 
 
 class CapPoint(NamedTuple):
@@ -229,6 +230,11 @@ class ConditionResult(Quality):
     def passes_per_block(self) -> float:
         """Mean number of passes through encoder and decoder for a block."""
         return float(np.mean([block.passes for block in self.blocks]))
+
+    @property
+    def drafts_per_block(self) -> float:
+        """Mean number of drafts of a block, which cost a part of a pass each (elastic/search/README.md)."""
+        return float(np.mean([block.drafts for block in self.blocks]))
 
     @property
     def seconds_per_block(self) -> float:

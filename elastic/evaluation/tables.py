@@ -81,7 +81,7 @@ def _quality(result: Quality) -> Row:
 
 
 def _measured(result: ConditionResult) -> Row:
-    costs = ("passes_per_block", "seconds_per_block")
+    costs = ("passes_per_block", "drafts_per_block", "seconds_per_block")
     return (
         {"mean_tokens": result.mean_tokens}
         | _quality(result)
@@ -154,6 +154,7 @@ def block_rows(evaluations: Evaluations) -> list[Row]:
             "loss": block.loss,
             "met": None if block.met is None else int(block.met),
             "passes": block.passes,
+            "drafts": block.drafts,
             "seconds": block.seconds,
         }
         for name, evaluation in evaluations.items()
@@ -190,6 +191,7 @@ def search_rows(evaluations: Evaluations) -> list[Row]:
                     "threshold": threshold,
                     "search": search,
                     "passes_per_block": result.passes_per_block,
+                    "drafts_per_block": result.drafts_per_block,
                     "seconds_per_block": result.seconds_per_block,
                     "mean_tokens": result.mean_tokens,
                     "mean_tokens_above_optimum": evaluation.above_optimum(threshold, search),
@@ -269,7 +271,9 @@ def describe(evaluations: Evaluations) -> str:
     rows = condition_rows(evaluations)
     met = [name for name in rows[0] if name.startswith("met ")]
     columns = "model asked mean_tokens bits_per_pixel psnr ssim lpips dists fvd fid".split()
-    parts = [table(rows, [*columns, *met, "passes_per_block", "seconds_per_block"])]
+    costs = "passes_per_block drafts_per_block seconds_per_block".split()
+    costs = [name for name in costs if any(row[name] for row in rows)]
+    parts = [table(rows, [*columns, *met, *costs])]
     if rows := delta_rows(evaluations):
         parts.append(
             "For the same quality in bits, for the same bits in dB:\n" + table(rows, list(rows[0]))

@@ -152,11 +152,17 @@ class Decoder(Coder):
 
     @nn.compact
     def __call__(
-        self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
+        self,
+        codes: Float[Array, "b l c"],
+        batch: Batch,
+        cache: ops.KVCache | None = None,
+        *,
+        draft: bool = False,
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
         """Reconstructed pixels, in (-1, 1) with `bounded_output`, and with a cache the new keys and values of every layer.
 
-        Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`.
+        Of the batch it reads `segment_ids`, `position_ids`, `valid` and `kept`. A draft leaves out the layers over tokens, which
+        take most of the time where groups have many tokens; it needs no cache.
         """
         common, config = self.common(), self.config
         if self.fsq_of_groups() is not None:
@@ -168,8 +174,12 @@ class Decoder(Coder):
         if config.condition_decoder:
             x = x + self.kept_embedding(batch.kept)
         x = constrain(x, self.mesh, "batch", "sequence", None)
-        layers = LayerStack(num_layers=config.num_decoder_layers, name="decoder_blocks", **common)
-        x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
+        new_kv = None
+        if not draft:
+            layers = LayerStack(
+                num_layers=config.num_decoder_layers, name="decoder_blocks", **common
+            )
+            x, new_kv = layers(x, _positions(batch), batch.segment_ids, batch.valid, cache)
         x = RMSNorm(name="ln_f", **common)(x)
         features = config.patch_group * config.patch_dim
         if grouped:
@@ -238,13 +248,18 @@ class ElasticTok(Module):
         return Encoded(token_masks.drop_tail(codes, batch.kept), aux_loss, new_kv)
 
     def decode(
-        self, codes: Float[Array, "b l c"], batch: Batch, cache: ops.KVCache | None = None
+        self,
+        codes: Float[Array, "b l c"],
+        batch: Batch,
+        cache: ops.KVCache | None = None,
+        *,
+        draft: bool = False,
     ) -> tuple[Float[Array, "b l p"], KVPair | None]:
-        """Pixels of codes as `encode` gives them, zero where tokens are dropped."""
+        """Pixels of codes as `encode` gives them, zero where tokens are dropped; or a draft of them, as `Decoder` gives it."""
         if self.config.token_order == "adaptive":
             codes, kept = self.token_order.to_network(codes, batch.kept)
             batch = batch._replace(kept=kept)
-        return self.decoder(codes, batch, cache)
+        return self.decoder(codes, batch, cache, draft=draft)
 
     def __call__(
         self, batch: Batch, *, key: Shaped[Array, "*k"] | None = None

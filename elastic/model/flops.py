@@ -53,8 +53,7 @@ def forward_flops(
     """
     width, latents = config.hidden_size, _num_latents(config)
     layers = config.num_encoder_layers + config.num_decoder_layers
-    of_layer = 4 * width**2 + 3 * width * config.intermediate_size
-    weights = layers * of_layer
+    weights = layers * _of_layer(config)
     seen, painted = (
         config.patch_dim * (lapped.WINDOW if option else 1)
         for option in (config.lapped_input, config.lapped_output)
@@ -65,9 +64,16 @@ def forward_flops(
     else:
         pairs = round(length * visible_blocks * config.tokens_per_block)
     of_tokens = 2 * length * weights + 4 * layers * (pairs + length * cache) * width
-    groups, in_block = (n // config.patch_group for n in (length, config.tokens_per_block))
-    of_groups = config.num_group_layers * groups * (2 * of_layer + 4 * in_block * width)
-    return of_tokens + of_groups
+    return of_tokens + _of_groups(config, length)
+
+
+def draft_share(config: ElasticTokConfig) -> float:
+    """FLOPs of a draft of a block, which leaves out the decoder's layers over tokens, over those of decoding it without a cache."""
+    tokens, width = config.tokens_per_block, config.hidden_size
+    painted = config.patch_dim * (lapped.WINDOW if config.lapped_output else 1)
+    draft = 2 * tokens * width * (config.code_dim + painted) + _of_groups(config, tokens)
+    over_tokens = 2 * tokens * _of_layer(config) + 4 * tokens**2 * width
+    return draft / (draft + config.num_decoder_layers * over_tokens)
 
 
 def training_flops(
@@ -78,6 +84,18 @@ def training_flops(
     Recomputation by rematerialization and in the gradient of attention is not counted, as in model FLOPs utilization.
     """
     return 3 * forward_flops(config, length, visible_blocks=visible_blocks)
+
+
+def _of_layer(config: ElasticTokConfig) -> int:
+    """Weights of the products of a layer."""
+    return config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+
+
+def _of_groups(config: ElasticTokConfig, length: int) -> int:
+    """FLOPs of the decoder's layers over groups."""
+    groups, in_block = (n // config.patch_group for n in (length, config.tokens_per_block))
+    of_group = 2 * _of_layer(config) + 4 * in_block * config.hidden_size
+    return config.num_group_layers * groups * of_group
 
 
 def _num_latents(config: ElasticTokConfig) -> int:

@@ -24,6 +24,11 @@ from elastic.search.rate_curve import SearchHistory
 
 log = logging.getLogger(__name__)
 
+
+class Draft(list[int]):
+    """A group of one count, whose loss a draft is to tell: about what the model would measure, for a part of the cost."""
+
+
 TOLERANCE = 0.018  # share of a clip's tokens that 'predict' may keep beyond need, to save passes
 
 
@@ -37,6 +42,7 @@ class SearchResult:
       met: whether `loss` is at most the threshold; without a threshold, whether it is finite.
       calls: calls of the model, each with one group of counts. The passes over a block are `len(tried)`: one a count.
       tried: every count evaluated and its loss, in the order tried.
+      drafts: how many counts were drafted.
     """
 
     num_kept: int
@@ -44,6 +50,7 @@ class SearchResult:
     met: bool
     calls: int
     tried: dict[int, float]
+    drafts: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,16 @@ class Seen(Protocol):
         ...
 
     @property
+    def drafts(self) -> Mapping[int, float]:
+        """The loss of every count drafted."""
+        ...
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether a plan may yield a `Draft`."""
+        ...
+
+    @property
     def history(self) -> SearchHistory:
         """What the searches of the clip's earlier blocks have shown."""
         ...
@@ -140,7 +157,7 @@ def plan(name: str) -> Callable[[SearchPlan], SearchPlan]:
     """Registers a search: a function `(options, seen) -> iterator of groups of untried counts`.
 
     Each group holds at least one count, all distinct. When the iterator is resumed, `seen.losses` holds
-    every count of the groups before.
+    every count of the groups before, `seen.drafts` those of each `Draft`.
     """
 
     def register(function: SearchPlan) -> SearchPlan:
@@ -164,9 +181,15 @@ class Search:
     """
 
     def __init__(
-        self, options: SearchOptions, groups: SearchPlan, history: SearchHistory | None = None
+        self,
+        options: SearchOptions,
+        groups: SearchPlan,
+        history: SearchHistory | None = None,
+        *,
+        can_draft: bool = False,
     ):
-        self._options = options
+        self._options, self.can_draft = options, can_draft
+        self._drafts: dict[int, float] = {}
         self.history = SearchHistory() if history is None else history
         self._pending: list[int] | None = None
         self._finished = False
@@ -180,6 +203,17 @@ class Search:
         return self._tried
 
     @property
+    def drafts(self) -> Mapping[int, float]:
+        """The loss of every count drafted."""
+        return self._drafts
+
+    @property
+    def wants_draft(self) -> bool:
+        """Whether a draft is to tell the loss of the count that is proposed now."""
+        self.propose()
+        return isinstance(self._pending, Draft)
+
+    @property
     def options(self) -> SearchOptions:
         """What this search may try."""
         return self._options
@@ -190,6 +224,8 @@ class Search:
 
     def propose(self) -> list[int] | None:
         """The counts to try now (at least one, distinct, none tried before), or None when finished.
+
+        Where `wants_draft`, it is a count to be drafted.
 
         Repeats itself until the losses of these counts are observed.
         """
@@ -205,10 +241,14 @@ class Search:
           ValueError: `counts` is not what was proposed, or there is not one loss for each.
         """
         counts = [int(count) for count in counts]
-        if self._pending is None or counts != self._pending:
+        if self._pending is None or counts != list(self._pending):
             raise ValueError(f"counts={counts} must be the counts proposed last, {self._pending}.")
         if len(losses) != len(counts):
             raise ValueError(f"{len(losses)} losses for {len(counts)} counts; one each is needed.")
+        if isinstance(self._pending, Draft):
+            self._drafts |= zip(counts, map(float, losses), strict=True)
+            self._pending = None
+            return
         for count, loss in zip(counts, losses, strict=True):
             self._tried[count] = loss = float(loss)
             if not math.isfinite(loss):
@@ -239,6 +279,7 @@ class Search:
             met=met,
             calls=self._calls,
             tried=dict(self._tried),
+            drafts=len(self._drafts),
         )
 
     def _unmeasured_fallback(self) -> list[int] | None:
@@ -271,6 +312,7 @@ def make_search(
     full_curve: bool = False,
     tolerance: float = TOLERANCE,
     history: SearchHistory | None = None,
+    can_draft: bool = False,
 ) -> Search:
     """The search of one block.
 
@@ -289,6 +331,7 @@ def make_search(
       full_curve: 'linear' tries all its counts, also after one met the threshold.
       tolerance: share of a clip's tokens that 'predict' may keep beyond need, to save passes; 0: none.
       history: what 'predict' knows of the clip's earlier blocks; it adds this one. None: nothing is known.
+      can_draft: whether 'predict' may ask for drafts (`Search.wants_draft`).
 
     Raises:
       ValueError: an unknown name, a value out of range, or options that do not fit the search.
@@ -323,13 +366,15 @@ def make_search(
         full_curve=full_curve,
         tolerance=tolerance,
     )
-    return Search(options, _PLANS[name], history)
+    return Search(options, _PLANS[name], history, can_draft=can_draft)
 
 
-def run_search(
-    search: Search, evaluate: Callable[[list[int]], Collection[SupportsFloat]]
-) -> SearchResult:
-    """Runs a search to its end; `evaluate` gives one loss for each count of a group."""
+_Losses = Callable[[list[int]], Collection[SupportsFloat]]
+
+
+def run_search(search: Search, evaluate: _Losses, draft: _Losses | None = None) -> SearchResult:
+    """Runs a search to its end; `evaluate` gives one loss for each count of a group, `draft` one for each count to be drafted."""
     while (counts := search.propose()) is not None:
-        search.observe(counts, evaluate(counts))
+        losses = draft if draft and search.wants_draft else evaluate
+        search.observe(counts, losses(counts))
     return search.result()

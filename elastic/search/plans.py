@@ -20,6 +20,7 @@ def _predict(options: SearchOptions, seen: Seen) -> Iterator[list[int]]:
         history=seen.history,
         losses=seen.losses,
         meets=seen.meets,
+        drafts=seen.drafts if seen.can_draft else None,
     )
 
 

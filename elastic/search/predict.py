@@ -8,6 +8,7 @@ The result is therefore always measured. Where guesses keep failing, the search 
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from elastic.search.base import Draft
 from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, points_of
 
 # The constants were fitted by replaying recorded curves of clips that no figure in the README is measured on.
@@ -29,6 +30,16 @@ _REACH = 3
 _LEAST_STEP = 0.03
 # Calls before the search halves the range instead.
 GUESSES = 8
+# A draft tells the crossing if it is this near to it.
+_NEAR_ENOUGH = 0.015
+_MOST_DRAFTS = 6
+# After drafts `_MARGIN` is this, and so much more for each unit of log loss that drafts were off in earlier blocks.
+_DRAFTED_MARGIN = 0.004
+_MARGIN_OF_ERROR = 1
+# In log loss: where drafts tell less than this, the curves of earlier blocks tell more.
+_LARGEST_DRAFT_ERROR = 0.05
+# What a block without drafts leaves of that error, so that they are tried again.
+_FORGETTING = 0.8
 
 
 def predict(
@@ -41,11 +52,13 @@ def predict(
     history: SearchHistory,
     losses: Mapping[int, float],
     meets: Callable[[int], bool],
+    drafts: Mapping[int, float] | None = None,
 ) -> Iterator[list[int]]:
     """Yields groups of counts to try, as every plan does (`elastic.search.base.plan`); updates `history` at the end.
 
     Until a count meets the threshold, and while a lower one would save more tokens than the tolerance allows, it tries the counts
-    of `_guesses`. After `GUESSES` calls it splits the interval that is left evenly.
+    of `_guesses`. After `GUESSES` calls it splits the interval that is left evenly. Where drafts can be had, they come first: the
+    curve from which it guesses then runs through their losses, moved by what the losses of the block before differed from its drafts.
 
     Args:
       smallest: the smallest count allowed; it is tried only if the result depends on it.
@@ -56,12 +69,21 @@ def predict(
       history: what the clip's earlier blocks have shown.
       losses: the loss of every count measured; it holds a group's losses when the iterator is resumed.
       meets: whether a measured count meets the threshold.
+      drafts: the loss of the count of each `Draft`, as `losses`; None: no drafts can be had.
     """
     log_threshold = log_loss(threshold)
     guess = history.curve or Curve(
         [Point((math.log(smallest) + math.log(largest)) / 2, log_threshold)]
     )
     state = _Bracket(smallest, largest)
+    margin, drafted = _MARGIN, None
+    if drafts is not None and history.draft_error > _LARGEST_DRAFT_ERROR:
+        history.draft_error *= _FORGETTING
+    elif drafts is not None and smallest < largest:
+        offset = history.draft_offset or 0.0
+        yield from _drafts(guess, log_threshold, state, drafts, offset)
+        guess = drafted = guess.shifted_through(_moved(drafts, offset))
+        margin = min(_DRAFTED_MARGIN + _MARGIN_OF_ERROR * history.draft_error, _MARGIN)
     calls = 0
     while not state.closed:
         curve = guess.shifted_through(points_of(losses))
@@ -72,7 +94,9 @@ def predict(
             if excess < 1 or excess <= min(allowed, _MOST_EXCESS * state.found):
                 break
         if calls < GUESSES:
-            group = _guesses(curve, log_threshold, state, width=width, spread=history.spread)
+            group = _guesses(
+                curve, log_threshold, state, width=width, spread=history.spread, margin=margin
+            )
         else:
             group = state.parts(width)
         yield group
@@ -81,6 +105,51 @@ def predict(
     first_guess = guess.crossing(log_threshold, *_Bracket(smallest, largest).ends)
     curve = guess.shifted_through(points_of(losses))
     _remember(history, curve, log_threshold, state, first_guess=first_guess)
+    kept = state.largest if state.found is None else state.found
+    if drafted is not None and math.isfinite(losses[kept]):
+        _remember_drafts(history, drafted, Point(math.log(kept), log_loss(losses[kept])))
+
+
+def _drafts(
+    guess: Curve,
+    log_threshold: float,
+    state: "_Bracket",
+    drafts: Mapping[int, float],
+    offset: float,
+) -> Iterator[Draft]:
+    """Drafts the count where the curve crosses the threshold, until that is near to one that was drafted.
+
+    Args:
+      guess: the curve of the block as expected without drafts.
+      log_threshold: the log of the threshold.
+      state: has the smallest and the largest count.
+      drafts: the losses of the counts drafted so far.
+      offset: what is added to their logarithms.
+    """
+    while len(drafts) < _MOST_DRAFTS:
+        curve = guess.shifted_through(_moved(drafts, offset))
+        count = _crossing_count(curve, log_threshold, state) or state.largest
+        if any(abs(math.log(count / other)) <= _NEAR_ENOUGH for other in drafts):
+            return
+        yield Draft([count])
+
+
+def _moved(drafts: Mapping[int, float], offset: float) -> list[Point]:
+    return [Point(p.x, p.y + offset) for p in points_of(drafts)]
+
+
+def _remember_drafts(history: SearchHistory, drafted: Curve, result: Point) -> None:
+    """Adds to the history how far a block's loss was from the curve of its drafts.
+
+    Args:
+      history: changed in place.
+      drafted: the curve, which the history's offset has moved.
+      result: the count kept, and the loss measured with it.
+    """
+    missed = result.y - drafted.at(result.x)
+    if history.draft_offset is not None:
+        history.draft_error = 0.5 * history.draft_error + 0.5 * abs(missed)
+    history.draft_offset = (history.draft_offset or 0.0) + missed
 
 
 def _remember(
@@ -179,7 +248,7 @@ def _crossing_count(curve: Curve, log_threshold: float, state: _Bracket) -> int 
 
 
 def _guesses(
-    curve: Curve, log_threshold: float, state: _Bracket, *, width: int, spread: float
+    curve: Curve, log_threshold: float, state: _Bracket, *, width: int, spread: float, margin: float
 ) -> list[int]:
     """Counts to try next: slightly above where the curve crosses the threshold, or several around that count.
 
@@ -199,6 +268,7 @@ def _guesses(
       state: what is known of the result.
       width: most counts to return.
       spread: usual error of a first guess, in log counts.
+      margin: is added to a guess, in log counts.
     """
     low, high = state.ends
     x = curve.crossing(log_threshold, low, high)
@@ -213,13 +283,13 @@ def _guesses(
     if state.failed and state.found is not None:
         uncertainty = _UNCERTAINTY * min(x - low, high - x)
         lean = 1 - 0.5 ** max(repeats - 1, 0)  # 0: trust the curve, towards 1: halve
-        centre = (1 - lean) * (x + _MARGIN + uncertainty) + lean * (low + high) / 2
+        centre = (1 - lean) * (x + margin + uncertainty) + lean * (low + high) / 2
     elif state.failed:  # no count met the threshold yet: double the step
         uncertainty = _UNCERTAINTY * (x - low)
-        centre = x + _MARGIN + uncertainty + (2**repeats - 1) * max(x - low, _LEAST_STEP)
+        centre = x + margin + uncertainty + (2**repeats - 1) * max(x - low, _LEAST_STEP)
     elif state.found is not None:  # no count failed yet: double the step
         uncertainty = _UNCERTAINTY * (high - x)
-        centre = high - (high - x) * 2**repeats + _MARGIN + uncertainty
+        centre = high - (high - x) * 2**repeats + margin + uncertainty
     else:
-        centre, uncertainty = x + _MARGIN, spread / _REACH
+        centre, uncertainty = x + margin, spread / _REACH
     return state.around(centre, _REACH * uncertainty, width)

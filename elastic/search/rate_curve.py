@@ -96,6 +96,8 @@ class SearchHistory:
       excess: estimated tokens that the searches could still have saved but did not, to save passes.
       spread: mean distance of first guesses from the count kept, in log counts; recent blocks weigh most.
       expected: the curve that the prior gave for the last block; None: there is no prior.
+      draft_offset: the log loss of the last block less that of its draft; None: no block was drafted.
+      draft_error: mean distance of a block's offset from that of the block before; recent blocks weigh most.
     """
 
     curve: Curve | None = None
@@ -103,6 +105,8 @@ class SearchHistory:
     excess: int = 0
     spread: float = 0.25
     expected: Curve | None = None
+    draft_offset: float | None = None
+    draft_error: float = 0.0
 
 
 def history_to_json(history: SearchHistory) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The jitted programs of one block: try candidate counts against a cache, commit one of them, decode.
 
 One *pass* is one run of encoder and decoder over one block for one candidate count: the unit of cost. Without `condition_encoder` the
-encoder does not depend on the count, so it runs once for all passes over a block. A trial keeps the results of its passes (new keys and
+encoder does not depend on the count, so it runs once for all passes over a block. A *draft* is a pass without the decoder's layers over
+tokens, which tells about what the pass would. A trial keeps the results of its passes (new keys and
 values, codes, pixels), so that committing a candidate copies them into the cache and computes nothing again.
 """
 
@@ -22,8 +23,11 @@ from elastic.config import ElasticTokConfig
 from elastic.distributed.mesh import memory_limit, platform_of
 from elastic.model import Batch, ElasticTok, make_bottleneck, token_masks
 from elastic.model.bottleneck import FSQ
+from elastic.model.flops import draft_share
 from elastic.ops import bf16_bits
 from elastic.patches import patchify, to_levels, to_uint8, to_unit_range, to_unrounded_levels
+
+_MOST_OF_A_DRAFT = 1 / 4  # of the FLOPs of a pass; a draft that costs more saves nothing
 
 
 class CodecCache(NamedTuple):
@@ -89,6 +93,7 @@ class Codec:
       window_blocks: blocks in one context, the current one included. The cache holds one less.
 
     Attributes:
+      can_draft: whether `draft` is worth while: the encoder runs once for all counts, and a draft costs little.
       model_seconds: how long the calls of `BatchScheduler` have taken so far. At any other time the model waits: for frames, or for
         what becomes of its tokens.
     """
@@ -119,9 +124,13 @@ class Codec:
             mesh=mesh,
         )
         self.bottleneck = make_bottleneck(config)
+        # Without groups of patches only the layers over tokens know what a dropped token shows.
+        shared_codes = config.patch_group > 1 and not config.condition_encoder
+        self.can_draft = shared_codes and draft_share(config) <= _MOST_OF_A_DRAFT
         self._stores_bits = platform_of(mesh) == "cpu"
         self._encode = jax.jit(self._encode_impl)
         self._try = jax.jit(self._try_impl, static_argnames="keep")
+        self._draft = jax.jit(self._draft_impl)
         self._select = jax.jit(self._select_impl, donate_argnames="selected")
         self._commit = jax.jit(self._commit_impl, donate_argnames="cache")
         self._decode = jax.jit(
@@ -262,6 +271,19 @@ class Codec:
         # Where the cache of the only clip has no space for a block, nothing is appended to it.
         keep = keep and (self._slots(cache.encoder) > 0 or len(counts) > 1)
         return self._try(params, cache, patches, counts, num_frames, weights, encoded, keep=keep)
+
+    def draft(
+        self,
+        params: dict[str, Any],
+        patches: UInt8[Array | np.ndarray, "b l p"],
+        counts: Int[Array | np.ndarray, "b k"],
+        encoded: EncodedBlock,
+        *,
+        num_frames: Int[Array | np.ndarray, "b"],
+        weights: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]:
+        """About the losses that `try_counts` would measure: those of a decoder without its layers over tokens. Arguments as there."""
+        return self._draft(params, patches, counts, encoded.codes, num_frames, weights)
 
     def select(
         self,
@@ -428,9 +450,7 @@ class Codec:
         keep: bool,
     ) -> Trial:
         num_candidates = counts.shape[1]
-        is_real = self._real_pixels(jnp.repeat(num_frames, num_candidates))
-        x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=num_candidates)
-        kept = token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
+        x, kept = self._candidates(patches, counts)
         batch = Batch(x, kept, position_ids=self._positions(cache, num_candidates))
         if self.config.condition_encoder:
             encoded = self._encoded(params, cache, batch)
@@ -442,7 +462,37 @@ class Codec:
         out, decoder_new = self._apply("decode", params, codes, batch, cache.decoder)
         out = jnp.clip(out, -1.0, 1.0)
         levels = to_levels(out)
+        losses, pixel_losses = self._losses(out, levels, x, num_frames, weights)
+        return Trial(
+            losses=losses,
+            pixel_losses=pixel_losses,
+            codes=codes,
+            pixels=levels.astype(jnp.uint8) if weights is None else to_unrounded_levels(out),
+            encoder_new=encoded.new_kv if keep else None,
+            decoder_new=decoder_new if keep else None,
+        )
 
+    def _draft_impl(
+        self, params, patches, counts, codes, num_frames, weights=None
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]:
+        x, kept = self._candidates(patches, counts)
+        codes = repeat(codes, "b l c -> (b k) l c", k=counts.shape[1])
+        codes = token_masks.drop_tail(codes, kept)
+        out, _ = self._apply("decode", params, codes, Batch(x, kept), draft=True)
+        out = jnp.clip(out, -1.0, 1.0)
+        return self._losses(out, to_levels(out), x, num_frames, weights)
+
+    def _candidates(self, patches, counts) -> tuple[Float[Array, "n l p"], Bool[Array, "n l"]]:
+        """The pixels of each candidate, and which of its tokens are kept."""
+        x = repeat(to_unit_range(patches), "b l p -> (b k) l p", k=counts.shape[1])
+        return x, token_masks.kept_mask(counts.reshape(-1), self.config.tokens_per_block)
+
+    def _losses(
+        self, out: Array, levels: Array, x: Array, num_frames, weights
+    ) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]:
+        """The mean squared errors of pixels, and of 8-bit levels, for each candidate."""
+        num_candidates = len(out) // len(num_frames)
+        is_real = self._real_pixels(jnp.repeat(num_frames, num_candidates))
         weighed, counted = None, is_real
         if weights is not None:
             weighed = repeat(self._pixel_weights(*weights), "b l p -> (b k) l p", k=num_candidates)
@@ -459,14 +509,7 @@ class Codec:
                 total / jnp.sum(counted, axis=(1, 2)), "(b k) -> b k", k=num_candidates
             )
 
-        return Trial(
-            losses=mean_over_real(out - x),
-            pixel_losses=mean_over_real(to_unit_range(levels) - x),
-            codes=codes,
-            pixels=levels.astype(jnp.uint8) if weights is None else to_unrounded_levels(out),
-            encoder_new=encoded.new_kv if keep else None,
-            decoder_new=decoder_new if keep else None,
-        )
+        return mean_over_real(out - x), mean_over_real(to_unit_range(levels) - x)
 
     def _chosen(self, trial: Trial, choice) -> Trial:
         """The trial with one candidate of each element."""
@@ -583,8 +626,8 @@ class Codec:
             encoder._replace(length=length), decoder._replace(length=length), num_blocks
         )
 
-    def _apply(self, method: str, params, *arguments) -> Any:
-        return self.model.apply({"params": params}, *arguments, method=method)
+    def _apply(self, method: str, params, *arguments, **options) -> Any:
+        return self.model.apply({"params": params}, *arguments, method=method, **options)
 
     def _snapped(self, codes: Array) -> Array:
         """FSQ codes as computed from their indices, so that decoding from a file repeats them to the bit."""

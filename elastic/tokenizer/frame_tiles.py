@@ -110,6 +110,7 @@ class BlockGatherer:
             passes=sum(part.passes for part in parts),
             seconds=time.perf_counter() - self._started,
             tried={},
+            drafts=sum(part.drafts for part in parts),
             tiles=parts,
         )
 

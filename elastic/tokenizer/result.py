@@ -16,6 +16,7 @@ class TileResult(NamedTuple):
     passes: int  # runs of encoder and decoder over this tile of the block
     seconds: float
     tried: dict[int, float]  # every count evaluated, with its loss
+    drafts: int  # counts that were drafted to find the first ones to try
 
 
 class BlockResult(NamedTuple):
@@ -31,12 +32,14 @@ class BlockResult(NamedTuple):
     passes: int  # runs of encoder and decoder over this block
     seconds: float
     tried: dict[int, float]  # every count evaluated, with its loss; empty for several tiles
+    drafts: int  # counts that were drafted to find the first ones to try
     tiles: tuple[TileResult, ...] = ()  # of a frame of several tiles, row after row
 
     @property
     def parts(self) -> tuple[TileResult, ...]:
         """The tiles; where the frame is one tile, the block itself."""
-        return self.tiles or (TileResult(self.tokens, self.passes, self.seconds, self.tried),)
+        own = TileResult(self.tokens, self.passes, self.seconds, self.tried, self.drafts)
+        return self.tiles or (own,)
 
     @property
     def squares(self) -> int:

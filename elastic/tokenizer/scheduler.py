@@ -183,6 +183,7 @@ class BatchScheduler:
             return self._step()
 
     def _step(self) -> list[tuple[int, BlockResult]]:
+        self._draft()
         groups: dict[int, list[int]] = {}
         for slot, work in self._busy():
             again = work.again
@@ -206,6 +207,37 @@ class BatchScheduler:
                     work.again = result
         self._select(trial, choice, newer)
         return self._commit(finished) if finished else []
+
+    def _draft(self) -> None:
+        """Drafts what searches want drafted before the model is called."""
+        while wanting := [
+            (slot, work)
+            for slot, work in self._busy()
+            if work.again is None and work.search.wants_draft
+        ]:
+            counts = np.ones((self.batch, 1), np.int32)
+            for slot, work in wanting:
+                counts[slot] = work.search.propose() or []
+            encoded = self._encode()
+            assert encoded is not None, "A codec that can draft encodes once for all counts."
+            found = self.codec.draft(
+                self._weights,
+                self._patches,
+                counts,
+                encoded,
+                num_frames=self._num_frames,
+                weights=self._pixel_weights,
+            )
+            losses = np.maximum(*jax.device_get(found))
+            for slot, work in wanting:
+                work.search.observe(counts[slot].tolist(), losses[slot])
+
+    def _encode(self) -> EncodedBlock | None:
+        """What the encoder gives for the blocks in the slots, if it serves all counts."""
+        self._inputs_in_use = True
+        if self._encoded is None:
+            self._encoded = self.codec.encode(self._weights, self.cache, self._patches)
+        return self._encoded
 
     def losses_of(self, slot: int, counts: Sequence[int]) -> dict[int, float]:
         """The loss of each of these counts for the block in a slot, without telling its search."""
@@ -236,9 +268,6 @@ class BatchScheduler:
         counts = np.ones((self.batch, self.width), np.int32)
         for slot, group in groups.items():
             counts[slot] = group + group[-1:] * (self.width - len(group))
-        self._inputs_in_use = True
-        if self._encoded is None:
-            self._encoded = self.codec.encode(self._weights, self.cache, self._patches)
         trial = self.codec.try_counts(
             self._weights,
             self.cache,
@@ -246,7 +275,7 @@ class BatchScheduler:
             counts,
             num_frames=self._num_frames,
             weights=self._pixel_weights,
-            encoded=self._encoded,
+            encoded=self._encode(),
             keep=keep,
         )
         # The larger of both errors is compared with the threshold, so that the decoded 8-bit frames stay under it too.
@@ -337,6 +366,7 @@ class BatchScheduler:
             passes=work.passes,
             seconds=time.perf_counter() - work.started,
             tried=result.tried,
+            drafts=result.drafts,
         )
 
 

@@ -360,7 +360,12 @@ class EncodeSession:
         return number * self.layout.num_tiles + tile
 
     def _make_search(self, history: SearchHistory | None = None) -> Search:
-        return make_search(self._search_name, history=history, **self._search_arguments())
+        return make_search(
+            self._search_name,
+            history=history,
+            can_draft=self.metric is None and self._context.codec.can_draft,
+            **self._search_arguments(),
+        )
 
     def _search_arguments(self) -> dict[str, Any]:
         return _search_arguments(self._search_options)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from elastic.aot import hlo, targets
-from elastic.config import ElasticTokConfig
+from elastic.config import ElasticTokConfig, load_config
 from elastic.distributed.mesh import make_mesh
 from elastic.model import Batch, ElasticTok, flops, param_shapes
 from elastic.training.loss import training_loss
@@ -138,6 +138,26 @@ def products(jaxpr) -> int:
             max(inner, default=0) if equation.primitive.name == "cond" else sum(inner)
         )
     return total
+
+
+@pytest.mark.parametrize("name", ["small-fsq", "small-vae"])
+def test_a_draft_takes_its_share_of_the_traced_products(name):
+    config = load_config(name).replace(attention_implementation="reference")
+    shape = (1, config.tokens_per_block)
+    batch = Batch(
+        jax.ShapeDtypeStruct((*shape, 0), jnp.float32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+    )
+    codes = jax.ShapeDtypeStruct((*shape, config.code_dim), jnp.float32)
+
+    def traced(draft):
+        def decode(params, codes, batch):
+            return ElasticTok(config).apply(
+                {"params": params}, codes, batch, method="decode", draft=draft
+            )[0]
+
+        return products(jax.make_jaxpr(decode)(param_shapes(config), codes, batch).jaxpr)
+
+    assert flops.draft_share(config) == pytest.approx(traced(True) / traced(False), rel=0.1)
 
 
 @pytest.mark.parametrize("bottleneck", ["fsq", "vae"])

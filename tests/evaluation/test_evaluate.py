@@ -427,14 +427,14 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
 
     blocks, summary, searches = (read(f"{name}.csv") for name in ("blocks", "summary", "searches"))
     assert list(blocks[0]) == (
-        "model clip block search threshold num_tokens kept loss met passes seconds".split()
+        "model clip block search threshold num_tokens kept loss met passes drafts seconds".split()
     )
     # 2 + 2 + 1 blocks; 2 counts and 2 searches under 2 thresholds, and the one run of the baseline.
     assert len(blocks) == 5 * (2 + 2 * 2 + 1)
     assert {row["kept"] for row in blocks if row["model"] == "baseline"} == {"16"}
     assert list(summary[0]) == (
         "model mask_type search threshold num_tokens blocks share_met mean_tokens bits_per_pixel psnr psnr_of_clips ssim lpips dists "
-        "fvd fid passes_per_block seconds_per_block".split()
+        "fvd fid passes_per_block drafts_per_block seconds_per_block".split()
     )
     coded = [row for row in summary if row["search"] == "jpeg"]
     assert [row["num_tokens"] for row in coded] == ["8", "32", "16"]
@@ -449,7 +449,7 @@ def test_the_script_compares_models_and_searches(clips, models, tmp_path, capsys
         ]
         assert float(row["share_met"]) == pytest.approx(np.mean(mine))
     assert list(searches[0]) == (
-        "model threshold search passes_per_block seconds_per_block mean_tokens mean_tokens_above_optimum share_met".split()
+        "model threshold search passes_per_block drafts_per_block seconds_per_block mean_tokens mean_tokens_above_optimum share_met".split()
     )
     assert {row["model"] for row in searches} == {"elastic"} and len(searches) == 4
     curves = read("curves.csv")

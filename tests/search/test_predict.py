@@ -22,11 +22,17 @@ from elastic.search.rate_curve import (
 LOSSES = st.floats(0, 1, width=32) | st.sampled_from([0.0, 1e-38, math.inf, math.nan])
 
 
-def search_clip(blocks, history=None, **options):
-    """Searches a clip's blocks ({count: loss} each) with one history; fails where a count is tried twice or is none."""
+def search_clip(blocks, history=None, drafts=None, **options):
+    """Searches a clip's blocks ({count: loss} each) with one history; fails where a count is tried or drafted twice or is none."""
     history, results = history or SearchHistory(), []
-    for losses in blocks:
+    for losses, drafted in zip(blocks, drafts or [None] * len(blocks), strict=True):
         seen: list[int] = []
+        seen_drafts: list[int] = []
+
+        def draft(counts, drafted=drafted, seen_drafts=seen_drafts):
+            assert len(counts) == 1 and counts[0] not in seen_drafts
+            seen_drafts += counts
+            return [drafted[counts[0]]]
 
         def evaluate(counts, losses=losses, seen=seen):
             assert 1 <= len(counts) <= options.get("width", 1)
@@ -34,7 +40,9 @@ def search_clip(blocks, history=None, **options):
             seen += counts
             return [losses[count] for count in counts]
 
-        results.append(run_search(make_search("predict", history=history, **options), evaluate))
+        search = make_search("predict", history=history, can_draft=drafted is not None, **options)
+        results.append(run_search(search, evaluate, draft))
+        assert results[-1].drafts == len(seen_drafts) <= 6
     return results
 
 
@@ -61,6 +69,9 @@ def clips(draw):
         "width": draw(st.integers(1, 5)),
         "tolerance": draw(st.sampled_from([0.0, 0.01, 0.5])),
     }
+    if draw(st.booleans()):  # drafts that have nothing to do with the losses either
+        drafts = [draw(st.permutations(block)) for block in blocks]
+        options["drafts"] = [dict(enumerate(block, min_kept)) for block in drafts]
     return [dict(enumerate(block, min_kept)) for block in blocks], options
 
 
@@ -114,6 +125,62 @@ def test_smooth_curves_that_drift_cost_few_passes_and_few_tokens(
     assert all(found.met for found in results)
     assert sum(found.num_kept for found in results) <= tokens * sum(best)
     assert sum(len(found.tried) for found in results) <= passes * len(results)
+
+
+def drifting(blocks=100, slope=0.8, spread=0.3):
+    """Blocks that meet 0.01 with very different counts, and these counts."""
+    random, counts = np.random.default_rng(0), range(32, 4097)
+    least = np.exp(
+        np.clip(np.log(500) + random.normal(0, spread, blocks), np.log(60), np.log(3000))
+    )
+    found = [power_law(0.01 * n**slope, slope, counts, noise=0.003) for n in least]
+    return found, [next(n for n in counts if losses[n] <= 0.01) for losses in found]
+
+
+@pytest.mark.parametrize("offset", [0.7, 1.0, 1.4])
+def test_after_good_drafts_a_block_takes_hardly_more_than_one_pass(offset):
+    """Where drafts are off by a factor, the search learns it in the first block; small errors of drafts cost nothing."""
+    blocks, best = drifting()
+    random = np.random.default_rng(1)
+    drafts = [
+        {n: loss * offset * error for n, loss in losses.items()}
+        for losses, error in zip(blocks, np.exp(random.normal(0, 0.002, len(blocks))), strict=True)
+    ]
+    bounds = dict(min_kept=32, max_kept=4096, threshold=0.01)
+    results = search_clip(blocks, drafts=drafts, **bounds)
+    assert all(found.met for found in results)
+    assert sum(found.num_kept for found in results) <= 1.012 * sum(best)
+    assert sum(len(found.tried) for found in results) <= 1.15 * len(results)
+    assert sum(found.drafts for found in results) <= 3 * len(results)
+    without = search_clip(blocks, **bounds)
+    assert sum(len(found.tried) for found in without) > 1.5 * len(results)
+    # A history from a file says the same.
+    history = SearchHistory()
+    search_clip(blocks[:3], history, drafts[:3], **bounds)
+    again = history_from_json(history_to_json(history))
+    found, expected = (search_clip(blocks[3:5], h, drafts[3:5], **bounds) for h in (again, history))
+    assert found == expected
+
+
+def test_drafts_that_mislead_are_given_up_for_a_while():
+    blocks, best = drifting(40, spread=0.02)
+    errors = np.exp(np.random.default_rng(1).normal(0, 0.5, len(blocks)))
+    drafts = [
+        {n: loss * error for n, loss in losses.items()}
+        for losses, error in zip(blocks, errors, strict=True)
+    ]
+    results = search_clip(blocks, drafts=drafts, min_kept=32, max_kept=4096, threshold=0.01)
+    assert results[0].drafts
+    assert 1 <= sum(found.drafts > 0 for found in results[5:]) <= 0.2 * len(results)
+    assert sum(found.num_kept for found in results) <= 1.03 * sum(best)
+    # After a single block whose drafts are off they soon help again.
+    drafts = [dict(losses) for losses in blocks]
+    drafts[5] = {n: 1.15 * loss for n, loss in drafts[5].items()}
+    results = search_clip(blocks, drafts=drafts, min_kept=32, max_kept=4096, threshold=0.01)
+    assert not results[6].drafts and all(found.drafts for found in results[20:])
+    # A single count leaves nothing to guess.
+    alone = search_clip(blocks, drafts=drafts, min_kept=400, max_kept=400, threshold=0.01)
+    assert not any(found.drafts for found in alone)
 
 
 @pytest.mark.parametrize(("tolerance", "width"), [(0.0, 3), (TOLERANCE, 5)])

@@ -1,14 +1,16 @@
 """Block by block equals one-shot, equals the released system; candidates do not touch the cache."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from elastic import checkpoints
-from elastic.config import ElasticTokConfig
+from elastic.config import PRESETS, ElasticTokConfig, load_config
 from elastic.model import Batch, ElasticTok, init_params, param_shapes, token_masks
 from elastic.patches import to_unit_range
 from elastic.tokenizer.block_codec import Codec
@@ -110,6 +112,45 @@ def test_a_model_with_every_spatial_option_gives_block_by_block_what_one_shot_gi
     np.testing.assert_allclose(
         committed.pixels, (np.clip(out[:, 64:], -1, 1) + 1) * 127.5, atol=0.51
     )
+
+
+def test_a_draft_is_a_pass_whose_layers_over_tokens_change_nothing():
+    """Of short blocks and of weighted pixels too."""
+    config = ElasticTokConfig(
+        hidden_size=32, intermediate_size=32, num_encoder_layers=1, num_decoder_layers=1, num_attention_heads=1,
+        num_group_layers=1, frames_per_block=4, patch_size=(2, 4, 4), max_toks=128, min_toks=32, max_sequence_length=256,
+        token_order="adaptive", condition_encoder=False, condition_decoder=True, rope="3d", patch_group=4,
+        haar_groups=True, lapped_output=True, bounded_output=False, fsq_quant_levels=(7, 5, 4),
+    )  # fmt: skip
+    params = jax.device_get(init_params(config, jax.random.key(0)))
+    outputs = ("wo", "w2")  # of the layers' two parts, which are added to the tokens
+    idle = {
+        path: np.zeros_like(x) if "decoder_blocks" in path and set(outputs) & set(path) else x
+        for path, x in flatten_dict(params).items()
+    }
+    idle = unflatten_dict(idle)
+    codec, rng = Codec(config, window_blocks=2), np.random.default_rng(0)
+    patches = rng.integers(0, 256, (2, 128, config.patch_dim), np.uint8)
+    counts = np.array([[33], [90]], np.int32)
+    plane = rng.random((2, config.resolution)).astype(np.float32)
+    options: dict[str, Any] = dict(
+        num_frames=np.array([4, 3], np.int32), weights=(plane, plane[::-1].copy())
+    )
+    cache = codec.new_cache(batch=2)
+    for tree in (params, idle):
+        encoded = codec.encode(tree, cache, patches)
+        assert encoded is not None
+        drafts = np.array(codec.draft(tree, patches, counts, encoded, **options))
+        trial = codec.try_counts(tree, cache, patches, counts, encoded=encoded, **options)
+        off = np.abs(drafts / np.array([trial.losses, trial.pixel_losses]) - 1)
+        assert off.max() < 1e-5 if tree is idle else off.min() > 1e-4
+
+
+def test_a_codec_drafts_where_that_is_cheap():
+    can_draft = {name: Codec(load_config(name)).can_draft for name in PRESETS}
+    assert [name for name, can in can_draft.items() if can] == ["small-fsq"]
+    # Without groups of patches nothing but the layers over tokens knows what a dropped token shows.
+    assert not Codec(ElasticTokConfig(condition_encoder=False)).can_draft
 
 
 def test_candidates_tried_together_equal_candidates_tried_alone(case):

@@ -35,6 +35,7 @@ class ModelCodec:
 
     def __init__(self, trial_bytes=0, once=False):
         self.bytes, self.calls, self.once, self.num_encoded = trial_bytes, [], once, 0
+        self.num_drafts = 0
 
     def new_cache(self, batch, *, num_blocks):
         return Cache([[] for _ in range(batch)])
@@ -48,6 +49,11 @@ class ModelCodec:
     def encode(self, params, cache, patches):
         self.num_encoded += 1
         return patches.copy() if self.once else None
+
+    def draft(self, params, patches, counts, encoded, *, num_frames, weights):
+        self.num_drafts += np.count_nonzero(counts > 1)
+        losses = encoded[:, :1, 0] / counts
+        return losses, losses
 
     def try_counts(self, params, cache, patches, counts, *, num_frames, weights, encoded, keep):
         self.calls.append(counts.copy())
@@ -133,6 +139,22 @@ def test_an_encoder_that_sees_no_count_runs_once_for_a_block():
             scheduler.assign(1, block(50), search(num_tokens=7))
         for slot, result in scheduler.step():
             assert result.tokens.loss == (10.0 if slot == 0 else 50 / 7)
+
+
+def test_drafts_come_before_the_passes_and_are_counted_apart():
+    codec = ModelCodec(once=True)
+    scheduler = BatchScheduler(codec, {}, batch=3)
+    for slot, pixel in enumerate((50, 120, 30)):
+        options: dict[str, Any] = dict(min_kept=1, max_kept=16, threshold=10.0)
+        drafting = make_search("predict", can_draft=True, tolerance=0.0, **options)
+        scheduler.assign(slot, block(pixel), drafting if slot < 2 else search(10.0))
+    results = finish(scheduler)
+    assert [results[slot].tokens.num_kept for slot in range(3)] == [5, 12, 3]
+    assert [results[slot].passes for slot in range(2)] == [2, 2]  # one proves that fewer fail
+    assert results[2].drafts == 0 < results[0].drafts
+    assert codec.num_drafts == results[0].drafts + results[1].drafts
+    assert len(codec.calls) == results[2].passes == 4
+    assert codec.num_encoded == 1
 
 
 def test_a_slot_goes_on_with_its_clip_while_another_searches():

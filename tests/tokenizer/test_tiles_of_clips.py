@@ -41,7 +41,7 @@ class LosslessCodec:
     """In place of a model: tokens are the difference to the block before in the same slot, so that a tile needs its own cache."""
 
     config, mesh, window_blocks, dtype = LOSSLESS, None, 3, np.dtype(np.float32)
-    model_seconds = 0.0
+    model_seconds, can_draft = 0.0, False
 
     def new_cache(self, batch=1, *, num_blocks=None):
         shape = (batch, LOSSLESS.tokens_per_block, LOSSLESS.patch_dim)
