@@ -459,8 +459,8 @@ _LATER_SHAPE_OPTIONS = (
 
 _SMALL = dict(
     hidden_size=192, intermediate_size=512, num_encoder_layers=1, num_decoder_layers=1, num_group_layers=3,
-    num_attention_heads=3, theta=1e4, lpips_loss_ratio=0.0, token_order="coarse_to_fine", rope="3d", condition_decoder=True,
-    haar_groups=True, lapped_input=True, lapped_output=True, bounded_output=False,
+    num_attention_heads=3, theta=1e4, lpips_loss_ratio=0.0, token_order="adaptive", rope="3d",
+    condition_encoder=False, condition_decoder=True, haar_groups=True, lapped_input=True, lapped_output=True, bounded_output=False,
 )  # fmt: skip
 _RELEASED = dict(
     recommended_thresholds=(0.003,),
@@ -482,8 +482,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # The models shipped in example/: 128 x 128 pixels.
     "small-fsq": {
-        **_SMALL, "token_order": "adaptive", "condition_encoder": False,
-        "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
+        **_SMALL, "bottleneck_type": "fsq", "frames_per_block": 16, "patch_size": (16, 2, 2), "patch_group": 16, "max_toks": 4096,
         "min_toks": 256, "max_sequence_length": 8192, "fsq_quant_levels": (25, 17, 11, 9, 9, 7, 7, 5, 5, 3),
         "recommended_thresholds": (0.005, 0.01, 0.0025),
     },

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains a model like those in example/, from the data to the numbers of its card: a linear codec, small pieces, whole
-# frames, then (fsq) the order of tokens, the search's first guesses, and the measurements on files that nothing was trained on.
+# frames, then the order of tokens, the search's first guesses, and the measurements on files that nothing was trained on.
 #
 #   dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
 #   model=vae steps="20000 5000" batch_size=64 dtype=bf16 dataset_path=train report_path=held_out bash scripts/tools/train_shipped.sh
 #
-# Stopped or killed, the same command goes on from there. Nothing in example/ changes: the model is in output_dir/ordered (fsq)
-# or output_dir/whole/pretrained (vae), its measurements are in output_dir/evaluation. Paths are relative to where one stands.
+# Stopped or killed, the same command goes on from there. Nothing in example/ changes: the model is in output_dir/ordered,
+# its measurements are in output_dir/evaluation. Paths are relative to where one stands.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../setup_paths.sh"
 
@@ -44,10 +44,12 @@ case "$model" in
     fsq)
         pieces="max_toks=1024,min_toks=64,max_sequence_length=2048"
         whole="max_toks=4096,min_toks=256,max_sequence_length=8192"
+        blocks_per_clip=1
         ;;
     vae)
         pieces="max_toks=128,min_toks=8,max_sequence_length=256"
         whole="max_toks=512,min_toks=32,max_sequence_length=1024"
+        blocks_per_clip=2
         ;;
     *)
         echo "train_shipped.sh: model='$model' must be fsq or vae." >&2
@@ -89,15 +91,11 @@ train pieces "$start" "$steps_of_pieces" "$batch_size" "$pieces" "$lr" "$matrix_
 quarter() { awk -v rate="$1" 'BEGIN { printf "%.3g", rate / 4 }'; }
 train whole "$output_dir/pieces/pretrained" "$steps_of_frames" 1 "$whole" "$(quarter "$lr")" "$(quarter "$matrix_lr")" "$float_dtype"
 
-trained="$output_dir/whole/pretrained"
-if [[ "$model" == fsq ]]; then
-    ordered="$output_dir/ordered"
-    [[ -f "$ordered/model.safetensors" ]] || "$PYTHON" scripts/fit_order.py --load_checkpoint="$trained" \
-        --input_path="${curve_path:-$dataset_path}" --blocks_per_clip=1 --output_folder="$ordered"
-    trained="$ordered"
-fi
+trained="$output_dir/ordered"
+[[ -f "$trained/model.safetensors" ]] || "$PYTHON" scripts/fit_order.py --load_checkpoint="$output_dir/whole/pretrained" \
+    --input_path="${curve_path:-$dataset_path}" --blocks_per_clip="$blocks_per_clip" --output_folder="$trained"
 [[ -f "$trained/curves.json" ]] || "$PYTHON" scripts/fit_curves.py --load_checkpoint="$trained" --input_path="${curve_path:-$dataset_path}" \
-    --blocks_per_clip=1 --num_counts=8
+    --blocks_per_clip="$blocks_per_clip" --num_counts=8
 env -u output_dir models="$model=$trained,before=example/$model" input_path="$report_path" output_folder="$output_dir/evaluation" max_frames=24 \
     bash scripts/run_evaluate.sh --codec=x264,jpeg
 echo "train_shipped.sh: the model is in $trained, its measurements are in $output_dir/evaluation." >&2
