@@ -1,9 +1,13 @@
 """Classical codecs: within the bits, all frames in order, as good as they should be."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 
-from elastic.evaluation.codecs import CODECS, CodecAt, _comment_bytes
+from elastic.evaluation import codecs
+from elastic.evaluation.codecs import CODECS, CodecAt, _comment_bytes, _open
 from elastic.metrics import psnr
 
 
@@ -32,6 +36,22 @@ def test_the_finest_quality_within_the_bits_is_taken(name, frames):
     finer = within.quality + np.sign(finest.quality - coarsest.quality)
     assert codec._code(int(finer)).bits > budget
     assert psnr(frames, coarsest.frames) < psnr(frames, finest.frames)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how threads are scheduled")
+def test_an_encoder_leaves_the_priority_of_all_threads_as_it_was(frames, monkeypatch):
+    """As root SVT-AV1 asks for real-time priority, and all other work of the machine would wait."""
+    opened = []
+
+    def open_and_look(encoder):
+        _open(encoder)
+        opened.append({os.sched_getscheduler(int(name)) for name in os.listdir("/proc/self/task")})
+
+    usual = os.sched_getscheduler(0)
+    monkeypatch.setattr(codecs, "_open", open_and_look)
+    CodecAt("av1", frames, 24).within(0)
+    assert opened and set().union(*opened) == {usual}
+    assert os.sched_getscheduler(0) == usual
 
 
 def test_a_comment_of_the_encoder_is_no_payload():
