@@ -80,12 +80,14 @@ def _quality(result: Quality) -> Row:
     return {name: getattr(result, name) for name in names.split()}
 
 
+_COSTS = ("passes_per_block", "drafts_per_block", "seconds_per_block")
+
+
 def _measured(result: ConditionResult) -> Row:
-    costs = ("passes_per_block", "drafts_per_block", "seconds_per_block")
     return (
         {"mean_tokens": result.mean_tokens}
         | _quality(result)
-        | {name: getattr(result, name) for name in costs}
+        | {name: getattr(result, name) for name in _COSTS}
     )
 
 
@@ -271,8 +273,7 @@ def describe(evaluations: Evaluations) -> str:
     rows = condition_rows(evaluations)
     met = [name for name in rows[0] if name.startswith("met ")]
     columns = "model asked mean_tokens bits_per_pixel psnr ssim lpips dists fvd fid".split()
-    costs = "passes_per_block drafts_per_block seconds_per_block".split()
-    costs = [name for name in costs if any(row[name] for row in rows)]
+    costs = [name for name in _COSTS if any(row[name] for row in rows)]
     parts = [table(rows, [*columns, *met, *costs])]
     if rows := delta_rows(evaluations):
         parts.append(

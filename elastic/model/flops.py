@@ -68,7 +68,10 @@ def forward_flops(
 
 
 def draft_share(config: ElasticTokConfig) -> float:
-    """FLOPs of a draft of a block, which leaves out the decoder's layers over tokens, over those of decoding it without a cache."""
+    """The share of the FLOPs of decoding a block that its draft takes. No cache is counted.
+
+    A draft leaves out the decoder's layers over tokens.
+    """
     tokens, width = config.tokens_per_block, config.hidden_size
     painted = config.patch_dim * (lapped.WINDOW if config.lapped_output else 1)
     draft = 2 * tokens * width * (config.code_dim + painted) + _of_groups(config, tokens)

@@ -157,7 +157,7 @@ def plan(name: str) -> Callable[[SearchPlan], SearchPlan]:
     """Registers a search: a function `(options, seen) -> iterator of groups of untried counts`.
 
     Each group holds at least one count, all distinct. When the iterator is resumed, `seen.losses` holds
-    every count of the groups before, `seen.drafts` those of each `Draft`.
+    every count of the groups before. The loss of a `Draft` is in `seen.drafts` instead.
     """
 
     def register(function: SearchPlan) -> SearchPlan:

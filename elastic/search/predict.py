@@ -6,7 +6,7 @@ The result is therefore always measured. Where guesses keep failing, the search 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 from elastic.search.base import Draft
 from elastic.search.rate_curve import Curve, Point, SearchHistory, log_loss, points_of
@@ -81,8 +81,7 @@ def predict(
         history.draft_error *= _FORGETTING
     elif drafts is not None and smallest < largest:
         offset = history.draft_offset or 0.0
-        yield from _drafts(guess, log_threshold, state, drafts, offset)
-        guess = drafted = guess.shifted_through(_moved(drafts, offset))
+        guess = drafted = yield from _drafts(guess, log_threshold, state, drafts, offset)
         margin = min(_DRAFTED_MARGIN + _MARGIN_OF_ERROR * history.draft_error, _MARGIN)
     calls = 0
     while not state.closed:
@@ -116,8 +115,8 @@ def _drafts(
     state: "_Bracket",
     drafts: Mapping[int, float],
     offset: float,
-) -> Iterator[Draft]:
-    """Drafts the count where the curve crosses the threshold, until that is near to one that was drafted.
+) -> Generator[Draft, None, Curve]:
+    """Drafts the count where the curve crosses the threshold, until that is near to one that was drafted; gives the curve.
 
     Args:
       guess: the curve of the block as expected without drafts.
@@ -126,16 +125,14 @@ def _drafts(
       drafts: the losses of the counts drafted so far.
       offset: what is added to their logarithms.
     """
-    while len(drafts) < _MOST_DRAFTS:
-        curve = guess.shifted_through(_moved(drafts, offset))
+    while True:
+        moved = [Point(p.x, p.y + offset) for p in points_of(drafts)]
+        curve = guess.shifted_through(moved)
         count = _crossing_count(curve, log_threshold, state) or state.largest
-        if any(abs(math.log(count / other)) <= _NEAR_ENOUGH for other in drafts):
-            return
+        is_known = any(abs(math.log(count / other)) <= _NEAR_ENOUGH for other in drafts)
+        if is_known or len(drafts) >= _MOST_DRAFTS:
+            return curve
         yield Draft([count])
-
-
-def _moved(drafts: Mapping[int, float], offset: float) -> list[Point]:
-    return [Point(p.x, p.y + offset) for p in points_of(drafts)]
 
 
 def _remember_drafts(history: SearchHistory, drafted: Curve, result: Point) -> None:

@@ -96,8 +96,8 @@ class SearchHistory:
       excess: estimated tokens that the searches could still have saved but did not, to save passes.
       spread: mean distance of first guesses from the count kept, in log counts; recent blocks weigh most.
       expected: the curve that the prior gave for the last block; None: there is no prior.
-      draft_offset: the log loss of the last block less that of its draft; None: no block was drafted.
-      draft_error: mean distance of a block's offset from that of the block before; recent blocks weigh most.
+      draft_offset: the log loss of the last drafted block, minus the log loss of its draft; None: no block was drafted.
+      draft_error: how far this offset was from that of the block before, in the mean; recent blocks weigh most.
     """
 
     curve: Curve | None = None

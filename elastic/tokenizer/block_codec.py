@@ -282,7 +282,7 @@ class Codec:
         num_frames: Int[Array | np.ndarray, "b"],
         weights: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[Float[Array, "b k"], Float[Array, "b k"]]:
-        """About the losses that `try_counts` would measure: those of a decoder without its layers over tokens. Arguments as there."""
+        """The losses of a decoder without its layers over tokens. They are near those that `try_counts` measures for these arguments."""
         return self._draft(params, patches, counts, encoded.codes, num_frames, weights)
 
     def select(
